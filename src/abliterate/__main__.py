@@ -1,0 +1,7 @@
+"""``python -m abliterate``."""
+
+import sys
+
+from abliterate.cli import main
+
+sys.exit(main())

@@ -1,0 +1,162 @@
+"""How many tokens go through the model at once, and which rows share a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from abliterate.errors import UsageError
+
+# Where "auto" starts; it doubles from there while that is faster and memory allows. On a CPU the
+# activations of many tokens leave its caches, which costs more than reading the weights again.
+_START = {"cpu": 1024}
+_START_ACCELERATOR = 32768
+_LARGEST = {"cpu": 16384}
+_LARGEST_ACCELERATOR = 1 << 20
+# A batch costs as much as this many more tokens: launches on an accelerator, and on a CPU reading
+# the weights once more. Below that, padding a row is cheaper than giving it a batch of its own.
+_OVERHEAD = {"cpu": 32}
+_OVERHEAD_ACCELERATOR = 1024
+# Doubling must raise the rate by this much to be worth the memory.
+_FASTER = 1.05
+
+
+class Budget:
+    """Padded tokens per forward pass, found while running.
+
+    A batch that nearly fills the budget doubles it, unless the last doubling did not raise the
+    token rate: that one is taken back. A batch that runs out of memory halves it for good.
+
+    Attributes:
+        tokens: the budget, ignored where ``rows`` is given.
+        rows: rows per forward pass if the user fixed them, else None.
+        overhead: what a batch costs beyond its tokens, in tokens.
+    """
+
+    def __init__(
+        self, device: torch.device, batch_size: int | str = "auto", grow: bool = True
+    ) -> None:
+        self.device = device
+        self.rows = parse_batch_size(batch_size)
+        self.tokens = _START.get(device.type, _START_ACCELERATOR)
+        self.overhead = _OVERHEAD.get(device.type, _OVERHEAD_ACCELERATOR)
+        self._largest = _LARGEST.get(device.type, _LARGEST_ACCELERATOR)
+        self._rate = 0.0
+        self._growing = grow and self.rows is None
+
+    def fits(self, rows: int, width: int) -> bool:
+        """Whether a batch of ``rows`` rows, ``width`` tokens each, is within the budget."""
+        return rows <= self.rows if self.rows is not None else rows * width <= self.tokens
+
+    def share(self, rows: int, width: int) -> int:
+        """How many copies of a batch fit at once, at least one."""
+        if self.rows is not None:
+            return max(1, self.rows // rows)
+        return max(1, self.tokens // (rows * width))
+
+    def ran(self, tokens: int, seconds: float) -> None:
+        """Learn from a batch that worked."""
+        if not self._growing or tokens < 0.7 * self.tokens:
+            return
+        rate = tokens / max(seconds, 1e-9)
+        if rate < _FASTER * self._rate:  # the last doubling was for nothing
+            self._growing = False
+            self.tokens //= 2
+        elif self._has_room(tokens) and self.tokens < self._largest:
+            self._rate = rate
+            self.tokens *= 2
+        else:
+            self._growing = False
+
+    def failed(self, rows: int, tokens: int) -> None:
+        """Learn from a batch that ran out of memory."""
+        self._growing = False
+        self.tokens = max(1, min(self.tokens, tokens) // 2)
+        if self.rows is not None:
+            self.rows = max(1, rows // 2)
+
+    def _has_room(self, tokens: int) -> bool:
+        """Whether twice as many tokens are likely to fit; an accelerator says so itself."""
+        if self.device.type != "cpu":
+            return True
+        import psutil
+
+        # A CPU that runs out of memory swaps or kills: 256 kB a token is far more than one takes.
+        return bool(psutil.virtual_memory().available > 4 * tokens * (256 << 10))
+
+
+def parse_batch_size(batch_size: int | str) -> int | None:
+    """None for ``auto``, else the positive number of rows."""
+    if batch_size == "auto":
+        return None
+    try:
+        size = int(batch_size)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise UsageError(f"--batch-size must be auto or a positive number, not '{batch_size}'")
+    return size
+
+
+def group_rows(
+    lengths: Sequence[int],
+    budget: Budget,
+    mix: bool = True,
+    max_rows: int | None = None,
+    overhead: int | None = None,
+) -> list[tuple[int, ...]]:
+    """Split rows into batches at the least total cost, shortest rows first.
+
+    The cost of a batch is its padded tokens and a fixed overhead; an optimal split keeps rows in
+    the order of their lengths, so it is a shortest path over the sorted list.
+
+    Args:
+        lengths: tokens of each row.
+        budget: how large a batch may be; a row that is too long is a batch of its own.
+        mix: rows of different lengths may share a batch.
+        max_rows: no batch has more rows than this.
+        overhead: replaces the budget's own overhead.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    extra = budget.overhead if overhead is None else overhead
+    best = [0.0] + [float("inf")] * len(order)
+    start = [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        width = lengths[order[end - 1]]
+        for first in range(end - 1, -1, -1):
+            rows = end - first
+            too_large = rows > (max_rows or rows) or not budget.fits(rows, width)
+            if rows > 1 and (too_large or not (mix or lengths[order[first]] == width)):
+                break
+            # A fixed number of rows per batch is taken literally.
+            cost = best[first] + extra + (rows * width if budget.rows is None else 0)
+            if cost < best[end]:
+                best[end], start[end] = cost, first
+    groups = []
+    end = len(order)
+    while end:
+        groups.append(tuple(order[start[end] : end]))
+        end = start[end]
+    return groups[::-1]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of whatever device, ran out."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, Exception) and bool(should_reduce_batch_size(error))
+
+
+def attempt(run: Callable[[], None]) -> bool:
+    """Call ``run``; False if it ran out of memory.
+
+    The exception is gone when this returns, and with it the tensors that its frames hold.
+    """
+    try:
+        run()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True

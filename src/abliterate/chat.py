@@ -1,0 +1,115 @@
+"""Chat formatting: from a user's text to token ids, and the positions after the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from abliterate.errors import CheckpointError, UsageError
+
+# User texts that differ in how they end, so that only the template's own tokens are common.
+_PROBES = ("a", "Z9", "x?", "end.", "(b)", "é", 'he said "no"', "count to 12", "tab;")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a prompt becomes a conversation.
+
+    Attributes:
+        system: text of a system message, or None for the template's default.
+        template_kwargs: further variables of the chat template (``{"enable_thinking": false}``).
+        response_prefix: text that the assistant's turn starts with.
+    """
+
+    system: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    response_prefix: str = ""
+
+
+def render(tokenizer: Any, text: str, chat: ChatFormat) -> str:
+    """The conversation as the template writes it, up to where the assistant's answer starts.
+
+    Raises:
+        CheckpointError: the tokenizer has no chat template, or the template fails.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise CheckpointError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: add one to its "
+            "folder as chat_template.jinja"
+        )
+    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
+    messages = [*system, {"role": "user", "content": text}]
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **chat.template_kwargs
+        )
+    except Exception as error:  # jinja's errors and whatever the template itself raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"the chat template of {tokenizer.name_or_path} fails ({reason}): check --system and "
+            "--chat-template-kwargs"
+        ) from None
+    return rendered + chat.response_prefix
+
+
+def encode(tokenizer: Any, texts: Sequence[str], chat: ChatFormat) -> list[list[int]]:
+    """Token ids of each conversation; the template writes the special tokens itself."""
+    rendered = [render(tokenizer, text, chat) for text in texts]
+    if not rendered:
+        return []
+    return [list(ids) for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+
+
+def post_instruction_ids(tokenizer: Any, chat: ChatFormat) -> list[int]:
+    """The tokens that the template puts after the user's text, whatever that text is.
+
+    They are the common suffix of conversations whose texts end differently (paper, section 2.3,
+    takes them from a table of templates instead).
+    """
+    encoded = encode(tokenizer, _PROBES, chat)
+    suffix: list[int] = []
+    for column in zip(*(reversed(ids) for ids in encoded), strict=False):
+        if len(set(column)) > 1:
+            break
+        suffix.insert(0, column[0])
+    return suffix
+
+
+def parse_positions(spec: str, tokenizer: Any, chat: ChatFormat) -> tuple[int, ...]:
+    """Resolve ``post-instruction``, ``last`` or a list such as ``-5,-1`` to negative positions.
+
+    Returns:
+        Ascending positions counted from the end of the prompt; -1 is its last token.
+
+    Raises:
+        UsageError: the list is malformed or the template has no post-instruction tokens.
+    """
+    if spec == "last":
+        return (-1,)
+    if spec == "post-instruction":
+        count = len(post_instruction_ids(tokenizer, chat))
+        if count == 0:
+            raise UsageError(
+                "the chat template puts no tokens after the user's text: pass --positions last"
+            )
+        return tuple(range(-count, 0))
+    try:
+        positions = [int(part) for part in spec.split(",")]
+    except ValueError:
+        positions = []
+    if not positions or any(p >= 0 for p in positions) or len(set(positions)) < len(positions):
+        raise UsageError(
+            f"--positions must be post-instruction, last or distinct negative numbers such as "
+            f"-5,-1, not '{spec}'"
+        )
+    return tuple(sorted(positions))
+
+
+def position_tokens(tokenizer: Any, positions: Sequence[int], chat: ChatFormat) -> list[str]:
+    """The token string at each position, or ``(text)`` before the post-instruction tokens."""
+    suffix = post_instruction_ids(tokenizer, chat)
+    return [
+        tokenizer.decode([suffix[position]]) if -position <= len(suffix) else "(text)"
+        for position in positions
+    ]

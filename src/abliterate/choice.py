@@ -1,0 +1,175 @@
+"""Filters and choice among scored candidates (paper, appendix C); no model needed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+METRICS = ("bypass_score", "induce_score", "kl_divergence")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The three filters of appendix C.
+
+    Attributes:
+        kl: candidates with a larger KL divergence are dropped.
+        induce: candidates with a lower induce score are dropped.
+        prune_layers: share of the last layers whose candidates are dropped.
+    """
+
+    kl: float = 0.1
+    induce: float = 0.0
+    prune_layers: float = 0.2
+
+
+@dataclass(frozen=True)
+class Score:
+    """One candidate's scores, and whether the filters keep it.
+
+    A score that is None was not computed, as it cannot change the choice; NaN was not finite.
+
+    Attributes:
+        position: source token, counted from the prompt's end.
+        layer: source layer.
+        bypass_score: mean refusal score on harmful prompts with the direction ablated.
+        induce_score: mean refusal score on harmless prompts with the direction added.
+        kl_divergence: mean KL(baseline || ablated) on harmless prompts.
+        kl_at_least: what the KL cannot be below, where it was not computed to the end.
+        induce_at_most: what the induce score cannot exceed, likewise.
+        kept: it passes the filters.
+        reason: the filter that dropped it: ``nan``, ``layer``, ``kl`` or ``induce``; ``unknown``
+            where a score is missing that the choice depends on.
+    """
+
+    position: int
+    layer: int
+    bypass_score: float | None = None
+    induce_score: float | None = None
+    kl_divergence: float | None = None
+    kl_at_least: float | None = None
+    induce_at_most: float | None = None
+    kept: bool = False
+    reason: str | None = None
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The metrics that were computed."""
+        return tuple(metric for metric in METRICS if getattr(self, metric) is not None)
+
+    def why_dropped(self, thresholds: Thresholds) -> str | None:
+        """The filter other than its layer that drops it by what is known, in the paper's order."""
+        known = [getattr(self, metric) for metric in self.computed]
+        if any(map(math.isnan, known)):
+            return "nan"
+        kl = self.kl_at_least if self.kl_divergence is None else self.kl_divergence
+        if kl is not None and kl > thresholds.kl:
+            return "kl"
+        induce = self.induce_at_most if self.induce_score is None else self.induce_score
+        if induce is not None and induce < thresholds.induce:
+            return "induce"
+        return None
+
+
+def first_pruned_layer(n_layers: int, thresholds: Thresholds) -> int:
+    """The first of the layers whose candidates are dropped; ``n_layers`` if none is."""
+    if thresholds.prune_layers <= 0:
+        return n_layers
+    # The paper's own expression: rounding included, so that the same layers are dropped.
+    return int(n_layers * (1.0 - thresholds.prune_layers))
+
+
+def judge(scores: Sequence[Score], n_layers: int, thresholds: Thresholds) -> list[Score]:
+    """Apply the filters, in the paper's order: NaN, last layers, KL, induce."""
+    first_pruned = first_pruned_layer(n_layers, thresholds)
+
+    def reason(score: Score) -> str | None:
+        why = score.why_dropped(thresholds)
+        if why != "nan" and score.layer >= first_pruned:
+            return "layer"
+        if why is None and len(score.computed) < len(METRICS):
+            return "unknown"
+        return why
+
+    judged = [(score, reason(score)) for score in scores]
+    return [replace(score, kept=why is None, reason=why) for score, why in judged]
+
+
+def choose(judged: Sequence[Score]) -> Score | None:
+    """The kept candidate with the lowest bypass score; ties go to the earlier in the list."""
+    kept = [score for score in judged if score.kept]
+    return min(kept, key=lambda score: known(score.bypass_score), default=None)
+
+
+def known(value: float | None) -> float:
+    """A score that must have been computed."""
+    assert value is not None
+    return value
+
+
+def why_none(judged: Sequence[Score], thresholds: Thresholds) -> str:
+    """Why no candidate passes, in one line."""
+    counts = Counter(score.reason for score in judged)
+    names = {
+        "nan": "not finite",
+        "layer": f"in the last {thresholds.prune_layers:.0%} of layers",
+        "kl": f"KL above {thresholds.kl:g}",
+        "induce": f"induce below {thresholds.induce:g}",
+    }
+    summary = ", ".join(f"{counts[why]} {text}" for why, text in names.items() if counts[why])
+    misses = []
+    by_kl = [s for s in judged if s.reason == "kl" and _induces(s, thresholds)]
+    if by_kl:
+        near = min(by_kl, key=_least_kl)
+        least = near.kl_divergence is None
+        hint = (
+            "a larger --kl-threshold" if least else f"--kl-threshold {_round_up(_least_kl(near))}"
+        )
+        misses.append(
+            f"position {near.position} layer {near.layer} has {'a ' * least}KL "
+            f"{'of at least ' * least}{_least_kl(near):.4g} ({hint} admits it)"
+        )
+    by_induce = [s for s in judged if s.reason == "induce"]
+    if by_induce:
+        near = max(by_induce, key=_most_induce)
+        most = near.induce_score is None
+        option = "a lower --induce-threshold"
+        if not most:
+            option = f"--induce-threshold={_round_up(-_most_induce(near), -1)}"
+        misses.append(
+            f"position {near.position} layer {near.layer} has {'an ' * most}induce "
+            f"{'of at most ' * most}{_most_induce(near):.4g} ({option} admits it"
+            f"{' if its KL does' * (near.kl_divergence is None)})"
+        )
+    by_layer = [
+        s
+        for s in judged
+        if s.reason == "layer" and s.computed == METRICS and s.why_dropped(thresholds) is None
+    ]
+    if by_layer:
+        near = min(by_layer, key=lambda score: (score.layer, known(score.bypass_score)))
+        misses.append(
+            f"position {near.position} layer {near.layer} fails by its layer only "
+            "(--prune-layers 0 admits it)"
+        )
+    nearest = "; nearest: " + "; ".join(misses) if misses else ""
+    return f"none of {len(judged)} candidates passes ({summary}){nearest}"
+
+
+def _induces(score: Score, thresholds: Thresholds) -> bool:
+    return score.induce_score is not None and score.induce_score >= thresholds.induce
+
+
+def _most_induce(score: Score) -> float:
+    return known(score.induce_at_most if score.induce_score is None else score.induce_score)
+
+
+def _least_kl(score: Score) -> float:
+    return known(score.kl_at_least if score.kl_divergence is None else score.kl_divergence)
+
+
+def _round_up(value: float, sign: int = 1) -> str:
+    """``sign * value`` rounded away so that a threshold of it admits the value."""
+    return f"{sign * (math.ceil(value * 1000) / 1000):g}"

@@ -1,0 +1,325 @@
+"""The commands of the method: extract, select, evaluate, and run, which chains them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from abliterate import options as opt
+from abliterate.console import print_json, set_up
+from abliterate.errors import UsageError
+from abliterate.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from abliterate.stages import Session
+
+
+def extract(
+    model: opt.Model,
+    output: opt.RunOut,
+    harmful: opt.Harmful = None,
+    harmless: opt.Harmless = None,
+    n_train: opt.NTrain = None,
+    filter: opt.Filter = None,
+    positions: opt.Positions = None,
+    refusal_token: opt.RefusalToken = None,
+    system: opt.System = None,
+    chat_template_kwargs: opt.TemplateKwargs = None,
+    response_prefix: opt.ResponsePrefix = None,
+    revision: opt.Revision = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    batch_size: opt.BatchSize = None,
+    seed: opt.Seed = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    config: opt.Config = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Extract candidate directions: difference of means at each position and layer."""
+    set_up(quiet, debug)
+    settings = load_settings(
+        config,
+        {
+            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed),
+            "chat": _chat(system, chat_template_kwargs, response_prefix),
+            "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token),
+        },
+    )
+    from abliterate.display import show_extraction
+    from abliterate.stages import extract_stage
+
+    record = extract_stage(open_session(model, settings), output)
+    print_json(record) if as_json else show_extraction(record, output)
+
+
+def select(
+    run: Annotated[
+        Path | None, typer.Argument(help="Run folder of extract.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="Checkpoint, if it has moved since extract.", show_default=False
+        ),
+    ] = None,
+    harmful: opt.LaterHarmful = None,
+    harmless: opt.LaterHarmless = None,
+    n_val: opt.NVal = None,
+    filter: opt.Filter = None,
+    kl_threshold: opt.KlThreshold = None,
+    induce_threshold: opt.InduceThreshold = None,
+    prune_layers: opt.PruneLayers = None,
+    search: opt.SearchKind = None,
+    all_layers: opt.AllLayers = None,
+    kl_on: opt.KlOn = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            "--scores", help="Choose again from a saved table; needs no model.", show_default=False
+        ),
+    ] = None,
+    n_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--n-layers", help="Layers of the model, if the table does not say.", show_default=False
+        ),
+    ] = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    batch_size: opt.BatchSize = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    config: opt.Config = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Score every candidate by bypass, induce and KL, and choose the direction."""
+    set_up(quiet, debug)
+    given: dict[str, Any] = {
+        "model": _model(None, device, dtype, batch_size, trust_remote_code, None),
+        "select": {
+            "harmful": harmful,
+            "harmless": harmless,
+            "n_val": n_val,
+            "filter": filter,
+            "kl_threshold": kl_threshold,
+            "induce_threshold": induce_threshold,
+            "prune_layers": prune_layers,
+            "search": search,
+            "all_layers": all_layers,
+            "kl_on": kl_on,
+        },
+    }
+    if (run is None) == (scores is None):
+        raise UsageError("give either the run folder of extract or --scores FILE")
+    if scores is not None:
+        from abliterate.display import choose_again, show_choice
+
+        choice = choose_again(scores, n_layers, load_settings(config, given))
+        return print_json(choice) if as_json else show_choice(choice)
+    assert run is not None
+    from abliterate.display import show_selection
+    from abliterate.stages import select_stage
+
+    session = _later_session(run, model, config, given)
+    record = select_stage(session, run)
+    return print_json(record) if as_json else show_selection(record, run)
+
+
+def evaluate(
+    model: opt.Model,
+    direction: opt.DirectionFrom = None,
+    intervention: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--intervention",
+            help="baseline, ablate, add or subtract; repeatable. "
+            "Default: all but subtract that --direction allows.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--checkpoint", help="An edited checkpoint to compare; repeatable.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder for evaluation.json and completions. "
+            "Default: the run folder of --direction.",
+            show_default=False,
+        ),
+    ] = None,
+    harmful: opt.LaterHarmful = None,
+    harmless: opt.LaterHarmless = None,
+    n_test: opt.NTest = None,
+    max_new_tokens: opt.MaxNewTokens = None,
+    refusal_token: opt.RefusalToken = None,
+    system: opt.System = None,
+    chat_template_kwargs: opt.TemplateKwargs = None,
+    response_prefix: opt.ResponsePrefix = None,
+    revision: opt.Revision = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    batch_size: opt.BatchSize = None,
+    seed: opt.Seed = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    config: opt.Config = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Complete test prompts under each intervention and count refusals."""
+    set_up(quiet, debug)
+    given = {
+        "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed),
+        "chat": _chat(system, chat_template_kwargs, response_prefix),
+        "extract": {"refusal_tokens": refusal_token},
+        "evaluate": {
+            "harmful": harmful,
+            "harmless": harmless,
+            "n_test": n_test,
+            "max_new_tokens": max_new_tokens,
+        },
+    }
+    from abliterate.direction import load_direction
+    from abliterate.display import show_evaluation
+    from abliterate.models import find_checkpoint
+    from abliterate.stages import evaluate_stage
+
+    run = Path(direction) if direction and Path(direction).is_dir() else None
+    vector = load_direction(direction) if direction else None
+    session = (
+        open_session(model, load_settings(config, given))
+        if run is None
+        else _later_session(run, model, config, given)
+    )
+    names = intervention or (["baseline", "ablate", "add"] if vector else ["baseline"])
+    edited = {Path(name).name: find_checkpoint(name) for name in checkpoint or []}
+    record = evaluate_stage(session, vector, names, edited, run, output or run)
+    print_json(record) if as_json else show_evaluation(record)
+
+
+def run(
+    model: opt.Model,
+    output: opt.RunOut,
+    harmful: opt.Harmful = None,
+    harmless: opt.Harmless = None,
+    n_train: opt.NTrain = None,
+    n_val: opt.NVal = None,
+    n_test: opt.NTest = None,
+    filter: opt.Filter = None,
+    positions: opt.Positions = None,
+    refusal_token: opt.RefusalToken = None,
+    kl_threshold: opt.KlThreshold = None,
+    induce_threshold: opt.InduceThreshold = None,
+    prune_layers: opt.PruneLayers = None,
+    search: opt.SearchKind = None,
+    all_layers: opt.AllLayers = None,
+    kl_on: opt.KlOn = None,
+    max_new_tokens: opt.MaxNewTokens = None,
+    system: opt.System = None,
+    chat_template_kwargs: opt.TemplateKwargs = None,
+    response_prefix: opt.ResponsePrefix = None,
+    revision: opt.Revision = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    batch_size: opt.BatchSize = None,
+    seed: opt.Seed = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    config: opt.Config = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """extract, select, orthogonalize and evaluate; finished stages are skipped."""
+    set_up(quiet, debug)
+    settings = load_settings(
+        config,
+        {
+            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed),
+            "chat": _chat(system, chat_template_kwargs, response_prefix),
+            "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token),
+            "select": {
+                "n_val": n_val,
+                "filter": filter,
+                "kl_threshold": kl_threshold,
+                "induce_threshold": induce_threshold,
+                "prune_layers": prune_layers,
+                "search": search,
+                "all_layers": all_layers,
+                "kl_on": kl_on,
+            },
+            "evaluate": {"n_test": n_test, "max_new_tokens": max_new_tokens},
+        },
+    )
+    from abliterate.display import show_run
+    from abliterate.pipeline import run_pipeline
+
+    record = run_pipeline(open_session(model, settings), output)
+    print_json(record) if as_json else show_run(record, output)
+
+
+def open_session(model: str, settings: Settings) -> Session:
+    from abliterate.models import find_checkpoint
+    from abliterate.stages import Session
+
+    return Session(find_checkpoint(model, settings.model.revision), settings)
+
+
+def _later_session(run: Path, model: str | None, config: Path | None, given: Any) -> Session:
+    """A session on what ``extract`` recorded in ``run``; file and options win over it."""
+    from abliterate.artifacts import read_json
+    from abliterate.stages import EXTRACT, recorded_settings
+
+    extracted = read_json(run / EXTRACT, f"extract MODEL -o {run}")
+    settings = load_settings(config, given, recorded_settings(run, extracted))
+    return open_session(model or extracted["model"]["id"], settings)
+
+
+def _model(
+    revision: str | None,
+    device: str | None,
+    dtype: str | None,
+    batch_size: str | None,
+    trust_remote_code: bool | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    return {
+        "revision": revision,
+        "device": device,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "trust_remote_code": trust_remote_code,
+        "seed": seed,
+    }
+
+
+def _train(
+    harmful: str | None,
+    harmless: str | None,
+    n_train: int | None,
+    filter: bool | None,
+    positions: str | None,
+    refusal_tokens: list[str] | None,
+) -> dict[str, Any]:
+    return {
+        "harmful": harmful,
+        "harmless": harmless,
+        "n_train": n_train,
+        "filter": filter,
+        "positions": positions,
+        "refusal_tokens": refusal_tokens,
+    }
+
+
+def _chat(system: str | None, kwargs: str | None, prefix: str | None) -> dict[str, Any]:
+    return {"system": system, "template_kwargs": kwargs, "response_prefix": prefix}

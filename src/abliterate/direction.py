@@ -1,0 +1,75 @@
+"""A selected direction as an artifact: the vector and where it was taken from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.artifacts import hash_file, read_tensors, tensor_metadata, write_tensors
+from abliterate.errors import InputError
+
+FILE_NAME = "direction.safetensors"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """An unnormalised difference of means.
+
+    Attributes:
+        vector: ``[d_model]``.
+        position: source token, counted from the prompt's end, or None if not recorded.
+        layer: source layer, or None if not recorded.
+        sha256: hash of the file it was read from.
+    """
+
+    vector: Tensor
+    position: int | None = None
+    layer: int | None = None
+    sha256: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """What other artifacts record of it."""
+        return {
+            "sha256": self.sha256,
+            "position": self.position,
+            "layer": self.layer,
+            "norm": float(self.vector.double().norm()),
+        }
+
+
+def save_direction(path: Path, direction: Direction, model: str) -> None:
+    """Write ``direction.safetensors``; position, layer and model id go into the metadata."""
+    metadata = {"position": str(direction.position), "layer": str(direction.layer), "model": model}
+    write_tensors(path, {"direction": direction.vector}, metadata)
+
+
+def load_direction(source: str | Path) -> Direction:
+    """Read a run folder's direction, or a safetensors file with a tensor ``direction``.
+
+    Raises:
+        InputError: there is none, or it is not one vector of numbers.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / FILE_NAME
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: run `abliterate select {source}` first")
+    vector = read_tensors(path, "direction")["direction"]
+    if vector.ndim != 1 or not vector.is_floating_point():
+        raise InputError(
+            f"{path}: tensor 'direction' must be one vector of floats, not "
+            f"{list(vector.shape)} {vector.dtype}"
+        )
+    metadata = tensor_metadata(path)
+
+    def number(key: str) -> int | None:
+        try:
+            return int(metadata[key])
+        except (KeyError, ValueError):
+            return None
+
+    return Direction(vector.to(torch.float64), number("position"), number("layer"), hash_file(path))

@@ -1,0 +1,150 @@
+"""Writing the edited shards: copies by the kernel, edits in threads, flushes beside both.
+
+A shard becomes a list of units of work, each of which reads, computes and writes on its own; a few
+more threads than cores keep reading, computing and writing apart. How the work is cut never depends
+on the number of threads, so the bytes do not either.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from threading import Event
+
+import torch
+
+from abliterate.layout import ShardLayout
+from abliterate.project import Sums
+from abliterate.transfer import clone_file
+from abliterate.units import Files, Unit, Work, units_of
+
+_MOST_SHARDS = 4  # in flight: what a kill may cost
+_MORE_THREADS = 2  # than cores: while some wait for the disk, the others compute
+
+
+def write_shards(
+    layouts: Sequence[ShardLayout],
+    work: Work,
+    target: Callable[[str], Path],
+    finished: Callable[[str, Mapping[int, Sums]], None],
+    advance: Callable[[int], object],
+) -> None:
+    """Write shards, a few at a time: a file takes one thread's writes at once.
+
+    Args:
+        layouts: what to write.
+        work: the edits.
+        target: where a shard is to be written, by its name.
+        finished: called when a shard's last byte was written, in a thread beside the work but never
+            in two at once; with the sums of each edit by its number.
+        advance: called with the number of bytes whenever some are done.
+
+    Raises:
+        CheckpointError: a tensor cannot be edited.
+        OSError: a file cannot be read or written.
+    """
+    stop = Event()
+    count = max(1, min(len(layouts), work.jobs, _MOST_SHARDS))
+    threads = -(-(work.jobs + _MORE_THREADS) // count)
+    one_thread = partial(torch.set_num_threads, 1)
+    queue = deque(layouts)
+    with (
+        _one_thread_each(),
+        ThreadPoolExecutor(1, "finish") as finisher,
+        ThreadPoolExecutor(count, "shard") as lanes,
+    ):
+
+        def lane() -> list[Future[None]]:
+            finishing = []
+            with ThreadPoolExecutor(threads, "edit", one_thread) as pool:
+                while queue and not stop.is_set():
+                    try:
+                        layout = queue.popleft()
+                    except IndexError:  # another lane was faster
+                        break
+                    name = layout.shard.path.name
+                    sums = _write_shard(layout, work, target(name), pool, stop, advance)
+                    if not stop.is_set():
+                        finishing.append(finisher.submit(finished, name, sums))
+                    for future in finishing:
+                        if future.done():
+                            future.result()
+            return finishing
+
+        try:
+            running = [lanes.submit(lane) for _ in range(count)]
+            for one in as_completed(running):
+                for future in one.result():
+                    future.result()
+        finally:
+            stop.set()  # whatever went wrong: the others end with their present block
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Parallel units rather than parallel sums, whose order would depend on the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_shard(
+    layout: ShardLayout,
+    work: Work,
+    path: Path,
+    threads: ThreadPoolExecutor,
+    stop: Event,
+    advance: Callable[[int], object],
+) -> dict[int, Sums]:
+    sums: dict[int, Sums] = {}
+    with ExitStack() as stack:
+        files = Files(stack)
+        target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        stack.callback(os.close, target)
+        cloned = layout.header is None and clone_file(files.open(layout.shard.path), target)
+        os.ftruncate(target, layout.size)
+        for units in units_of(layout, work, files, target, cloned):
+            for index, part in _run(units, threads, stop, advance):
+                sums[index] = sums.get(index, Sums()) + part
+    return sums
+
+
+def _run(
+    units: Sequence[Unit],
+    threads: ThreadPoolExecutor,
+    stop: Event,
+    advance: Callable[[int], object],
+) -> list[tuple[int, Sums]]:
+    """What the units found, in their order; the first failure ends all of them."""
+
+    def run(unit: Unit) -> tuple[int, Sums] | None:
+        found = None if stop.is_set() else unit.run(stop)
+        advance(unit.size)
+        return found
+
+    futures = [threads.submit(run, unit) for unit in units]
+    try:
+        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+    except BaseException:
+        _end(futures, stop)
+        raise
+    if waiting:
+        _end(futures, stop)
+        raise next(error for future in done if (error := future.exception()) is not None)
+    return [found for future in futures if (found := future.result()) is not None]
+
+
+def _end(futures: Sequence[Future[tuple[int, Sums] | None]], stop: Event) -> None:
+    """Wait until no thread uses a file any more that is about to be closed."""
+    stop.set()
+    for future in futures:
+        future.cancel()
+    wait(futures)

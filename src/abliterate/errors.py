@@ -1,0 +1,58 @@
+"""Typed errors. Each carries the exit code the command line ends with.
+
+Every message is one line that names the file, tensor or option at fault and how to mend it.
+"""
+
+from __future__ import annotations
+
+
+class AbliterateError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(AbliterateError):
+    """An option, a configuration key or a combination of them is wrong."""
+
+    exit_code = 2
+
+
+class InputError(AbliterateError):
+    """A prompt source, a run folder or an artifact cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(AbliterateError):
+    """A model or checkpoint cannot be read, loaded or written."""
+
+    exit_code = 4
+
+
+class TeamError(CheckpointError):
+    """Another process that shares the work failed or is gone."""
+
+
+class DiskSpaceError(CheckpointError):
+    """The output does not fit on its disk."""
+
+
+class UnsupportedArchitectureError(CheckpointError):
+    """No complete set of residual-stream writers is known for this architecture."""
+
+
+class PlanError(CheckpointError):
+    """The writers were found, but the edit cannot be planned on the tensors on disk."""
+
+
+class SelectionError(AbliterateError):
+    """No candidate direction passes the filters."""
+
+    exit_code = 5
+
+
+class InterruptedWorkError(AbliterateError):
+    """Ctrl-C came midway; the message says what was kept and how to go on."""
+
+    exit_code = 130

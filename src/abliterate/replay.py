@@ -1,0 +1,344 @@
+"""Running the same prompts under many interventions, at little more than the cost of what changes.
+
+Four things are not done again and again, each only where it leaves the result as it is (checked
+once per model against plain full passes): several candidates share a batch, one direction per row;
+the opening tokens that all prompts share run once per candidate, and their keys and values are
+reused; ``add`` at layer ``l`` starts from the unmodified model's ``resid_pre`` at ``l``; and only
+the last tokens' logits are computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from abliterate.batching import Budget, attempt
+from abliterate.errors import UsageError
+from abliterate.forward import Batch, can_pad, input_device, last_logits, pad
+from abliterate.interventions import ablate_units, add_vectors
+from abliterate.shortcuts import last_token_only, recorded, skipped
+from abliterate.writers import WriterPlan, decoder_blocks, find_writers
+
+# Keys and values ``[candidates, heads, tokens, head size]`` of each layer.
+Cache = tuple[tuple[Tensor, Tensor], ...]
+# From logits ``[candidates, prompts, kept tokens, vocabulary]`` and the prompts' rows to float64
+# ``[candidates, prompts]``.
+Measure = Callable[[Tensor, tuple[int, ...]], Tensor]
+
+_CACHE_BYTES = 1 << 30
+# Fewer shared tokens than this are not worth a cache.
+_MIN_PREFIX = 4
+# Further logits of a row, with their scores, take the memory of about this many tokens.
+_TOKENS_PER_LOGITS = 16
+
+
+@dataclass(frozen=True)
+class Tricks:
+    """What is saved, beside the vocabulary projection.
+
+    Attributes:
+        rows: several candidates in one batch.
+        prefix: the shared opening tokens run once per candidate.
+        resume: ``add`` starts at its own layer.
+        last: the last block computes what it writes for the last token only.
+    """
+
+    rows: bool = True
+    prefix: bool = True
+    resume: bool = True
+    last: bool = True
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Directions that are tried at once, in one way.
+
+    Attributes:
+        vectors: ``[candidates, d_model]``, unit vectors to ablate or vectors to add.
+        layer: None to ablate everywhere, else the layer at whose input they are added.
+        cache: keys and values of the shared opening tokens under each of them, or None.
+    """
+
+    vectors: Tensor
+    layer: int | None = None
+    cache: Cache | None = None
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def pick(self, which: slice | Sequence[int]) -> Candidates:
+        """Some of them."""
+        index = which if isinstance(which, slice) else list(which)
+        cache = self.cache and tuple((keys[index], values[index]) for keys, values in self.cache)
+        return replace(self, vectors=self.vectors[index], cache=cache)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A batch of prompts without their shared opening tokens.
+
+    Attributes:
+        batch: the prompts.
+        keep: how many of the last tokens' logits are wanted.
+        streams: ``resid_pre`` ``[prompts, tokens, d_model]`` of the unmodified model, by layer.
+    """
+
+    batch: Batch
+    keep: int = 1
+    streams: tuple[Tensor, ...] = ()
+
+    def halves(self) -> Iterator[Piece]:
+        """The first and the second half of the prompts."""
+        half = len(self.batch.rows) // 2
+        for part in (slice(None, half), slice(half, None)):
+            b = self.batch
+            batch = Batch(
+                b.rows[part], b.input_ids[part], b.attention_mask[part], b.position_ids[part]
+            )
+            yield Piece(batch, self.keep, tuple(stream[part] for stream in self.streams))
+
+
+class Replay:
+    """A model, and what its prompts have in common.
+
+    Attributes:
+        model: the model.
+        prefix: how many opening tokens all prompts share and a cache holds.
+        budget: tokens per forward pass.
+        tricks: what is saved.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        batch_size: int | str = "auto",
+        tricks: Tricks | None = None,
+    ) -> None:
+        self.model = model
+        self.tricks = tricks or Tricks()
+        self.budget = Budget(input_device(model), batch_size)
+        self.prefix = shared_prefix(prompts) if self.tricks.prefix and can_pad(model) else 0
+        self._opening = list(prompts[0][: self.prefix])
+        self._blocks = decoder_blocks(model)
+        plan = find_writers(model)
+        self._sites = plan.sites
+        self._final = self._last_writers(plan)
+        self._as_tuple = False
+        self._base: Cache | None = None
+        self._base_streams: tuple[Tensor, ...] = ()
+        if self.prefix:
+            cache = DynamicCache()
+            with recorded(self._blocks) as recording:
+                self._run(self._opening_batch(1), cache)
+            self._base_streams = tuple(recording.streams)
+            self._as_tuple = recording.as_tuple
+            self._base = tuple((layer.keys, layer.values) for layer in cache.layers)
+
+    def piece(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], keep: int = 1) -> Piece:
+        """A batch of the prompts ``rows``."""
+        return Piece(pad(self.model, prompts, rows, self.prefix), keep)
+
+    def baseline(self, piece: Piece) -> tuple[Piece, Tensor]:
+        """Run the unmodified model.
+
+        Returns:
+            ``piece`` with the ``resid_pre`` from which ``add`` can start, and the logits
+            ``[prompts, kept tokens, vocabulary]``.
+        """
+        cache = self._base and expanded(self._base, len(piece.batch.rows))
+        with recorded(self._blocks) as recording:
+            logits = self._run(piece.batch, cache, piece.keep)
+        if not self.tricks.resume:
+            return piece, logits
+        self._as_tuple = recording.as_tuple
+        return replace(piece, streams=tuple(recording.streams)), logits
+
+    def prepare(self, vectors: Tensor, layer: int | None = None) -> Candidates:
+        """Candidates ``[candidates, d_model]`` with their opening tokens run, if they are shared.
+
+        Args:
+            vectors: unit vectors to ablate, or vectors to add.
+            layer: None to ablate, else where to add.
+        """
+        candidates = Candidates(vectors, layer)
+        if not self.prefix:
+            return candidates
+        assert self._base is not None
+        parts: list[Cache] = []
+        while (done := sum(len(part[0][0]) for part in parts)) < len(vectors):
+            limit = self.budget.share(1, self.prefix) if self.tricks.rows else 1
+            some = candidates.pick(slice(done, done + limit))
+            batch = self._opening_batch(len(some))
+            cache = DynamicCache()
+
+            def run(some: Candidates = some, batch: Batch = batch, cache: Any = cache) -> None:
+                with self._changed(some, 1, self._base_streams):
+                    self._run(batch, cache)
+
+            if not attempt(run):
+                self._shrink(len(some), self.prefix)
+                continue
+            layers = []
+            for index, base in enumerate(self._base):
+                if layer is not None and self.tricks.resume and index < layer:
+                    layers.append(tuple(t.expand(len(some), *t.shape[1:]) for t in base))
+                else:
+                    layers.append((cache.layers[index].keys, cache.layers[index].values))
+            parts.append(tuple((keys, values) for keys, values in layers))
+        if len(parts) == 1:
+            return replace(candidates, cache=parts[0])
+        joined = tuple(
+            (torch.cat([keys for keys, _ in same]), torch.cat([values for _, values in same]))
+            for same in zip(*parts, strict=True)
+        )
+        return replace(candidates, cache=joined)
+
+    def most_cached(self) -> int:
+        """How many candidates' caches fit into a memory that is small beside a model's."""
+        if self._base is None:
+            return 1 << 20
+        each = sum(t.numel() * t.element_size() for layer in self._base for t in layer)
+        return max(1, _CACHE_BYTES // each)
+
+    def measure(self, candidates: Candidates, piece: Piece, measure: Measure) -> Tensor:
+        """``measure`` of every candidate on every prompt of ``piece``.
+
+        Returns:
+            float64 ``[candidates, prompts]`` on the CPU.
+        """
+        n_prompts, width = piece.batch.input_ids.shape
+        width += (piece.keep - 1) * _TOKENS_PER_LOGITS
+        found: list[Tensor] = []
+        done = 0
+        while done < len(candidates):
+            limit = self.budget.share(n_prompts, width) if self.tricks.rows else 1
+            some = candidates.pick(slice(done, done + limit))
+            result: list[Tensor] = []
+
+            def run(some: Candidates = some, result: list[Tensor] = result) -> None:
+                logits = self.logits(some, piece)
+                result.append(measure(logits, piece.batch.rows).cpu())
+
+            started = time.perf_counter()
+            if attempt(run):
+                self.budget.ran(len(some) * n_prompts * width, time.perf_counter() - started)
+            elif len(some) == 1 and n_prompts > 1:
+                result = [
+                    torch.cat([self.measure(some, half, measure) for half in piece.halves()], dim=1)
+                ]
+            else:
+                self._shrink(len(some) * n_prompts, width)
+                continue
+            found += result
+            done += len(some)
+        return torch.cat(found)
+
+    def _last_writers(self, plan: WriterPlan) -> list[nn.Module]:
+        """Modules of the last block whose output is added to the stream, token by token.
+
+        Attention has to see all tokens up to its own last projection; an MLP, with or without
+        experts, is a child of the block and sees each token alone.
+        """
+        names = {id(module): name for name, module in self.model.named_modules()}
+        inside = names[id(self._blocks[-1])] + "."
+        found = {}
+        for writer in plan.writers:
+            owner = writer.parameter.rpartition(".")[0]
+            if writer.bias or not owner.startswith(inside):
+                continue
+            if writer.kind in ("mlp", "expert"):
+                owner = inside + owner.removeprefix(inside).split(".")[0]
+            elif writer.kind != "attention":
+                continue
+            found[owner] = self.model.get_submodule(owner)
+        return list(found.values())
+
+    def _shrink(self, rows: int, width: int) -> None:
+        if rows == 1:
+            raise UsageError(
+                f"a single prompt of {self.prefix + width} tokens does not fit into the memory of "
+                f"{self.budget.device.type}: use a smaller --dtype or another --device"
+            )
+        self.budget.failed(rows, rows * width)
+
+    def logits(self, candidates: Candidates, piece: Piece) -> Tensor:
+        """Logits ``[candidates, prompts, kept tokens, vocabulary]`` in one forward pass."""
+        n, k = len(candidates), len(piece.batch.rows)
+        b = piece.batch
+        batch = Batch(
+            b.rows * n,
+            b.input_ids.repeat(n, 1),
+            b.attention_mask.repeat(n, 1),
+            b.position_ids.repeat(n, 1),
+        )
+        cache = candidates.cache and expanded(candidates.cache, k)
+        with ExitStack() as stack:
+            stack.enter_context(self._changed(candidates, k, piece.streams))
+            if self.tricks.last and piece.keep == 1:
+                stack.enter_context(last_token_only(self._final))
+            logits = self._run(batch, cache, piece.keep)
+        return logits.view(n, k, *logits.shape[1:])
+
+    def _run(self, batch: Batch, cache: DynamicCache | None, keep: int = 1) -> Tensor:
+        with torch.inference_mode():
+            logits = last_logits(self.model, batch, keep, cache)
+        return logits.unsqueeze(1) if keep == 1 else logits
+
+    def _opening_batch(self, rows: int) -> Batch:
+        return pad(self.model, [self._opening] * rows, range(rows))
+
+    @contextmanager
+    def _changed(
+        self, candidates: Candidates, prompts: int, streams: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """The model under ``candidates``, each of them for ``prompts`` rows in a row."""
+        n, layer = len(candidates), candidates.layer
+        vectors = candidates.vectors.repeat_interleave(prompts, 0) if n > 1 else candidates.vectors
+        vectors = vectors if n > 1 else vectors[0]
+        with ExitStack() as stack:
+            change: AbstractContextManager[None]
+            if layer is None:
+                change = ablate_units(self.model, vectors, self._sites)
+            elif self.tricks.resume and streams:
+                stack.enter_context(skipped(list(self._blocks)[:layer], self._as_tuple))
+                start = streams[layer].repeat(n, 1, 1)
+                change = add_vectors(self._blocks[layer], vectors, start)
+            else:
+                change = add_vectors(self._blocks[layer], vectors)
+            stack.enter_context(change)
+            yield
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many opening tokens all prompts share and a cache should hold; each keeps one more."""
+    # What the first and the last in alphabetical order share, all in between share.
+    ends = min(map(tuple, prompts)), max(map(tuple, prompts))
+    same = 0
+    for one, other in zip(*ends, strict=False):
+        if one != other:
+            break
+        same += 1
+    same = min(same, min(map(len, prompts)) - 1)
+    return same if same >= _MIN_PREFIX else 0
+
+
+def expanded(cache: Cache, prompts: int) -> DynamicCache:
+    """A cache to go on from, each candidate's keys and values for ``prompts`` rows in a row."""
+    result = DynamicCache()
+    for keys, values in cache:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = (
+            t.unsqueeze(1).expand(-1, prompts, -1, -1, -1).flatten(0, 1) for t in (keys, values)
+        )
+        result.layers.append(layer)
+    return result

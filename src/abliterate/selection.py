@@ -1,0 +1,165 @@
+"""select: score every candidate direction and choose one (paper, section 2.3 and appendix C)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from abliterate.chat import ChatFormat, encode
+from abliterate.choice import Score, Thresholds, choose, judge, why_none
+from abliterate.direction import Direction
+from abliterate.errors import SelectionError, UsageError
+from abliterate.extraction import Extraction, check_enough
+from abliterate.forward import all_last_logits
+from abliterate.generation import greedy_answers
+from abliterate.models import Loaded
+from abliterate.refusal import refusal_score
+from abliterate.scoring import Key, Scorer, Search, Task
+from abliterate.sources import Prompt
+
+__all__ = ["Score", "Selection", "Thresholds", "choose", "judge", "select", "why_none"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Every candidate's scores, and the winner.
+
+    Attributes:
+        scores: by position, then layer, with the filters' verdicts.
+        thresholds: the filters.
+        winner: the kept candidate with the lowest bypass score, or None.
+        harmful_score: mean refusal score of the unmodified model on the harmful prompts used.
+        harmless_score: the same on the harmless ones.
+        n_harmful: how many harmful prompts were used.
+        n_harmless: how many harmless prompts were used.
+    """
+
+    scores: tuple[Score, ...]
+    thresholds: Thresholds
+    winner: Score | None
+    harmful_score: float
+    harmless_score: float
+    n_harmful: int
+    n_harmless: int
+
+    def require_winner(self) -> Score:
+        """The winner.
+
+        Raises:
+            SelectionError: no candidate passes; the message counts the reasons, shows the nearest
+                misses and names the option that would admit them.
+        """
+        if self.winner is None:
+            raise SelectionError(why_none(self.scores, self.thresholds))
+        return self.winner
+
+    def direction(self, extraction: Extraction) -> Direction:
+        """The winner's unnormalised difference of means; raises as :meth:`require_winner`."""
+        winner = self.require_winner()
+        row = extraction.positions.index(winner.position)
+        vector = extraction.directions[row, winner.layer]
+        return Direction(vector, winner.position, winner.layer)
+
+
+def parse_kl_on(text: str) -> int:
+    """How many answer tokens ``last`` (0) or ``response:N`` average the KL over.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "last":
+        return 0
+    kind, _, count = text.partition(":")
+    if kind != "response" or not count.isdecimal() or int(count) < 1:
+        raise UsageError(f"--kl-on must be last or response:N, not '{text}'")
+    return int(count)
+
+
+def select(
+    loaded: Loaded,
+    extraction: Extraction,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    thresholds: Thresholds | None = None,
+    filter: bool = True,
+    chat: ChatFormat | None = None,
+    batch_size: int | str = "auto",
+    search: Search = "staged",
+    all_layers: bool = False,
+    kl_on: str = "last",
+    known: Mapping[Key, Score] | None = None,
+    save: Callable[[Mapping[Key, Score]], None] | None = None,
+) -> Selection:
+    """Score every candidate of ``extraction`` on validation prompts and choose one.
+
+    Args:
+        loaded: model and tokenizer.
+        extraction: the candidates, their positions and the refusal tokens.
+        harmful: validation prompts that extraction did not use.
+        harmless: the same.
+        thresholds: the filters; the paper's by default.
+        filter: drop harmful prompts that are not refused and harmless ones that are.
+        chat: system message and template variables, as extraction had them.
+        batch_size: prompts per forward pass, or ``auto``.
+        search: ``staged`` leaves out what cannot change the choice; ``exhaustive`` scores every
+            candidate on every metric.
+        all_layers: ``staged`` scores the candidates of the pruned layers like the others.
+        kl_on: ``last`` measures KL at the last prompt token, ``response:N`` averages it over the
+            first N tokens of the unmodified model's greedy answers.
+        known: scores that an interrupted search has left.
+        save: called with all scores whenever candidates are finished.
+
+    Raises:
+        InputError: too few prompts are left after filtering.
+        UsageError: ``kl_on`` or ``search`` is none of these.
+    """
+    thresholds, chat = thresholds or Thresholds(), chat or ChatFormat()
+    n_answer = parse_kl_on(kl_on)
+    if search not in ("staged", "exhaustive"):
+        raise UsageError(f"--search must be staged or exhaustive, not '{search}'")
+    model, tokens = loaded.model, extraction.refusal_tokens
+    harmful_ids = encode(loaded.tokenizer, [prompt.text for prompt in harmful], chat)
+    harmless_ids = encode(loaded.tokenizer, [prompt.text for prompt in harmless], chat)
+    harmful_score = refusal_score(all_last_logits(model, harmful_ids, batch_size), tokens)
+    harmless_score = refusal_score(all_last_logits(model, harmless_ids, batch_size), tokens)
+    use_harmful = harmful_score > 0 if filter else torch.ones_like(harmful_score, dtype=torch.bool)
+    use_harmless = (
+        harmless_score < 0 if filter else torch.ones_like(harmless_score, dtype=torch.bool)
+    )
+    if filter:
+        check_enough("harmful", int(use_harmful.sum()), len(harmful), "n-val")
+        check_enough("harmless", int(use_harmless.sum()), len(harmless), "n-val")
+    harmless_used = [ids for ids, use in zip(harmless_ids, use_harmless, strict=True) if use]
+    answered, lengths = None, None
+    if n_answer:
+        answers = greedy_answers(loaded, harmless_used, n_answer, batch_size, "select: answers")
+        # The last answer token is predicted, not read.
+        answered = [ids + new[:-1] for ids, new in zip(harmless_used, answers, strict=True)]
+        lengths = list(map(len, answers))
+    task = Task(
+        model,
+        extraction.directions,
+        extraction.positions,
+        [ids for ids, use in zip(harmful_ids, use_harmful, strict=True) if use],
+        harmless_used,
+        extraction.refusal_tokens,
+        answered,
+        lengths,
+        thresholds,
+        search,
+        all_layers,
+        batch_size,
+    )
+    scores = Scorer(task, known, save).run()
+    judged = judge(scores, extraction.directions.shape[1], thresholds)
+    return Selection(
+        tuple(judged),
+        thresholds,
+        choose(judged),
+        float(harmful_score[use_harmful].mean()),
+        float(harmless_score[use_harmless].mean()),
+        int(use_harmful.sum()),
+        int(use_harmless.sum()),
+    )

@@ -1,0 +1,183 @@
+"""Every setting of the pipeline, with the paper's values as defaults, and its TOML form.
+
+A configuration file has the tables ``[model]``, ``[chat]``, ``[extract]``, ``[select]``,
+``[orthogonalize]`` and ``[evaluate]``; options on the command line win over it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from abliterate.errors import UsageError
+
+
+def _parse_json_object(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a JSON object ({error})") from None
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Section):
+    """Where and how the model runs."""
+
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | str = "auto"
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+class ChatSettings(_Section):
+    """How a prompt becomes a conversation."""
+
+    system: str | None = None
+    template_kwargs: Annotated[dict[str, Any], BeforeValidator(_parse_json_object)] = Field(
+        default_factory=dict
+    )
+    response_prefix: str = ""
+
+
+class ExtractSettings(_Section):
+    """Training prompts and positions (paper, section 2.3)."""
+
+    harmful: str = "harmful"
+    harmless: str = "harmless"
+    n_train: int = Field(128, ge=1)
+    positions: str = "post-instruction"
+    filter: bool = True
+    refusal_tokens: tuple[str, ...] = ()
+
+
+class SelectSettings(_Section):
+    """Validation prompts and filters (paper, appendix C). None: the sources of ``extract``."""
+
+    harmful: str | None = None
+    harmless: str | None = None
+    n_val: int = Field(32, ge=1)
+    filter: bool = True
+    kl_threshold: float = Field(0.1, ge=0)
+    induce_threshold: float = 0.0
+    prune_layers: float = Field(0.2, ge=0, lt=1)
+    search: Literal["staged", "exhaustive"] = "staged"
+    all_layers: bool = False
+    kl_on: str = Field("last", pattern=r"^(last|response:[1-9][0-9]*)$")
+
+
+class OrthogonalizeSettings(_Section):
+    """The edited checkpoint; see ``abliterate.edit_options.EditOptions``."""
+
+    overwrite: bool = False
+    allow_leak: float | None = Field(default=None, ge=0)
+    layers: str | None = None
+    components: str | None = None
+    scale: float = 1.0
+    norm_preserve: bool = False
+    tied_embeddings: Literal["untie", "share", "skip"] = "untie"
+    requantize: bool = False
+    dequantize: bool = False
+    add: float | None = None
+    as_lora: bool = False
+    device: str = "cpu"
+    jobs: int | None = Field(None, ge=1)
+
+
+class EvaluateSettings(_Section):
+    """Test prompts and decoding. None: the sources of ``extract``, and all of their prompts."""
+
+    harmful: str | None = None
+    harmless: str | None = None
+    n_test: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(512, ge=1)
+
+
+class Settings(_Section):
+    """All settings of a run."""
+
+    model: ModelSettings = ModelSettings()
+    chat: ChatSettings = ChatSettings()
+    extract: ExtractSettings = ExtractSettings()
+    select: SelectSettings = SelectSettings()
+    orthogonalize: OrthogonalizeSettings = OrthogonalizeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+Tables = Mapping[str, Mapping[str, Any]]
+
+
+def load_settings(
+    file: Path | None = None, options: Tables | None = None, base: Tables | None = None
+) -> Settings:
+    """Settings from a TOML file and the options that were given.
+
+    Args:
+        file: the configuration, or None for the defaults.
+        options: per table, the options that win over the file; None values are skipped.
+        base: per table, what an earlier stage recorded; the file and the options win over it.
+
+    Raises:
+        UsageError: the file is missing or no TOML, or a key or value is wrong; the message names
+            the nearest valid key.
+    """
+    configured = {} if file is None else _read_toml(file)
+    where = "the recorded settings" if file is None else str(file)
+    _check_keys(configured, where)
+    document: dict[str, dict[str, Any]] = {}
+    for layer in (base or {}, configured, options or {}):
+        for table, values in layer.items():
+            given = {key: value for key, value in values.items() if value is not None}
+            document[table] = {**document.get(table, {}), **given}
+    try:
+        return Settings.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        table, *rest = (str(part) for part in first["loc"])
+        key = ".".join(rest) or table
+        given_option = (options or {}).get(table, {}).get(key) is not None
+        source = f"--{key.replace('_', '-')}" if given_option else f"{where}: [{table}] {key}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{source}: {message}, not {first['input']!r}") from None
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"configuration file {file} does not exist") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"configuration file {file} is not readable TOML: {error}") from None
+
+
+def _check_keys(document: Mapping[str, Any], where: str) -> None:
+    tables = Settings.model_fields
+    for table, values in document.items():
+        if table not in tables:
+            raise UsageError(f"{where}: unknown table [{table}]{_nearest(table, tables)}")
+        if not isinstance(values, dict):
+            raise UsageError(f"{where}: [{table}] must be a table")
+        section = tables[table].annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        keys = section.model_fields
+        for key in values:
+            if key not in keys:
+                raise UsageError(f"{where}: unknown key '{key}' in [{table}]{_nearest(key, keys)}")
+
+
+def _nearest(name: str, valid: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    return f", did you mean '{close[0]}'?" if close else f" (valid: {', '.join(valid)})"

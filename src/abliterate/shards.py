@@ -1,0 +1,305 @@
+"""Safetensors shards on disk: their headers, and where each tensor lies.
+
+The format is eight bytes of header length, a JSON header that gives each tensor's dtype, shape and
+byte range, and the data. Reading it here (rather than through ``safetensors``) tells where each
+tensor lies, so that a tensor can be edited in the copy of a file of any size. A checkpoint may come
+from anyone: nothing in a header or an index is believed before it is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+_MAX_RANK = 16  # far past any real tensor; a product of endless factors would never end
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies.
+
+    Attributes:
+        name: its name on disk.
+        dtype: the format's name of its dtype (``BF16``).
+        shape: its shape.
+        file: the shard that holds it.
+        start: absolute byte offset in that file.
+        end: offset of the byte behind it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """How a file stood when it was first looked at; an edit of a file that moved on is refused."""
+
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file: its tensors and metadata in the header's order, its first data byte."""
+
+    path: Path
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+    data_start: int
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """All shards of a checkpoint.
+
+    Attributes:
+        folder: the checkpoint.
+        shards: by file name, in order.
+        index: the parsed index, or None for a single file.
+    """
+
+    folder: Path
+    shards: Mapping[str, Shard]
+    index: Mapping[str, Any] | None
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check a shard's header.
+
+    Raises:
+        CheckpointError: the file is truncated, or its header is damaged or contradicts itself.
+    """
+    raw, stamp = _read_header(path)
+    data_start = 8 + len(raw)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are no strings")
+        entries = [_entry(path, name, value, data_start) for name, value in header.items()]
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a damaged header ({str(error)[:200]!r})") from None
+    position = data_start
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
+        if entry.start != position:
+            raise CheckpointError(
+                f"{path}: tensor {entry.name[:200]!r} overlaps another or leaves a gap"
+            )
+        position = entry.end
+    if position != stamp.size:
+        raise CheckpointError(f"{path} should have {position} bytes but has {stamp.size}")
+    return Shard(path, {entry.name: entry for entry in entries}, metadata, data_start, stamp)
+
+
+def _read_header(path: Path) -> tuple[bytes, Stamp]:
+    try:
+        # Without O_NONBLOCK a FIFO of that name would wait for a writer for ever.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"shard {path} is no regular file")
+            length = int.from_bytes(file.read(8), "little")
+            if status.st_size < 8 or length > min(_MAX_HEADER, status.st_size - 8):
+                raise CheckpointError(f"{path} is truncated or no safetensors file")
+            raw = file.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"shard {path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"shard {path} cannot be read: {error.strerror}") from None
+    if len(raw) != length:
+        raise CheckpointError(f"{path} is truncated or no safetensors file")
+    return raw, Stamp.of(status)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise ValueError("a name occurs twice")
+    for name in unique:
+        name.encode()  # JSON can spell half a surrogate pair, which no file name or terminal can
+        if any(ord(letter) < 32 for letter in name):
+            raise ValueError(f"the name {name[:80]!r} holds control characters")
+    return unique
+
+
+def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+    dtype, shape = value["dtype"], tuple(value["shape"])
+    start, end = value["data_offsets"]
+    if dtype not in BITS:
+        raise CheckpointError(f"{path}: tensor '{name}' has the unknown dtype {str(dtype)[:40]!r}")
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end)):
+        raise ValueError(f"tensor '{name}' has a malformed shape or offset")
+    if len(shape) > _MAX_RANK or start > end:
+        raise ValueError(f"tensor '{name}' has a malformed shape or offset")
+    if (end - start) * 8 != math.prod(shape) * BITS[dtype]:
+        raise CheckpointError(
+            f"{path}: tensor '{name}' has {end - start} bytes, which its shape "
+            f"{list(shape)} and dtype {dtype} contradict"
+        )
+    return TensorEntry(name, dtype, shape, path, data_start + start, data_start + end)
+
+
+def read_shards(folder: Path) -> ShardSet:
+    """Read every header of a checkpoint, through its index if it has one.
+
+    Raises:
+        CheckpointError: a shard is missing or damaged, or index and shards disagree.
+    """
+    index = None
+    if (folder / SINGLE).is_file():
+        names = [SINGLE]
+    elif (folder / INDEX).is_file():
+        index = read_index(folder / INDEX)
+        names = sorted(set(index["weight_map"].values()))
+    else:
+        # Without an index the loading libraries would not find these either, save a lone file.
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if len(names) != 1:
+            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    shards = {name: read_shard(inside(folder, folder / name)) for name in names}
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards.values():
+        for name, entry in shard.tensors.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor '{name}' is in both {tensors[name].file} and {shard.path}"
+                )
+            tensors[name] = entry
+    if index is not None:
+        for name, file in index["weight_map"].items():
+            if name not in shards[file].tensors:
+                raise CheckpointError(
+                    f"{folder / INDEX} places '{name}' in {file}, which does not hold it"
+                )
+        extra = sorted(set(tensors) - set(index["weight_map"]))
+        if extra:
+            raise CheckpointError(f"{folder / INDEX} does not list tensor '{extra[0]}'")
+    return ShardSet(folder, shards, index, tensors)
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """``path``, if what it leads to lies in ``folder`` or is a blob of the same hub-cache entry.
+
+    Raises:
+        CheckpointError: it is a symlink that leaves the checkpoint, or leads nowhere.
+    """
+    try:
+        root, real = folder.resolve(strict=True), path.resolve(strict=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing, or a link that leads nowhere") from None
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be followed: {error}") from None
+    allowed = [root]
+    if root.parent.name == "snapshots":  # <cache>/models--org--name/{blobs,snapshots/<revision>}
+        allowed.append(root.parent.parent / "blobs")
+    if not any(base in real.parents for base in allowed):
+        raise CheckpointError(
+            f"{path} is a link to {real}, outside the checkpoint: put the file itself there"
+        )
+    return path
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read and check a checkpoint's index.
+
+    Raises:
+        CheckpointError: it is damaged or names a file outside its folder.
+    """
+    try:
+        if inside(path.parent, path).stat().st_size > _MAX_HEADER:
+            raise ValueError("it is too large")
+        text = path.read_text(encoding="utf-8")
+        index = json.loads(text, object_pairs_hook=_unique_keys)
+        names = list(index["weight_map"].values())
+        good = all(isinstance(name, str) for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({str(error)[:200]!r})") from None
+    for name in names if good else ():
+        if not _is_plain_name(name):
+            raise CheckpointError(
+                f"{path} names the shard {name[:200]!r}, which is no plain file name"
+            )
+    if not good or not index["weight_map"]:
+        raise CheckpointError(f"{path} is damaged (weight_map)")
+    return dict(index)
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether ``name`` is a file of the folder itself on every system."""
+    return (
+        name.endswith(".safetensors")
+        and len(name) <= 255
+        and name.isprintable()
+        and not set(name) & set("/\\:")
+        and not name.startswith("..")
+    )
+
+
+def read_entry(entry: TensorEntry) -> torch.Tensor:
+    """A (small) tensor's values.
+
+    Raises:
+        CheckpointError: it is stored in a dtype that is no plain floating point.
+    """
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"tensor '{entry.name}' is stored as {entry.dtype}, not as floats")
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        raw = bytearray(file.read(entry.end - entry.start))
+    return torch.frombuffer(raw, dtype=DTYPES[entry.dtype]).reshape(entry.shape)

@@ -1,0 +1,239 @@
+"""Prompt sources: a bundled set, a preset, a file or a Hugging Face dataset, read into prompts.
+
+The grammar of a source is ``NAME``, ``PATH`` or ``org/name[/config][@revision][:split]``, each with
+an optional ``[column]`` at the end.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from abliterate.errors import InputError
+from abliterate.resources import data_dir
+
+TEXT_COLUMNS = ("instruction", "prompt", "goal", "text", "question", "behavior")
+CATEGORY_COLUMNS = ("category", "semanticcategory", "functionalcategory", "topic", "label")
+FILE_TYPES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+SPLITS = ("train", "val", "test")
+BUNDLED = ("harmful", "harmless")
+
+# The public sets of the paper (section 2.1 and appendix A), as hub ids. Some are gated: accept
+# their terms on the hub and pass a token in HF_TOKEN.
+PRESETS = {
+    "advbench": "walledai/AdvBench:train[prompt]",
+    "jailbreakbench": "JailbreakBench/JBB-Behaviors/behaviors:harmful[Goal]",
+    "jailbreakbench-benign": "JailbreakBench/JBB-Behaviors/behaviors:benign[Goal]",
+    "harmbench": "walledai/HarmBench/standard:train[prompt]",
+    "maliciousinstruct": "walledai/MaliciousInstruct:train[prompt]",
+    "strongreject": "walledai/StrongREJECT:train[prompt]",
+    "tdc2023": "walledai/TDC23-RedTeaming:train[prompt]",
+    "alpaca": "tatsu-lab/alpaca:train[instruction]",
+}
+
+_HUB_ID = re.compile(
+    r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.\[\]%+:-]+?))?"
+)
+_COLUMN = re.compile(r"(?P<rest>.+)\[(?P<column>[^\[\]]+)\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One instruction, with its category where the source has one."""
+
+    text: str
+    category: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """What a source held.
+
+    Attributes:
+        spec: the source as the user named it.
+        origin: ``bundled``, ``file`` or ``hub``.
+        splits: prompts by split; a source without splits of its own has the one split ``all``.
+    """
+
+    spec: str
+    origin: str
+    splits: Mapping[str, tuple[Prompt, ...]] = field(repr=False)
+
+
+def read_source(spec: str) -> PromptSource:
+    """Read every prompt of a source, duplicates included.
+
+    Raises:
+        InputError: it does not exist, is empty, is damaged, or has no column of prompts.
+    """
+    expanded = PRESETS.get(spec.lower(), spec)
+    if spec in BUNDLED:
+        folder = data_dir() / "prompts" / spec
+        splits = {name: _read_file(folder / f"{name}.jsonl", None) for name in SPLITS}
+        return PromptSource(spec, "bundled", splits)
+    column = None
+    # A file may itself be called `x[1].txt`: its brackets name no column then.
+    if (match := _COLUMN.fullmatch(expanded)) and not Path(expanded).exists():
+        expanded, column = match["rest"], match["column"]
+    path = Path(expanded)
+    if path.suffix.lower() in FILE_TYPES or path.exists():
+        return PromptSource(spec, "file", {"all": _read_file(path, column)})
+    if (match := _HUB_ID.fullmatch(expanded)) and not expanded.startswith((".", "/", "~")):
+        prompts = _read_hub(
+            spec, match["id"], match["config"], match["revision"], match["split"] or "train", column
+        )
+        return PromptSource(spec, "hub", {"all": prompts})
+    known = ", ".join((*BUNDLED, *PRESETS))
+    raise InputError(
+        f"prompt source '{spec}' is neither a set ({known}), an existing file "
+        f"({', '.join(FILE_TYPES)}) nor a hub dataset (org/name:split[column])"
+    )
+
+
+def _read_file(path: Path, column: str | None) -> tuple[Prompt, ...]:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file ({', '.join(FILE_TYPES)}) inside it")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"prompt file {path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"prompt file {path} cannot be read: {error.strerror}") from None
+    kind = path.suffix.lower()
+    if kind not in FILE_TYPES:
+        raise InputError(f"{path}: unknown file type '{kind}', use one of {', '.join(FILE_TYPES)}")
+    if not raw.strip():
+        raise InputError(f"prompt file {path} is empty")
+    rows: Iterable[Any]
+    if kind == ".parquet":
+        rows = _parquet_rows(path, raw)
+    else:
+        rows = _text_rows(path, kind, _decode(path, raw))
+    prompts = _to_prompts(list(rows), str(path), column)
+    if not prompts:
+        raise InputError(f"prompt file {path} holds no prompts")
+    return prompts
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8: save the file as "
+            "UTF-8"
+        ) from None
+
+
+def _parquet_rows(path: Path, raw: bytes) -> list[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return list(pq.read_table(io.BytesIO(raw)).to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is not a readable parquet file: {reason}") from None
+
+
+def _text_rows(path: Path, kind: str, text: str) -> list[Any]:
+    if kind == ".txt":
+        return text.splitlines()
+    if kind == ".csv":
+        try:
+            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        except csv.Error as error:
+            raise InputError(f"{path} is not a readable CSV file: {error}") from None
+    if kind == ".jsonl":
+        return [
+            _parse_json(line, f"{path}, line {number}")
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
+    document = _parse_json(text, str(path))
+    if isinstance(document, dict):  # {"prompts": [...]} and the like: its one list
+        lists = [value for value in document.values() if isinstance(value, list)]
+        document = lists[0] if len(lists) == 1 else document
+    if not isinstance(document, list):
+        raise InputError(f"{path}: expected a JSON list of strings or of objects")
+    return document
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+
+
+def _read_hub(
+    spec: str, name: str, config: str | None, revision: str | None, split: str, column: str | None
+) -> tuple[Prompt, ...]:
+    import datasets
+
+    try:
+        rows = list(datasets.load_dataset(name, config, split=split, revision=revision))
+    except Exception as error:  # the hub client's many error types have no narrower common base
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(
+            f"hub dataset '{spec}' cannot be loaded ({reason}): check the id, split and network, "
+            "set HF_TOKEN if it is gated, or pass a local file"
+        ) from None
+    # Alpaca-style rows whose instruction needs a separate input are no prompts of their own (paper,
+    # appendix A: "instructions without inputs").
+    rows = [row for row in rows if not (isinstance(row.get("input"), str) and row["input"].strip())]
+    prompts = _to_prompts(rows, f"hub dataset '{spec}'", column)
+    if not prompts:
+        raise InputError(f"hub dataset '{spec}' holds no prompts")
+    return prompts
+
+
+def _to_prompts(rows: list[Any], where: str, column: str | None) -> tuple[Prompt, ...]:
+    prompts = []
+    text: Any
+    columns: tuple[str, str | None] | None = None
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, str):
+            if column is not None:
+                raise InputError(f"{where} has no columns: drop [{column}]")
+            text, category = row, None
+        elif isinstance(row, Mapping):
+            if columns is None:
+                names = [name for name in row if isinstance(name, str)]
+                columns = _find_columns(names, where, column)
+            text = row.get(columns[0])
+            category = row.get(columns[1]) if columns[1] else None
+        else:
+            raise InputError(f"{where}, entry {number}: expected a string or an object of columns")
+        if text is None:
+            text = ""
+        if not isinstance(text, str):
+            raise InputError(
+                f"{where}, entry {number}: the prompt is no text but {type(text).__name__}"
+            )
+        if text.strip():
+            prompts.append(Prompt(text.strip(), None if category is None else str(category)))
+    return tuple(prompts)
+
+
+def _find_columns(names: list[str], where: str, column: str | None) -> tuple[str, str | None]:
+    by_lower = {name.strip().lower(): name for name in names}
+    category = next((by_lower[name] for name in CATEGORY_COLUMNS if name in by_lower), None)
+    if column is not None:
+        if column in names or column.lower() in by_lower:
+            return (column if column in names else by_lower[column.lower()]), category
+        raise InputError(f"{where} has no column '{column}' (it has: {', '.join(names)})")
+    text = next((by_lower[name] for name in TEXT_COLUMNS if name in by_lower), None)
+    if text is None:
+        raise InputError(
+            f"{where} has none of the columns {', '.join(TEXT_COLUMNS)} (it has: "
+            f"{', '.join(names) or 'none'}): name one as SOURCE[column]"
+        )
+    return text, category

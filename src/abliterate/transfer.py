@@ -1,0 +1,160 @@
+"""Moving bytes between files: by the kernel where it can, and never in one huge piece."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+_CHUNK = 8 << 20
+_FICLONE = 0x40049409  # Linux: share a whole file's blocks (btrfs, XFS, bcachefs, overlayfs)
+_SYNC_FILE_RANGE_WRITE = 2
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+# What a filesystem or kernel says that has no such operation, for this pair of files or at all.
+_CANNOT = {
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.ENOTTY,
+    errno.EPERM,
+    errno.ETXTBSY,
+    errno.EBADF,
+}
+
+
+class SourceFile:
+    """An open file to read from; its errors carry its name.
+
+    Attributes:
+        path: the file.
+        descriptor: open for reading.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from byte ``offset``.
+
+        Raises:
+            OSError: the file cannot be read, or ends too early.
+        """
+        while buffer:
+            try:
+                got = os.preadv(self.descriptor, [buffer], offset)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
+            if got == 0:
+                raise OSError(errno.EIO, "ended while it was read", str(self.path))
+            buffer, offset = buffer[got:], offset + got
+
+    def expect(self, offset: int, length: int) -> None:
+        """Ask the system to read a range ahead."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def write_all(target: int, content: memoryview, offset: int) -> None:
+    """Write ``content`` at byte ``offset`` of the file descriptor ``target``."""
+    while content:
+        written = os.pwrite(target, content, offset)
+        content, offset = content[written:], offset + written
+
+
+def clone_file(source: SourceFile, target: int) -> bool:
+    """Let ``target`` share all blocks of ``source``, if the filesystem can."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source.descriptor)
+    except OSError as error:
+        if error.errno in _CANNOT:
+            return False
+        raise
+    return True
+
+
+def copy_range(source: SourceFile, start: int, target: int, to: int, length: int) -> None:
+    """Copy ``length`` bytes from byte ``start`` of ``source`` to byte ``to`` of ``target``.
+
+    Raises:
+        OSError: either file fails, or the source ends too early.
+    """
+    copied = _copy_in_kernel(source, start, target, to, length)
+    if copied == length:
+        return
+    buffer = memoryview(bytearray(min(_CHUNK, length - copied)))
+    while copied < length:
+        part = buffer[: length - copied]
+        source.read_into(part, start + copied)
+        write_all(target, part, to + copied)
+        copied += len(part)
+
+
+def _copy_in_kernel(source: SourceFile, start: int, target: int, to: int, length: int) -> int:
+    """How much the kernel copied by itself."""
+    copied = 0
+    operation = getattr(os, "copy_file_range", None)  # Linux
+    while operation is not None and copied < length:
+        try:
+            got = operation(
+                source.descriptor, target, min(_CHUNK, length - copied), start + copied, to + copied
+            )
+        except OSError as error:
+            if error.errno in _CANNOT:
+                break
+            raise
+        if got == 0:  # the end, or a filesystem that pretends: reading tells which
+            break
+        copied += got
+    return copied
+
+
+def begin_writeback(target: int, offset: int, length: int) -> None:
+    """Start writing a range to disk without waiting, so that the flush at the end finds little."""
+    operation = _libc("sync_file_range")
+    if operation is not None:
+        operation(
+            ctypes.c_int(target),
+            ctypes.c_int64(offset),
+            ctypes.c_int64(length),
+            ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
+        )
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, if system and filesystem can."""
+    operation = _libc("renameat2")
+    return operation is not None and not operation(
+        ctypes.c_int(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(one)),
+        ctypes.c_int(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(other)),
+        ctypes.c_uint(_RENAME_EXCHANGE),
+    )
+
+
+@cache
+def _libc(name: str) -> Callable[..., int] | None:
+    try:
+        found: Callable[..., int] = getattr(ctypes.CDLL(None, use_errno=True), name)
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,127 @@
+"""Finding every parameter that writes to the residual stream, and proving that none is missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from abliterate.errors import PlanError, UnsupportedArchitectureError
+from abliterate.writers.discover import DiscoveryError, discover
+from abliterate.writers.plan import Gain, Obstacle, Site, Writer, WriterPlan
+from abliterate.writers.proof import Proof, prove, prove_in_place
+from abliterate.writers.shrink import ShrinkError
+
+__all__ = [
+    "Gain",
+    "Obstacle",
+    "Proof",
+    "Site",
+    "Writer",
+    "WriterPlan",
+    "decoder_blocks",
+    "find_writers",
+    "proof_of",
+    "prove_in_place",
+    "stream_width",
+]
+
+_proofs: dict[tuple[type, str], Proof] = {}
+_plans: WeakKeyDictionary[PreTrainedModel, WriterPlan] = WeakKeyDictionary()
+
+
+def proof_of(config: Any) -> Proof:
+    """The plan for an architecture and its proof on a shrunken random copy, made once a process.
+
+    Args:
+        config: a model's configuration; of a vision-language model the text decoder counts.
+
+    Raises:
+        UnsupportedArchitectureError: no copy can be built, or it has no decoder blocks.
+    """
+    key = (type(config), config.to_json_string(use_diff=False))
+    if key not in _proofs:
+        try:
+            _proofs[key] = prove(config)
+        except (ShrinkError, DiscoveryError) as error:
+            raise UnsupportedArchitectureError(
+                f"architecture '{config.model_type}': its writers cannot be found ({error})"
+            ) from None
+    return _proofs[key]
+
+
+def plan_for(model: PreTrainedModel, plan: WriterPlan, sample: str) -> WriterPlan:
+    """``plan``, made on a copy whose decoder is named ``sample``, with the names of ``model``.
+
+    The text decoder of a vision-language model has its own place in it.
+    """
+    here = _name_of(model, model.get_decoder())
+
+    def moved(name: str) -> str:
+        inside = name == sample or name.startswith(sample + ".")
+        return here + name[len(sample) :] if inside else name
+
+    def moved_gain(gain: Gain) -> Gain:
+        return replace(gain, parameter=gain.parameter and moved(gain.parameter))
+
+    return replace(
+        plan,
+        writers=tuple(
+            replace(w, parameter=moved(w.parameter), gains=tuple(map(moved_gain, w.gains)))
+            for w in plan.writers
+        ),
+        sites=tuple(replace(site, module=moved(site.module)) for site in plan.sites),
+        blocks=tuple(map(moved, plan.blocks)),
+    )
+
+
+def _name_of(model: PreTrainedModel, module: Any) -> str:
+    found: str = next(name for name, each in model.named_modules() if each is module)
+    return found
+
+
+def stream_width(model: PreTrainedModel, plan: WriterPlan) -> int:
+    """d_model of the residual stream, on which every writer agrees.
+
+    Raises:
+        PlanError: they do not agree.
+    """
+    widths = {
+        int(model.get_parameter(writer.parameter).shape[writer.axis])
+        for writer in plan.writers
+        if writer.part is None
+    }
+    if len(widths) != 1:
+        raise PlanError(f"the writers found have different widths: {sorted(widths)}")
+    return widths.pop()
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder blocks in order; what enters block ``l`` is ``resid_pre`` of layer ``l``.
+
+    Raises:
+        UnsupportedArchitectureError: there are none that hand on a residual stream.
+    """
+    return [model.get_submodule(name) for name in find_writers(model).blocks]
+
+
+def find_writers(model: PreTrainedModel) -> WriterPlan:
+    """Every writer of ``model`` and the sites where ``ablate`` acts, found once a model.
+
+    Raises:
+        UnsupportedArchitectureError: they cannot be found.
+    """
+    if model not in _plans:
+        try:
+            proof = proof_of(model.config)
+            _plans[model] = plan_for(model, proof.plan, proof.decoder)
+        except UnsupportedArchitectureError:
+            # No small copy (code that came with the checkpoint, say): look at the model itself.
+            try:
+                _plans[model] = discover(model)
+            except DiscoveryError as error:
+                raise UnsupportedArchitectureError(f"{type(model).__name__}: {error}") from None
+    return _plans[model]

@@ -1,0 +1,153 @@
+"""Fixtures: a tiny tokenizer and tiny random checkpoints on disk, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Workers share the cores: one thread each is faster, and keeps sums in one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from abliterate.cli import main
+from abliterate.sources import read_source
+
+torch.set_num_threads(1)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+VOCABULARY = 512
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer with a ChatML-like template, trained on the bundled prompts."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 8,
+        special_tokens=["<|pad|>", "<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    texts = [p.text for p in read_source("harmless").splits["train"]]
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return folder
+
+
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "bos_token_id": None,
+}
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_SMALL, tie_word_embeddings=False),
+    "llama-bias": lambda: LlamaConfig(
+        **_SMALL, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
+    ),
+    "qwen2": lambda: Qwen2Config(**_SMALL, tie_word_embeddings=True),
+    "gemma": lambda: GemmaConfig(**_SMALL, head_dim=12),
+    "mistral": lambda: MistralConfig(**_SMALL, tie_word_embeddings=False, sliding_window=16),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Callable[..., Path]:
+    """Make (once) a random checkpoint of an architecture in ``CONFIGS``, sharded on request."""
+    made: dict[tuple[str, bool, torch.dtype], Path] = {}
+
+    def build(
+        kind: str = "llama", sharded: bool = False, dtype: torch.dtype = torch.float32
+    ) -> Path:
+        key = (kind, sharded, dtype)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{kind}-model")
+            torch.manual_seed(7)
+            model = AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    # Norm gains and biases too: left at one and zero they would hide mistakes.
+                    base = 1.0 if parameter.ndim == 1 and float(parameter.mean()) == 1.0 else 0.0
+                    parameter.copy_(base + 0.3 * torch.randn_like(parameter))
+            model.to(dtype).save_pretrained(folder, max_shard_size="60KB" if sharded else "1GB")
+            for file in tokenizer_dir.iterdir():
+                (folder / file.name).write_bytes(file.read_bytes())
+            made[key] = folder
+        return made[key]
+
+    return build
+
+
+class Result:
+    """What a command left behind."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in process, as a user would type it."""
+
+    def run(*args: str | Path) -> Result:
+        capfd.readouterr()
+        code = main([str(arg) for arg in args])
+        captured = capfd.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def fails(cli: Callable[..., Result]) -> Callable[..., str]:
+    """Run a command that must fail with one line on stderr and nothing on stdout; returns it."""
+
+    def run(*args: str | Path, code: int) -> str:
+        result = cli(*args)
+        assert result.code == code, result.err
+        assert result.out == ""
+        lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert "Traceback" not in result.err
+        assert "unexpected" not in lines[0]
+        return lines[0]
+
+    return run

@@ -1,0 +1,218 @@
+"""``run`` end to end on a random model: stages, configuration, output streams, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from abliterate.errors import UsageError
+from abliterate.resources import config_dir
+from abliterate.settings import load_settings
+
+SMALL = (
+    "--no-filter", "--refusal-token", "I", "--n-train", "8", "--n-val", "8", "--n-test", "8",
+    "--positions", "last", "--max-new-tokens", "3", "--kl-threshold", "1e9",
+    "--induce-threshold=-1e9",
+)  # fmt: skip
+
+
+def _times(run: Path) -> dict[str, int]:
+    names = ("extract.json", "selection.json", "model/abliterate.json", "evaluation.json")
+    return {name: (run / name).stat().st_mtime_ns for name in names}
+
+
+def test_finished_stages_are_skipped_and_stale_ones_redone(tiny, cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = cli("run", tiny("llama"), "-o", run, *SMALL, "--json")
+    assert first.code == 0, first.err
+    assert set(first.json) == {"extract", "select", "orthogonalize", "evaluate"}
+    made = _times(run)
+
+    again = cli("run", tiny("llama"), "-o", run, *SMALL, "--json")
+    assert again.code == 0
+    assert again.json == first.json
+    assert again.err.count("is up to date") == 4
+    assert "loaded" not in again.err  # not even the model
+    assert _times(run) == made
+
+    # Another test setting redoes the evaluation alone.
+    assert cli("run", tiny("llama"), "-o", run, *SMALL, "--max-new-tokens", "4").code == 0
+    now = _times(run)
+    assert {name for name in now if now[name] != made[name]} == {"evaluation.json"}
+
+    # A damaged direction is noticed by its hash, and selected again to the same bytes.
+    good = (run / "direction.safetensors").read_bytes()
+    (run / "direction.safetensors").write_bytes(good[:-1] + b"\x00")
+    assert cli("run", tiny("llama"), "-o", run, *SMALL, "--max-new-tokens", "4").code == 0
+    assert (run / "direction.safetensors").read_bytes() == good
+
+    # Another seed draws other prompts: everything is redone.
+    before = _times(run)
+    assert cli("run", tiny("llama"), "-o", run, *SMALL, "--seed", "5").code == 0
+    assert all(before[name] != value for name, value in _times(run).items())
+
+
+def test_run_equals_its_four_commands(tiny, cli, tmp_path: Path) -> None:
+    model, one, four = tiny("qwen2"), tmp_path / "one", tmp_path / "four"
+    result = cli("run", model, "-o", one, *SMALL)
+    assert result.code == 0, result.err
+    train = ("--no-filter", "--refusal-token", "I", "--n-train", "8", "--positions", "last")
+    assert cli("extract", model, "-o", four, *train).code == 0
+    opened = ("--kl-threshold", "1e9", "--induce-threshold=-1e9")
+    assert cli("select", four, "--no-filter", "--n-val", "8", *opened).code == 0
+    edited = tmp_path / "orthogonalized"
+    assert cli("orthogonalize", model, "--direction", four, "-o", edited).code == 0
+    result = cli(
+        "evaluate", model, "--direction", four, "--checkpoint", edited, "--n-test", "8",
+        "--max-new-tokens", "3", "--json",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    for name in ("directions.safetensors", "direction.safetensors"):
+        assert (one / name).read_bytes() == (four / name).read_bytes()
+    for path in sorted((one / "model").glob("*.safetensors")):
+        assert path.read_bytes() == (edited / path.name).read_bytes()
+    expected = json.loads((one / "evaluation.json").read_text())["interventions"]
+    assert result.json["interventions"] == expected
+    assert set(expected) == {"baseline", "ablate", "add", "orthogonalized"}
+    assert expected["baseline"]["kl_divergence"] == 0.0
+    hooked, baked = expected["ablate"], expected["orthogonalized"]
+    assert hooked["kl_divergence"] == pytest.approx(baked["kl_divergence"], abs=1e-4)
+    assert (one / "completions" / "baseline-harmful.jsonl").read_text().count("\n") == 8
+
+
+def test_completions_do_not_depend_on_padding(tiny, cli, tmp_path: Path) -> None:
+    texts = {}
+    for size in ("1", "8"):
+        out = tmp_path / size
+        assert cli("evaluate", tiny("llama"), "-o", out, "--refusal-token", "I", "--n-test", "8",
+                   "--max-new-tokens", "12", "--batch-size", size).code == 0  # fmt: skip
+        lines = (out / "completions" / "baseline-harmless.jsonl").read_text().splitlines()
+        texts[size] = [json.loads(line)["response"] for line in lines]
+    assert texts["1"] == texts["8"]
+    assert len(set(texts["1"])) > 1
+
+
+def test_evaluate_refuses_what_it_cannot_do(tiny, fails, tmp_path: Path) -> None:
+    base = ("evaluate", tiny("llama"), "--refusal-token", "I", "--n-test", "4")
+    assert "needs --direction" in fails(*base, "--intervention", "ablate", code=2)
+    assert "'erase'" in fails(*base, "--intervention", "erase", code=2)
+    assert "nothing-here" in fails(*base, "--checkpoint", "./nothing-here", code=4)
+    assert "lower --n-test" in fails(*base[:-1], "5000", code=3)
+
+
+def test_outputs_that_cannot_be_made_are_refused_before_the_work(
+    tiny, fails, tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    for out, reason in ((taken, "is a file"), (taken / "run", "is not a writable folder")):
+        assert reason in fails("extract", tiny("llama"), "-o", out, code=2)
+        assert reason in fails("run", tiny("llama"), "-o", out, *SMALL, code=2)
+        base = ("evaluate", tiny("llama"), "--refusal-token", "I", "--n-test", "4")
+        assert reason in fails(*base, "-o", out, code=2)
+
+
+def test_configuration_file_with_options_on_top(tiny, cli, fails, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        '[extract]\nn_train = 9\npositions = "last"\nfilter = false\nrefusal_tokens = ["I"]\n'
+    )
+    run = tmp_path / "run"
+    result = cli("extract", tiny("llama"), "-o", run, "--config", config, "--json")
+    assert result.json["counts"]["harmful"]["given"] == 9
+    assert [p["position"] for p in result.json["positions"]] == [-1]
+    result = cli(
+        "extract", tiny("llama"), "-o", run, "--config", config, "--n-train", "10", "--json"
+    )
+    assert result.json["counts"]["harmful"]["given"] == 10
+
+    def bad(text: str) -> str:
+        config.write_text(text)
+        return fails("extract", tiny("llama"), "-o", tmp_path / "x", "--config", config, code=2)
+
+    assert "unknown key 'n_trian' in [extract], did you mean 'n_train'?" in bad(
+        "[extract]\nn_trian = 3"
+    )
+    assert "unknown table [extrakt], did you mean 'extract'?" in bad("[extrakt]\n")
+    assert "[extract] n_train" in bad('[extract]\nn_train = "many"')
+    assert "[select] kl_threshold" in bad("[select]\nkl_threshold = -1.0")
+    assert "must be a table" in bad("extract = 3")
+    assert "not readable TOML" in bad("[extract")
+    assert "does not exist" in fails(
+        "extract", tiny("llama"), "-o", tmp_path / "x", "--config", tmp_path / "no.toml", code=2
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_shipped_configurations_are_valid_and_the_papers_is_the_default() -> None:
+    for name in ("paper", "quick", "demo"):
+        load_settings(config_dir() / f"{name}.toml")
+    paper, default = load_settings(config_dir() / "paper.toml"), load_settings()
+    assert paper.select.model_copy(update={"harmful": None}) == default.select
+    changed = {"harmful": "harmful", "harmless": "harmless"}
+    assert paper.extract.model_copy(update=changed) == default.extract
+    with pytest.raises(UsageError, match="--n-train"):
+        load_settings(options={"extract": {"n_train": -4}})
+
+
+def _abliterate(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "abliterate", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_streams_of_the_installed_command(tiny, tmp_path: Path) -> None:
+    """As a pipeline sees it: one document on stdout, no colour or bars, logs on stderr."""
+    train = ("--no-filter", "--refusal-token", "I", "--n-train", "8")
+    out = tmp_path / "run"
+    done = _abliterate("extract", tiny("llama"), "-o", out, *train, "--json")
+    assert done.returncode == 0, done.stderr
+    json.loads(done.stdout)
+    assert "loaded" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\r" not in done.stderr
+    quiet = _abliterate("extract", tiny("llama"), "-o", out, *train, "--quiet")
+    assert quiet.stderr == ""
+    assert "Candidate directions" in quiet.stdout
+    assert "\x1b" not in quiet.stdout
+    broken = _abliterate("extract", "./nowhere", "-o", out)
+    assert broken.returncode == 4
+    assert broken.stderr == "error: model './nowhere' is neither an existing folder nor a hub id\n"
+    assert "Traceback" in _abliterate("extract", "./nowhere", "-o", out, "--debug").stderr
+
+
+def test_help_version_and_unknown_commands(cli, fails) -> None:
+    assert cli("--version").out.startswith("abliterate ")
+    assert cli("--help").out == cli("-h").out
+    for command in ("prompts", "extract", "select", "orthogonalize", "evaluate", "run", "demo"):
+        assert command in cli("-h").out
+        result = cli(command, "-h")
+        assert result.code == 0
+        assert "--json" in result.out
+    assert "'n-vala'" not in cli("select", "-h").out
+    assert "No such command 'abliterat'" in fails("abliterat", code=2)
+    assert cli().code == 2
+
+
+def test_hub_ids_are_resolved_through_the_local_cache(tiny, cli, tmp_path: Path) -> None:
+    """A hub id needs no network once its snapshot is in the cache; the commit is recorded."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub = tmp_path / "hub" / "models--org--tiny"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text(commit)
+    snapshot = hub / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in tiny("llama").iterdir():
+        os.link(file, snapshot / file.name)
+    command = [
+        sys.executable, "-m", "abliterate", "extract", "org/tiny", "-o", str(tmp_path / "run"),
+        "--no-filter", "--refusal-token", "I", "--n-train", "8", "--json",
+    ]  # fmt: skip
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == {"id": "org/tiny", "revision": commit}
