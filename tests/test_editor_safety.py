@@ -113,25 +113,28 @@ def test_a_full_disk_midway_keeps_what_is_finished(
     source = tiny("qwen2", True)
     base = ("orthogonalize", source, "--direction", directions[0], "--jobs", "1", "-o")
     assert cli(*base, tmp_path / "whole").code == 0
-    finish = Workspace.finish
-    filler = None
+    current = Workspace.current
+    seen: list[str] = []
 
-    def finish_and_fill(self, *args) -> None:
-        nonlocal filler
-        finish(self, *args)
-        if len(self.finished) == 2:
-            filler = fill(small_disk)
+    def current_and_fill(self, name: str) -> Path:
+        if name not in seen:
+            seen.append(name)
+            if len(seen) == 3:
+                while len(self.finished) < 2:  # the thread that flushes them is at it
+                    time.sleep(0.001)
+                fill(small_disk)
+        return current(self, name)
 
-    monkeypatch.setattr(Workspace, "finish", finish_and_fill)
+    monkeypatch.setattr(Workspace, "current", current_and_fill)
     line = fails(*base, small_disk / "out", code=4)
     assert "No space left on device" in line
     assert "kept in" in line
     assert names(small_disk) == ["filler", "out.partial"]
-    monkeypatch.setattr(Workspace, "finish", finish)
+    monkeypatch.setattr(Workspace, "current", current)
     line = fails(*base, small_disk / "out", code=4)  # still full: nothing is thrown away
     assert "bytes of disk space" in line
     assert "2 finished shards kept" in line
-    filler.unlink()
+    (small_disk / "filler").unlink()
     result = cli(*base, small_disk / "out")
     assert result.code == 0, result.err
     assert "going on from 2 finished shards" in result.err
