@@ -314,11 +314,12 @@ def _copy(run: Path, tmp_path: Path, name: str = "run") -> Path:
 
 
 def _thresholds(exhaustive: dict) -> tuple[str, ...]:
-    """Options under which some candidates fail by each filter, and a rejected one would win."""
+    """Options under which some candidates fail by induce, and at least two pass."""
     finite = [c for c in exhaustive["candidates"] if c["bypass_score"] is not None]
-    induces = sorted(c["induce_score"] for c in finite)
-    kls = sorted(c["kl_divergence"] for c in finite if c["induce_score"] >= induces[2])
-    return (f"--induce-threshold={induces[2] - 1e-3}", "--kl-threshold", str(kls[-3] + 1e-3))
+    induce = sorted(c["induce_score"] for c in finite)[2] - 1e-3
+    rest = [c for c in finite if c["induce_score"] >= induce and c["layer"] < 3]  # 3 is pruned
+    kl = sorted(c["kl_divergence"] for c in rest)[-3] + 1e-3
+    return f"--induce-threshold={induce}", "--kl-threshold", str(kl)
 
 
 def test_selection_says_what_was_left_out_and_refuses_looser_thresholds(
@@ -341,7 +342,11 @@ def test_selection_says_what_was_left_out_and_refuses_looser_thresholds(
         }  # fmt: skip
     assert all(c["computed"] == [] for c in by_reason["layer"])
     assert all(c["unneeded"]["bypass_score"] == "induce" for c in by_reason["induce"])
-    assert all("bypass_score" in c["unneeded"] for c in by_reason["kl"])
+    for c in by_reason.get("kl", []):
+        assert "bypass_score" in c["unneeded"] or c["kl_at_least"] or c["kl_divergence"]
+    won = min(c["bypass_score"] for c in by_reason[None])
+    assert all(c["unneeded"] == {"kl_divergence": "bypass"} for c in by_reason["bypass"])
+    assert all(c["bypass_score"] > won for c in by_reason["bypass"])
     assert all(len(c["computed"]) == 3 for c in by_reason[None])
 
     table = tmp_path / "e" / "selection.json"
@@ -457,6 +462,20 @@ def test_kl_on_the_response_averages_over_the_baselines_answer(
     assert found["kl_divergence"] == pytest.approx(sum(kls) / len(kls), abs=1e-4)
     assert "--kl-on" in fails("select", run, "--kl-on", "response:0", code=2)
     assert "--search" in fails("select", run, "--search", "random", code=2)
+
+
+def test_a_kl_is_unneeded_only_beside_a_kept_candidate_with_a_lower_bypass() -> None:
+    scores = [
+        Score(-1, 0, -5.0, 1.0, 0.01),
+        Score(-1, 1, -5.0, 1.0),  # a tie goes to the earlier
+        Score(-1, 2, -4.0, 1.0),
+        Score(-1, 3, -6.0, 1.0, 0.5),
+    ]
+    reasons = [score.reason for score in judge(scores, 10, Thresholds())]
+    assert reasons == [None, "bypass", "bypass", "kl"]
+    lower = [*scores, Score(-1, 4, -5.1, 1.0)]
+    assert judge(lower, 10, Thresholds())[-1].reason == "unknown"
+    assert judge(scores[1:], 10, Thresholds())[0].reason == "unknown"
 
 
 def test_records_tell_not_finite_from_not_computed() -> None:

@@ -40,8 +40,9 @@ class Score:
         kl_at_least: what the KL cannot be below, where it was not computed to the end.
         induce_at_most: what the induce score cannot exceed, likewise.
         kept: it passes the filters.
-        reason: the filter that dropped it: ``nan``, ``layer``, ``kl`` or ``induce``; ``unknown``
-            where a score is missing that the choice depends on.
+        reason: the filter that dropped it: ``nan``, ``layer``, ``kl`` or ``induce``; where a score
+            is missing, ``bypass`` if one that is kept has a lower bypass score anyway, else
+            ``unknown``: the choice depends on it.
     """
 
     position: int
@@ -93,8 +94,18 @@ def judge(scores: Sequence[Score], n_layers: int, thresholds: Thresholds) -> lis
             return "unknown"
         return why
 
-    judged = [(score, reason(score)) for score in scores]
-    return [replace(score, kept=why is None, reason=why) for score, why in judged]
+    reasons = [reason(score) for score in scores]
+    kept = [at for at, why in enumerate(reasons) if why is None]
+    if kept:
+        best = min((known(scores[at].bypass_score), at) for at in kept)
+        for at, score in enumerate(scores):
+            has_lost = score.bypass_score is not None and (score.bypass_score, at) > best
+            if reasons[at] == "unknown" and has_lost:
+                reasons[at] = "bypass"
+    return [
+        replace(score, kept=why is None, reason=why)
+        for score, why in zip(scores, reasons, strict=True)
+    ]
 
 
 def choose(judged: Sequence[Score]) -> Score | None:

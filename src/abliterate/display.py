@@ -83,23 +83,27 @@ def show_selection(record: Mapping[str, Any], run: Path) -> None:
 
 def _candidates(record: Mapping[str, Any], shown: int = 8) -> None:
     kept = sorted(
-        (c for c in record["candidates"] if c["kept"]), key=lambda c: float(c["bypass_score"])
+        (c for c in record["candidates"] if c["kept"] or c["reason"] == "bypass"),
+        key=lambda c: float(c["bypass_score"]),
     )
     rows = [
         [
             f"{c['position']}",
             f"{c['layer']}",
             f"{c['bypass_score']:.3f}",
-            f"{c['induce_score']:.3f}",
-            f"{c['kl_divergence']:.4f}",
+            "" if c["induce_score"] is None else f"{c['induce_score']:.3f}",
+            "not needed" if c["kl_divergence"] is None else f"{c['kl_divergence']:.4f}",
             "selected" if _is_winner(c, record["winner"]) else "",
         ]
         for c in kept[:shown]
     ]
-    dropped = Counter(c["reason"] for c in record["candidates"] if not c["kept"])
+    dropped = Counter(c["reason"] for c in record["candidates"] if c not in kept)
     reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items()) or "none"
+    lost = sum(not c["kept"] for c in kept)
     print_table(
-        f"{len(kept)} of {len(record['candidates'])} candidates pass (dropped: {reasons})",
+        f"{len(kept)} of {len(record['candidates'])} candidates pass"
+        + f" what was measured, {lost} of them without KL, as they cannot win" * bool(lost)
+        + f" (dropped: {reasons})",
         ["position", "layer", "bypass", "induce", "KL", ""],
         rows,
         left=0,

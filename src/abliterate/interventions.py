@@ -120,21 +120,16 @@ def add(
 
 
 @contextmanager
-def add_vectors(block: nn.Module, vectors: Tensor, start: Tensor | None = None) -> Iterator[None]:
+def add_vectors(block: nn.Module, vectors: Tensor) -> Iterator[None]:
     """Add vectors to the residual stream that enters ``block``.
 
     Args:
         block: a decoder block.
         vectors: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each.
-        start: the stream to add them to, ``[batch, tokens, d_model]``, instead of what arrives.
-
-    Of several parallel streams (side by side in the last axis, or on one of their own) each is
-    shifted.
     """
 
     def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = block_input(args, kwargs) if start is None else start
-        moved = hidden + _like(vectors.to(hidden.device, hidden.dtype), hidden)
+        moved = shifted(block_input(args, kwargs), vectors)
         if args:
             return (moved, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": moved}
@@ -144,6 +139,18 @@ def add_vectors(block: nn.Module, vectors: Tensor, start: Tensor | None = None) 
         yield
     finally:
         handle.remove()
+
+
+def shifted(hidden: Tensor, vectors: Tensor) -> Tensor:
+    """``hidden`` with vectors added to every token, in its device and dtype.
+
+    Args:
+        hidden: a residual stream, ``[batch, tokens, d_model]``. Of several parallel streams (side
+            by side in the last axis, or on one of their own) each is shifted.
+        vectors: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each.
+    """
+    moved: Tensor = hidden + _like(vectors.to(hidden.device, hidden.dtype), hidden)
+    return moved
 
 
 def _like(vectors: Tensor, hidden: Tensor) -> Tensor:

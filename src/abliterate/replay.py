@@ -1,16 +1,17 @@
 """Running the same prompts under many interventions, at little more than the cost of what changes.
 
-Four things are not done again and again, each only where it leaves the result as it is (checked
+Some things are not done again and again, each only where it leaves the result as it is (checked
 once per model against plain full passes): several candidates share a batch, one direction per row;
 the opening tokens that all prompts share run once per candidate, and their keys and values are
-reused; ``add`` at layer ``l`` starts from the unmodified model's ``resid_pre`` at ``l``; and only
-the last tokens' logits are computed.
+reused; ``add`` at layer ``l`` starts from the unmodified model's ``resid_pre`` at ``l``, so that
+candidates of several layers join a batch one after the other; and only the last tokens' logits are
+computed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,16 +24,13 @@ from transformers.cache_utils import DynamicLayer
 from abliterate.batching import Budget, attempt
 from abliterate.errors import UsageError
 from abliterate.forward import Batch, can_pad, input_device, last_logits, pad
-from abliterate.interventions import ablate_units, add_vectors
-from abliterate.shortcuts import last_token_only, recorded, skipped
+from abliterate.interventions import ablate_units, add_vectors, shifted
+from abliterate.measures import Measure
+from abliterate.shortcuts import joining, last_token_only, recorded
 from abliterate.writers import WriterPlan, decoder_blocks, find_writers
 
 # Keys and values ``[candidates, heads, tokens, head size]`` of each layer.
 Cache = tuple[tuple[Tensor, Tensor], ...]
-# From logits ``[candidates, prompts, kept tokens, vocabulary]`` and the prompts' rows to float64
-# ``[candidates, prompts]``.
-Measure = Callable[[Tensor, tuple[int, ...]], Tensor]
-
 _CACHE_BYTES = 1 << 30
 # Fewer shared tokens than this are not worth a cache.
 _MIN_PREFIX = 4
@@ -48,6 +46,7 @@ class Tricks:
         rows: several candidates in one batch.
         prefix: the shared opening tokens run once per candidate.
         resume: ``add`` starts at its own layer.
+        join: candidates of different layers share a batch, which takes ``resume``.
         last: the last block computes what it writes for the last token only.
     """
 
@@ -55,6 +54,7 @@ class Tricks:
     prefix: bool = True
     resume: bool = True
     last: bool = True
+    join: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,39 @@ class Candidates:
 
     Attributes:
         vectors: ``[candidates, d_model]``, unit vectors to ablate or vectors to add.
-        layer: None to ablate everywhere, else the layer at whose input they are added.
-        cache: keys and values of the shared opening tokens under each of them, or None.
+        layers: None to ablate everywhere, else the layer at whose input each is added, ascending.
+        cache: keys and values of the shared opening tokens, or None: under each candidate, or of
+            those that a block runs on, which are the first ones (one row that stands for nothing
+            where there are none).
+        resumed: no block before its own runs for a candidate that is added.
     """
 
     vectors: Tensor
-    layer: int | None = None
+    layers: tuple[int, ...] | None = None
     cache: Cache | None = None
+    resumed: bool = True
 
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def active(self, block: int) -> int:
+        """How many candidates, from the first, need ``block`` to run."""
+        if self.layers is None or not self.resumed:
+            return len(self)
+        return sum(layer <= block for layer in self.layers)
+
     def pick(self, which: slice | Sequence[int]) -> Candidates:
-        """Some of them."""
-        index = which if isinstance(which, slice) else list(which)
-        cache = self.cache and tuple((keys[index], values[index]) for keys, values in self.cache)
-        return replace(self, vectors=self.vectors[index], cache=cache)
+        """Some of them, in their order."""
+        every = range(len(self))
+        index = list(every[which] if isinstance(which, slice) else which)
+        layers = self.layers and tuple(self.layers[at] for at in index)
+        cache = self.cache
+        if cache is not None:
+            rows = [[at for at in index if at < self.active(i)] or [0] for i in range(len(cache))]
+            cache = tuple(
+                (keys[of], values[of]) for (keys, values), of in zip(cache, rows, strict=True)
+            )
+        return replace(self, vectors=self.vectors[index], layers=layers, cache=cache)
 
 
 @dataclass(frozen=True)
@@ -162,19 +179,20 @@ class Replay:
         self._as_tuple = recording.as_tuple
         return replace(piece, streams=tuple(recording.streams)), logits
 
-    def prepare(self, vectors: Tensor, layer: int | None = None) -> Candidates:
+    def prepare(self, vectors: Tensor, layers: Sequence[int] | None = None) -> Candidates:
         """Candidates ``[candidates, d_model]`` with their opening tokens run, if they are shared.
 
         Args:
             vectors: unit vectors to ablate, or vectors to add.
-            layer: None to ablate, else where to add.
+            layers: None to ablate, else where to add each, ascending.
         """
-        candidates = Candidates(vectors, layer)
-        if not self.prefix:
+        where = None if layers is None else tuple(layers)
+        candidates = Candidates(vectors, where, resumed=self.tricks.resume)
+        if self._base is None:
             return candidates
-        assert self._base is not None
-        parts: list[Cache] = []
-        while (done := sum(len(part[0][0]) for part in parts)) < len(vectors):
+        parts: list[tuple[Candidates, Cache]] = []
+        done = 0
+        while done < len(vectors):
             limit = self.budget.share(1, self.prefix) if self.tricks.rows else 1
             some = candidates.pick(slice(done, done + limit))
             batch = self._opening_batch(len(some))
@@ -187,20 +205,27 @@ class Replay:
             if not attempt(run):
                 self._shrink(len(some), self.prefix)
                 continue
-            layers = []
-            for index, base in enumerate(self._base):
-                if layer is not None and self.tricks.resume and index < layer:
-                    layers.append(tuple(t.expand(len(some), *t.shape[1:]) for t in base))
-                else:
-                    layers.append((cache.layers[index].keys, cache.layers[index].values))
-            parts.append(tuple((keys, values) for keys, values in layers))
+            found = {
+                index: (layer.keys, layer.values)
+                for index, layer in enumerate(cache.layers)
+                if some.active(index)
+            }
+            base = enumerate(self._base)
+            parts.append((some, tuple(found.get(index, same) for index, same in base)))
+            done += len(some)
+        return replace(candidates, cache=self._joined(parts))
+
+    @staticmethod
+    def _joined(parts: Sequence[tuple[Candidates, Cache]]) -> Cache:
+        """The caches of candidates one after the other."""
         if len(parts) == 1:
-            return replace(candidates, cache=parts[0])
-        joined = tuple(
-            (torch.cat([keys for keys, _ in same]), torch.cat([values for _, values in same]))
-            for same in zip(*parts, strict=True)
-        )
-        return replace(candidates, cache=joined)
+            return parts[0][1]
+        joined = []
+        for index in range(len(parts[0][1])):
+            own = [cache[index] for some, cache in parts if some.active(index)]
+            keys, values = zip(*(own or [parts[0][1][index]]), strict=True)
+            joined.append((torch.cat(keys), torch.cat(values)))
+        return tuple(joined)
 
     def most_cached(self) -> int:
         """How many candidates' caches fit into a memory that is small beside a model's."""
@@ -301,20 +326,25 @@ class Replay:
         self, candidates: Candidates, prompts: int, streams: Sequence[Tensor]
     ) -> Iterator[None]:
         """The model under ``candidates``, each of them for ``prompts`` rows in a row."""
-        n, layer = len(candidates), candidates.layer
+        n, layers = len(candidates), candidates.layers
         vectors = candidates.vectors.repeat_interleave(prompts, 0) if n > 1 else candidates.vectors
         vectors = vectors if n > 1 else vectors[0]
-        with ExitStack() as stack:
-            change: AbstractContextManager[None]
-            if layer is None:
-                change = ablate_units(self.model, vectors, self._sites)
-            elif self.tricks.resume and streams:
-                stack.enter_context(skipped(list(self._blocks)[:layer], self._as_tuple))
-                start = streams[layer].repeat(n, 1, 1)
-                change = add_vectors(self._blocks[layer], vectors, start)
-            else:
-                change = add_vectors(self._blocks[layer], vectors)
-            stack.enter_context(change)
+        change: AbstractContextManager[None]
+        if layers is None:
+            change = ablate_units(self.model, vectors, self._sites)
+        elif self.tricks.resume and streams:
+            starts = {}
+            for layer in set(layers):
+                first, count = layers.index(layer), layers.count(layer)
+                start = streams[layer].repeat(count, *([1] * (streams[layer].ndim - 1)))
+                own = vectors[first * prompts : (first + count) * prompts] if n > 1 else vectors
+                starts[layer] = shifted(start, own)
+            counts = [prompts * candidates.active(index) for index in range(len(self._blocks))]
+            change = joining(self._blocks, counts, starts, self._as_tuple)
+        else:
+            assert len(set(layers)) == 1
+            change = add_vectors(self._blocks[layers[0]], vectors)
+        with change:
             yield
 
 

@@ -1,10 +1,11 @@
 """Scoring candidates: every one on every metric, or only what the choice can depend on.
 
-The staged search measures induce first, KL only where induce passes, and bypass only where both
-pass. Induce and KL are summed batch by batch: as no KL is below its prompt's ``kl_floor`` and no
-refusal score above ``MAX_REFUSAL_SCORE``, a partial sum that fails with these in place of what is
-left rejects exactly. What was not measured could not have changed the choice under the thresholds
-given.
+The staged search measures induce first. Where that passes it tries KL on a few prompts, which is
+enough to reject most of those that fail it; measures bypass on what is left; and completes KL from
+the lowest bypass up, until one passes: that one wins. Induce and KL are summed batch by batch: as
+no KL is below its prompt's ``kl_floor`` and no refusal score above ``MAX_REFUSAL_SCORE``, a partial
+sum that fails with these in place of what is left rejects exactly. What was not measured could not
+have changed the choice under the thresholds given.
 """
 
 from __future__ import annotations
@@ -20,22 +21,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.batching import group_rows
-from abliterate.choice import Score, Thresholds, choose, first_pruned_layer, judge
+from abliterate.choice import Score, Thresholds, choose, first_pruned_layer, judge, known
 from abliterate.console import progress_bar
 from abliterate.forward import can_pad
-from abliterate.refusal import MAX_REFUSAL_SCORE, kl_divergence, kl_floor, refusal_score
-from abliterate.replay import Candidates, Measure, Piece, Replay
+from abliterate.measures import Measure, Reference, refusal_measure
+from abliterate.refusal import MAX_REFUSAL_SCORE
+from abliterate.replay import Candidates, Piece, Replay
 from abliterate.trial import verified_replay
 
 Search = Literal["staged", "exhaustive"]
 Key = tuple[int, int]
+# A batch of prompts, and what to read from its logits.
+Round = tuple[Piece, Measure]
 
 # A direction shorter than this, relative to the longest candidate, is rounding noise.
 _VANISHING = 1e-9
 # A bound this close to a threshold does not reject: sums in another order may be on its other side.
 _MARGIN = 1e-9
-# Logits that are scored in float64 at once.
-_CHUNK = 1 << 22
+# The share of the prompts on which KL is tried before bypass is measured.
+_TRIED = 8
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Scorer:
         """Score what is not known yet; all scores by position, then layer."""
         try:
             self._induce([key for key in self.usable if self._lacks_induce(key)])
-            self._kl_and_bypass([key for key in self.usable if self._is_open(key)])
+            self._kl_and_bypass(self.usable)
         finally:
             self.save(self.scores)
         return list(self.scores.values())
@@ -148,210 +152,255 @@ class Scorer:
         dropped = not self.exhaustive and score.induce_at_most is not None
         return score.induce_score is None and not dropped
 
-    def _is_open(self, key: Key) -> bool:
-        """Whether KL or bypass has yet to be measured."""
+    def _lacks_bypass(self, key: Key) -> bool:
+        """Whether bypass, or a KL that is wanted whatever the bypass is, has yet to be measured."""
         score = self.scores[key]
-        if self.exhaustive:
-            return score.kl_divergence is None or score.bypass_score is None
+        missing = score.bypass_score is None or (
+            score.kl_divergence is None and not self._is_lazy(key)
+        )
         # Pruned layers are scored for plots: by the other filters.
-        reason = score.why_dropped(self.task.thresholds)
-        return reason is None and None in (score.kl_divergence, score.bypass_score)
+        return missing and (self.exhaustive or score.why_dropped(self.task.thresholds) is None)
+
+    def _is_lazy(self, key: Key) -> bool:
+        """Whether its KL matters only if no other candidate has a lower bypass."""
+        pruned = first_pruned_layer(self.task.n_layers, self.task.thresholds)
+        return not self.exhaustive and key[1] < pruned
 
     def _pieces(
-        self, prompts: Sequence[Sequence[int]], n_answer: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[int] | None = None,
+        steps: int = 1,
+        n_answer: Sequence[int] | None = None,
     ) -> list[Piece]:
-        """Batches of ``prompts``, each a round after which candidates may be rejected."""
+        """Batches of ``prompts`` (of some of them), of at most 1 / ``steps`` of them each."""
         replay, mix = self.replay, can_pad(self.task.model)
-        lengths = [len(ids) - replay.prefix for ids in prompts]
-        # A bound rarely rejects before half of the prompts; then in small steps, unless a small
-        # batch takes as long as a large one.
-        steps = (4, 8) if replay.budget.device.type == "cpu" else (2, 4)
-        overhead = replay.budget.overhead // steps[1]
-        order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-        groups = []
-        for half, step in zip((order[: len(order) // 2], order[len(order) // 2 :]), steps,
-                              strict=True):  # fmt: skip
-            most = math.ceil(len(order) / step)
-            own = [lengths[row] for row in half]
-            found = group_rows(own, replay.budget, mix, most, overhead)
-            groups += [[half[index] for index in group] for group in found]
+        rows = range(len(prompts)) if rows is None else rows
+        lengths = [len(prompts[row]) - replay.prefix for row in rows]
+        # In small steps padding costs more than a batch: each of them runs for many candidates.
+        groups = group_rows(
+            lengths,
+            replay.budget,
+            mix,
+            math.ceil(len(rows) / steps),
+            replay.budget.overhead // steps,
+        )
         keep = n_answer or [1] * len(prompts)
-        return [replay.piece(prompts, rows, max(keep[row] for row in rows)) for rows in groups]
+        pieces = []
+        for group in groups:
+            own = [rows[at] for at in group]
+            pieces.append(replay.piece(prompts, own, max(keep[row] for row in own)))
+        return pieces
 
     @cached_property
-    def _harmless(self) -> list[Baseline]:
-        return [Baseline.of(self.replay, piece) for piece in self._pieces(self.task.harmless)]
+    def _harmless(self) -> tuple[list[Piece], Reference]:
+        """Batches after which candidates may be rejected by induce, and what KL compares with."""
+        prompts = self.task.harmless
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        # A bound rarely rejects before half of the prompts; then in small steps, unless a small
+        # batch takes as long as a large one.
+        steps = (2, 4) if self.replay.budget.device.type == "cpu" else (1, 2)
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        pieces = [
+            piece
+            for half, step in zip(halves, steps, strict=True)
+            if half
+            for piece in self._pieces(prompts, half, step)
+        ]
+        return self._reference(pieces, [1] * len(prompts))
+
+    def _reference(
+        self, pieces: Sequence[Piece], counts: Sequence[int]
+    ) -> tuple[list[Piece], Reference]:
+        runs = [self.replay.baseline(piece) for piece in pieces]
+        parts = ((logits, piece.batch.rows) for piece, logits in runs)
+        return [piece for piece, _ in runs], Reference.of(parts, counts)
+
+    @cached_property
+    def _kl_rounds(self) -> tuple[list[Round], list[Round], Tensor]:
+        """The prompts on which KL is tried, all others, and the least KL of each prompt."""
+        task = self.task
+        if task.answered is None:
+            prompts, reference = task.harmless, self._harmless[1]
+        else:
+            assert task.n_answer is not None
+            prompts = task.answered
+            every = self._pieces(prompts, None, 1, task.n_answer)
+            reference = self._reference(every, task.n_answer)[1]
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        first = max(1, len(order) // _TRIED)
+        tried: list[Round] = [
+            (piece, reference.kl)
+            for piece in self._pieces(prompts, order[:first], 1, task.n_answer)
+        ]
+        rest: list[Round] = [
+            (piece, reference.kl)
+            for piece in self._pieces(prompts, order[first:], 2, task.n_answer)
+        ]
+        return tried, rest, reference.floor
 
     def _induce(self, keys: Sequence[Key]) -> None:
-        by_layer: dict[int, list[Key]] = {}
-        for key in keys:
-            by_layer.setdefault(key[1], []).append(key)
-        task, n = self.task, len(self.task.harmless)
-        least = -math.inf if self.exhaustive else task.thresholds.induce - _MARGIN
+        task, replay = self.task, self.replay
+        pieces = self._harmless[0]
         measure = refusal_measure(task.refusal_tokens)
-        work = sum((task.n_layers - layer) * len(same) for layer, same in by_layer.items())
-        left = len(keys)
-        with progress_bar("select: induce", work) as bar:
-            for layer, same in by_layer.items():
-                self._show(bar, left)
-                candidates = self.replay.prepare(task.vectors(same), layer)
-                rounds = [(baseline.piece, measure) for baseline in self._harmless]
-                bounds = torch.full((n,), MAX_REFUSAL_SCORE, dtype=torch.float64)
-                means, alive = self._rounds(candidates, rounds, bounds, lambda top: top < least)
-                for index, (key, value) in enumerate(zip(same, means, strict=True)):
-                    score = self.scores[key]
+        least = -math.inf if self.exhaustive else task.thresholds.induce - _MARGIN
+        left = sorted(keys, key=lambda key: key[1])
+        smallest = min(pieces, key=lambda piece: piece.batch.input_ids.numel())
+        with progress_bar("select: induce", sum(task.n_layers - key[1] for key in left)) as bar:
+            while left:
+                self._show(bar, len(left))
+                together = min(
+                    replay.budget.share(*smallest.batch.input_ids.shape), replay.most_cached()
+                )
+                same = sum(key[1] == left[0][1] for key in left)
+                together = max(together, min(same, replay.most_cached()))
+                if not (replay.tricks.join and replay.tricks.resume):
+                    together = min(together, same)
+                some, left = left[:together], left[together:]
+                candidates = replay.prepare(task.vectors(some), [key[1] for key in some])
+                table = torch.full(
+                    (len(some), len(task.harmless)), MAX_REFUSAL_SCORE, dtype=torch.float64
+                )
+                rounds = [(piece, measure) for piece in pieces]
+                alive = self._rounds(candidates, rounds, table, lambda top: top < least)
+                for index, key in enumerate(some):
+                    value = float(table[index].mean())
                     self.scores[key] = (
-                        replace(score, induce_score=value, induce_at_most=None)
+                        replace(self.scores[key], induce_score=value, induce_at_most=None)
                         if index in alive
-                        else replace(score, induce_at_most=value)
+                        else replace(self.scores[key], induce_at_most=value)
                     )
                 self.save(self.scores)
-                left -= len(same)
-                bar.update((task.n_layers - layer) * len(same))
+                bar.update(sum(task.n_layers - key[1] for key in some))
 
     def _kl_and_bypass(self, keys: Sequence[Key]) -> None:
         if not keys:
             return
-        task = self.task
-        kl_rounds = self._harmless
-        if task.answered is not None:
-            pieces = self._pieces(task.answered, task.n_answer)
-            kl_rounds = [Baseline.of(self.replay, piece, task.n_answer) for piece in pieces]
-        harmful = self._pieces(task.harmful)
+        task, replay = self.task, self.replay
         bypass = refusal_measure(task.refusal_tokens)
-        widest = max(kl_rounds, key=lambda one: one.piece.batch.input_ids.numel())
-        together = self.replay.budget.share(*widest.piece.batch.input_ids.shape)
-        together = max(1, min(together, self.replay.most_cached()))
-        with progress_bar("select: KL, bypass", len(keys)) as bar:
-            for first in range(0, len(keys), together):
-                self._show(bar, len(keys) - first)
-                some = list(keys[first : first + together])
-                units = task.vectors(some)
-                candidates = self.replay.prepare(units / units.norm(dim=1, keepdim=True))
-                passing = self._kl(some, candidates, kl_rounds)
+        harmful = [(piece, bypass) for piece in self._pieces(task.harmful)]
+        shapes = [piece.batch.input_ids.shape for piece, _ in [*self._kl_rounds[0], *harmful]]
+        left = [key for key in keys if self._lacks_bypass(key)]
+        tables: dict[Key, Tensor] = {}
+        with progress_bar("select: KL, bypass", len(left)) as bar:
+            while left:
+                self._show(bar, len(left))
+                together = min(replay.budget.share(*shape) for shape in shapes)
+                together = max(1, min(together, replay.most_cached()))
+                some, left = left[:together], left[together:]
+                done = len(some)
+                candidates = self._ablated(some)
+                tables |= self._kl(some, candidates, {})
+                passing = [key for key in some if self._lacks_bypass(key)]
                 if passing:
                     candidates = candidates.pick([some.index(key) for key in passing])
-                    rounds = [(piece, bypass) for piece in harmful]
-                    bounds = torch.full((len(task.harmful),), math.nan, dtype=torch.float64)
-                    means, _ = self._rounds(candidates, rounds, bounds)
-                    for key, value in zip(passing, means, strict=True):
+                    table = torch.zeros(len(passing), len(task.harmful), dtype=torch.float64)
+                    self._rounds(candidates, harmful, table)
+                    for key, value in zip(passing, table.mean(1).tolist(), strict=True):
                         self.scores[key] = replace(self.scores[key], bypass_score=value)
                 self.save(self.scores)
-                bar.update(len(some))
+                bar.update(done)
+        self._complete_kl([key for key in keys if self._is_lazy(key)], tables)
+
+    def _complete_kl(self, keys: Sequence[Key], tables: Mapping[Key, Tensor]) -> None:
+        """KL of the candidates with the lowest bypass, up to the first that passes."""
+        while True:
+            judged = judge(list(self.scores.values()), self.task.n_layers, self.task.thresholds)
+            open_ones = [
+                score
+                for score in judged
+                if score.reason == "unknown" and (score.position, score.layer) in keys
+            ]
+            if not open_ones:
+                return
+            # As the choice goes: the first of those that have the lowest.
+            best = min(open_ones, key=lambda score: known(score.bypass_score))
+            key = best.position, best.layer
+            self._kl([key], self._ablated([key]), tables, True)
+            self.save(self.scores)
+
+    def _ablated(self, keys: Sequence[Key]) -> Candidates:
+        units = self.task.vectors(keys)
+        return self.replay.prepare(units / units.norm(dim=1, keepdim=True))
 
     def _kl(
-        self, keys: Sequence[Key], candidates: Candidates, baselines: Sequence[Baseline]
-    ) -> list[Key]:
-        """Measure KL, giving up on candidates that cannot pass; returns those to go on with."""
+        self,
+        keys: Sequence[Key],
+        candidates: Candidates,
+        tables: Mapping[Key, Tensor],
+        complete: bool = False,
+    ) -> dict[Key, Tensor]:
+        """Measure KL, giving up on candidates that cannot pass.
+
+        Args:
+            keys: the candidates.
+            candidates: the same, ready to run.
+            tables: float64 ``[prompts]`` of those that were tried already, with bounds where
+                nothing is measured yet.
+            complete: measure all prompts, also of those whose KL may turn out not to matter.
+
+        Returns:
+            Tables of those that were only tried.
+        """
         limit = math.inf if self.exhaustive else self.task.thresholds.kl + _MARGIN
-        # The small batches first: one prompt may be enough.
-        baselines = baselines[::-1]
-        floors = torch.cat([one.floor for one in baselines])
-        order = [row for one in baselines for row in one.piece.batch.rows]
-        bounds = torch.empty_like(floors)
-        bounds[order] = floors
-        rounds = [(one.piece, one.kl) for one in baselines]
-        means, alive = self._rounds(candidates, rounds, bounds, lambda least: least > limit)
-        for index, (key, value) in enumerate(zip(keys, means, strict=True)):
-            score = self.scores[key]
-            self.scores[key] = (
-                replace(score, kl_divergence=value, kl_at_least=None)
-                if index in alive
-                else replace(score, kl_at_least=value)
-            )
-        return [key for key in keys if self._is_open(key)]
+        tried, rest, floor = self._kl_rounds
+        table = torch.stack([tables.get(key, floor) for key in keys]).clone()
+        alive = set(range(len(keys)))
+        if not all(key in tables for key in keys):
+            alive = self._rounds(candidates, tried, table, lambda low: low > limit, not rest)
+        lazy = set() if complete else {at for at in alive if self._is_lazy(keys[at])}
+        going = sorted(alive - lazy)
+        if going and rest:
+            own = table[going]
+            done = self._rounds(candidates.pick(going), rest, own, lambda low: low > limit)
+            table[going] = own
+            alive = lazy | {going[at] for at in done}
+        for index, key in enumerate(keys):
+            value, score = float(table[index].mean()), self.scores[key]
+            if index not in alive:
+                self.scores[key] = replace(score, kl_at_least=value)
+            elif index not in lazy or not rest:
+                self.scores[key] = replace(score, kl_divergence=value, kl_at_least=None)
+        return {keys[at]: table[at] for at in lazy} if rest else {}
 
     def _rounds(
         self,
         candidates: Candidates,
-        rounds: Sequence[tuple[Piece, Measure]],
-        bounds: Tensor,
+        rounds: Sequence[Round],
+        table: Tensor,
         hopeless: Callable[[float], bool] = lambda bound: False,
-    ) -> tuple[list[float], set[int]]:
-        """Mean of a measure over prompts, batch by batch, for as long as it matters.
+        last: bool = True,
+    ) -> set[int]:
+        """Measure batch by batch, for as long as it matters.
 
         Args:
             candidates: what to measure.
             rounds: batches of prompts, and how to measure each.
-            bounds: float64 ``[prompts]``, what stands in for a prompt that is still to come.
+            table: float64 ``[candidates, prompts]``, in which measures replace the bounds that
+                stand in for prompts that are still to come.
             hopeless: whether a candidate with this bound of its mean can be dropped.
+            last: no further rounds follow: after the last of these none is dropped any more.
 
         Returns:
-            The means (bounds of them for those dropped), and which candidates went to the end.
+            Which candidates went to the end.
         """
-        table = bounds.repeat(len(candidates), 1)
         alive, some = list(range(len(candidates))), candidates
         for index, (piece, measure) in enumerate(rounds):
             table[torch.tensor(alive)[:, None], torch.tensor(piece.batch.rows)] = (
                 self.replay.measure(some, piece, measure)
             )
-            if index + 1 == len(rounds):
+            if last and index + 1 == len(rounds):
                 break
             going = [i for i in alive if not hopeless(float(table[i].mean()))]
             if not going:
-                alive = []
-                break
+                return set()
             if len(going) < len(alive):
-                alive, some = going, candidates.pick(going)
-        return table.mean(1).tolist(), set(alive)
+                some = candidates.pick(going)
+                alive = going
+        return set(alive)
 
     def _show(self, bar: Any, left: int) -> None:
         judged = judge(list(self.scores.values()), self.task.n_layers, self.task.thresholds)
         best = choose(judged)
         found = f"position {best.position} layer {best.layer}" if best else "none yet"
         bar.set_postfix_str(f"{left} candidates left, best: {found}")
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """The unmodified model's next-token distributions after the prompts of one batch.
-
-    Attributes:
-        piece: the batch, with what ``add`` starts from.
-        logits: ``[prompts, kept tokens, vocabulary]``.
-        weight: how much each kept token counts, ``[prompts, kept tokens]``; rows sum to one.
-        floor: the least KL of each prompt, float64 ``[prompts]`` on the CPU.
-        place: where each prompt is on the first axis.
-    """
-
-    piece: Piece
-    logits: Tensor
-    weight: Tensor
-    floor: Tensor
-    place: Mapping[int, int]
-
-    @classmethod
-    def of(cls, replay: Replay, piece: Piece, n_answer: Sequence[int] | None = None) -> Baseline:
-        """Run the unmodified model on ``piece``."""
-        piece, logits = replay.baseline(piece)
-        weight = torch.zeros(logits.shape[:2], dtype=torch.float64)
-        place = {row: at for at, row in enumerate(piece.batch.rows)}
-        for row, at in place.items():
-            count = n_answer[row] if n_answer else 1
-            weight[at, piece.keep - count :] = 1 / count
-        weight = weight.to(logits.device)
-        return cls(piece, logits, weight, (kl_floor(logits) * weight).sum(1).cpu(), place)
-
-    def kl(self, logits: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """KL of each candidate and prompt, averaged over the kept tokens."""
-        result = logits.new_empty(logits.shape[:2], dtype=torch.float64)
-        size = max(1, _CHUNK // logits.shape[-1] // len(logits))
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            at = [self.place[row] for row in rows[part]]
-            kl = kl_divergence(self.logits[at], logits[:, part])
-            result[:, part] = (kl * self.weight[at]).sum(-1)
-        return result
-
-
-def refusal_measure(tokens: Sequence[int]) -> Measure:
-    """The refusal score at the last token."""
-
-    def measure(logits: Tensor, rows: tuple[int, ...]) -> Tensor:
-        last = logits[:, :, -1]
-        flat = last.flatten(0, 1)
-        size = max(1, _CHUNK // flat.shape[-1])
-        parts = [refusal_score(flat[i : i + size], tokens) for i in range(0, len(flat), size)]
-        return torch.cat(parts).view(last.shape[:2])
-
-    return measure

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from abliterate.forward import block_input
@@ -59,17 +60,58 @@ def recorded(blocks: Sequence[nn.Module]) -> Iterator[Recording]:
 
 
 @contextmanager
-def skipped(blocks: Sequence[nn.Module], as_tuple: bool) -> Iterator[None]:
-    """Within the context, ``blocks`` hand on what they get, at no cost."""
+def joining(
+    blocks: Sequence[nn.Module],
+    counts: Sequence[int],
+    starts: Mapping[int, Tensor],
+    as_tuple: bool,
+) -> Iterator[None]:
+    """Within the context, rows of the batch join block by block; until then they cost nothing.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = block_input(args, kwargs)
-        return (hidden,) if as_tuple else hidden
+    Args:
+        blocks: all decoder blocks.
+        counts: how many rows, from the first, each block runs on; never fewer than the one before.
+        starts: by block, ``resid_pre`` ``[rows, tokens, d_model]`` of the rows that join there.
+        as_tuple: blocks return a tuple.
+    """
 
+    def run(index: int, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        before = counts[index - 1] if index else 0
+
+        def joined(*args: Any, **kwargs: Any) -> Any:
+            hidden = block_input(args, kwargs)
+            if not counts[index]:
+                return (hidden,) if as_tuple else hidden
+            if index in starts:
+                start = starts[index]
+                hidden = torch.cat([hidden[:before], start]) if before else start
+            if counts[index] < counts[-1]:
+                args, kwargs = _first_rows((args, kwargs), counts[index], counts[-1])
+            if args:
+                return forward(hidden, *args[1:], **kwargs)
+            return forward(**{**kwargs, "hidden_states": hidden})
+
+        return joined
+
+    own = [block.__dict__.get("forward") for block in blocks]
     try:
-        for block in blocks:
-            block.forward = forward
+        for index, block in enumerate(blocks):
+            block.forward = run(index, block, block.forward)
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:  # of a library that moves blocks between devices
+                block.forward = forward
+
+
+def _first_rows(value: Any, rows: int, total: int) -> Any:
+    """Masks, positions and whatever else a block gets for each row of the batch, cut short."""
+    if isinstance(value, Tensor):
+        return value[:rows] if value.ndim > 1 and value.shape[0] == total else value
+    if type(value) in (tuple, list):
+        return type(value)(_first_rows(item, rows, total) for item in value)
+    if type(value) is dict:
+        return {key: _first_rows(item, rows, total) for key, item in value.items()}
+    return value

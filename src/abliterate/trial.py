@@ -24,11 +24,13 @@ _WRONG = 0.1
 # From the fastest to what any architecture allows that treats the rows of a batch alike.
 _LADDER = (
     Tricks(),
+    Tricks(join=False),
     Tricks(prefix=False),
-    Tricks(last=False),
-    Tricks(last=False, prefix=False),
-    Tricks(last=False, resume=False),
-    Tricks(last=False, prefix=False, resume=False),
+    Tricks(join=False, prefix=False),
+    Tricks(join=False, last=False),
+    Tricks(join=False, last=False, prefix=False),
+    Tricks(join=False, last=False, resume=False),
+    Tricks(join=False, last=False, prefix=False, resume=False),
 )
 # What an architecture that does not allow a trick may raise.
 _FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
@@ -50,15 +52,17 @@ def verified_replay(
     """
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     ends = [prompts[by_length[0]], prompts[by_length[-1]]]
+    # Where the first and where the second vector is added; in one batch where layers may join.
     layer = len(decoder_blocks(model)) // 2
-    full = _full_passes(model, ends, vectors, layer)
+    layers = (layer, min(layer + 1, len(decoder_blocks(model)) - 1))
+    full = _full_passes(model, ends, vectors, layers)
     spread = float(full.double().std()) + 1e-30
 
     def off(tricks: Tricks) -> float:
         """How far from full passes, relative to the logits' spread; infinite if it fails."""
         try:
             replay = Replay(model, prompts, batch_size, tricks)
-            return _difference(replay, ends, vectors, layer, full) / spread
+            return _difference(replay, ends, vectors, layers, full) / spread
         except _FAILURES as error:
             if out_of_memory(error):
                 raise
@@ -79,13 +83,16 @@ def verified_replay(
 
 
 def _full_passes(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], vectors: Tensor, layer: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    vectors: Tensor,
+    layers: tuple[int, int],
 ) -> Tensor:
     """Logits ``[2, 2, vocabulary]``: each vector ablated, and added, with one of the prompts."""
     rows = []
-    for where in (None, layer):
-        for vector, ids in zip(vectors, prompts, strict=True):
-            change = ablate(model, vector) if where is None else add(model, vector, where)
+    for added in (False, True):
+        for vector, ids, layer in zip(vectors, prompts, layers, strict=True):
+            change = add(model, vector, layer) if added else ablate(model, vector)
             with change, torch.inference_mode():
                 rows.append(last_logits(model, pad(model, [ids], [0]))[0])
     return torch.stack(rows).view(2, 2, -1)
@@ -95,19 +102,21 @@ def _difference(
     replay: Replay,
     prompts: Sequence[Sequence[int]],
     vectors: Tensor,
-    layer: int,
+    layers: tuple[int, int],
     full: Tensor,
 ) -> float:
     """Largest difference of logits from those of full passes."""
     units = vectors / vectors.norm(dim=1, keepdim=True)
     off = 0.0
     both = list(range(len(prompts)))
+    together = [both] if replay.tricks.join else [[at] for at in both]
     for rows in [both] if can_pad(replay.model) else [[row] for row in both]:
         piece, _ = replay.baseline(replay.piece(prompts, rows))
-        for way, where in enumerate((None, layer)):
-            candidates = replay.prepare(units if where is None else vectors, where)
-            got = replay.logits(candidates, piece)[:, :, -1]
-            for at, row in enumerate(rows):
-                error = (got[row, at] - full[way, row]).abs().max()
+        got = [replay.logits(replay.prepare(units), piece)]
+        parts = [replay.prepare(vectors[which], [layers[at] for at in which]) for which in together]
+        got.append(torch.cat([replay.logits(part, piece) for part in parts]))
+        for at, row in enumerate(rows):
+            for way in (0, 1):
+                error = (got[way][row, at, -1] - full[way, row]).abs().max()
                 off = max(off, float(error.nan_to_num(float("inf"))))
     return off
