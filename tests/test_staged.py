@@ -23,9 +23,10 @@ from transformers import (
 
 from abliterate import ablate, add
 from abliterate.batching import Budget, group_rows
+from abliterate.candidates import Tricks
 from abliterate.choice import Score, Thresholds, choose, judge
 from abliterate.refusal import MAX_REFUSAL_SCORE, kl_divergence, kl_floor, refusal_score
-from abliterate.replay import Replay, Tricks
+from abliterate.replay import Replay
 from abliterate.scores import score_record
 from abliterate.scoring import Scorer, Task
 from abliterate.trial import verified_replay
@@ -178,6 +179,24 @@ def test_groupings_and_shortcuts_do_not_change_scores(tiny, monkeypatch) -> None
         prompts = [*task.harmful, *task.harmless]
         scorer.replay = Replay(task.model, prompts, "auto", tricks)
         for one, other in zip(reference, scorer.run(), strict=True):
+            _agree(one, other)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_models_that_share_weights_score_as_one_does(count: int, tiny, monkeypatch) -> None:
+    for search in ("exhaustive", "staged"):
+        task = _task(tiny("qwen2"), search=search, thresholds=Thresholds(1e9, -1e9))
+        alone = Scorer(task).run()
+        with monkeypatch.context() as patch:
+            patch.setattr("abliterate.replay.worth_having", lambda model, blocks: count)
+            scorer = Scorer(task)
+            together = scorer.run()
+        models = [scorer.replay.model, *(other.model for other in scorer.replay._others)]
+        assert len({id(model) for model in models}) == count
+        weights = {model.get_input_embeddings().weight.data_ptr() for model in models}
+        assert len(weights) == 1
+        for one, other in zip(alone, together, strict=True):
+            assert one.computed == other.computed
             _agree(one, other)
 
 

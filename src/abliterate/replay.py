@@ -10,117 +10,30 @@ computed.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from abliterate.batching import Budget, attempt
+from abliterate.candidates import Cache, Candidates, Piece, Tricks, expanded, shared_prefix
 from abliterate.errors import UsageError
 from abliterate.forward import Batch, can_pad, input_device, last_logits, pad
 from abliterate.interventions import ablate_units, add_vectors, shifted
 from abliterate.measures import Measure
 from abliterate.shortcuts import joining, last_token_only, recorded
+from abliterate.twins import Crew, twin, worth_having
 from abliterate.writers import WriterPlan, decoder_blocks, find_writers
 
-# Keys and values ``[candidates, heads, tokens, head size]`` of each layer.
-Cache = tuple[tuple[Tensor, Tensor], ...]
 _CACHE_BYTES = 1 << 30
-# Fewer shared tokens than this are not worth a cache.
-_MIN_PREFIX = 4
 # Further logits of a row, with their scores, take the memory of about this many tokens.
 _TOKENS_PER_LOGITS = 16
-
-
-@dataclass(frozen=True)
-class Tricks:
-    """What is saved, beside the vocabulary projection.
-
-    Attributes:
-        rows: several candidates in one batch.
-        prefix: the shared opening tokens run once per candidate.
-        resume: ``add`` starts at its own layer.
-        join: candidates of different layers share a batch, which takes ``resume``.
-        last: the last block computes what it writes for the last token only.
-    """
-
-    rows: bool = True
-    prefix: bool = True
-    resume: bool = True
-    last: bool = True
-    join: bool = True
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Directions that are tried at once, in one way.
-
-    Attributes:
-        vectors: ``[candidates, d_model]``, unit vectors to ablate or vectors to add.
-        layers: None to ablate everywhere, else the layer at whose input each is added, ascending.
-        cache: keys and values of the shared opening tokens, or None: under each candidate, or of
-            those that a block runs on, which are the first ones (one row that stands for nothing
-            where there are none).
-        resumed: no block before its own runs for a candidate that is added.
-    """
-
-    vectors: Tensor
-    layers: tuple[int, ...] | None = None
-    cache: Cache | None = None
-    resumed: bool = True
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    def active(self, block: int) -> int:
-        """How many candidates, from the first, need ``block`` to run."""
-        if self.layers is None or not self.resumed:
-            return len(self)
-        return sum(layer <= block for layer in self.layers)
-
-    def pick(self, which: slice | Sequence[int]) -> Candidates:
-        """Some of them, in their order."""
-        every = range(len(self))
-        index = list(every[which] if isinstance(which, slice) else which)
-        layers = self.layers and tuple(self.layers[at] for at in index)
-        cache = self.cache
-        if cache is not None:
-            rows = [[at for at in index if at < self.active(i)] or [0] for i in range(len(cache))]
-            cache = tuple(
-                (keys[of], values[of]) for (keys, values), of in zip(cache, rows, strict=True)
-            )
-        return replace(self, vectors=self.vectors[index], layers=layers, cache=cache)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A batch of prompts without their shared opening tokens.
-
-    Attributes:
-        batch: the prompts.
-        keep: how many of the last tokens' logits are wanted.
-        streams: ``resid_pre`` ``[prompts, tokens, d_model]`` of the unmodified model, by layer.
-    """
-
-    batch: Batch
-    keep: int = 1
-    streams: tuple[Tensor, ...] = ()
-
-    def halves(self) -> Iterator[Piece]:
-        """The first and the second half of the prompts."""
-        half = len(self.batch.rows) // 2
-        for part in (slice(None, half), slice(half, None)):
-            b = self.batch
-            batch = Batch(
-                b.rows[part], b.input_ids[part], b.attention_mask[part], b.position_ids[part]
-            )
-            yield Piece(batch, self.keep, tuple(stream[part] for stream in self.streams))
 
 
 class Replay:
@@ -150,6 +63,8 @@ class Replay:
         self._sites = plan.sites
         self._final = self._last_writers(plan)
         self._as_tuple = False
+        self._others: list[Replay] = []
+        self._crew: Crew | None = None
         self._base: Cache | None = None
         self._base_streams: tuple[Tensor, ...] = ()
         if self.prefix:
@@ -250,8 +165,7 @@ class Replay:
             result: list[Tensor] = []
 
             def run(some: Candidates = some, result: list[Tensor] = result) -> None:
-                logits = self.logits(some, piece)
-                result.append(measure(logits, piece.batch.rows).cpu())
+                result.append(self._measured(some, piece, measure))
 
             started = time.perf_counter()
             if attempt(run):
@@ -266,6 +180,50 @@ class Replay:
             found += result
             done += len(some)
         return torch.cat(found)
+
+    def share_cores(self) -> Replay:
+        """From now on run several batches at once, where each is too small for all cores."""
+        count = worth_having(self.model, self._blocks) if self.tricks.rows else 1
+        if count > 1:
+            names = {id(module): name for name, module in self.model.named_modules()}
+            self._crew = Crew(count)
+            for _ in range(count - 1):
+                other = copy.copy(self)
+                other.model = twin(self.model)
+                for attribute in ("_blocks", "_final"):
+                    own = [names[id(module)] for module in getattr(self, attribute)]
+                    setattr(other, attribute, [other.model.get_submodule(name) for name in own])
+                self._others.append(other)
+        return self
+
+    def _measured(self, candidates: Candidates, piece: Piece, measure: Measure) -> Tensor:
+        """``measure`` in one batch, or in one a core."""
+        crew = [self, *self._others]
+        work: list[tuple[Candidates, Piece]] = [(candidates, piece)]
+        if self._crew and len(candidates) > 1:
+            # Every so many: of candidates that join at different layers each gets its share.
+            count = min(len(crew), len(candidates))
+            work = [
+                (candidates.pick(range(at, len(candidates), count)), piece) for at in range(count)
+            ]
+        elif self._crew and len(piece.batch.rows) > 1:
+            work = [(candidates, half) for half in piece.halves()]
+
+        def run(at: int) -> Tensor:
+            some, part = work[at]
+            # A twin's hooks are its own, but it returns what blocks return here.
+            crew[at]._as_tuple = self._as_tuple
+            return measure(crew[at].logits(some, part), part.batch.rows).cpu()
+
+        if len(work) == 1 or self._crew is None:
+            return run(0)
+        parts = self._crew.map(run, range(len(work)))
+        if len(candidates) == 1:
+            return torch.cat(parts, dim=1)
+        result = parts[0].new_empty(len(candidates), parts[0].shape[1])
+        for at, part in enumerate(parts):
+            result[at :: len(work)] = part
+        return result
 
     def _last_writers(self, plan: WriterPlan) -> list[nn.Module]:
         """Modules of the last block whose output is added to the stream, token by token.
@@ -346,29 +304,3 @@ class Replay:
             change = add_vectors(self._blocks[layers[0]], vectors)
         with change:
             yield
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many opening tokens all prompts share and a cache should hold; each keeps one more."""
-    # What the first and the last in alphabetical order share, all in between share.
-    ends = min(map(tuple, prompts)), max(map(tuple, prompts))
-    same = 0
-    for one, other in zip(*ends, strict=False):
-        if one != other:
-            break
-        same += 1
-    same = min(same, min(map(len, prompts)) - 1)
-    return same if same >= _MIN_PREFIX else 0
-
-
-def expanded(cache: Cache, prompts: int) -> DynamicCache:
-    """A cache to go on from, each candidate's keys and values for ``prompts`` rows in a row."""
-    result = DynamicCache()
-    for keys, values in cache:
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = (
-            t.unsqueeze(1).expand(-1, prompts, -1, -1, -1).flatten(0, 1) for t in (keys, values)
-        )
-        result.layers.append(layer)
-    return result

@@ -21,12 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.batching import group_rows
+from abliterate.candidates import Candidates, Piece
 from abliterate.choice import Score, Thresholds, choose, first_pruned_layer, judge, known
 from abliterate.console import progress_bar
 from abliterate.forward import can_pad
 from abliterate.measures import Measure, Reference, refusal_measure
 from abliterate.refusal import MAX_REFUSAL_SCORE
-from abliterate.replay import Candidates, Piece, Replay
+from abliterate.replay import Replay
 from abliterate.trial import verified_replay
 
 Search = Literal["staged", "exhaustive"]
@@ -38,8 +39,11 @@ Round = tuple[Piece, Measure]
 _VANISHING = 1e-9
 # A bound this close to a threshold does not reject: sums in another order may be on its other side.
 _MARGIN = 1e-9
-# The share of the prompts on which KL is tried before bypass is measured.
+# KL is tried on one in this many prompts before bypass is measured.
 _TRIED = 8
+# A batch of prompts runs for about as many candidates at once, which share what it costs beyond
+# its tokens.
+_SHARED = 8
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class Scorer:
         task = self.task
         prompts = [*task.harmful, *task.harmless, *(task.answered or ())]
         keys = [self.usable[0], self.usable[-1]]
-        return verified_replay(task.model, prompts, task.vectors(keys), task.batch_size)
+        replay = verified_replay(task.model, prompts, task.vectors(keys), task.batch_size)
+        return replay.share_cores()
 
     def run(self) -> list[Score]:
         """Score what is not known yet; all scores by position, then layer."""
@@ -177,13 +182,12 @@ class Scorer:
         replay, mix = self.replay, can_pad(self.task.model)
         rows = range(len(prompts)) if rows is None else rows
         lengths = [len(prompts[row]) - replay.prefix for row in rows]
-        # In small steps padding costs more than a batch: each of them runs for many candidates.
         groups = group_rows(
             lengths,
             replay.budget,
             mix,
             math.ceil(len(rows) / steps),
-            replay.budget.overhead // steps,
+            replay.budget.overhead // _SHARED,
         )
         keep = n_answer or [1] * len(prompts)
         pieces = []
@@ -217,8 +221,9 @@ class Scorer:
         return [piece for piece, _ in runs], Reference.of(parts, counts)
 
     @cached_property
-    def _kl_rounds(self) -> tuple[list[Round], list[Round], Tensor]:
-        """The prompts on which KL is tried, all others, and the least KL of each prompt."""
+    def _kl_rounds(self) -> tuple[list[Round], list[Round], list[Round], Tensor]:
+        """The prompts on which KL is tried, all others in small and in large batches, and the
+        least KL of each prompt."""
         task = self.task
         if task.answered is None:
             prompts, reference = task.harmless, self._harmless[1]
@@ -229,15 +234,13 @@ class Scorer:
             reference = self._reference(every, task.n_answer)[1]
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         first = max(1, len(order) // _TRIED)
-        tried: list[Round] = [
-            (piece, reference.kl)
-            for piece in self._pieces(prompts, order[:first], 1, task.n_answer)
-        ]
-        rest: list[Round] = [
-            (piece, reference.kl)
-            for piece in self._pieces(prompts, order[first:], 2, task.n_answer)
-        ]
-        return tried, rest, reference.floor
+
+        def rounds(rows: Sequence[int], steps: int) -> list[Round]:
+            pieces = self._pieces(prompts, rows, steps, task.n_answer)
+            return [(piece, reference.kl) for piece in pieces]
+
+        rest = order[first:]
+        return rounds(order[:first], 1), rounds(rest, 4), rounds(rest, 1), reference.floor
 
     def _induce(self, keys: Sequence[Key]) -> None:
         task, replay = self.task, self.replay
@@ -343,12 +346,17 @@ class Scorer:
             Tables of those that were only tried.
         """
         limit = math.inf if self.exhaustive else self.task.thresholds.kl + _MARGIN
-        tried, rest, floor = self._kl_rounds
+        # One that is completed is likely to pass: no step is worth a batch of its own.
+        tried, rest, whole, floor = self._kl_rounds
+        rest = whole if complete else rest
         table = torch.stack([tables.get(key, floor) for key in keys]).clone()
         alive = set(range(len(keys)))
         if not all(key in tables for key in keys):
             alive = self._rounds(candidates, tried, table, lambda low: low > limit, not rest)
         lazy = set() if complete else {at for at in alive if self._is_lazy(keys[at])}
+        # One that fails so far is likely to be rejected before all prompts: sooner than by bypass.
+        sample = [row for piece, _ in tried for row in piece.batch.rows]
+        lazy -= {at for at in lazy if float(table[at, sample].mean()) > limit}
         going = sorted(alive - lazy)
         if going and rest:
             own = table[going]

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.batching import out_of_memory
+from abliterate.candidates import Tricks
 from abliterate.console import log
 from abliterate.forward import can_pad, last_logits, pad
 from abliterate.interventions import ablate, add
-from abliterate.replay import Replay, Tricks
+from abliterate.replay import Replay
 from abliterate.writers import decoder_blocks
 
 # Largest difference of logits, relative to their spread, that is rounding in a given dtype.
