@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -62,7 +64,7 @@ class Candidates:
         """How many candidates, from the first, need ``block`` to run."""
         if self.layers is None or not self.resumed:
             return len(self)
-        return sum(layer <= block for layer in self.layers)
+        return bisect_right(self.layers, block)
 
     def pick(self, which: slice | Sequence[int]) -> Candidates:
         """Some of them, in their order."""
@@ -92,15 +94,24 @@ class Piece:
     keep: int = 1
     streams: tuple[Tensor, ...] = ()
 
+    def part(self, which: slice, width: int) -> Piece:
+        """Some of the prompts, which are not longer than ``width`` tokens."""
+        b = self.batch
+        cached = b.attention_mask.shape[1] - b.input_ids.shape[1]
+        mask = b.attention_mask[which]
+        batch = Batch(
+            b.rows[which],
+            b.input_ids[which, -width:],
+            torch.cat([mask[:, :cached], mask[:, -width:]], dim=1),
+            b.position_ids[which, -width:],
+        )
+        return Piece(batch, self.keep, tuple(stream[which, -width:] for stream in self.streams))
+
     def halves(self) -> Iterator[Piece]:
         """The first and the second half of the prompts."""
-        half = len(self.batch.rows) // 2
-        for part in (slice(None, half), slice(half, None)):
-            b = self.batch
-            batch = Batch(
-                b.rows[part], b.input_ids[part], b.attention_mask[part], b.position_ids[part]
-            )
-            yield Piece(batch, self.keep, tuple(stream[part] for stream in self.streams))
+        half, width = len(self.batch.rows) // 2, self.batch.input_ids.shape[1]
+        yield self.part(slice(None, half), width)
+        yield self.part(slice(half, None), width)
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:

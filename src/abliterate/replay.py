@@ -94,6 +94,14 @@ class Replay:
         self._as_tuple = recording.as_tuple
         return replace(piece, streams=tuple(recording.streams)), logits
 
+    def baselines(self, piece: Piece) -> list[tuple[Piece, Tensor]]:
+        """The same in one batch, or in several where memory needs it."""
+        runs: list[tuple[Piece, Tensor]] = []
+        if not attempt(lambda: runs.append(self.baseline(piece))):
+            self._shrink(*piece.batch.input_ids.shape)
+            return [run for half in piece.halves() for run in self.baselines(half)]
+        return runs
+
     def prepare(self, vectors: Tensor, layers: Sequence[int] | None = None) -> Candidates:
         """Candidates ``[candidates, d_model]`` with their opening tokens run, if they are shared.
 

@@ -39,6 +39,8 @@ Round = tuple[Piece, Measure]
 _VANISHING = 1e-9
 # A bound this close to a threshold does not reject: sums in another order may be on its other side.
 _MARGIN = 1e-9
+# Candidates that are measured before the scores are saved, in batches of a few prompts.
+_AT_A_TIME = 4
 # KL is tried on one in this many prompts before bypass is measured.
 _TRIED = 8
 # A batch of prompts runs for about as many candidates at once, which share what it costs beyond
@@ -177,46 +179,52 @@ class Scorer:
         rows: Sequence[int] | None = None,
         steps: int = 1,
         n_answer: Sequence[int] | None = None,
+        shared: int = _SHARED,
     ) -> list[Piece]:
-        """Batches of ``prompts`` (of some of them), of at most 1 / ``steps`` of them each."""
-        replay, mix = self.replay, can_pad(self.task.model)
+        """Batches of ``prompts`` (of some of them), of at most 1 / ``steps`` of them each, which
+        run for about ``shared`` candidates at once."""
         rows = range(len(prompts)) if rows is None else rows
-        lengths = [len(prompts[row]) - replay.prefix for row in rows]
-        groups = group_rows(
-            lengths,
-            replay.budget,
-            mix,
-            math.ceil(len(rows) / steps),
-            replay.budget.overhead // _SHARED,
-        )
+        lengths = [len(prompts[row]) - self.replay.prefix for row in rows]
         keep = n_answer or [1] * len(prompts)
         pieces = []
-        for group in groups:
+        for group in self._groups(lengths, math.ceil(len(rows) / steps), shared):
             own = [rows[at] for at in group]
-            pieces.append(replay.piece(prompts, own, max(keep[row] for row in own)))
+            pieces.append(self.replay.piece(prompts, own, max(keep[row] for row in own)))
         return pieces
+
+    def _groups(self, lengths: Sequence[int], most: int, shared: int) -> list[tuple[int, ...]]:
+        budget, mix = self.replay.budget, can_pad(self.task.model)
+        return group_rows(lengths, budget, mix, most, budget.overhead // shared)
 
     @cached_property
     def _harmless(self) -> tuple[list[Piece], Reference]:
         """Batches after which candidates may be rejected by induce, and what KL compares with."""
-        prompts = self.task.harmless
+        prompts, prefix = self.task.harmless, self.replay.prefix
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         # A bound rarely rejects before half of the prompts; then in small steps, unless a small
         # batch takes as long as a large one.
-        steps = (2, 4) if self.replay.budget.device.type == "cpu" else (1, 2)
-        halves = order[: len(order) // 2], order[len(order) // 2 :]
-        pieces = [
-            piece
-            for half, step in zip(halves, steps, strict=True)
-            if half
-            for piece in self._pieces(prompts, half, step)
-        ]
-        return self._reference(pieces, [1] * len(prompts))
+        steps = (4, 8) if self.replay.budget.device.type == "cpu" else (2, 4)
+        early = set(order[: len(order) // 2])
+        # The unmodified model runs once: on few batches, of which these are cut.
+        wide, reference = self._reference(
+            self._pieces(prompts, order, shared=1), [1] * len(prompts)
+        )
+        cut = []
+        for piece in wide:
+            rows = piece.batch.rows
+            first = sum(row in early for row in rows)
+            for part, step in ((range(first), steps[0]), (range(first, len(rows)), steps[1])):
+                lengths = [len(prompts[rows[at]]) - prefix for at in part]
+                most = math.ceil(len(prompts) / step)
+                for group in self._groups(lengths, most, _SHARED):
+                    own = slice(part[group[0]], part[group[-1]] + 1)
+                    cut.append(piece.part(own, max(lengths[at] for at in group)))
+        return cut, reference
 
     def _reference(
         self, pieces: Sequence[Piece], counts: Sequence[int]
     ) -> tuple[list[Piece], Reference]:
-        runs = [self.replay.baseline(piece) for piece in pieces]
+        runs = [run for piece in pieces for run in self.replay.baselines(piece)]
         parts = ((logits, piece.batch.rows) for piece, logits in runs)
         return [piece for piece, _ in runs], Reference.of(parts, counts)
 
@@ -252,11 +260,10 @@ class Scorer:
         with progress_bar("select: induce", sum(task.n_layers - key[1] for key in left)) as bar:
             while left:
                 self._show(bar, len(left))
-                together = min(
-                    replay.budget.share(*smallest.batch.input_ids.shape), replay.most_cached()
-                )
                 same = sum(key[1] == left[0][1] for key in left)
-                together = max(together, min(same, replay.most_cached()))
+                # Of the smallest batch a few at a time: Ctrl-C costs no more than that.
+                together = _AT_A_TIME * replay.budget.share(*smallest.batch.input_ids.shape)
+                together = min(max(together, same), replay.most_cached())
                 if not (replay.tricks.join and replay.tricks.resume):
                     together = min(together, same)
                 some, left = left[:together], left[together:]
@@ -288,7 +295,7 @@ class Scorer:
         with progress_bar("select: KL, bypass", len(left)) as bar:
             while left:
                 self._show(bar, len(left))
-                together = min(replay.budget.share(*shape) for shape in shapes)
+                together = _AT_A_TIME * min(replay.budget.share(*shape) for shape in shapes)
                 together = max(1, min(together, replay.most_cached()))
                 some, left = left[:together], left[together:]
                 done = len(some)
