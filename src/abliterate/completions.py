@@ -92,6 +92,8 @@ class CompletionFile:
         if not same:
             path.unlink(missing_ok=True)
         write_json(path.parent / MANIFEST, manifest)
+        if path.exists() and path.read_bytes() != self._content():
+            self._write()  # torn or double lines, the order of finishing
 
     def _take(self, line: Mapping[str, Any], verdicts: bool) -> None:
         prompt = self.prompts.get(line.get("prompt", ""))
@@ -119,7 +121,6 @@ class CompletionFile:
         if self.path is None:
             yield
             return
-        self._write()  # drops the torn line that a kill may have left
         with self.path.open("a", encoding="utf-8") as self._file:
             try:
                 yield
@@ -136,7 +137,10 @@ class CompletionFile:
 
     def _write(self) -> None:
         assert self.path is not None
-        write_atomically(self.path, "".join(map(_line, self.completions)).encode())
+        write_atomically(self.path, self._content())
+
+    def _content(self) -> bytes:
+        return "".join(map(_line, self.completions)).encode()
 
 
 def _line(completion: Completion) -> str:
