@@ -1,10 +1,11 @@
-"""``evaluate``: interventions, streaming and resuming of completions, scores and their intervals."""
+"""``evaluate``: interventions, streaming and resuming of completions, scores, intervals."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -85,9 +86,7 @@ def test_any_subset_of_interventions(tiny, cli, fails, direction, prompts, tmp_p
     edited = tmp_path / "edited"
     made = cli("orthogonalize", tiny("llama"), "--direction", direction, "-o", edited)
     assert made.code == 0, made.err
-    alone = cli(
-        *base, "--intervention", "checkpoint", "--checkpoint", f"mine={edited}", "--json"
-    )
+    alone = cli(*base, "--intervention", "checkpoint", "--checkpoint", f"mine={edited}", "--json")
     assert alone.code == 0, alone.err
     assert list(alone.json["interventions"]) == ["mine"]
     baked = alone.json["interventions"]["mine"]
@@ -96,9 +95,7 @@ def test_any_subset_of_interventions(tiny, cli, fails, direction, prompts, tmp_p
         found["ablate"]["harmful"]["refusal_metric"], abs=1e-4
     )
 
-    assert "is taken" in fails(
-        *base, "--checkpoint", edited, "--checkpoint", f"{edited}/", code=2
-    )
+    assert "is taken" in fails(*base, "--checkpoint", edited, "--checkpoint", f"{edited}/", code=2)
     assert "is taken" in fails(*base, "--checkpoint", f"ablate={edited}", code=2)
     assert "needs --checkpoint" in fails(*base, "--intervention", "checkpoint", code=2)
     other = fails(*base, "--intervention", "baseline", "--checkpoint", tiny("other"), code=3)
@@ -300,7 +297,7 @@ def test_a_model_of_recurrent_layers_is_decoded_too() -> None:
 
     class Tokenizer:
         eos_token_id = 2
-        added_tokens_decoder: dict[int, object] = {}
+        added_tokens_decoder = MappingProxyType({})
 
         def apply_chat_template(self, *args: object, **kwargs: object) -> str:
             return ""

@@ -18,7 +18,7 @@ from abliterate.artifacts import (
 )
 from abliterate.corpora import parse_corpora, read_corpus
 from abliterate.direction import Direction
-from abliterate.errors import InterruptedWorkError, UsageError
+from abliterate.errors import InputError, InterruptedWorkError, UsageError
 from abliterate.evaluation import (
     KINDS,
     check_intervention,
@@ -27,7 +27,7 @@ from abliterate.evaluation import (
 from abliterate.evaluation_work import Work
 from abliterate.judges import find_judge
 from abliterate.judging import failures, judge_files
-from abliterate.models import Checkpoint
+from abliterate.models import Checkpoint, load_config, text_config
 from abliterate.prompts import load_prompts
 from abliterate.stages import (
     COMPLETIONS,
@@ -73,6 +73,7 @@ def evaluate_stage(
         check_writable(out)
     settings, seed = session.settings.evaluate, session.settings.model.seed
     rows = order_rows(interventions, edited, direction)
+    _check_vocabulary(session, edited)
     # All that can be wrong with the options shows before hours are spent.
     model = session.settings.model
     judge = find_judge(
@@ -203,6 +204,22 @@ def order_rows(
             check_intervention(name, direction)
             rows.append(name)
     return list(dict.fromkeys(rows))
+
+
+def _check_vocabulary(session: Session, edited: Mapping[str, Checkpoint]) -> None:
+    """Refuse a checkpoint that is no edit of the model: their distributions cannot be compared."""
+    trust = session.settings.model.trust_remote_code
+
+    def size(checkpoint: Checkpoint) -> int | None:
+        return getattr(text_config(load_config(checkpoint, trust)), "vocab_size", None)
+
+    for name, other in edited.items():
+        own, base = size(other), size(session.checkpoint)
+        if own != base:
+            raise InputError(
+                f"--checkpoint {name} has a vocabulary of {own}, {session.checkpoint.name} one of "
+                f"{base}: give a checkpoint made from that model"
+            )
 
 
 def _folder_hash(folder: Path | None) -> str | None:

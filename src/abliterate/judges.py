@@ -167,12 +167,7 @@ class EndpointJudge:
             text = JUDGE_PROMPT.format(prompt=prompt, response=response)
             messages = [{"role": "user", "content": text}]
         try:
-            reply = client.chat.completions.create(
-                model=self.model,
-                messages=messages,
-                temperature=0,
-                max_tokens=_ENDPOINT_TOKENS[self.template],
-            )
+            reply = self._create(client, openai, messages)
         except openai.APITimeoutError:
             return False, Verdict(None, None, f"no answer within {self.timeout:g} s")
         except openai.APIConnectionError as error:
@@ -188,6 +183,21 @@ class EndpointJudge:
         except (AttributeError, TypeError, IndexError):
             return False, Verdict(None, None, "unusable answer (no chat completion)")
         return False, read_verdict(content if isinstance(content, str) else None)
+
+    def _create(self, client: Any, openai: Any, messages: list[dict[str, str]]) -> Any:
+        """A greedy, short answer; without an option that the endpoint says it does not take."""
+        options = {"temperature": 0, "max_tokens": _ENDPOINT_TOKENS[self.template]}
+        while True:
+            try:
+                return client.chat.completions.create(
+                    model=self.model, messages=messages, **options
+                )
+            except openai.BadRequestError as error:
+                refused = [name for name in options if name in str(error)]
+                if not refused:
+                    raise
+                for name in refused:
+                    del options[name]
 
 
 @dataclass(frozen=True)

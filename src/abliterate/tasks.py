@@ -14,6 +14,8 @@ from abliterate.console import bars_hidden, debugging
 from abliterate.errors import InputError, UsageError
 from abliterate.models import Loaded
 
+# For the standard errors of metrics that are no means.
+_RESAMPLES = 1000
 _MISSING = "--tasks needs the lm-eval package: pip install 'abliterate[eval]'"
 
 
@@ -70,13 +72,8 @@ def find_tasks(names: str, folder: Path | None = None, limit: int | None = None)
     for name in wanted:
         matched = manager.match_tasks([name])
         if not matched:
-            more = "" if folder is None else f" nor {folder}"
-            raise UsageError(
-                f"--tasks: neither lm-eval{more} has a task '{name}' (`lm-eval ls tasks` lists "
-                "them)"
-                if more
-                else f"--tasks: lm-eval has no task '{name}' (`lm-eval ls tasks` lists them)"
-            )
+            where = "lm-eval has no" if folder is None else f"neither lm-eval nor {folder} has a"
+            raise UsageError(f"--tasks: {where} task '{name}' (`lm-eval ls tasks` lists them)")
         found += matched
     return Tasks(tuple(dict.fromkeys(found)), manager, limit, str(lm_eval.__version__))
 
@@ -114,6 +111,7 @@ def run_tasks(
                 task_manager=tasks.manager,
                 limit=tasks.limit,
                 log_samples=False,
+                bootstrap_iters=_RESAMPLES,
                 random_seed=seed,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
