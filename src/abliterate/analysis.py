@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from abliterate import options as opt
-from abliterate.console import print_json, set_up
+from abliterate.console import print_json, print_line, set_up
+from abliterate.errors import UsageError
 from abliterate.settings import load_settings
 
 if TYPE_CHECKING:
@@ -103,6 +104,65 @@ def trace(
     session = _reopen(run, model, device, dtype, batch_size, trust_remote_code, seed)
     record = trace_stage(session, run, request)
     print_json(record) if as_json else show_trace(record, run)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="File to write. Default: RUN/report.html.", show_default=False
+        ),
+    ] = None,
+    completions: Annotated[
+        bool,
+        typer.Option(
+            "--completions/--no-completions", help="Put prompts and answers into the file."
+        ),
+    ] = True,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", help="Also write the figures as PNG here.", show_default=False),
+    ] = None,
+    edited: Annotated[
+        Path | None,
+        typer.Option(
+            "--edited", help="The edited checkpoint, if not RUN/model.", show_default=False
+        ),
+    ] = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write one self-contained page of everything that a run folder holds."""
+    set_up(quiet, debug)
+    from abliterate.artifacts import check_writable, write_atomically
+    from abliterate.report import build_report, read_run, write_pngs
+
+    path = output or run / "report.html"
+    if path.is_dir():
+        raise UsageError(f"-o {path} is a folder: name the file to write")
+    held = read_run(run, edited)
+    check_writable(path.parent)
+    page = build_report(held, completions, edited)
+    # Pictures first: what can fail there must not leave a page behind.
+    pictures = [] if png is None else write_pngs(page.figures, png)
+    content = page.html.encode()
+    write_atomically(path, content)
+    if as_json:
+        return print_json(
+            {
+                "report": str(path),
+                "bytes": len(content),
+                "sections": list(page.sections),
+                "figures": list(page.figures),
+                "png": [str(picture) for picture in pictures],
+            }
+        )
+    print_line(f"wrote {path} ({len(content) / 1e6:.1f} MB; {', '.join(page.sections)})")
+    for picture in pictures:
+        print_line(f"wrote {picture}")
+    return None
 
 
 def _reopen(

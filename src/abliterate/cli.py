@@ -188,6 +188,7 @@ app.command()(commands.run)
 app.command()(checks.writers)
 app.command()(analysis.inspect)
 app.command()(analysis.trace)
+app.command()(analysis.report)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def trace_stage(session: Session, run: Path, request: Request) -> dict[str, Any]
         "model": session.identity,
         "direction": direction.summary(),
         "prompts": sources,
+        "request": asdict(request),
         "suffix": _suffix_record(request.suffix, prompts.get("suffix", [])),
         "cosines": {kind: _curve(one.cosines) for kind, one in seen.items()},
         "heads": _head_record(tracer, seen, request.n_heads) if request.suffix else None,
