@@ -45,7 +45,7 @@ def cards(run: Run) -> list[Card]:
     """The numbers that come first."""
     found = [*_direction_cards(run)]
     if run.evaluation:
-        found += _refusal_cards(run.evaluation)
+        found[1:1] = _refusal_cards(run.evaluation)
     if run.edit:
         before, after = (max(float(t[key]) for t in run.edit["tensors"]) for key in ("before", "after"))
         found.append(
@@ -109,6 +109,9 @@ def _refusal_cards(evaluation: Document) -> list[Card]:
         span = now.get("refusal_score_ci")
         interval = f", 95% interval {span[0]:.0%} to {span[1]:.0%}" if span else ""
         found.append(Card(title, before + text, f"baseline → {name}, n = {now['n']}{interval}"))
+    if "ablate" in results:
+        value = number(results["ablate"]["kl_divergence"])
+        found.append(Card("KL, ablated", value, "harmless test prompts, last token, nats"))
     return found
 
 
@@ -191,6 +194,16 @@ def candidate_rows(table: Table) -> list[list[str]]:
 
 def _same(candidate: Document, winner: Document) -> bool:
     return all(candidate[key] == winner[key] for key in ("position", "layer"))
+
+
+def kind_rows(edit: Document) -> list[list[str]]:
+    """The edited tensors by kind: how many, and the largest share before and after."""
+    rows = []
+    for kind in dict.fromkeys(str(t["kind"]) for t in edit["tensors"]):
+        of_kind = [t for t in edit["tensors"] if t["kind"] == kind]
+        before, after = (max(float(t[key]) for t in of_kind) for key in ("before", "after"))
+        rows.append([kind, str(len(of_kind)), f"{before:.2e}", f"{after:.2e}"])
+    return rows
 
 
 def head_rows(trace: Document) -> list[list[str]]:

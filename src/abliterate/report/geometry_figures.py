@@ -58,7 +58,7 @@ def pca_panels(inspect: Document) -> Any:
     made.update_xaxes(showticklabels=False, gridcolor=GRID, zeroline=False, title=None)
     made.update_yaxes(showticklabels=False, gridcolor=GRID, zeroline=False, title=None)
     made.update_annotations(font={"size": 11})
-    made.update_layout(margin={"l": 10, "r": 10, "t": 60}, legend={"y": -0.02})
+    made.update_layout(margin={"l": 10, "r": 10, "t": 84, "b": 12}, legend={"y": 1.0 + 28 / (190 * rows)})
     return made
 
 
@@ -151,7 +151,7 @@ def cosines(inspect: Document) -> Any:
     ]
     made.update_yaxes(tickvals=list(range(rows)), ticktext=labels, showgrid=False)
     layer_axis(made, len(held["values"][0]))
-    made.update_layout(plot_bgcolor="#eceff3")
+    made.update_layout(plot_bgcolor="#eceff3", margin={"t": 50})
     return made
 
 

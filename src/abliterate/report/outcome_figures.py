@@ -22,6 +22,7 @@ def refusals(evaluation: Document) -> Any:
                 name=f"{kind} prompts",
                 marker={"color": colour},
                 error_y={
+                    "visible": all(spans),
                     "type": "data",
                     "symmetric": False,
                     "array": [_above(r, s) for r, s in zip(rates, spans, strict=True)],

@@ -65,6 +65,7 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         and _part("selection.json", lambda: facts.candidate_rows(_table(run))),
         "layers": run.inspect and _part("inspect.json", lambda: facts.layer_rows(run.inspect or {})),
         "heads": run.trace and _part("trace.json", lambda: facts.head_rows(run.trace or {})),
+        "kinds": run.edit and _part("abliterate.json", lambda: facts.kind_rows(run.edit or {})),
         "slider": _slider(run),
         "provenance": _part("extract.json", lambda: facts.provenance(run)),
         "commands": _part("a record", lambda: commands(run, edited)),

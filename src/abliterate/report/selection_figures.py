@@ -8,13 +8,23 @@ from typing import Any
 
 from abliterate.choice import Thresholds, first_pruned_layer
 from abliterate.report.collect import Document
-from abliterate.report.style import COLOURS, GOLD, MUTED, figure, finite, label, layer_axis, plotly
+from abliterate.report.style import (
+    COLOURS,
+    GOLD,
+    LEGEND_BELOW,
+    MUTED,
+    figure,
+    finite,
+    label,
+    layer_axis,
+    plotly,
+)
 
 _REASONS = {
-    "kl": ("x-thin", "KL above {kl:g}"),
-    "induce": ("cross-thin", "induce below {induce:g}"),
-    "nan": ("circle-open", "not finite"),
-    "unknown": ("asterisk", "not known"),
+    "kl": ("x", "KL above {kl:g}"),
+    "induce": ("cross", "induce below {induce:g}"),
+    "nan": ("circle", "not finite"),
+    "unknown": ("diamond", "not known"),
 }
 
 
@@ -81,7 +91,7 @@ def heatmap(table: Table, metric: Metric) -> Any:
     """A metric over layer and position, the filters drawn and the winner marked."""
     objects = plotly()
     rows = len(table.positions)
-    made = figure(f"{metric.name}: {metric.axis}", "layer", "position", 150 + 30 * rows)
+    made = figure(f"{metric.name}: {metric.axis}", "layer", "position", 175 + 30 * rows)
     values = table.grid(lambda c: None if c is None else finite(c[metric.key]))
     known = [v for row in values for v in row if v is not None]
     scale: dict[str, Any] = {"colorscale": "Viridis", "reversescale": True}
@@ -112,7 +122,7 @@ def heatmap(table: Table, metric: Metric) -> Any:
     layer_axis(made, table.n_layers)
     _draw_pruned(made, table)
     _draw_verdicts(made, table)
-    made.update_layout(plot_bgcolor="#eceff3", legend={"y": -0.3 - 0.35 / rows})
+    made.update_layout(plot_bgcolor="#eceff3", legend=LEGEND_BELOW, margin={"b": 92})
     return made
 
 
@@ -130,7 +140,7 @@ def _hover(candidate: Document | None, metric: Metric, table: Table) -> str:
     return f"{place}<br><b>{text}</b><br>{verdict(candidate, table.thresholds)}"
 
 
-def _draw_pruned(made: Any, table: Table) -> None:
+def _draw_pruned(made: Any, table: Table, named: bool = True) -> None:
     if table.pruned >= table.n_layers:
         return
     made.add_vrect(
@@ -142,6 +152,8 @@ def _draw_pruned(made: Any, table: Table) -> None:
         layer="above",
     )
     made.add_vline(x=table.pruned - 0.5, line={"color": MUTED, "width": 1.5, "dash": "dash"})
+    if not named:
+        return
     made.add_annotation(
         x=(table.pruned + table.n_layers - 1) / 2,
         y=1.0,
@@ -174,9 +186,10 @@ def _draw_verdicts(made: Any, table: Table) -> None:
     for reason, (symbol, words) in _REASONS.items():
         dropped = [c for c in table.candidates if c["reason"] == reason]
         if dropped:
-            line = {"width": 1.4, "color": "#4a5361"}
+            # White with a dark rim: seen on every colour of the maps, and on both grounds.
+            line = {"width": 1, "color": "#333b47"}
             name = "dropped: " + words.format(**limits)
-            marks(dropped, symbol, name, size=7, line=line, color="#4a5361")
+            marks(dropped, symbol, name, size=8, line=line, color="#ffffff")
     if table.winner is not None:
         line = {"width": 1.2, "color": "#222222"}
         marks([table.winner], "star", "selected", size=16, color=GOLD, line=line)
@@ -185,8 +198,8 @@ def _draw_verdicts(made: Any, table: Table) -> None:
 def lines(table: Table, metric: Metric) -> Any:
     """A metric by layer, a line for each position, as in the paper's appendix."""
     objects = plotly()
-    made = figure(f"{metric.name} by layer", "layer", metric.axis, 340)
-    for row, (position, name) in enumerate(zip(table.positions, table.labels, strict=True)):
+    made = figure(f"{metric.name} by layer", "layer", metric.axis.partition(",")[0], 340)
+    for row, position in enumerate(table.positions):
         cells = [table.at(position, layer) for layer in range(table.n_layers)]
         made.add_trace(
             objects.Scatter(
@@ -195,7 +208,7 @@ def lines(table: Table, metric: Metric) -> Any:
                 mode="lines+markers",
                 marker={"size": 5},
                 line={"width": 1.8, "color": COLOURS[row % len(COLOURS)]},
-                name=name,
+                name=str(position),
                 customdata=[_hover(c, metric, table) for c in cells],
                 hovertemplate="%{customdata}<extra></extra>",
             )
@@ -211,7 +224,7 @@ def lines(table: Table, metric: Metric) -> Any:
     if threshold is not None:
         _rule(made, threshold, f"filter: {threshold:g}", "dash")
     layer_axis(made, table.n_layers)
-    _draw_pruned(made, table)
+    _draw_pruned(made, table, named=False)
     _draw_winner(made, table, metric)
     if metric.key == "kl_divergence":
         made.update_yaxes(type="log", exponentformat="power")

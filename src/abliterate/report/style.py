@@ -14,6 +14,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 HARMFUL, HARMLESS = COLOURS[1], COLOURS[0]
 INK, GRID, MUTED = "#1d2530", "#e3e7ec", "#8a94a3"
 GOLD = "#ffc400"
+#: For the figures whose top margin is taken; in the container, whatever the height of the plot.
+LEGEND_BELOW = {"yref": "container", "y": 0.01, "yanchor": "bottom"}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 
 
@@ -51,16 +53,25 @@ def figure(title: str, x: str, y: str, height: int = 360) -> Any:
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "automargin": True}
     made.update_layout(
         template="none",
-        title={"text": title, "x": 0, "xref": "paper", "font": {"size": 15}},
+        title={
+            "text": title,
+            "x": 0,
+            "xref": "paper",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 12},
+            "font": {"size": 15},
+        },
         font={"family": FONT, "size": 12, "color": INK},
         height=height,
-        margin={"l": 56, "r": 16, "t": 44, "b": 48},
+        margin={"l": 56, "r": 16, "t": 76, "b": 48},
         paper_bgcolor="white",
         plot_bgcolor="white",
-        legend={"orientation": "h", "y": -0.18, "x": 0, "yanchor": "top"},
+        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 11}},
         hoverlabel={"font": {"family": FONT, "size": 12}, "align": "left"},
-        xaxis={**axis, "title": {"text": x}},
-        yaxis={**axis, "title": {"text": y}},
+        xaxis={**axis, "title": {"text": x, "standoff": 6}},
+        yaxis={**axis, "title": {"text": y, "standoff": 6}},
     )
     return made
 

@@ -30,7 +30,7 @@
     layout.plot_bgcolor = figure.layout.plot_bgcolor === "white" ? "rgba(0,0,0,0)" : colour("--cell");
     layout.font = { ...layout.font, color: colour("--ink") };
     layout.title = { text: "" };
-    layout.margin = { ...layout.margin, t: Math.max(26, layout.margin.t - 26) };
+    layout.margin = { ...layout.margin, t: Math.max(20, layout.margin.t - 30) };
     layout.hoverlabel = { ...layout.hoverlabel, bgcolor: colour("--sheet"), bordercolor: colour("--soft"),
       font: { ...layout.hoverlabel.font, color: colour("--ink") } };
     for (const key of Object.keys(layout)) {
@@ -49,11 +49,25 @@
     for (const element of drawn.keys()) draw(element);
   }
 
+  const waiting = () => [...document.querySelectorAll(".canvas")].filter((each) => !drawn.has(each));
+
+  /** What is in sight first, then the rest whenever the browser has time. */
   async function drawAll() {
-    for (const element of document.querySelectorAll(".canvas")) {
-      draw(element);
-      await new Promise((done) => setTimeout(done));
+    for (const element of waiting()) {
+      const box = element.getBoundingClientRect();
+      if (box.top < innerHeight && box.bottom > 0) draw(element);
     }
+    root.dataset.ready = "yes";
+    const seen = (entries) => entries.forEach(({ isIntersecting, target }) => {
+      if (isIntersecting && !drawn.has(target)) draw(target);
+    });
+    const observer = new IntersectionObserver(seen, { rootMargin: "50%" });
+    waiting().forEach((element) => observer.observe(element));
+    for (let left = waiting(); left.length; left = waiting()) {
+      await new Promise((done) => setTimeout(done, 10));
+      if (!drawn.has(left[0])) draw(left[0]);
+    }
+    root.dataset.drawn = "all";
   }
 
   // ---- the slider through the layers ------------------------------------------------------
@@ -213,6 +227,7 @@
       redraw();
     });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+    addEventListener("beforeprint", () => waiting().forEach(draw));
     matchMedia("print").addEventListener("change", redraw);
   }
 
