@@ -122,7 +122,9 @@ def run(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("inspect") / "run"
     keep = ("--save-activations", "--activation-positions", "all", "--quiet")
-    assert main(["extract", str(demo_model_dir()), "-o", str(folder), "--n-train", "24", *keep]) == 0
+    assert (
+        main(["extract", str(demo_model_dir()), "-o", str(folder), "--n-train", "24", *keep]) == 0
+    )
     assert main(["select", str(folder), "--n-val", "16", "--quiet"]) == 0
     return folder
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ from abliterate.resources import demo_model_dir
 BUILD = Path(__file__).parents[1] / "build" / "report"
 EVIL = '<script>window.pwned=1</script><img src="https://example.org/x.png" onerror="pwned=2">'
 BREAKOUT = "</script></textarea><svg onload=pwned=3><!-- <script> ${pwned} {{ 7*7 }} %{x} &lt;"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None or importlib.util.find_spec("playwright") is None,
     reason="needs Chromium and playwright",
@@ -47,9 +50,13 @@ def run(tmp_path_factory) -> Path:
     sources = []
     for kind in ("harmful", "harmless"):
         texts = [p.text for p in load_prompts(kind, "train", 44, 0)]
-        texts[0], texts[1] = f"{texts[0]} {EVIL}", f"{texts[1]} {BREAKOUT}"
+        # Every third has markup: whatever is sampled for training, some are left for the test.
+        ends = {0: f" {EVIL}", 1: f" {BREAKOUT}"}
         rows = [
-            {"prompt": text, "category": EVIL if at < 2 else f"topic {at % 3}"}
+            {
+                "prompt": text + ends.get(at % 6, ""),
+                "category": EVIL if at % 6 == 0 else f"topic {at % 3}",
+            }
             for at, text in enumerate(texts)
         ]
         (place / f"{kind}.json").write_text(json.dumps(rows))
@@ -59,7 +66,7 @@ def run(tmp_path_factory) -> Path:
     small += ["--search", "exhaustive", "--no-filter"]
     assert main(["run", str(model), "-o", str(folder), *sources, *small, *quiet]) == 0
     assert main(["inspect", str(folder), *quiet]) == 0
-    suffix = ["--suffix", f"kindly {BREAKOUT}", "--n-prompts", "4", *sources[:0]]
+    suffix = ["--suffix", f"kindly {BREAKOUT}", "--n-prompts", "4"]
     assert main(["trace", str(folder), *suffix, *quiet]) == 0
     for path in (folder / "completions").glob("*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -101,6 +108,10 @@ class Opened:
         self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
         self.file = file.resolve().as_uri()
         self.page.goto(self.file)
+        self.page.wait_for_selector("html[data-ready=yes]", state="attached")
+
+    def wait_for_all(self) -> None:
+        """The plots out of sight are drawn when the browser has time."""
         self.page.wait_for_selector("html[data-drawn=all]", state="attached")
 
     def check(self) -> None:
@@ -125,21 +136,19 @@ def test_every_section_is_there_and_every_plot_is_drawn(opened: Opened) -> None:
     for name in names:
         assert page.locator(f"section#{name}").is_visible(), name
     assert page.locator("h1").inner_text().endswith("<script>window.pwned=1</script>model")
+    opened.wait_for_all()
     plots = page.locator(".canvas")
     assert plots.count() >= 14
     drawn = page.evaluate(
-        "[...document.querySelectorAll('.canvas')].map(e => e.querySelectorAll('svg.main-svg').length)"
+        "[...document.querySelectorAll('.canvas')].map(e => e.querySelectorAll('.main-svg').length)"
     )
     assert all(drawn)
     assert page.locator("#trouble").is_hidden()
     assert page.title().startswith(str(Path("/")))
     # Hovering a heatmap shows the value and the verdict.
-    box = page.locator("#plot-bypass_heatmap .nsewdrag").first
-    box.scroll_into_view_if_needed()
-    box.hover()
-    page.wait_for_selector("#plot-bypass_heatmap .hoverlayer .hovertext")
-    hover = page.locator("#plot-bypass_heatmap .hoverlayer").inner_text()
-    assert "layer" in hover
+    page.evaluate("Plotly.Fx.hover('plot-bypass_heatmap', [{curveNumber: 0, pointNumber: [0, 3]}])")
+    hover = page.locator("#plot-bypass_heatmap .hoverlayer").text_content()
+    assert "layer 3, position -5" in hover
     assert "Bypass" in hover
 
 
@@ -151,7 +160,7 @@ def test_markup_in_names_prompts_and_answers_is_shown_as_text(opened: Opened) ->
     assert EVIL in row.locator("td").first.inner_text()
     assert EVIL in row.locator("td").nth(1).inner_text()
     page.fill("#f-text", "</script></textarea>")
-    assert page.locator("#answers tbody tr").count() == 1
+    assert BREAKOUT in page.locator("#answers tbody tr td").first.inner_text()
     page.fill("#f-text", "")
     page.locator("#answers tbody button").first.click()
     page.wait_for_selector(".replies p")
@@ -186,7 +195,9 @@ def test_the_filter_and_the_pages_work(opened: Opened, run: Path) -> None:
     page = opened.page
     folder = run / "completions"
     lines = {
-        (kind, name): [json.loads(x) for x in (folder / f"{name}-{kind}.jsonl").read_text().splitlines()]
+        (kind, name): [
+            json.loads(x) for x in (folder / f"{name}-{kind}.jsonl").read_text().splitlines()
+        ]
         for kind in ("harmful", "harmless")
         for name in ("baseline", "ablate")
     }
@@ -219,6 +230,7 @@ def test_the_filter_and_the_pages_work(opened: Opened, run: Path) -> None:
 @needs_browser
 def test_the_slider_moves_through_the_layers_by_keyboard(opened: Opened, run: Path) -> None:
     page = opened.page
+    opened.wait_for_all()
     inspect = json.loads((run / "inspect.json").read_text())
     layers = sorted(map(int, inspect["projections"]))
     slider = page.locator("#layer")
@@ -226,7 +238,9 @@ def test_the_slider_moves_through_the_layers_by_keyboard(opened: Opened, run: Pa
     page.keyboard.press("Home")
     for layer in layers:
         assert page.locator("#layer-name").inner_text() == str(layer)
-        shown = page.evaluate("document.getElementById('plot-pca_layer').data.map(t => [t.name, t.x])")
+        shown = page.evaluate(
+            "document.getElementById('plot-pca_layer').data.map(t => [t.name, t.x])"
+        )
         for name, values in shown:
             assert values == [x for x, _ in inspect["projections"][str(layer)][name]]
         row = next(row for row in inspect["layers"] if row["layer"] == layer)
@@ -242,6 +256,7 @@ def test_light_dark_toggle_and_print(browser, page_file: Path) -> None:
     grounds = {}
     for scheme in ("light", "dark"):
         made = Opened(browser, page_file, color_scheme=scheme)
+        made.wait_for_all()
         page = made.page
         ground = "getComputedStyle(document.body).backgroundColor"
         grounds[scheme] = page.evaluate(ground)
@@ -280,7 +295,9 @@ def test_every_control_can_be_reached_by_tab(opened: Opened) -> None:
     assert wanted <= reached
 
 
-def test_no_completions_leaves_no_prompt_and_no_answer_in_the_file(run: Path, cli, tmp_path) -> None:
+def test_no_completions_leaves_no_prompt_and_no_answer_in_the_file(
+    run: Path, cli, tmp_path
+) -> None:
     path = tmp_path / "bare.html"
     assert cli("report", run, "-o", path, "--no-completions").code == 0
     html = path.read_text()
@@ -305,12 +322,12 @@ def test_no_completions_leaves_no_prompt_and_no_answer_in_the_file(run: Path, cl
 
 
 def test_the_file_holds_no_address_and_plotly_once(page_file: Path) -> None:
-    html = page_file.read_text()
+    html = unescape(page_file.read_text())
     assert html.count('id="plotly"') == 1
     outside = re.sub(r'<script type="[^"]*" id="\w+">[^<]*</script>', "", html)
     assert not re.search(r'(?:src|href)\s*=\s*["\']?(?:https?:)?//', outside)
     assert "default-src 'none'" in outside
-    assert "<script>window" not in html
+    assert "<script>window" not in page_file.read_text()
     assert len(page_file.read_bytes()) < 4_000_000
 
 
@@ -338,7 +355,11 @@ def test_the_commands_reproduce_the_run(run: Path, cli, tmp_path: Path) -> None:
     drop = ("seconds", "inputs", "outputs", "request", "settings", "checkpoints")
     for name in ("selection", "inspect", "trace"):
         one, other = (
-            {k: v for k, v in json.loads((folder / f"{name}.json").read_text()).items() if k not in drop}
+            {
+                k: v
+                for k, v in json.loads((folder / f"{name}.json").read_text()).items()
+                if k not in drop
+            }
             for folder in (run, again)
         )
         assert one == other, name
@@ -358,15 +379,14 @@ def test_a_report_is_made_of_whatever_is_there(run: Path, cli, tmp_path: Path) -
     part = tmp_path / "part"
     part.mkdir()
     expected = []
-    for name, stage in (
-        ("extract.json", None),
-        ("selection.json", "selection"),
-        ("inspect.json", "inspect"),
-        ("trace.json", "trace"),
-        ("evaluation.json", "evaluation"),
+    for names, stages in (
+        (["extract.json"], []),
+        (["selection.json", "trace.json"], ["selection", "trace"]),
+        (["evaluation.json"], ["evaluation"]),
     ):
-        shutil.copy(run / name, part / name)
-        expected += [stage] if stage else []
+        for name in names:
+            shutil.copy(run / name, part / name)
+        expected += stages
         result = cli("report", part, "--json")
         assert result.code == 0, result.err
         assert result.json["sections"] == expected
@@ -377,8 +397,49 @@ def test_a_report_is_made_of_whatever_is_there(run: Path, cli, tmp_path: Path) -
     (only / "model").mkdir(parents=True)
     shutil.copy(run / "model" / "abliterate.json", only / "model")
     assert cli("report", only, "--json").json["sections"] == ["edit"]
+    shutil.copy(run / "inspect.json", part)
     elsewhere = cli("report", part, "--edited", run / "model", "--json")
-    assert elsewhere.json["sections"][-1] == "edit"
+    assert elsewhere.json["sections"] == ["selection", "inspect", "trace", "evaluation", "edit"]
+
+
+def test_intervals_judgements_losses_and_tasks_are_shown(run: Path, cli, tmp_path: Path) -> None:
+    """The layout that evaluate documents, with everything that it may hold."""
+
+    def part(refused: int, safe: float) -> dict:
+        held = {
+            "n": 20, "refused": refused, "refusal_rate": refused / 20,
+            "refusal_score": refused / 20, "refusal_score_ci": [refused / 40, refused / 20],
+            "refusal_metric": refused - 10.5, "safety_score": safe,
+            "safety_score_ci": [safe / 2, safe], "judged": 19, "judge_failed": 1,
+        }  # fmt: skip
+        return held | {"categories": {f"fraud {EVIL}": held}}
+
+    def result(harmful: int, harmless: int, loss: float) -> dict:
+        return {
+            "harmful": part(harmful, 0.75), "harmless": part(harmless, 1.0), "kl_divergence": 0.5,
+            "losses": {"pile": {"loss": loss, "perplexity": 7.77, "n_tokens": 9, "n_texts": 2}},
+            "tasks": {"arc_easy": {"alias": "x", "acc,none": 0.412, "acc_stderr,none": 0.014}},
+        }  # fmt: skip
+
+    record = json.loads((run / "evaluation.json").read_text())
+    record["interventions"] = {"baseline": result(18, 1, 2.125), "ablate": result(2, 0, 2.25)}
+    record |= {"outputs": {}, "judge": {"kind": "endpoint", "model": f"guard {EVIL}"}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    assert cli("report", tmp_path, "--json").code == 0
+    html = (tmp_path / "report.html").read_text()
+    for text in (
+        "18/20  90.0% [45.0%, 90.0%]", "2/20  10.0% [5.0%, 10.0%]  Δ -80.0%", "+7.50",
+        "75.0% [37.5%, 75.0%] (1 not judged)", "2.1250 (ppl 7.77)", "0.412 ± 0.014 (acc)",
+        "90% → 10%", "95% interval 5% to 10%", "guard &lt;script&gt;",
+    ):  # fmt: skip
+        assert text in html, text
+    assert EVIL not in html
+    figures = make_figures(read_run(tmp_path))
+    bars = figures["refusals"].to_dict()["data"][0]
+    assert list(bars["y"]) == [0.9, 0.1]
+    assert list(bars["error_y"]["arrayminus"]) == pytest.approx([0.45, 0.05])
+    assert figures["categories"].to_dict()["data"][0]["z"][0] == pytest.approx([0.9, 0.1])
+    assert "<" not in figures["categories"].to_dict()["data"][0]["y"][0]
 
 
 def test_figures_show_what_the_records_say(run: Path) -> None:
@@ -411,7 +472,9 @@ def test_a_thousand_prompts_by_five_interventions_stay_under_ten_megabytes(
 
     part = tmp_path / "large"
     (part / "completions").mkdir(parents=True)
-    words = sorted({w for k in ("harmful", "harmless") for p in load_prompts(k) for w in p.text.split()})
+    words = sorted(
+        {w for k in ("harmful", "harmless") for p in load_prompts(k) for w in p.text.split()}
+    )
     random = Random(0)
     evaluation = json.loads((run / "evaluation.json").read_text())
     result = evaluation["interventions"]["baseline"]

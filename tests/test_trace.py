@@ -109,8 +109,9 @@ def test_cosines_heads_and_attention_equal_a_plain_loop(run: Path, cli, texts, t
     record = result.json
     assert record == json.loads((run / "trace.json").read_text())
     direction = load_file(run / "direction.safetensors")["direction"]
-    plain, tokenizer = Plain(tiny("llama-bias"), direction), AutoTokenizer.from_pretrained(
-        tiny("llama-bias")
+    plain, tokenizer = (
+        Plain(tiny("llama-bias"), direction),
+        AutoTokenizer.from_pretrained(tiny("llama-bias")),
     )
     given = {
         "harmful": [_ids(tokenizer, text) for text in texts["harmful"]],
@@ -158,9 +159,7 @@ def test_cosines_heads_and_attention_equal_a_plain_loop(run: Path, cli, texts, t
     assert listed[0]["attention"]["harmful"]["suffix"] is None
 
 
-def test_the_random_suffix_has_the_same_tokens_around_it_and_the_same_length(
-    tiny, texts
-) -> None:
+def test_the_random_suffix_has_the_same_tokens_around_it_and_the_same_length(tiny, texts) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny())
     marker = Marker(tokenizer, ChatFormat())
     suffixed = marker.suffixed(texts["harmful"], SUFFIX)
@@ -175,9 +174,7 @@ def test_the_random_suffix_has_the_same_tokens_around_it_and_the_same_length(
         assert tokenizer.decode(prompt.ids[start:stop]).strip() == SUFFIX
         assert not special & set(other.ids[start:stop])
         inner.append(other.ids[start:stop])
-        words = tokenizer.decode(
-            prompt.ids[len(prompt.ids) + prompt.instruction.start : start]
-        )
+        words = tokenizer.decode(prompt.ids[len(prompt.ids) + prompt.instruction.start : start])
         assert words in texts["harmful"]
     assert len(set(inner)) == len(inner)
     assert [p.ids for p in marker.randomised(suffixed, 0)] == [p.ids for p in randomised]
@@ -286,7 +283,7 @@ def test_heads_and_bias_sum_to_what_the_layer_writes(config) -> None:
 def test_heads_of_other_mixers_are_not_made_up() -> None:
     unit = torch.ones(32, dtype=torch.float64) / 32**0.5
     mamba = _random(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=8))
-    with pytest.raises(HeadsUnknown, match="how many attention heads|no attention layer"):
+    with pytest.raises(HeadsUnknown, match=r"how many attention heads|no attention layer"):
         out_projections(mamba, unit)
     hybrid = Qwen3NextConfig(
         **_SIZES,

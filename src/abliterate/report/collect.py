@@ -71,23 +71,21 @@ def read_run(folder: Path, edited: Path | None = None) -> Run:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no run folder: run `abliterate extract MODEL -o {folder}`")
-    stages = {
-        EXTRACT: "extract MODEL -o RUN",
-        SELECTION: "select RUN",
-        INSPECT: "inspect RUN",
-        TRACE: "trace RUN",
-        EVALUATION: "evaluate MODEL --direction RUN",
-    }
-    records = [_record(folder / name, made_by) for name, made_by in stages.items()]
+    extracted = _record(folder / EXTRACT, "extract MODEL -o RUN")
+    selection = _record(folder / SELECTION, "select RUN")
+    inspected = _record(folder / INSPECT, "inspect RUN")
+    traced = _record(folder / TRACE, "trace RUN")
+    evaluation = _record(folder / EVALUATION, "evaluate MODEL --direction RUN")
     place = edited or folder / MODEL
     edit = _record(place / RECORD, "orthogonalize")
     if edited is not None and edit is None:
         raise InputError(f"{place / RECORD} does not exist: --edited takes an edited checkpoint")
-    if edit is None and not any(records):
+    if not any((extracted, selection, inspected, traced, evaluation, edit)):
         raise InputError(
             f"{folder} holds no stage's record: run `abliterate extract MODEL -o {folder}` first"
         )
-    return Run(folder, *records, edit, place if edit else None)
+    found = (extracted, selection, inspected, traced, evaluation, edit)
+    return Run(folder, *found, place if edit else None)
 
 
 def _record(path: Path, made_by: str) -> Document | None:

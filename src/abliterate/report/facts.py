@@ -10,6 +10,8 @@ from abliterate.report.collect import Document, Run
 from abliterate.report.selection_figures import METRICS, Table, verdict
 from abliterate.report.style import finite
 
+DASH = "\u2013"
+
 
 @dataclass(frozen=True)
 class Card:
@@ -23,14 +25,14 @@ class Card:
 def number(value: Any, form: str = ".3g") -> str:
     """A number as text, an en dash where there is none."""
     known = finite(value)
-    return "–" if known is None else format(known, form)
+    return DASH if known is None else format(known, form)
 
 
 def percent(value: Any, span: Sequence[float] | None = None) -> str:
     """A share as a percentage, with its interval."""
     known = finite(value)
     if known is None:
-        return "–"
+        return DASH
     text = f"{known:.1%}"
     return text if not span else f"{text} [{span[0]:.1%}, {span[1]:.1%}]"
 
@@ -47,7 +49,9 @@ def cards(run: Run) -> list[Card]:
     if run.evaluation:
         found[1:1] = _refusal_cards(run.evaluation)
     if run.edit:
-        before, after = (max(float(t[key]) for t in run.edit["tensors"]) for key in ("before", "after"))
+        before, after = (
+            max(float(t[key]) for t in run.edit["tensors"]) for key in ("before", "after")
+        )
         found.append(
             Card(
                 "Largest share along the direction",
@@ -119,25 +123,27 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
     """Rows are interventions, columns the metrics; columns that nobody measured are left out."""
     results: Document = evaluation["interventions"]
     baseline = results.get("baseline")
+    kinds = ("harmful", "harmless")
+    held = list(results.values())
     columns: list[tuple[str, Any]] = [
-        ("harmful refused", lambda r: _rate(r["harmful"], baseline and baseline["harmful"])),
-        ("harmless refused", lambda r: _rate(r["harmless"], baseline and baseline["harmless"])),
+        (f"{kind} refused", lambda r, k=kind: _rate(r[k], baseline and baseline[k]))
+        for kind in kinds
     ]
-    for kind in ("harmful", "harmless"):
-        if any(finite(r[kind].get("safety_score")) is not None for r in results.values()):
-            columns.append((f"{kind} judged safe", lambda r, kind=kind: _safety(r[kind])))
-    for kind in ("harmful", "harmless"):
-        if any("refusal_metric" in r[kind] for r in results.values()):
-            columns.append(
-                (f"{kind} log-odds", lambda r, kind=kind: number(r[kind]["refusal_metric"], "+.2f"))
-            )
+    columns += [
+        (f"{kind} judged safe", lambda r, k=kind: _safety(r[k]))
+        for kind in kinds
+        if any(finite(r[kind].get("safety_score")) is not None for r in held)
+    ]
+    columns += [
+        (f"{kind} log-odds", lambda r, k=kind: number(r[k].get("refusal_metric"), "+.2f"))
+        for kind in kinds
+        if any("refusal_metric" in r[kind] for r in held)
+    ]
     columns.append(("harmless KL", lambda r: number(r["kl_divergence"], ".4f")))
-    corpora = dict.fromkeys(c for r in results.values() for c in r.get("losses") or {})
-    for corpus in corpora:
-        columns.append((f"loss, {corpus}", lambda r, c=corpus: _loss(r, c)))
-    tasks = dict.fromkeys(t for r in results.values() for t in r.get("tasks") or {})
-    for task in tasks:
-        columns.append((task, lambda r, t=task: _task(r, t)))
+    corpora = dict.fromkeys(name for r in held for name in r.get("losses") or {})
+    columns += [(f"loss, {name}", lambda r, c=name: _loss(r, c)) for name in corpora]
+    tasks = dict.fromkeys(name for r in held for name in r.get("tasks") or {})
+    columns += [(name, lambda r, t=name: _task(r, t)) for name in tasks]
     return {
         "columns": [name for name, _ in columns],
         "rows": [
@@ -148,7 +154,9 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
 
 
 def _rate(now: Document, base: Document | None) -> str:
-    text = f"{now['refused']}/{now['n']}  {percent(now['refusal_rate'], now.get('refusal_score_ci'))}"
+    text = (
+        f"{now['refused']}/{now['n']}  {percent(now['refusal_rate'], now.get('refusal_score_ci'))}"
+    )
     if base is None or base is now:
         return text
     return f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"
@@ -162,7 +170,7 @@ def _safety(now: Document) -> str:
 
 def _loss(result: Document, corpus: str) -> str:
     held = (result.get("losses") or {}).get(corpus)
-    return "–" if not held else f"{number(held['loss'], '.4f')} (ppl {number(held['perplexity'])})"
+    return DASH if not held else f"{number(held['loss'], '.4f')} (ppl {number(held['perplexity'])})"
 
 
 def _task(result: Document, task: str) -> str:
@@ -175,7 +183,7 @@ def _task(result: Document, task: str) -> str:
         error = finite(held.get(f"{name}_stderr,{rest}"))
         spread = "" if error is None else f" ± {error:.3f}"
         return f"{float(value):.3f}{spread} ({name})"
-    return "–"
+    return DASH
 
 
 def candidate_rows(table: Table) -> list[list[str]]:
@@ -254,7 +262,9 @@ def provenance(run: Run) -> list[tuple[str, str]]:
     if first:
         identity = first["model"]
         rows += [("revision", str(identity["revision"]))] if identity.get("revision") else []
-        rows += [(f"file {name}", str(digest)) for name, digest in identity.get("files", {}).items()]
+        rows += [
+            (f"file {name}", str(digest)) for name, digest in identity.get("files", {}).items()
+        ]
     direction = (run.evaluation or run.inspect or run.edit or {}).get("direction")
     if direction:
         rows.append(("direction", str(direction["sha256"])))

@@ -58,7 +58,9 @@ def pca_panels(inspect: Document) -> Any:
     made.update_xaxes(showticklabels=False, gridcolor=GRID, zeroline=False, title=None)
     made.update_yaxes(showticklabels=False, gridcolor=GRID, zeroline=False, title=None)
     made.update_annotations(font={"size": 11})
-    made.update_layout(margin={"l": 10, "r": 10, "t": 84, "b": 12}, legend={"y": 1.0 + 28 / (190 * rows)})
+    made.update_layout(
+        margin={"l": 10, "r": 10, "t": 84, "b": 12}, legend={"y": 1.0 + 28 / (190 * rows)}
+    )
     return made
 
 

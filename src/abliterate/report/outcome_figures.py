@@ -51,19 +51,29 @@ def categories(evaluation: Document, kind: str = "harmful") -> Any | None:
     """Refusal rates of one kind of prompt by category and intervention; None without categories."""
     results: Document = evaluation["interventions"]
     names = list(
-        dict.fromkeys(c for result in results.values() for c in result[kind].get("categories") or {})
+        dict.fromkeys(
+            c for result in results.values() for c in result[kind].get("categories") or {}
+        )
     )
     if not names:
         return None
     made = figure("Refusal rate by category", "", "", 130 + 26 * len(names))
-    cells = [[result[kind]["categories"].get(name) for result in results.values()] for name in names]
+    cells = [
+        [result[kind]["categories"].get(name) for result in results.values()] for name in names
+    ]
     made.add_trace(
         plotly().Heatmap(
-            z=[[None if cell is None else float(cell["refusal_rate"]) for cell in row] for row in cells],
+            z=[
+                [None if cell is None else float(cell["refusal_rate"]) for cell in row]
+                for row in cells
+            ],
             x=[plain(name) for name in results],
             y=[plain(name) for name in names],
             customdata=[
-                ["no prompts" if cell is None else f"{cell['refused']} of {cell['n']}" for cell in row]
+                [
+                    "no prompts" if cell is None else f"{cell['refused']} of {cell['n']}"
+                    for cell in row
+                ]
                 for row in cells
             ],
             colorscale="Blues",

@@ -13,10 +13,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, ChainableUndefined
+from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 
 from abliterate.artifacts import finite, versions
@@ -63,7 +64,8 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         and _part("evaluation.json", lambda: facts.outcome_table(run.evaluation or {})),
         "candidates": run.selection
         and _part("selection.json", lambda: facts.candidate_rows(_table(run))),
-        "layers": run.inspect and _part("inspect.json", lambda: facts.layer_rows(run.inspect or {})),
+        "layers": run.inspect
+        and _part("inspect.json", lambda: facts.layer_rows(run.inspect or {})),
         "heads": run.trace and _part("trace.json", lambda: facts.head_rows(run.trace or {})),
         "kinds": run.edit and _part("abliterate.json", lambda: facts.kind_rows(run.edit or {})),
         "slider": _slider(run),
@@ -117,7 +119,7 @@ def make_figures(run: Run) -> Figures:
         ):
             for metric in METRICS:
                 key = f"{metric.key.partition('_')[0]}_{name}"
-                found[key] = _part("selection.json", lambda d=draw, m=metric: d(table, m))
+                found[key] = _part("selection.json", partial(draw, table, metric))
     if run.inspect is not None:
         inspect = run.inspect
         drawn: dict[str, Callable[[Any], Any]] = {"cosines": geometry_figures.cosines}
@@ -129,7 +131,7 @@ def make_figures(run: Run) -> Figures:
                 "pca_curve": geometry_figures.pca_curve,
             }
         for key, make in drawn.items():
-            found[key] = _part("inspect.json", lambda m=make: m(inspect))
+            found[key] = _part("inspect.json", partial(make, inspect))
     if run.trace is not None:
         trace = run.trace
         found["trace"] = _part("trace.json", lambda: geometry_figures.trace_curves(trace))
@@ -142,9 +144,7 @@ def make_figures(run: Run) -> Figures:
 def _slider(run: Run) -> dict[str, Any] | None:
     if run.inspect is None or not run.inspect.get("projections"):
         return None
-    layers, start = _part(
-        "inspect.json", lambda: geometry_figures.slider_layers(run.inspect or {})
-    )
+    layers, start = _part("inspect.json", lambda: geometry_figures.slider_layers(run.inspect or {}))
     return {"last": len(layers) - 1, "start": layers.index(start), "layer": start}
 
 
@@ -190,6 +190,11 @@ def _packed(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
+@cache
+def _packed_plotly() -> str:
+    return _packed(plotly("offline").get_plotlyjs())
+
+
 def _policy(scripts: list[str]) -> str:
     """A content security policy: these scripts, our styles, pictures made in the page."""
     digests = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
@@ -222,7 +227,7 @@ def _render(
         script=Markup(script),
         styles=Markup(styles),
         data=_embedded(payload),
-        plotly=_packed(bundle),
+        plotly=_packed_plotly(),
         answers=_packed(json.dumps(_answers(completions))) if completions else None,
     )
     return rendered

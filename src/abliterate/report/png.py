@@ -28,6 +28,7 @@ def write_pngs(figures: Mapping[str, Any], folder: Path) -> list[Path]:
     except ImportError:
         raise UsageError("--png needs kaleido: pip install 'abliterate[report]'") from None
     check_writable(folder)
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [
         {
@@ -43,6 +44,8 @@ def write_pngs(figures: Mapping[str, Any], folder: Path) -> list[Path]:
         with redirect_stdout(heard), redirect_stderr(heard):
             kaleido.write_fig_from_object_sync(jobs, kopts={"mathjax": False})
     except Exception as error:  # its own, the browser's, and asyncio's have no common base
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
         if debugging():
             raise
         short = " ".join(str(error).split())[:200] or type(error).__name__

@@ -34,14 +34,22 @@ def commands(run: Run, edited: Path | None = None) -> list[str]:
     if run.extract is not None:
         base = run.extract["settings"]
         done.append(
-            ["extract", *_model(run.extract), "-o", folder, *_options(base, ("model", "chat", "extract"))]
+            [
+                "extract",
+                *_model(run.extract),
+                "-o",
+                folder,
+                *_options(base, ("model", "chat", "extract")),
+            ]
         )
     if run.selection is not None:
         done.append(["select", folder, *_later(run.selection, base, "select")])
     if run.edit is not None:
         place = str(edited or run.edit_folder)
         source = _model(run.edit, "source")
-        done.append(["orthogonalize", *source, "--direction", folder, "-o", place, *_edit(run.edit)])
+        done.append(
+            ["orthogonalize", *source, "--direction", folder, "-o", place, *_edit(run.edit)]
+        )
     if run.evaluation is not None:
         done.append(_evaluate(run, base))
     if run.inspect is not None:

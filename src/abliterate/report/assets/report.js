@@ -42,6 +42,9 @@
   function draw(element) {
     const figure = data.figures[element.dataset.figure];
     Plotly.react(element, figure.data, themed(figure), config);
+    // Ten buttons a plot would stand between a keyboard and the next control; the tables below the
+    // plots hold their numbers.
+    for (const button of element.querySelectorAll(".modebar-btn")) button.tabIndex = -1;
     drawn.set(element, figure);
   }
 
