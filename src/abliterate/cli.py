@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.exceptions import TyperException
 
-from abliterate import checks, commands, evaluate_commands
+from abliterate import analysis, checks, commands, evaluate_commands
 from abliterate import options as opt
 from abliterate.commands import open_session
 from abliterate.console import debugging, print_json, print_line, set_up
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up(quiet=False, debug=False)
     try:
         result = typer.main.get_command(app)(
-            args=None if argv is None else list(argv), prog_name="abliterate", standalone_mode=False
+            args=opt.spell_out(sys.argv[1:] if argv is None else argv),
+            prog_name="abliterate",
+            standalone_mode=False,
         )
         if result == 130:  # typer turns Ctrl-C into this value
             return _fail("interrupted", 130)
@@ -185,6 +187,9 @@ app.command()(evaluate_commands.evaluate)
 app.command()(evaluate_commands.score)
 app.command()(commands.run)
 app.command()(checks.writers)
+app.command()(analysis.inspect)
+app.command()(analysis.trace)
+app.command()(analysis.report)
 
 
 @app.command()

@@ -25,6 +25,8 @@ def extract(
     filter: opt.Filter = None,
     positions: opt.Positions = None,
     refusal_token: opt.RefusalToken = None,
+    save_activations: opt.SaveActivations = None,
+    activation_positions: opt.ActivationPositions = None,
     system: opt.System = None,
     chat_template_kwargs: opt.TemplateKwargs = None,
     response_prefix: opt.ResponsePrefix = None,
@@ -46,7 +48,8 @@ def extract(
         {
             "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed),
             "chat": chat_options(system, chat_template_kwargs, response_prefix),
-            "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token),
+            "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token)
+            | _kept(save_activations, activation_positions),
         },
     )
     from abliterate.display import show_extraction
@@ -141,6 +144,8 @@ def run(
     filter: opt.Filter = None,
     positions: opt.Positions = None,
     refusal_token: opt.RefusalToken = None,
+    save_activations: opt.SaveActivations = None,
+    activation_positions: opt.ActivationPositions = None,
     kl_threshold: opt.KlThreshold = None,
     induce_threshold: opt.InduceThreshold = None,
     prune_layers: opt.PruneLayers = None,
@@ -169,7 +174,8 @@ def run(
         {
             "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed),
             "chat": chat_options(system, chat_template_kwargs, response_prefix),
-            "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token),
+            "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token)
+            | _kept(save_activations, activation_positions),
             "select": {
                 "n_val": n_val,
                 "filter": filter,
@@ -241,6 +247,10 @@ def _train(
         "positions": positions,
         "refusal_tokens": refusal_tokens,
     }
+
+
+def _kept(layers: str | None, positions: str | None) -> dict[str, Any]:
+    return {"save_activations": layers, "activation_positions": positions}
 
 
 def chat_options(system: str | None, kwargs: str | None, prefix: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ _DETECT_PROMPTS = 32
 _MIN_PROMPTS = 8
 
 Kept = tuple[bool, ...]
+# Called with a kind of prompt, its rows, and their ``[batch, n_positions, n_layers, d_model]``.
+Keep = Callable[[str, Sequence[int], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def extract(
     filter: bool = True,
     chat: ChatFormat | None = None,
     batch_size: int | str = "auto",
+    keep: Keep | None = None,
 ) -> Extraction:
     """Candidate refusal directions: difference of means at every position and layer.
 
@@ -89,6 +93,7 @@ def extract(
         filter: drop harmful prompts that are not refused and harmless ones that are.
         chat: system message and template variables.
         batch_size: prompts per forward pass, or ``auto``.
+        keep: called with the activations of every prompt, batch by batch.
 
     Raises:
         InputError: too few prompts are left, or one is shorter than a position.
@@ -126,6 +131,7 @@ def extract(
             batch_size,
             f"extract: {kind}",
             seen[kind],
+            keep and partial(keep, kind),
         )
         if filter:
             check_enough(kind, sum(kept), len(kept), "n-train")
@@ -228,6 +234,7 @@ def mean_resid_pre(
     batch_size: int | str = "auto",
     description: str = "extract",
     seen: Sequence[Seen] = (),
+    keep: Callable[[Sequence[int], Tensor], None] | None = None,
 ) -> tuple[Tensor, Kept]:
     """Mean ``resid_pre`` over prompts, reduced batch by batch to one float64 sum.
 
@@ -240,6 +247,7 @@ def mean_resid_pre(
         batch_size: prompts per forward pass, or ``auto``.
         description: shown beside the progress bar.
         seen: the first prompts, where they have been run already.
+        keep: called with the rows of each batch and their activations.
 
     Returns:
         float64 ``[n_positions, n_layers, d_model]`` on the CPU (NaN if no prompt counts), and for
@@ -251,14 +259,16 @@ def mean_resid_pre(
 
     def accumulate(one: Seen, offset: int = 0) -> None:
         nonlocal total
-        keep = torch.ones(len(one.rows), dtype=torch.bool)
+        counts = torch.ones(len(one.rows), dtype=torch.bool)
         if refusal_tokens is not None:
-            keep = (sign * refusal_score(one.logits, refusal_tokens) > 0).cpu()
-        chosen = one.activations[keep.to(one.activations.device)]
+            counts = (sign * refusal_score(one.logits, refusal_tokens) > 0).cpu()
+        chosen = one.activations[counts.to(one.activations.device)]
         summed = chosen.sum(0, dtype=torch.float64).cpu()
         total = summed if total is None else total + summed
-        for row, flag in zip(one.rows, keep.tolist(), strict=True):
+        for row, flag in zip(one.rows, counts.tolist(), strict=True):
             kept[row + offset] = flag
+        if keep is not None:
+            keep([row + offset for row in one.rows], one.activations)
 
     for one in seen:
         accumulate(one)

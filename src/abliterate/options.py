@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,9 @@ import typer
 from rich.markup import escape
 
 from abliterate.settings import Settings
+
+# The one option whose value may be left out; see ``spell_out``.
+SAVE_ACTIVATIONS = "--save-activations"
 
 _MODEL, _CHAT, _PROMPTS, _METHOD = "Model", "Chat format", "Prompts", "Method"
 
@@ -21,6 +25,14 @@ def setting_option(key: str, flags: tuple[str, ...], help: str, panel: str) -> A
     shown: bool | str = False if default in (None, "", (), {}) else str(default)
     # Help texts are rich markup: brackets of the source grammar are none.
     return typer.Option(*flags, help=escape(help), show_default=shown, rich_help_panel=panel)
+
+
+def spell_out(argv: Sequence[str]) -> list[str]:
+    """The arguments with ``--save-activations`` as ``=all``: typer has no optional values."""
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    return [
+        f"{arg}=all" if arg == SAVE_ACTIVATIONS and at < end else arg for at, arg in enumerate(argv)
+    ]
 
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", show_default=False)]
@@ -158,6 +170,24 @@ RefusalToken = Annotated[
         ("--refusal-token",),
         "Token string, id or preset (llama-2, llama-3, gemma, yi, qwen); repeatable. "
         "Default: detected.",
+        _METHOD,
+    ),
+]
+SaveActivations = Annotated[
+    str | None,
+    setting_option(
+        "extract.save_activations",
+        (SAVE_ACTIVATIONS,),
+        "Keep each prompt's vectors for inspect, of all layers or of those given as =3,5-7.",
+        _METHOD,
+    ),
+]
+ActivationPositions = Annotated[
+    str | None,
+    setting_option(
+        "extract.activation_positions",
+        ("--activation-positions",),
+        "last: keep the vectors of the last position. all: of every position.",
         _METHOD,
     ),
 ]

@@ -61,6 +61,8 @@ class ExtractSettings(_Section):
     positions: str = "post-instruction"
     filter: bool = True
     refusal_tokens: tuple[str, ...] = ()
+    save_activations: str | None = None
+    activation_positions: Literal["last", "all"] = "last"
 
 
 class SelectSettings(_Section):

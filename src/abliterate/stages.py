@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 
+from abliterate.activations import FILE_NAME as ACTIVATIONS
+from abliterate.activations import ActivationWriter, Wanted, activation_writer, choose_layers
 from abliterate.artifacts import (
     check_writable,
     hash_file,
@@ -27,7 +30,7 @@ from abliterate.artifacts import (
     write_json,
     write_tensors,
 )
-from abliterate.chat import ChatFormat
+from abliterate.chat import ChatFormat, parse_positions
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, save_direction
 from abliterate.edit_options import edit_options
@@ -40,6 +43,7 @@ from abliterate.scores import load_partial, save_partial, score_record
 from abliterate.selection import Thresholds, select
 from abliterate.settings import Settings
 from abliterate.sources import Prompt
+from abliterate.writers import decoder_blocks
 
 EXTRACT, DIRECTIONS = "extract.json", "directions.safetensors"
 SELECTION, EVALUATION, COMPLETIONS = "selection.json", "evaluation.json", "completions"
@@ -122,21 +126,30 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
         session.base_inputs()
         | {"settings": settings.model_dump(), "prompts": prompt_keys(prompts, keep_text=True)}
     )
-    tensors = run / DIRECTIONS
-    if reuse and (done := finished(run / EXTRACT, inputs, {DIRECTIONS: tensors})):
+    tensors, kept_file = run / DIRECTIONS, run / ACTIVATIONS
+    outputs = {DIRECTIONS: tensors} | (
+        {ACTIVATIONS: kept_file} if settings.save_activations else {}
+    )
+    if reuse and (done := finished(run / EXTRACT, inputs, outputs)):
         return done
     loaded = session.loaded
     started = time.perf_counter()
-    result = extract(
-        loaded,
-        prompts["harmful"],
-        prompts["harmless"],
-        settings.positions,
-        settings.refusal_tokens,
-        settings.filter,
-        session.chat,
-        session.settings.model.batch_size,
-    )
+    with _activations(session, run, prompts) as writer:
+        result = extract(
+            loaded,
+            prompts["harmful"],
+            prompts["harmless"],
+            settings.positions,
+            settings.refusal_tokens,
+            settings.filter,
+            session.chat,
+            session.settings.model.batch_size,
+            None if writer is None else writer.put,
+        )
+        if writer is not None:
+            writer.finish({"harmful": result.kept_harmful, "harmless": result.kept_harmless})
+    if writer is None:
+        kept_file.unlink(missing_ok=True)  # of an earlier extraction, so of other prompts
     seconds = time.perf_counter() - started
     write_tensors(
         tensors,
@@ -170,10 +183,35 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
         "versions": versions(),
         "seconds": seconds,
         "inputs": inputs,
-        "outputs": {DIRECTIONS: hash_file(tensors)},
+        "outputs": {name: hash_file(path) for name, path in outputs.items()},
     }
+    if writer is not None:
+        record["activations"] = {
+            "layers": list(writer.wanted.layers),
+            "positions": list(writer.wanted.kept_positions),
+        }
     write_json(run / EXTRACT, record)
     return record
+
+
+@contextmanager
+def _activations(
+    session: Session, run: Path, prompts: Mapping[str, Sequence[Prompt]]
+) -> Iterator[ActivationWriter | None]:
+    """The writer of ``RUN/activations.safetensors``, or None if nobody asked for it."""
+    settings = session.settings.extract
+    if settings.save_activations is None:
+        yield None
+        return
+    loaded = session.loaded
+    wanted = Wanted(
+        choose_layers(settings.save_activations, len(decoder_blocks(loaded.model))),
+        parse_positions(settings.positions, loaded.tokenizer, session.chat),
+        settings.activation_positions,
+    )
+    counts = {kind: len(chosen) for kind, chosen in prompts.items()}
+    with activation_writer(run / ACTIVATIONS, wanted, counts, session.checkpoint.name) as writer:
+        yield writer
 
 
 def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""The records of inspect and trace as tables on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from abliterate.console import print_line, print_table
+
+
+def show_inspection(record: Mapping[str, Any], run: Path) -> None:
+    rows = []
+    for row in record["layers"]:
+        geometry = row["geometry"] or {}
+        rows.append(
+            [
+                str(row["layer"]),
+                _number(row["cosine_with_selected"], "+.3f"),
+                _number(row["norm"], ".3g"),
+                _number(geometry.get("pc1_share"), ".1%"),
+                _number(geometry.get("cos_pc1"), ".3f"),
+                _number(geometry.get("auc"), ".3f"),
+                _number(geometry.get("silhouette"), ".3f"),
+                " ".join(repr(token["token"]) for token in row.get("promotes", [])[:3]),
+            ]
+        )
+    print_table(
+        f"Directions at position {record['position']}",
+        [
+            "layer",
+            "cos selected",
+            "norm",
+            "PC1 share",
+            "|cos PC1|",
+            "AUC",
+            "silhouette",
+            "promotes",
+        ],
+        rows,
+        left=0,
+    )
+    if record["lens"]:
+        for what in ("promotes", "suppresses"):
+            listed = record["lens"][what][:12]
+            print_line(
+                f"the direction {what}: "
+                + " ".join(f"{t['token']!r} {t['logit']:+.2f}" for t in listed)
+            )
+    print_line(f"wrote {run / 'inspect.json'}")
+
+
+def show_trace(record: Mapping[str, Any], run: Path) -> None:
+    curves = record["cosines"]
+    layers = len(curves["harmful"]["mean"])
+    rows = [
+        [
+            str(layer),
+            *(f"{c['mean'][layer]:+.3f} ± {c['std'][layer]:.3f}" for c in curves.values()),
+        ]
+        for layer in range(layers)
+    ]
+    titles = [f"{kind} (n={curve['n']})" for kind, curve in curves.items()]
+    print_table(
+        "Cosine of the last token's residual stream with the direction",
+        ["layer", *titles],
+        rows,
+        left=0,
+    )
+    if record["heads"]:
+        _heads(record["heads"]["rows"])
+    for note in record["notes"]:
+        print_line(f"note: {note}")
+    print_line(f"wrote {run / 'trace.json'}")
+
+
+def _heads(heads: list[Any]) -> None:
+    rows = []
+    for head in heads:
+        parts, looks = head["contribution"], head["attention"]
+        rows.append(
+            [
+                f"{head['layer']}.{head['head']}",
+                f"{parts['harmful']:+.3g}",
+                f"{parts['suffix']:+.3g}",
+                f"{parts['random']:+.3g}",
+                f"{head['change']:+.3g}",
+                _number(looks["harmful"]["instruction"], ".0%"),
+                _number(looks["suffix"]["instruction"], ".0%"),
+                _number(looks["suffix"]["suffix"], ".0%"),
+            ]
+        )
+    print_table(
+        "Heads whose contribution along the direction changes most with the suffix",
+        [
+            "head",
+            "harmful",
+            "+ suffix",
+            "+ random",
+            "change",
+            "attention: instruction",
+            "with suffix: instruction",
+            "suffix",
+        ],
+        rows,
+        left=0,
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,250 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const byId = (id) => document.getElementById(id);
+  const data = JSON.parse(byId("data").textContent);
+  const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
+  async function unpacked(id) {
+    const raw = atob(byId(id).textContent);
+    const bytes = new Uint8Array(raw.length);
+    for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).text();
+  }
+
+  function trouble(text) {
+    const note = byId("trouble");
+    note.hidden = false;
+    note.textContent = text;
+  }
+
+  // ---- plots ------------------------------------------------------------------------------
+  const drawn = new Map();
+  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+
+  /** The layout of a figure in the colours of the page. */
+  function themed(figure) {
+    const layout = structuredClone(figure.layout);
+    layout.paper_bgcolor = "rgba(0,0,0,0)";
+    layout.plot_bgcolor = figure.layout.plot_bgcolor === "white" ? "rgba(0,0,0,0)" : colour("--cell");
+    layout.font = { ...layout.font, color: colour("--ink") };
+    layout.title = { text: "" };
+    layout.margin = { ...layout.margin, t: Math.max(20, layout.margin.t - 30) };
+    layout.hoverlabel = { ...layout.hoverlabel, bgcolor: colour("--sheet"), bordercolor: colour("--soft"),
+      font: { ...layout.hoverlabel.font, color: colour("--ink") } };
+    for (const key of Object.keys(layout)) {
+      if (/^[xy]axis\d*$/.test(key)) layout[key].gridcolor = colour("--grid");
+    }
+    return layout;
+  }
+
+  function draw(element) {
+    const figure = data.figures[element.dataset.figure];
+    Plotly.react(element, figure.data, themed(figure), config);
+    // Ten buttons a plot would stand between a keyboard and the next control; the tables below the
+    // plots hold their numbers.
+    for (const button of element.querySelectorAll(".modebar-btn")) button.tabIndex = -1;
+    drawn.set(element, figure);
+  }
+
+  function redraw() {
+    for (const element of drawn.keys()) draw(element);
+  }
+
+  const waiting = () => [...document.querySelectorAll(".canvas")].filter((each) => !drawn.has(each));
+
+  /** What is in sight first, then the rest whenever the browser has time. */
+  async function drawAll() {
+    for (const element of waiting()) {
+      const box = element.getBoundingClientRect();
+      if (box.top < innerHeight && box.bottom > 0) draw(element);
+    }
+    root.dataset.ready = "yes";
+    const seen = (entries) => entries.forEach(({ isIntersecting, target }) => {
+      if (isIntersecting && !drawn.has(target)) draw(target);
+    });
+    const observer = new IntersectionObserver(seen, { rootMargin: "50%" });
+    waiting().forEach((element) => observer.observe(element));
+    for (let left = waiting(); left.length; left = waiting()) {
+      await new Promise((done) => setTimeout(done, 10));
+      if (!drawn.has(left[0])) draw(left[0]);
+    }
+    root.dataset.drawn = "all";
+  }
+
+  // ---- the slider through the layers ------------------------------------------------------
+  function moveTo(layers, index) {
+    const layer = layers[index];
+    const figure = data.figures.pca_layer;
+    const points = data.projections[layer];
+    figure.data.forEach((trace) => {
+      trace.x = points[trace.name].map((point) => point[0]);
+      trace.y = points[trace.name].map((point) => point[1]);
+    });
+    byId("layer-name").textContent = layer;
+    byId("layer").setAttribute("aria-valuetext", `layer ${layer}`);
+    const held = data.geometry[layer];
+    const share = (held.pc1_share * 100).toFixed(1);
+    byId("layer-numbers").textContent =
+      `PC1 holds ${share}% of the variance; |cos(PC1, difference of means)| ${held.cos_pc1.toFixed(3)}; ` +
+      `AUC ${held.auc.toFixed(3)}; silhouette ${held.silhouette.toFixed(3)}`;
+    if (drawn.has(byId("plot-pca_layer"))) draw(byId("plot-pca_layer"));
+  }
+
+  function setUpSlider() {
+    const slider = byId("layer");
+    if (!slider) return;
+    const layers = Object.keys(data.projections).map(Number).sort((a, b) => a - b);
+    slider.addEventListener("input", () => moveTo(layers, Number(slider.value)));
+    moveTo(layers, Number(slider.value));
+  }
+
+  // ---- completions ------------------------------------------------------------------------
+  const PAGE = 25;
+  let texts = null;
+  let shown = [];
+  let at = 0;
+
+  function made(tag, text, name) {
+    const element = document.createElement(tag);
+    if (text !== undefined) element.textContent = text;
+    if (name) element.className = name;
+    return element;
+  }
+
+  function badges(verdict) {
+    const cell = made("td");
+    if (!verdict) {
+      cell.append(made("span", "–"));
+      return cell;
+    }
+    const [refused, safe] = verdict;
+    cell.append(made("span", refused ? "refused" : "answered", `badge ${refused ? "refused" : "answered"}`));
+    if (safe !== null) cell.append(made("span", safe ? "safe" : "unsafe", `badge ${safe ? "safe" : "unsafe"}`));
+    return cell;
+  }
+
+  async function replies(index) {
+    if (texts === null) texts = unpacked("texts").then(JSON.parse);
+    const answers = (await texts)[index];
+    const holder = made("div", undefined, "replies");
+    data.interventions.forEach((name, column) => {
+      if (answers[column] === null) return;
+      const part = made("div");
+      part.append(made("h4", name), made("p", answers[column] || "(empty)"));
+      holder.append(part);
+    });
+    return holder;
+  }
+
+  function toggle(row, button, index) {
+    const open = button.getAttribute("aria-expanded") === "true";
+    button.setAttribute("aria-expanded", String(!open));
+    button.textContent = open ? "Show answers" : "Hide answers";
+    if (open) {
+      row.nextElementSibling.remove();
+      return;
+    }
+    const below = made("tr", undefined, "opened");
+    const cell = made("td");
+    cell.colSpan = row.children.length;
+    below.append(cell);
+    row.after(below);
+    replies(index).then((holder) => cell.append(holder)).catch((error) => trouble(String(error)));
+  }
+
+  function fill() {
+    const body = document.querySelector("#answers tbody");
+    body.replaceChildren();
+    for (const index of shown.slice(at, at + PAGE)) {
+      const held = data.rows[index];
+      const row = made("tr");
+      row.append(made("td", held.prompt), made("td", held.category ?? held.kind));
+      held.verdicts.forEach((verdict) => row.append(badges(verdict)));
+      const button = made("button", "Show answers");
+      button.type = "button";
+      button.setAttribute("aria-expanded", "false");
+      button.addEventListener("click", () => toggle(row, button, index));
+      const cell = made("td");
+      cell.append(button);
+      row.append(cell);
+      body.append(row);
+    }
+    const pages = Math.max(1, Math.ceil(shown.length / PAGE));
+    byId("page").textContent = `page ${at / PAGE + 1} of ${pages}`;
+    byId("previous").disabled = at === 0;
+    byId("next").disabled = at + PAGE >= shown.length;
+    byId("count").textContent = `${shown.length} of ${data.rows.length} prompts`;
+  }
+
+  function outcome(verdicts, column, wanted) {
+    const verdict = verdicts[column];
+    if (!verdict) return false;
+    if (wanted === "refused") return verdict[0];
+    if (wanted === "answered") return !verdict[0];
+    if (wanted === "unsafe") return verdict[1] === false;
+    return Boolean(verdicts[0]) && verdicts[0][0] !== verdict[0];
+  }
+
+  function filter() {
+    const text = byId("f-text").value.trim().toLowerCase();
+    const kind = byId("f-kind").value;
+    const category = byId("f-category").value;
+    const column = Number(byId("f-column").value);
+    const wanted = byId("f-outcome").value;
+    shown = [];
+    data.rows.forEach((row, index) => {
+      const fits =
+        (!text || row.prompt.toLowerCase().includes(text)) &&
+        (!kind || row.kind === kind) &&
+        (!category || String(row.category) === category) &&
+        (!wanted || outcome(row.verdicts, column, wanted));
+      if (fits) shown.push(index);
+    });
+    at = 0;
+    fill();
+  }
+
+  function setUpCompletions() {
+    const form = byId("filters");
+    if (!form) return;
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.addEventListener("input", filter);
+    byId("previous").addEventListener("click", () => { at -= PAGE; fill(); });
+    byId("next").addEventListener("click", () => { at += PAGE; fill(); });
+    filter();
+  }
+
+  // ---- theme and print --------------------------------------------------------------------
+  const THEMES = ["system", "light", "dark"];
+
+  function setUpTheme() {
+    const button = byId("theme");
+    let theme = "system";
+    button.addEventListener("click", () => {
+      theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
+      if (theme === "system") delete root.dataset.theme;
+      else root.dataset.theme = theme;
+      button.textContent = `Theme: ${theme}`;
+      redraw();
+    });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+    addEventListener("beforeprint", () => waiting().forEach(draw));
+    matchMedia("print").addEventListener("change", redraw);
+  }
+
+  // ---- start ------------------------------------------------------------------------------
+  setUpTheme();
+  setUpSlider();
+  setUpCompletions();
+  unpacked("plotly")
+    .then((code) => {
+      const script = made("script", code);
+      document.head.append(script);
+      script.remove();
+      return drawAll();
+    })
+    .catch((error) => trouble(`The plots cannot be drawn in this browser (${error}): use a current one.`))
+    .finally(() => { root.dataset.ready = "yes"; });
+})();

@@ -1,0 +1,293 @@
+"""The report's numbers and tables as plain values, ready for the template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from abliterate.report.collect import Document, Run
+from abliterate.report.selection_figures import METRICS, Table, verdict
+from abliterate.report.style import finite
+
+DASH = "\u2013"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A headline number."""
+
+    title: str
+    value: str
+    note: str = ""
+
+
+def number(value: Any, form: str = ".3g") -> str:
+    """A number as text, an en dash where there is none."""
+    known = finite(value)
+    return DASH if known is None else format(known, form)
+
+
+def percent(value: Any, span: Sequence[float] | None = None) -> str:
+    """A share as a percentage, with its interval."""
+    known = finite(value)
+    if known is None:
+        return DASH
+    text = f"{known:.1%}"
+    return text if not span else f"{text} [{span[0]:.1%}, {span[1]:.1%}]"
+
+
+def tokens_of(run: Run) -> dict[int, str]:
+    """The template's token at each position."""
+    held = run.extract["positions"] if run.extract else []
+    return {int(entry["position"]): str(entry["token"]) for entry in held}
+
+
+def cards(run: Run) -> list[Card]:
+    """The numbers that come first."""
+    found = [*_direction_cards(run)]
+    if run.evaluation:
+        found[1:1] = _refusal_cards(run.evaluation)
+    if run.edit:
+        before, after = (
+            max(float(t[key]) for t in run.edit["tensors"]) for key in ("before", "after")
+        )
+        found.append(
+            Card(
+                "Largest share along the direction",
+                f"{before:.2g} → {after:.2g}",
+                f"of {len(run.edit['tensors'])} edited tensors, before and after",
+            )
+        )
+    return found
+
+
+def _direction_cards(run: Run) -> list[Card]:
+    winner = run.selection["winner"] if run.selection else None
+    if not run.selection:
+        return []
+    if winner is None:
+        return [Card("Direction", "none", "no candidate passes the filters")]
+    token = tokens_of(run).get(winner["position"])
+    place = f"position {winner['position']}" + (f", {token!r}" if token is not None else "")
+    layers = run.selection["n_layers"]
+    chosen = next(
+        c for c in run.selection["candidates"] if all(c[key] == winner[key] for key in winner)
+    )
+    base = run.selection["baselines"]
+    return [
+        Card("Direction", f"layer {winner['layer']} of {layers}", place),
+        Card(
+            "Bypass (validation)",
+            f"{number(base['harmful_refusal_score'], '+.2f')} → "
+            f"{number(chosen['bypass_score'], '+.2f')}",
+            "refusal score on harmful prompts, ablated",
+        ),
+        Card(
+            "Induce (validation)",
+            f"{number(base['harmless_refusal_score'], '+.2f')} → "
+            f"{number(chosen['induce_score'], '+.2f')}",
+            "refusal score on harmless prompts, added",
+        ),
+        Card(
+            "KL (validation)",
+            number(chosen["kl_divergence"]),
+            f"filter {number(run.selection['thresholds']['kl'])}",
+        ),
+    ]
+
+
+def _refusal_cards(evaluation: Document) -> list[Card]:
+    results: Document = evaluation["interventions"]
+    base = results.get("baseline")
+    found = []
+    for name, kind, title in (
+        ("ablate", "harmful", "Harmful prompts refused"),
+        ("add", "harmless", "Harmless prompts refused"),
+    ):
+        if name not in results:
+            continue
+        now = results[name][kind]
+        text = f"{now['refusal_rate']:.0%}"
+        before = "" if base is None else f"{base[kind]['refusal_rate']:.0%} → "
+        span = now.get("refusal_score_ci")
+        interval = f", 95% interval {span[0]:.0%} to {span[1]:.0%}" if span else ""
+        found.append(Card(title, before + text, f"baseline → {name}, n = {now['n']}{interval}"))
+    if "ablate" in results:
+        value = number(results["ablate"]["kl_divergence"])
+        found.append(Card("KL, ablated", value, "harmless test prompts, last token, nats"))
+    return found
+
+
+def outcome_table(evaluation: Document) -> dict[str, Any]:
+    """Rows are interventions, columns the metrics; columns that nobody measured are left out."""
+    results: Document = evaluation["interventions"]
+    baseline = results.get("baseline")
+    kinds = ("harmful", "harmless")
+    held = list(results.values())
+    columns: list[tuple[str, Any]] = [
+        (f"{kind} refused", lambda r, k=kind: _rate(r[k], baseline and baseline[k]))
+        for kind in kinds
+    ]
+    columns += [
+        (f"{kind} judged safe", lambda r, k=kind: _safety(r[k]))
+        for kind in kinds
+        if any(finite(r[kind].get("safety_score")) is not None for r in held)
+    ]
+    columns += [
+        (f"{kind} log-odds", lambda r, k=kind: number(r[k].get("refusal_metric"), "+.2f"))
+        for kind in kinds
+        if any("refusal_metric" in r[kind] for r in held)
+    ]
+    columns.append(("harmless KL", lambda r: number(r["kl_divergence"], ".4f")))
+    corpora = dict.fromkeys(name for r in held for name in r.get("losses") or {})
+    columns += [(f"loss, {name}", lambda r, c=name: _loss(r, c)) for name in corpora]
+    tasks = dict.fromkeys(name for r in held for name in r.get("tasks") or {})
+    columns += [(name, lambda r, t=name: _task(r, t)) for name in tasks]
+    return {
+        "columns": [name for name, _ in columns],
+        "rows": [
+            {"name": name, "cells": [cell(result) for _, cell in columns]}
+            for name, result in results.items()
+        ],
+    }
+
+
+def _rate(now: Document, base: Document | None) -> str:
+    text = (
+        f"{now['refused']}/{now['n']}  {percent(now['refusal_rate'], now.get('refusal_score_ci'))}"
+    )
+    if base is None or base is now:
+        return text
+    return f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"
+
+
+def _safety(now: Document) -> str:
+    text = percent(now.get("safety_score"), now.get("safety_score_ci"))
+    failed = now.get("judge_failed")
+    return f"{text} ({failed} not judged)" if failed else text
+
+
+def _loss(result: Document, corpus: str) -> str:
+    held = (result.get("losses") or {}).get(corpus)
+    return DASH if not held else f"{number(held['loss'], '.4f')} (ppl {number(held['perplexity'])})"
+
+
+def _task(result: Document, task: str) -> str:
+    """The first metric of lm-eval, with its standard error."""
+    held: Mapping[str, Any] = (result.get("tasks") or {}).get(task) or {}
+    for key, value in held.items():
+        name, _, rest = key.partition(",")
+        if finite(value) is None or name.endswith("_stderr"):
+            continue
+        error = finite(held.get(f"{name}_stderr,{rest}"))
+        spread = "" if error is None else f" ± {error:.3f}"
+        return f"{float(value):.3f}{spread} ({name})"
+    return DASH
+
+
+def candidate_rows(table: Table) -> list[list[str]]:
+    """Every candidate as text: what the heatmaps show, for keyboards, screen readers and print."""
+    return [
+        [
+            str(c["position"]),
+            str(c["layer"]),
+            *(number(c[metric.key], ".4g") for metric in METRICS),
+            verdict(c, table.thresholds)
+            + (" — selected" if table.winner and _same(c, table.winner) else ""),
+        ]
+        for c in table.candidates
+    ]
+
+
+def _same(candidate: Document, winner: Document) -> bool:
+    return all(candidate[key] == winner[key] for key in ("position", "layer"))
+
+
+def kind_rows(edit: Document) -> list[list[str]]:
+    """The edited tensors by kind: how many, and the largest share before and after."""
+    rows = []
+    for kind in dict.fromkeys(str(t["kind"]) for t in edit["tensors"]):
+        of_kind = [t for t in edit["tensors"] if t["kind"] == kind]
+        before, after = (max(float(t[key]) for t in of_kind) for key in ("before", "after"))
+        rows.append([kind, str(len(of_kind)), f"{before:.2e}", f"{after:.2e}"])
+    return rows
+
+
+def head_rows(trace: Document) -> list[list[str]]:
+    """The head table."""
+    held = trace.get("heads") or {"rows": []}
+    rows = []
+    for head in held["rows"]:
+        parts, looks = head["contribution"], head["attention"]
+        rows.append(
+            [
+                f"{head['layer']}.{head['head']}",
+                *(number(parts[kind], "+.3g") for kind in ("harmful", "suffix", "random")),
+                f"{number(head['change'], '+.3g')} ± {number(head['change_std'], '.2g')}",
+                percent(looks["harmful"]["instruction"]),
+                percent(looks["suffix"]["instruction"]),
+                percent(looks["suffix"]["suffix"]),
+                percent(looks["random"]["suffix"]),
+            ]
+        )
+    return rows
+
+
+def layer_rows(inspect: Document) -> list[list[str]]:
+    """The numbers of inspect, a row a layer."""
+    rows = []
+    for row in inspect["layers"]:
+        geometry = row["geometry"] or {}
+        rows.append(
+            [
+                str(row["layer"]),
+                number(row["cosine_with_selected"], "+.3f"),
+                number(row["norm"]),
+                percent(geometry.get("pc1_share")),
+                number(geometry.get("cos_pc1"), ".3f"),
+                number(geometry.get("auc"), ".3f"),
+                number(geometry.get("silhouette"), ".3f"),
+                " ".join(repr(token["token"]) for token in row.get("promotes") or []),
+                " ".join(repr(token["token"]) for token in row.get("suppresses") or []),
+            ]
+        )
+    return rows
+
+
+def provenance(run: Run) -> list[tuple[str, str]]:
+    """Where the numbers come from: model, hashes, seeds, versions, prompts."""
+    rows: list[tuple[str, str]] = [("model", run.model)]
+    first = run.extract or run.selection or run.evaluation
+    if first:
+        identity = first["model"]
+        rows += [("revision", str(identity["revision"]))] if identity.get("revision") else []
+        rows += [
+            (f"file {name}", str(digest)) for name, digest in identity.get("files", {}).items()
+        ]
+    direction = (run.evaluation or run.inspect or run.edit or {}).get("direction")
+    if direction:
+        rows.append(("direction", str(direction["sha256"])))
+    if run.extract:
+        rows += [
+            ("dtype, device", f"{run.extract['dtype']}, {run.extract['device']}"),
+            ("refusal tokens", " ".join(repr(t["token"]) for t in run.extract["refusal_tokens"])),
+        ]
+        rows += [
+            (f"{kind} training prompts", f"{count['used']} used of {count['given']}")
+            for kind, count in run.extract["counts"].items()
+        ]
+    for name, record in (
+        ("extract", run.extract),
+        ("select", run.selection),
+        ("evaluate", run.evaluation),
+        ("inspect", run.inspect),
+        ("trace", run.trace),
+    ):
+        if record:
+            spent = f"{number(record['seconds'], '.1f')} s"
+            rows.append((name, f"seed {record['seed']}, {spent}, inputs {record['inputs']}"))
+    if first:
+        made = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+        rows.append(("versions", made))
+    return rows

@@ -1,0 +1,113 @@
+"""Figures of evaluate and of the edit: refusals by intervention and category, leak by tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from abliterate.report.collect import Document
+from abliterate.report.style import COLOURS, HARMFUL, HARMLESS, figure, finite, plain, plotly
+
+
+def refusals(evaluation: Document) -> Any:
+    """Refusal rates by intervention, harmful and harmless, with their 95% intervals."""
+    made = figure("Refusal rate by intervention", "", "refused", 360)
+    results: Document = evaluation["interventions"]
+    for kind, colour in (("harmful", HARMFUL), ("harmless", HARMLESS)):
+        rates = [float(result[kind]["refusal_rate"]) for result in results.values()]
+        spans = [result[kind].get("refusal_score_ci") for result in results.values()]
+        made.add_trace(
+            plotly().Bar(
+                x=[plain(name) for name in results],
+                y=rates,
+                name=f"{kind} prompts",
+                marker={"color": colour},
+                error_y={
+                    "visible": all(spans),
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [_above(r, s) for r, s in zip(rates, spans, strict=True)],
+                    "arrayminus": [_below(r, s) for r, s in zip(rates, spans, strict=True)],
+                    "thickness": 1.3,
+                    "width": 4,
+                },
+                hovertemplate="%{x}<br>%{y:.1%} refused<extra>" + kind + "</extra>",
+            )
+        )
+    made.update_layout(barmode="group", bargap=0.3)
+    made.update_yaxes(range=[0, 1.04], tickformat=".0%")
+    made.update_xaxes(type="category")
+    return made
+
+
+def _above(rate: float, span: Any) -> float:
+    return max(0.0, float(span[1]) - rate) if span else 0.0
+
+
+def _below(rate: float, span: Any) -> float:
+    return max(0.0, rate - float(span[0])) if span else 0.0
+
+
+def categories(evaluation: Document, kind: str = "harmful") -> Any | None:
+    """Refusal rates of one kind of prompt by category and intervention; None without categories."""
+    results: Document = evaluation["interventions"]
+    names = list(
+        dict.fromkeys(
+            c for result in results.values() for c in result[kind].get("categories") or {}
+        )
+    )
+    if not names:
+        return None
+    made = figure("Refusal rate by category", "", "", 130 + 26 * len(names))
+    cells = [
+        [result[kind]["categories"].get(name) for result in results.values()] for name in names
+    ]
+    made.add_trace(
+        plotly().Heatmap(
+            z=[
+                [None if cell is None else float(cell["refusal_rate"]) for cell in row]
+                for row in cells
+            ],
+            x=[plain(name) for name in results],
+            y=[plain(name) for name in names],
+            customdata=[
+                [
+                    "no prompts" if cell is None else f"{cell['refused']} of {cell['n']}"
+                    for cell in row
+                ]
+                for row in cells
+            ],
+            colorscale="Blues",
+            zmin=0,
+            zmax=1,
+            xgap=1,
+            ygap=1,
+            hovertemplate="%{y}, %{x}<br>%{z:.1%} refused (%{customdata})<extra></extra>",
+            colorbar={"thickness": 12, "outlinewidth": 0, "tickformat": ".0%"},
+        )
+    )
+    made.update_yaxes(autorange="reversed", showgrid=False, type="category")
+    made.update_xaxes(showgrid=False, type="category", side="top")
+    made.update_layout(margin={"t": 70})
+    return made
+
+
+def leaks(edit: Document) -> Any:
+    """Share of every edited tensor along the direction, before and after the edit."""
+    tensors = edit["tensors"]
+    made = figure("Share along the direction", "", "|r'W| / |W|", 360)
+    for key, colour, symbol in (("before", COLOURS[1], "circle"), ("after", COLOURS[2], "diamond")):
+        made.add_trace(
+            plotly().Scatter(
+                x=list(range(len(tensors))),
+                # An exact zero has no place on a logarithmic axis.
+                y=[finite(tensor[key]) or None for tensor in tensors],
+                mode="markers",
+                marker={"size": 7, "color": colour, "symbol": symbol},
+                name=key,
+                customdata=[plain(tensor["name"]) for tensor in tensors],
+                hovertemplate="%{customdata}<br>" + key + " %{y:.2e}<extra></extra>",
+            )
+        )
+    made.update_yaxes(type="log", dtick=1, exponentformat="power")
+    made.update_xaxes(showticklabels=False, title={"text": "edited tensors, in file order"})
+    return made

@@ -1,0 +1,82 @@
+"""How the report's figures look, and how text gets into them."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import math
+from typing import Any
+
+from abliterate.errors import UsageError
+
+#: Colours that hold up on white and on near-black (Okabe and Ito, for the colour-blind).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#999999")
+HARMFUL, HARMLESS = COLOURS[1], COLOURS[0]
+INK, GRID, MUTED = "#1d2530", "#e3e7ec", "#8a94a3"
+GOLD = "#ffc400"
+#: For the figures whose top margin is taken; in the container, whatever the height of the plot.
+LEGEND_BELOW = {"yref": "container", "y": 0.01, "yanchor": "bottom"}
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
+
+
+def plotly(module: str = "graph_objects") -> Any:
+    """A module of plotly.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(f"plotly.{module}")
+    except ImportError:
+        raise UsageError("report needs plotly: pip install 'abliterate[report]'") from None
+
+
+def plain(text: object) -> str:
+    """Text of a prompt, token or model as plotly shows it: it reads a little HTML, so escaped."""
+    return html.escape(str(text), quote=False)
+
+
+def label(token: str) -> str:
+    """A token as an axis label: white space made visible, escaped."""
+    return plain(repr(token)[1:-1])
+
+
+def finite(value: Any) -> float | None:
+    """A number of a record, or None: not there, or not finite."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def figure(title: str, x: str, y: str, height: int = 360) -> Any:
+    """An empty figure with the report's look; ``title`` is for the exported picture."""
+    objects = plotly()
+    made = objects.Figure()
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "automargin": True}
+    made.update_layout(
+        template="none",
+        title={
+            "text": title,
+            "x": 0,
+            "xref": "paper",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 12},
+            "font": {"size": 15},
+        },
+        font={"family": FONT, "size": 12, "color": INK},
+        height=height,
+        margin={"l": 56, "r": 16, "t": 76, "b": 48},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 11}},
+        hoverlabel={"font": {"family": FONT, "size": 12}, "align": "left"},
+        xaxis={**axis, "title": {"text": x, "standoff": 6}},
+        yaxis={**axis, "title": {"text": y, "standoff": 6}},
+    )
+    return made
+
+
+def layer_axis(made: Any, n_layers: int) -> None:
+    """Whole layers on the x axis, with some air at the ends."""
+    step = max(1, math.ceil(n_layers / 16))
+    made.update_xaxes(range=[-0.6, n_layers - 0.4], dtick=step, tick0=0, showgrid=False)
