@@ -1,0 +1,7 @@
+"""The command fragility."""
+
+from __future__ import annotations
+
+
+def fragility() -> None:
+    """x"""
