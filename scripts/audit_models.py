@@ -193,3 +193,39 @@ def _heavy(
     values = torch.arange(1, width + 1, dtype=torch.float64) ** (-shape.power / 2)
     noise = torch.randn(width, columns, generator=generator, dtype=torch.float64)
     return spread.unsqueeze(1) * (basis @ (values.unsqueeze(1) * noise))
+
+
+_RANDOM_KINDS = (
+    "llama", "gpt2", "gemma2", "qwen2", "qwen3_moe", "gpt_neox", "olmo2", "mistral", "qwen3",
+    "phi", "opt", "mixtral", "gemma3_text", "glm4", "mamba", "starcoder2", "cohere",
+)  # fmt: skip
+_WIDTHS = (32, 64, 64, 96, 96, 128, 128, 160, 192, 256)
+_DEPTHS = (1, 2, 3, 4, 4, 6, 6, 8)
+
+
+def random_checkpoints(folder: Path, count: int) -> Iterator[tuple[str, Path]]:
+    """Unedited checkpoints of every kind, one at a time in the same folder."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(choices: tuple[Any, ...]) -> Any:
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+    for index in range(count):
+        kind = _RANDOM_KINDS[index % len(_RANDOM_KINDS)]
+        width, depth, tied = draw(_WIDTHS), draw(_DEPTHS), draw((True, False))
+        shape = Shape(
+            draw((0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
+            draw((0.0, 0.3, 0.6, 0.9)),
+            draw((0.0, 0.3, 0.8)),
+            draw((0.0, 0.0, 0.02, 0.1)),
+            draw((0.0, 0.0, 0.05, 0.3)),
+            draw((0.0, 0.0, 0.05)),
+        )
+        model = build(kind, width, depth, 100 + index, tied)
+        shape_weights(model, shape, folder, 100 + index)
+        dtype = draw((torch.float32, torch.bfloat16, torch.float16))
+        from safetensors.torch import load_file, save_file
+
+        path = folder / "model.safetensors"
+        save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path, {"format": "pt"})
+        yield f"{kind}, d {width}, {depth} blocks, tied {tied}, {shape}, {dtype}", folder

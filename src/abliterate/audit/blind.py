@@ -25,6 +25,7 @@ _SMALL = 1024  # up to this width the power is measured for a ladder of scales
 LADDER = (1.0, 0.8, 0.5, 0.3)
 _ROUNDS = 8
 _DEAD = 1e-4
+_USUAL = 1.5  # rows whose norm is within this factor of the median are left as they are
 _SEED = 0
 
 
@@ -143,6 +144,7 @@ def _judge(
         best = gaps[name]
         p_value = min(1.0, best.p_value * len(gaps) * hypotheses)
         direction = basis @ best.direction
+        direction = direction / direction.norm()
         read = None
         if p_value > DOUBT:
             break
@@ -156,9 +158,7 @@ def _judge(
     done = tuple(aside)
     if p_value <= CLAIM:
         chosen = groups[name]
-        some = [grams[i] for i in chosen]
-        typical = [typical_energy(g) for g in some]
-        refined = refine(some, direction, typical)
+        refined = _refined([grams[i] for i in chosen], direction)
         return Blind(
             "edited", "", p_value, name, gaps, refined, gains, done, None, read, len(cells)
         )
@@ -173,6 +173,18 @@ def _judge(
         "clean" if detectable is not None else "undecided",
         reason, p_value, name, gaps, None, gains, done, detectable, None, len(cells),
     )  # fmt: skip
+
+
+def _refined(grams: Sequence[Tensor], direction: Tensor) -> Tensor:
+    """First on all units of the group, then on those alone that carry the edit."""
+    typical = [typical_energy(gram) for gram in grams]
+    found = refine(grams, direction, typical)
+    energies = [float(found @ g @ found) / t for g, t in zip(grams, typical, strict=True)]
+    bound = max(10 * min(energies), 0.1)
+    low = [i for i, energy in enumerate(energies) if energy <= bound]
+    if len(low) < 2:
+        return found
+    return refine([grams[i] for i in low], found, [typical[i] for i in low])
 
 
 def groups_of(cells: Sequence[Cell]) -> dict[str, list[int]]:
@@ -218,14 +230,20 @@ def _gaps(
 
 
 def _live(grams: Sequence[Tensor], width: int) -> tuple[Tensor, list[SetAside]]:
-    """The channels that are written at all, as columns ``[d_model, live]``."""
+    """The channels that are written at all, unusual ones scaled to the rest: ``[d_model, live]``.
+
+    What all writers share in the norms of their rows widens the spectrum's lower edge and says
+    nothing; a direction survives the scaling, its coordinates change by known factors.
+    """
     rows = torch.stack([gram.diagonal() for gram in grams])
-    silent = (rows < _DEAD * rows.median(dim=1, keepdim=True).values).double().mean(dim=0) > 0.25
-    identity = torch.eye(width, dtype=torch.float64)
-    if not bool(silent.any()):
-        return identity, []
+    relative = rows / rows.median(dim=1, keepdim=True).values.clamp(min=1e-300)
+    silent = (relative < _DEAD).double().mean(dim=0) > 0.25
+    norms = torch.exp(torch.log(relative.clamp(_DEAD, 1 / _DEAD)).mean(dim=0) / 2)
+    norms = norms / norms.clamp(1 / _USUAL, _USUAL)
+    basis = torch.diag(1 / norms)[:, ~silent]
     dead = tuple(int(i) for i in silent.nonzero()[:, 0])
-    return identity[:, ~silent], [SetAside("channels that a quarter of the writers leave", dead)]
+    aside = [SetAside("channels that a quarter of the writers leave", dead)] if dead else []
+    return basis, aside
 
 
 def _without(
@@ -270,11 +288,13 @@ def _power(
 ) -> float | None:
     """The smallest scale of a planted edit of all writers that the same test claims."""
     generator = torch.Generator().manual_seed(_SEED + 1)
+    live = basis.abs().sum(dim=1) > 0
     smallest = None
     for scale in LADDER if len(basis) <= _SMALL else LADDER[:1]:
-        vector = basis @ torch.randn(basis.shape[1], generator=generator, dtype=torch.float64)
-        gaps = _gaps(edited(grams, vector / vector.norm(), scale), basis, groups, cells)
-        if min(g.p_value for g in gaps.values()) * len(gaps) * hypotheses > CLAIM:
+        vector = live * torch.randn(len(live), generator=generator, dtype=torch.float64)
+        planted = edited(grams, vector / vector.norm(), scale)
+        found = _gaps(planted, basis, {"all": groups["all"]}, cells)["all"]
+        if found.p_value * len(groups) * hypotheses > CLAIM:
             break
         smallest = scale
     return smallest

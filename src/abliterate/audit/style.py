@@ -75,11 +75,12 @@ def _typical(columns: Tensor) -> float:
 def _limit(energies: Sequence[float]) -> float:
     """Where the units that carry an edit end: the widest step in log energy among the low ones."""
     logs = sorted(math.log(max(energy, 1e-8)) for energy in energies)
-    lowest, bound = logs[: max(1, len(logs) // 8) or 1], math.log(_PART_ENERGY)
-    if len(logs) < 2 or lowest[-1] > math.log(_FULL_ENERGY):
+    bound, full = math.log(_PART_ENERGY), math.log(_FULL_ENERGY)
+    if len(logs) < 2 or logs[0] > full:
         return _PART_ENERGY
     # Whole edits: rounding, noise or requantization leaves little, other units have about one.
-    steps = [(b - a, (a + b) / 2) for a, b in zip(logs, logs[1:], strict=False) if a < bound]
+    pairs = [p for p in zip(logs, logs[1:], strict=False) if p[0] < bound and p[1] > full]
+    steps = [(b - a, (a + b) / 2) for a, b in pairs]
     widest = max(steps, default=(0.0, bound))
     return math.exp(widest[1]) if widest[0] > math.log(5) else _PART_ENERGY
 
