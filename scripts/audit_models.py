@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from abliterate.planning import make_plan
 from abliterate.models import find_checkpoint
+from abliterate.planning import make_plan
 from abliterate.sources import read_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +65,9 @@ def config_of(kind: str, width: int, depth: int, tied: bool = False) -> Any:
 def build(kind: str, width: int, depth: int, seed: int, tied: bool = False) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = config_of(kind, width, depth, tied)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 def corpus() -> Tensor:
@@ -80,7 +82,9 @@ def train(
     model: PreTrainedModel, data: Tensor, steps: int, seed: int, decay: float = 0.1
 ) -> Iterator[int]:
     """AdamW on next bytes; yields after each quarter of the steps."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=decay)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=decay
+    )
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for step in range(1, steps + 1):
@@ -203,14 +207,15 @@ _WIDTHS = (32, 64, 64, 96, 96, 128, 128, 160, 192, 256)
 _DEPTHS = (1, 2, 3, 4, 4, 6, 6, 8)
 
 
-def random_checkpoints(folder: Path, count: int) -> Iterator[tuple[str, Path]]:
+def random_checkpoints(folder: Path, count: int, first: int = 0) -> Iterator[tuple[str, Path]]:
     """Unedited checkpoints of every kind, one at a time in the same folder."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator()
 
     def draw(choices: tuple[Any, ...]) -> Any:
         return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
-    for index in range(count):
+    for index in range(first, first + count):
+        generator.manual_seed(5000 + index)
         kind = _RANDOM_KINDS[index % len(_RANDOM_KINDS)]
         width, depth, tied = draw(_WIDTHS), draw(_DEPTHS), draw((True, False))
         shape = Shape(

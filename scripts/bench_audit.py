@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How often does `abliterate audit` find an edit, and how often does it claim one that is not there?
+"""How often does `abliterate audit` find an edit, and how often does it claim one wrongly?
 
 Part 1, recall: small models of eight architectures are trained here for a few minutes in total on
 the bytes of this repository's prose; with the demo model and three larger random models of
 heavy-tailed spectra they are edited in every way of the table, and each edited checkpoint on disk
 is audited by the function that the command line calls, without a base, after its record and card
-are deleted. Part 2, false positives: unedited checkpoints, trained ones at several stages and random
-ones of varied architecture, width, depth, spectrum, dead and pruned channels.
+are deleted. Part 2, false positives: unedited checkpoints, trained ones at several stages and
+random ones of varied architecture, width, depth, spectrum, dead and pruned channels.
 
     python scripts/bench_audit.py --work /tmp/audit-bench      # all; about 20 minutes on one core
     python scripts/bench_audit.py --steps 40 --clean 20        # a first look
@@ -98,7 +98,8 @@ def fp8(source: Path, direction: Tensor, out: Path) -> None:
         for name, value in load_file(copy / WEIGHTS).items():
             tensors[name] = value.to(torch.bfloat16)
             inside = any(part.isdigit() for part in name.split("."))
-            if value.ndim == 2 and inside and min(value.shape) >= 64 and "proj" in name:
+            matrix = value.ndim == 2 and name.endswith("weight") and min(value.shape) >= 64
+            if matrix and inside:
                 rows, columns = value.shape
                 pad = torch.nn.functional.pad(value.float(), (0, -columns % 64, 0, -rows % 64))
                 tiles = pad.view(len(pad) // 64, 64, pad.shape[1] // 64, 64)
@@ -284,7 +285,10 @@ def report(found: list[dict[str, Any]], clean: list[dict[str, Any]]) -> None:
         alone = sum(row["writers"] == "edited" for row in rows)
         cosines = sorted(row["cosine"] for row in hits)
         least = f"{cosines[len(cosines) // 2]:.4f} | {cosines[0]:.4f}" if cosines else "- | -"
-        print(f"| {case} | {len(rows)} | {len(hits) / len(rows):.0%} | {alone / len(rows):.0%} | {least} |")
+        print(
+            f"| {case} | {len(rows)} | {len(hits) / len(rows):.0%} | {alone / len(rows):.0%} "
+            f"| {least} |"
+        )
     names = list(dict.fromkeys((row["model"], row["direction"]) for row in found))
     if names:
         print("\nFound (o), not found (.), undecided (?), by model and direction:\n")

@@ -19,7 +19,8 @@ def audit(
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", help="What it is said to be made from; then tensors are compared.",
+            "--base",
+            help="What it is said to be made from; then tensors are compared.",
             show_default=False,
         ),
     ] = None,
@@ -34,7 +35,9 @@ def audit(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Write the recovered direction here (safetensors).",
+            "-o",
+            "--output",
+            help="Write the recovered direction here (safetensors).",
             show_default=False,
         ),
     ] = None,
@@ -75,7 +78,7 @@ def _show(name: str, document: dict[str, Any], has_direction: bool) -> None:
     rows = [["verdict", document["verdict"]]]
     if document["evidence"]:
         rows.append(["decided by", document["evidence"]])
-    rows.append(["p-value of the writers", f"{writers['p_value']:.1e} (claimed below 1e-05)"])
+    rows.append(["p-value of the writers", f"{writers['p_value']:.1e} (claimed below 1e-07)"])
     if document["verdict"] == "edited":
         removed = document["removed"]
         if removed is not None:
@@ -87,7 +90,9 @@ def _show(name: str, document: dict[str, Any], has_direction: bool) -> None:
             for key in ("embeddings", "biases")
         ]
     elif writers["detectable_scale"] is not None:
-        rows.append(["edits of all writers would show from scale", str(writers["detectable_scale"])])
+        rows.append(
+            ["edits of all writers would show from scale", str(writers["detectable_scale"])]
+        )
     if document["declared"]["record"]:
         confirmed = document["declared"]["confirmed"]
         word = {True: "confirmed", False: "NOT borne out", None: "cannot be checked"}[confirmed]

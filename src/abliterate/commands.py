@@ -125,7 +125,7 @@ def select(
     from abliterate.display import show_selection
     from abliterate.stages import select_stage
 
-    session = _later_session(run, model, config, given)
+    session = later_session(run, model, config, given)
     record = select_stage(session, run)
     return print_json(record) if as_json else show_selection(record, run)
 
@@ -200,7 +200,7 @@ def evaluate(
     session = (
         open_session(model, load_settings(config, given))
         if run is None
-        else _later_session(run, model, config, given)
+        else later_session(run, model, config, given)
     )
     names = intervention or (["baseline", "ablate", "add"] if vector else ["baseline"])
     edited = {Path(name).name: find_checkpoint(name) for name in checkpoint or []}
@@ -275,7 +275,7 @@ def open_session(model: str, settings: Settings) -> Session:
     return Session(find_checkpoint(model, settings.model.revision), settings)
 
 
-def _later_session(run: Path, model: str | None, config: Path | None, given: Any) -> Session:
+def later_session(run: Path, model: str | None, config: Path | None, given: Any) -> Session:
     """A session on what ``extract`` recorded in ``run``; file and options win over it."""
     from abliterate.artifacts import read_json
     from abliterate.stages import EXTRACT, recorded_settings

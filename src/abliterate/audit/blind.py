@@ -15,7 +15,7 @@ from abliterate.audit.units import Reading, Unit, read_columns
 from abliterate.console import progress
 
 #: An edit is claimed below this, nothing between the two is.
-CLAIM, DOUBT = 1e-5, 1e-3
+CLAIM, DOUBT = 1e-7, 1e-3
 #: Sampled columns of a cell, per channel of the stream.
 _COLUMNS = 4
 _LEAST_CELLS = 4
@@ -121,9 +121,7 @@ def look(reading: Reading) -> Blind:
     return plain if plain.verdict == "edited" else first
 
 
-def _judge(
-    reading: Reading, cells: Sequence[Cell], grams: Sequence[Tensor], gains: bool
-) -> Blind:
+def _judge(reading: Reading, cells: Sequence[Cell], grams: Sequence[Tensor], gains: bool) -> Blind:
     present = [(c, g) for c, g in zip(cells, grams, strict=True) if float(g.trace()) > 0]
     cells, grams = [c for c, _ in present], [g for _, g in present]
     hypotheses = 2 if reading.has_gains else 1
@@ -268,7 +266,8 @@ def _without(
         return None
     inside = basis.T @ gone
     keep = torch.linalg.qr(torch.cat([inside, torch.eye(len(inside), dtype=torch.float64)], 1))[0]
-    return basis @ keep[:, gone.shape[1] :]
+    smaller: Tensor = basis @ keep[:, gone.shape[1] :]
+    return smaller
 
 
 def typical_energy(gram: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -113,8 +113,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
     }
     direction, gains = _shared(reading, parts, first)
     tensors = tuple(
-        _finish(reading, found, parts.get(name), direction, gains)
-        for name, found in first.items()
+        _finish(reading, found, parts.get(name), direction, gains) for name, found in first.items()
     )
     if not any(t.projected for t in tensors):
         direction = None
@@ -228,7 +227,8 @@ def _at(reading: Reading, part: Part, direction: Tensor, gains: bool) -> Tensor:
     if gains:
         return writer_direction(_writer(part), direction, reading.located.gains)
     cut = direction if part.channels is None else direction[slice(*part.channels)]
-    return cut / cut.norm()
+    unit: Tensor = cut / cut.norm()
+    return unit
 
 
 def _back(reading: Reading, part: Part, vector: Tensor) -> Tensor | None:
@@ -244,7 +244,8 @@ def _back(reading: Reading, part: Part, vector: Tensor) -> Tensor | None:
         value = value.reshape(-1).double() + gain.offset
         tiny = value.abs() < 1e-3 * value.abs().max()
         vector = torch.where(tiny, torch.zeros_like(vector), vector / value)
-    return vector / vector.norm()
+    unit: Tensor = vector / vector.norm()
+    return unit
 
 
 def _shared(
@@ -297,8 +298,3 @@ def _finish(
         scale=-both / own if own > 0 else None,
         fit=both**2 / (energy * own) if energy * own > 0 and both < 0 else 0.0,
     )  # fmt: skip
-
-
-def tensors_in_order(tensors: Sequence[TensorDiff]) -> list[TensorDiff]:
-    """What changed first, most first; what is unchanged last."""
-    return sorted(tensors, key=lambda t: (t.state == "unchanged", not t.projected))

@@ -47,9 +47,7 @@ class Claim:
     limits: tuple[str, ...] = ()
 
 
-def read_claim(
-    reading: Reading, given: Direction | None, base: Checkpoint | None
-) -> Claim:
+def read_claim(reading: Reading, given: Direction | None, base: Checkpoint | None) -> Claim:
     """Check a checkpoint's own record against its weights, tensor by tensor, whole.
 
     Args:
@@ -66,7 +64,9 @@ def read_claim(
         return Claim(card, False, 0, None, (), None)
     record = read_json(folder / RECORD, "orthogonalize")
     try:
-        tensors = [(str(t["name"]), float(t["after"]), t) for t in record["tensors"]]
+        tensors = [(str(t["name"]), float(t["before"]), float(t["after"]), t["region"])
+                   for t in record["tensors"]]  # fmt: skip
+        kept_norms = bool((record.get("options") or {}).get("norm_preserve"))
         declared = record["direction"]["sha256"]
         limits = tuple(map(str, (record.get("promise") or {}).get("limits", ())))
         vector = record.get("vector")
@@ -93,18 +93,22 @@ def read_claim(
     for part in (*(p for u in reading.units for p in u.parts), *reading.biases):
         parts.setdefault((part.edit.name, str(_box(part.edit.region))), []).append(part)
     checked = 0
-    for name, after, entry in tensors:
-        own = parts.get((name, str(_box(entry.get("region")))))
+    for name, before, after, region in tensors:
+        own = parts.get((name, str(_box(region))))
         if own is None:
             wrong.append(f"tensor '{name}' of the record is no writer of this checkpoint")
             continue
         left = share_along(reading, own[0], unit)
+        if not kept_norms:  # the record is relative to the norm before the edit
+            left *= math.sqrt(max(0.0, 1 - before**2 + after**2))
         checked += 1
         if not math.isclose(left, after, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE):
             wrong.append(
                 f"tensor '{name}' keeps {left:.2e} of its norm along the direction, the record "
                 f"says {after:.2e}"
             )
+    if not any(after < 0.95 * before for _, before, after, _ in tensors):
+        wrong.append("the record declares no tensor that lost the direction")
     return Claim(card, True, checked, not wrong, tuple(wrong), unit, limits)
 
 
@@ -128,7 +132,8 @@ def _unit(given: Direction | None, recorded: Any, width: int) -> Tensor | None:
         return None
     if vector.shape != (width,) or not bool(torch.isfinite(vector).all()) or not vector.norm() > 0:
         raise InputError(f"the direction has shape {list(vector.shape)}, the model needs [{width}]")
-    return vector / vector.norm()
+    unit: Tensor = vector / vector.norm()
+    return unit
 
 
 def _box(region: Any) -> Any:

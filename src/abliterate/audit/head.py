@@ -76,6 +76,10 @@ def head_evidence(reading: Reading) -> HeadEvidence | None:
     both, own = float(lost @ had), float(had.square().sum())
     fit = both**2 / (float(lost.square().sum()) * own)
     found = HeadEvidence(
-        float(shares[0]) > 0.9 and fit > 0.99 and both < 0, -both / own, fit, float(shares[0]), vector
+        float(shares[0]) > 0.9 and fit > 0.99 and both < 0,
+        -both / own,
+        fit,
+        float(shares[0]),
+        vector,
     )
     return found if found.projection else None

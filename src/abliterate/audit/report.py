@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from abliterate.artifacts import versions
-from abliterate.audit.blind import CLAIM, Blind, look, typical_energy
+from abliterate.audit.blind import CLAIM, Blind, look
 from abliterate.audit.compare import Comparison, compare
 from abliterate.audit.declared import Claim, read_claim
 from abliterate.audit.head import HeadEvidence, head_evidence
 from abliterate.audit.style import Strength, biases_included, name_style, strengths
-from abliterate.audit.units import Reading, open_checkpoint
+from abliterate.audit.units import open_checkpoint
 from abliterate.direction import Direction
 from abliterate.models import Checkpoint
 
@@ -148,7 +147,17 @@ def audit(
     style = removed = embeddings = biases = None
     if verdict == "edited" and vector is not None:
         units = strengths(reading, vector, gains, comparison)
-        style = name_style(reading, units, vector, gains)
+        if evidence == "output head" and head is not None:
+            # Too little is gone for the other writers to show it; of the embedding it is exact.
+            units = tuple(
+                replace(u, removed=head.scale, carries=True)
+                if u.kind == "embedding"
+                else replace(u, carries=False)
+                for u in units
+            )
+            style = "the embedding, perhaps other writers too"
+        else:
+            style = name_style(reading, units, vector, gains)
         carried = [u.removed for u in units if u.carries]
         removed = float(torch.tensor(carried).median()) if carried else None
         own = [u.carries for u in units if u.kind == "embedding"]
@@ -157,7 +166,8 @@ def audit(
     reason = blind.reason if verdict == "undecided" else ""
     return Audit(
         verdict, evidence, reason, vector, units, style, removed, embeddings, biases, blind,
-        claim, head, comparison, _warnings(verdict, claim, comparison, blind), checkpoint.identity(),
+        claim, head, comparison, _warnings(verdict, claim, comparison, blind),
+        checkpoint.identity(),
     )  # fmt: skip
 
 
@@ -195,11 +205,3 @@ def _warnings(
     if comparison is not None and verdict == "clean" and blind.verdict == "edited":
         found.append("the base itself carries the signature of an edit")
     return tuple(found)
-
-
-def angle(a: Tensor, b: Tensor) -> float:
-    """``|cos|`` of two directions."""
-    return abs(float(a @ b)) / math.sqrt(float(a @ a) * float(b @ b))
-
-
-__all__: Sequence[str] = ("Audit", "angle", "audit", "comparison_document", "typical_energy")

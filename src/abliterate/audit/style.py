@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from abliterate.audit.blind import make_cells, typical_energy
+from abliterate.audit.blind import typical_energy
 from abliterate.audit.compare import Comparison
 from abliterate.audit.units import Reading, Unit, read_bias, read_columns
 
@@ -79,7 +80,7 @@ def _limit(energies: Sequence[float]) -> float:
     if len(logs) < 2 or logs[0] > full:
         return _PART_ENERGY
     # Whole edits: rounding, noise or requantization leaves little, other units have about one.
-    pairs = [p for p in zip(logs, logs[1:], strict=False) if p[0] < bound and p[1] > full]
+    pairs = [p for p in pairwise(logs) if p[0] < bound and p[1] > full]
     steps = [(b - a, (a + b) / 2) for a, b in pairs]
     widest = max(steps, default=(0.0, bound))
     return math.exp(widest[1]) if widest[0] > math.log(5) else _PART_ENERGY
@@ -158,6 +159,3 @@ def _keeps_norms(
         near = float(own @ direction) ** 2 > 0.8
         votes.append(near and before > 3e-5 and after < before / 30)
     return len(votes) > 0 and sum(votes) * 2 > len(votes)
-
-
-__all__ = ["Strength", "biases_included", "make_cells", "name_style", "strengths"]

@@ -108,9 +108,7 @@ def open_checkpoint(checkpoint: Checkpoint) -> Reading:
         if not ways or tensor.loads_as == located.head:
             continue
         first = ways[0]
-        edit = TensorEdit(
-            tensor.name, tensor.axis, nothing, first.kind, first.layer, tensor.region
-        )
+        edit = TensorEdit(tensor.name, tensor.axis, nothing, first.kind, first.layer, tensor.region)
         edit = resolve_edits([edit], located.shards, quantized)[0]
         gains = tuple(dict.fromkeys(w.gains for w in ways))
         parts.append(Part(edit, gains, first.bias, first.part))
@@ -124,9 +122,7 @@ def open_checkpoint(checkpoint: Checkpoint) -> Reading:
     return Reading(checkpoint, located, quantized, units, biases, width)
 
 
-def read_columns(
-    reading: Reading, unit: Unit, most: int, seed: int, gains: bool = True
-) -> Tensor:
+def read_columns(reading: Reading, unit: Unit, most: int, seed: int, gains: bool = True) -> Tensor:
     """The unit's columns, or a fixed sample of them.
 
     Args:
@@ -192,7 +188,7 @@ def read_tensor(
     seed: int,
     strips_at_most: int = _MOST_STRIPS,
 ) -> Tensor:
-    """A tensor with its d_model axis first, ``[d_model, columns]`` float64; a sample if it is large.
+    """A tensor as float64 ``[d_model, columns]``; a sample of its columns if it is large.
 
     The sample depends on the seed and the tensor's shape alone, so that two checkpoints of one
     architecture are sampled at the same places.
@@ -248,9 +244,7 @@ def _sample(
             rows.append(torch.cat([block[:, a:b] for a, b in runs], dim=1).double())
         return torch.cat(rows)
     narrow = [replace(strip, offset=strip.offset + a, columns=b - a) for a, b in runs]
-    return torch.cat(
-        [_grid(entry, None, s, files).load(0, s.rows).double() for s in narrow], dim=1
-    )
+    return torch.cat([_grid(entry, None, s, files).load(0, s.rows).double() for s in narrow], dim=1)
 
 
 def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
