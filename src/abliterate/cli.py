@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 unexpected failure; 2 wrong option or configuration; 3 unusable prompts or
 artifact; 4 unusable model or checkpoint; 5 no direction passes the filters; 6 verify says no;
-130 interrupted.
+7 audit says edited; 8 audit cannot tell; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.exceptions import TyperException
 
-from abliterate import analysis, checks, commands, evaluate_commands
+from abliterate import (
+    analysis,
+    audit_commands,
+    checks,
+    commands,
+    evaluate_commands,
+    fragility_command,
+)
 from abliterate import options as opt
 from abliterate.commands import open_session
 from abliterate.console import debugging, print_json, print_line, set_up
@@ -29,7 +36,8 @@ app = typer.Typer(
     help="Find, test and remove the refusal direction of a language model "
     "(Arditi et al. 2024, arXiv 2406.11717).",
     epilog="Exit codes: 0 done, 1 unexpected failure, 2 wrong option, 3 unusable prompts or "
-    "artifact, 4 unusable model, 5 no direction passes, 6 verify says no, 130 interrupted.",
+    "artifact, 4 unusable model, 5 no direction passes, 6 verify says no, 7 audit says edited, "
+    "8 audit cannot tell, 130 interrupted.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -190,6 +198,9 @@ app.command()(checks.writers)
 app.command()(analysis.inspect)
 app.command()(analysis.trace)
 app.command()(analysis.report)
+app.command()(audit_commands.audit)
+app.command()(audit_commands.diff)
+app.command()(fragility_command.fragility)
 
 
 @app.command()

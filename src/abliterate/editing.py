@@ -323,6 +323,7 @@ def _complete(job: _Job, workspace: Workspace) -> None:
     record = {
         "source": job.source.identity(),
         "direction": job.direction.summary(),
+        "vector": _unit_list(job.direction.vector),
         "options": job.options.summary(),
         "promise": promised,
         "untied": list(job.untied),
@@ -345,9 +346,15 @@ def _complete(job: _Job, workspace: Workspace) -> None:
     workspace.publish()
 
 
+def _unit_list(vector: Tensor) -> list[float]:
+    """The unit direction, so that the record can be checked against the weights by itself."""
+    wide = vector.detach().double().cpu()
+    return [float(value) for value in wide / wide.norm()]
+
+
 def _check_space(job: _Job, workspace: Workspace) -> None:
     """All that OUT will hold; the record and the card are known to within this."""
-    report = (64 << 10) + 1024 * len(job.edits)
+    report = (64 << 10) + 1024 * len(job.edits) + 32 * job.direction.vector.numel()
     sizes = [layout.size for layout in job.layouts.values()]
     sizes += [stamp.size for stamp in job.carried.files.values()]
     sizes += [len(json.dumps(document, indent=2)) for document in job.documents.values()]

@@ -1,5 +1,6 @@
 """Typed errors. Each carries the exit code the command line ends with.
 
+The verdicts of ``verify`` (6) and ``audit`` (7 edited, 8 undecided) are exit codes, not errors.
 Every message is one line that names the file, tensor or option at fault and how to mend it.
 """
 

@@ -6,6 +6,7 @@ at every token and layer. ``add``: ``h[l] <- h[l] + a * r`` at the input of one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
 from abliterate.forward import block_input
 from abliterate.writers import Site, decoder_blocks, find_writers, stream_width
 
@@ -47,20 +48,31 @@ def check_direction(direction: Tensor, width: int) -> Tensor:
 
 
 @contextmanager
-def ablate(model: PreTrainedModel, direction: Tensor) -> Iterator[None]:
+def ablate(model: PreTrainedModel, direction: Tensor, scale: float = 1.0) -> Iterator[None]:
     """Within the context, no component of ``model`` writes along ``direction``.
 
     Args:
         model: any supported causal language model.
         direction: ``[d_model]``, of any length but zero.
+        scale: ``s`` of ``c <- c - s (c . r) r``, 0 to 1: 1 removes all, 0.5 half of it.
 
     Raises:
         InputError: the direction does not fit.
-        UnsupportedArchitectureError: the model's writers are not known.
+        UnsupportedArchitectureError: the model's writers are not known, or it is to lose a part
+            of the direction where the stream itself is projected, block after block.
+        UsageError: the scale is not between 0 and 1.
     """
     plan = find_writers(model)
     unit = unit_direction(direction, stream_width(model, plan))
-    with ablate_units(model, unit, plan.sites):
+    if not 0 <= scale <= 1:
+        raise UsageError(f"the share to ablate must lie between 0 and 1, not {scale}")
+    if scale not in (0, 1) and any(site.at == "input" for site in plan.sites):
+        raise UnsupportedArchitectureError(
+            f"architecture '{model.config.model_type}' writes terms that are no module's output: "
+            "only the whole direction can be ablated"
+        )
+    # c - (c . u) u with u = sqrt(s) r is c - s (c . r) r.
+    with ablate_units(model, unit * math.sqrt(scale), plan.sites if scale else ()):
         yield
 
 

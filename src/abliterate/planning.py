@@ -29,6 +29,7 @@ from abliterate.shards import INDEX, ShardSet, read_entry, read_index, read_shar
 from abliterate.writers import (
     Proof,
     Writer,
+    WriterPlan,
     plan_for,
     proof_of,
     prove_in_place,
@@ -104,27 +105,19 @@ def make_plan(
         InputError: the direction does not fit.
         UnsupportedArchitectureError: the writers cannot be found or made exact.
     """
-    config = load_config(checkpoint, trust_remote_code)
-    require_safetensors(checkpoint)
-    shards, shapes, config = _read_plain(checkpoint, config)
-    model = empty_model(config, trust_remote_code)
-    proof = _prove(checkpoint, config, trust_remote_code)
-    _require_exact(config, proof, allow_leak)
-    plan = plan_for(model, proof.plan, proof.decoder)
+    found = locate_writers(checkpoint, trust_remote_code)
+    _require_exact(found.config, found.proof, allow_leak)
+    plan, model, disk, shapes = found.plan, found.model, found.disk, found.shapes
     unit = unit_direction(direction, stream_width(model, plan))
-
     axes = {writer.parameter: writer.axis for writer in plan.writers}
-    gains = {g.parameter: g.axis for w in plan.writers for g in w.gains if g.parameter}
-    disk = disk_map(model, gains | axes, shapes)
-    values = {name: _read_parameter(name, disk, shards) for name in gains}
 
-    head = _tied_head(model)
+    head = found.head
     edits = []
     for tensor in disk.tensors:
         if tensor.parameter not in axes or tensor.loads_as == head:
             continue
         of_it = [w for w in plan.writers if w.parameter == tensor.parameter]
-        basis = orthonormal([writer_direction(w, unit, values) for w in of_it])
+        basis = orthonormal([writer_direction(w, unit, found.gains) for w in of_it])
         edits.append(
             TensorEdit(
                 tensor.name, tensor.axis, basis, of_it[0].kind, of_it[0].layer, tensor.region
@@ -136,7 +129,55 @@ def make_plan(
     order = {name: index for index, name in enumerate(shapes)}
     edits.sort(key=lambda edit: order[edit.name])
     copies = _copies(model, axes, shapes) if head else {}
-    return EditPlan(shards, tuple(edits), copies, disk.untouched, proof.leak, proof.exact)
+    proof = found.proof
+    return EditPlan(found.shards, tuple(edits), copies, disk.untouched, proof.leak, proof.exact)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Every writer of a checkpoint and where its tensors lie.
+
+    Attributes:
+        shards: the checkpoint's shards.
+        shapes: names and shapes on disk, as they would be if nothing were quantized.
+        config: the configuration of the plain model.
+        model: the model without its weights.
+        proof: of the writers.
+        plan: the writers, by the model's own parameter names.
+        disk: where writers and gains lie.
+        gains: values of the gains between writers and stream, float64, by parameter.
+        head: state-dict name of an output head that shares the embedding's matrix, or None.
+    """
+
+    shards: ShardSet
+    shapes: Mapping[str, tuple[int, ...]]
+    config: Any
+    model: PreTrainedModel
+    proof: Proof
+    plan: WriterPlan
+    disk: DiskMap
+    gains: dict[str, Tensor]
+    head: str | None
+
+
+def locate_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Located:
+    """Find every writer's tensors on disk from config and headers; only gains are read.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or a writer has no tensor of its shape.
+        UnsupportedArchitectureError: the writers cannot be found.
+    """
+    config = load_config(checkpoint, trust_remote_code)
+    require_safetensors(checkpoint)
+    shards, shapes, config = _read_plain(checkpoint, config)
+    model = empty_model(config, trust_remote_code)
+    proof = _prove(checkpoint, config, trust_remote_code)
+    plan = plan_for(model, proof.plan, proof.decoder)
+    axes = {writer.parameter: writer.axis for writer in plan.writers}
+    gains = {g.parameter: g.axis for w in plan.writers for g in w.gains if g.parameter}
+    disk = disk_map(model, gains | axes, shapes)
+    values = {name: _read_parameter(name, disk, shards) for name in gains}
+    return Located(shards, shapes, config, model, proof, plan, disk, values, _tied_head(model))
 
 
 def _read_plain(

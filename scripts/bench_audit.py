@@ -1,0 +1,340 @@
+#!/usr/bin/env python3
+"""How often does `abliterate audit` find an edit, and how often does it claim one wrongly?
+
+Part 1, recall: small models of eight architectures are trained here for a few minutes in total on
+the bytes of this repository's prose; with the demo model and three larger random models of
+heavy-tailed spectra they are edited in every way of the table, and each edited checkpoint on disk
+is audited by the function that the command line calls, without a base, after its record and card
+are deleted. Part 2, false positives: unedited checkpoints, trained ones at several stages and
+random ones of varied architecture, width, depth, spectrum, dead and pruned channels.
+
+    python scripts/bench_audit.py --work /tmp/audit-bench      # all; about 20 minutes on one core
+    python scripts/bench_audit.py --steps 40 --clean 20        # a first look
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from audit_models import (
+    ROOT,
+    Shape,
+    build,
+    corpus,
+    difference_of_means,
+    random_checkpoints,
+    shape_weights,
+    train,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from abliterate.audit.report import audit
+from abliterate.edit_options import EditOptions
+from abliterate.editing import orthogonalize
+from abliterate.models import find_checkpoint
+from abliterate.planning import make_plan
+
+WEIGHTS = "model.safetensors"
+TRAINED = ("llama", "gpt2", "gemma2", "qwen2", "qwen3_moe", "gpt_neox", "olmo2", "mamba")
+TIED = {"gpt2", "gemma2", "qwen2", "mamba"}
+HEAVY = {
+    "llama, power 1, d 256, 12 blocks": ("llama", 256, 12, Shape(power=1.0, shared=0.3)),
+    "mistral, power 2, d 192, 8 blocks": ("mistral", 192, 8, Shape(power=2.0, shared=0.5)),
+    "qwen3, power 1.5, d 384, 10 blocks": ("qwen3", 384, 10, Shape(1.5, 0.6, rows=0.6)),
+}
+
+
+def options(**given: Any) -> Callable[[Path, Tensor, Path], None]:
+    """An edit by this package."""
+
+    def edit(source: Path, direction: Tensor, out: Path) -> None:
+        orthogonalize(str(source), direction, out, options=EditOptions(**given))
+
+    return edit
+
+
+def middle_third(source: Path, direction: Tensor, out: Path) -> None:
+    plan = make_plan(find_checkpoint(str(source)), direction)
+    depth = 1 + max(edit.layer for edit in plan.edits if edit.layer is not None)
+    first, last = depth // 3, depth - depth // 3 - 1
+    options(layers=f"{first}-{last}")(source, direction, out)
+
+
+def change(folder: Path, how: Callable[[str, Tensor], Tensor]) -> None:
+    tensors = {name: how(name, t) for name, t in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def stored_as(dtype: torch.dtype) -> Callable[[Path, Tensor, Path], None]:
+    """The source stored in another dtype, then edited in it."""
+
+    def edit(source: Path, direction: Tensor, out: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+            copy = Path(folder) / "copy"
+            shutil.copytree(source, copy)
+            change(copy, lambda _, t: t.to(dtype))
+            orthogonalize(str(copy), direction, out)
+
+    return edit
+
+
+def fp8(source: Path, direction: Tensor, out: Path) -> None:
+    """Blocks' matrices in float8 with a scale for each 64 x 64, then edited and requantized."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(source, copy)
+        tensors: dict[str, Tensor] = {}
+        for name, value in load_file(copy / WEIGHTS).items():
+            tensors[name] = value.to(torch.bfloat16)
+            inside = any(part.isdigit() for part in name.split("."))
+            matrix = value.ndim == 2 and name.endswith("weight") and min(value.shape) >= 64
+            if matrix and inside:
+                rows, columns = value.shape
+                pad = torch.nn.functional.pad(value.float(), (0, -columns % 64, 0, -rows % 64))
+                tiles = pad.view(len(pad) // 64, 64, pad.shape[1] // 64, 64)
+                scales = tiles.abs().amax((1, 3)).clamp(min=1e-12) / 448
+                wide = scales.repeat_interleave(64, 0)[:rows].repeat_interleave(64, 1)[:, :columns]
+                tensors[name] = (value.float() / wide).to(torch.float8_e4m3fn)
+                tensors[f"{name}_scale_inv"] = scales
+        if not any(name.endswith("_scale_inv") for name in tensors):
+            raise LookupError("no matrix that FP8 checkpoints would store in blocks")
+        save_file(tensors, copy / WEIGHTS, {"format": "pt"})
+        config = json.loads((copy / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+        (copy / "config.json").write_text(json.dumps(config))
+        orthogonalize(str(copy), direction, out, options=EditOptions(quantized="requantize"))
+
+
+def lora(source: Path, direction: Tensor, out: Path) -> None:
+    """A rank-1 adapter on the blocks' matrices, in bfloat16, merged into bfloat16 weights."""
+    shutil.copytree(source, out)
+    plan = make_plan(find_checkpoint(str(source)), direction)
+    edits = {e.name: e for e in plan.edits if e.layer is not None}
+
+    def merge(name: str, value: Tensor) -> Tensor:
+        base = value.to(torch.bfloat16)
+        if name not in edits or value.ndim < 2:
+            return base
+        up = edits[name].basis[0].to(torch.bfloat16)
+        moved = base.movedim(edits[name].axis, -1).float()
+        down = (moved @ edits[name].basis[0].float()).to(torch.bfloat16)
+        merged = (moved - down.float().unsqueeze(-1) * up.float()).to(torch.bfloat16)
+        return merged.movedim(-1, edits[name].axis).contiguous()
+
+    change(out, merge)
+
+
+def tuned(relative: float) -> Callable[[Path, Tensor, Path], None]:
+    """The whole edit, then noise of this size relative to each tensor's own."""
+
+    def edit(source: Path, direction: Tensor, out: Path) -> None:
+        orthogonalize(str(source), direction, out)
+        generator = torch.Generator().manual_seed(3)
+
+        def noisy(_: str, t: Tensor) -> Tensor:
+            wide = t.float()
+            noise = torch.randn(t.shape, generator=generator) * wide.square().mean().sqrt()
+            return (wide + relative * noise).to(t.dtype)
+
+        change(out, noisy)
+
+    return edit
+
+
+CASES: Mapping[str, Callable[[Path, Tensor, Path], None]] = {
+    "our edit": options(),
+    "attention and MLP only": options(components="attention,mlp"),
+    "middle third of layers": middle_third,
+    "scale 0.8": options(scale=0.8),
+    "scale 0.5": options(scale=0.5),
+    "scale 0.3": options(scale=0.3),
+    "norm-preserving rows": options(norm_preserve=True),
+    "rank-1 LoRA merged": lora,
+    "bfloat16": stored_as(torch.bfloat16),
+    "float16": stored_as(torch.float16),
+    "FP8": fp8,
+    "then noise 1e-4": tuned(1e-4),
+    "then noise 1e-3": tuned(1e-3),
+}
+
+
+def trained(work: Path, steps: int) -> Iterator[tuple[str, Path, Tensor, list[Path]]]:
+    """Name, folder, the method's own direction and earlier stages of each trained model."""
+    data = corpus()
+    for kind in TRAINED:
+        final, note = work / f"trained-{kind}-4", work / f"trained-{kind}.pt"
+        stages = [work / f"trained-{kind}-{index}" for index in (1, 2, 3, 4)]
+        if not note.is_file():
+            model = build(kind, 128, 6, seed=0, tied=kind in TIED)
+            for index, _ in enumerate(train(model, data, steps, seed=0)):
+                model.save_pretrained(stages[index])
+            torch.save(difference_of_means(model), note)
+        yield kind, final, torch.load(note, weights_only=True), stages[:3]
+
+
+def models(work: Path, steps: int) -> Iterator[tuple[str, Path, Tensor, list[Path]]]:
+    yield from trained(work, steps)
+    generator = torch.Generator().manual_seed(11)
+    demo = work / "demo"
+    shutil.copytree(ROOT / "data" / "demo-model", demo, dirs_exist_ok=True)
+    yield "demo model", demo, demo_direction(work), []
+    for name, (kind, width, depth, shape) in HEAVY.items():
+        folder = work / f"heavy-{kind}"
+        if not folder.is_dir():
+            shape_weights(build(kind, width, depth, seed=2), shape, folder, seed=2)
+        vector = torch.randn(width, generator=generator, dtype=torch.float64)
+        yield name, folder, vector, []
+
+
+def demo_direction(work: Path) -> Tensor:
+    """The refusal direction of the demo model, by the package's own extract and select."""
+    from abliterate import extract, load_model, load_prompts, select
+
+    note = work / "demo.pt"
+    if not note.is_file():
+        loaded = load_model(str(ROOT / "data" / "demo-model"))
+        prompts = {
+            (kind, split): load_prompts(kind, split, 32)
+            for kind in ("harmful", "harmless")
+            for split in ("train", "val")
+        }
+        found = extract(loaded, prompts["harmful", "train"], prompts["harmless", "train"])
+        chosen = select(loaded, found, prompts["harmful", "val"], prompts["harmless", "val"])
+        torch.save(chosen.direction(found).vector, note)
+    vector: Tensor = torch.load(note, weights_only=True)
+    return vector
+
+
+def recall(work: Path, steps: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, folder, own, _ in models(work, steps):
+        generator = torch.Generator().manual_seed(17)
+        other = torch.randn(own.shape, generator=generator, dtype=torch.float64)
+        heavy = folder.name.startswith("heavy")
+        for drawn, vector in (("random", other), *((("means", own),) if not heavy else ())):
+            for case, edit in CASES.items():
+                out = work / "edited"
+                shutil.rmtree(out, ignore_errors=True)
+                try:
+                    edit(folder, vector, out)
+                except LookupError as error:
+                    print(f"{name}, {case}: not possible ({error})", file=sys.stderr)
+                    continue
+                (out / "abliterate.json").unlink(missing_ok=True)
+                (out / "README.md").unlink(missing_ok=True)
+                begun = time.perf_counter()
+                found = audit(find_checkpoint(str(out)))
+                unit = vector / vector.norm()
+                cosine = None if found.direction is None else abs(float(found.direction @ unit))
+                row = {
+                    "model": name, "direction": drawn, "case": case, "verdict": found.verdict,
+                    "evidence": found.evidence, "writers": found.blind.verdict,
+                    "p_value": found.blind.p_value, "cosine": cosine, "style": found.style,
+                    "removed": found.removed, "biases": found.biases,
+                    "embeddings": found.embeddings, "seconds": time.perf_counter() - begun,
+                }  # fmt: skip
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+    return rows
+
+
+def false_positives(work: Path, steps: int, count: int) -> list[dict[str, Any]]:
+    rows = []
+
+    def judge(name: str, folder: Path) -> None:
+        found = audit(find_checkpoint(str(folder)))
+        gaps = found.blind.gaps.values()
+        row = {
+            "model": name, "verdict": found.verdict, "reason": found.reason,
+            "p_value": found.blind.p_value, "detectable": found.blind.detectable,
+            "groups": [[gap.ratio, gap.agreement] for gap in gaps],
+            "set_aside": [one.reason for one in found.blind.set_aside],
+        }  # fmt: skip
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+    for name, folder, _, stages in models(work, steps):
+        for stage in (*stages, folder)[: count - len(rows)]:
+            judge(f"{name}: {stage.name}", stage)
+    for name, folder in random_checkpoints(work / "clean", count - len(rows)):
+        judge(name, folder)
+    return rows
+
+
+def report(found: list[dict[str, Any]], clean: list[dict[str, Any]]) -> None:
+    """Both tables as Markdown."""
+    by_case: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in found:
+        by_case[row["case"]].append(row)
+    if by_case:
+        print("| edit | audits | found | of the writers alone | cosine: median | least |")
+        print("|---|---|---|---|---|---|")
+    for case, rows in by_case.items():
+        hits = [row for row in rows if row["verdict"] == "edited"]
+        alone = sum(row["writers"] == "edited" for row in rows)
+        cosines = sorted(row["cosine"] for row in hits)
+        least = f"{cosines[len(cosines) // 2]:.4f} | {cosines[0]:.4f}" if cosines else "- | -"
+        print(
+            f"| {case} | {len(rows)} | {len(hits) / len(rows):.0%} | {alone / len(rows):.0%} "
+            f"| {least} |"
+        )
+    names = list(dict.fromkeys((row["model"], row["direction"]) for row in found))
+    if names:
+        print("\nFound (o), not found (.), undecided (?), by model and direction:\n")
+        print("| model | direction | " + " | ".join(CASES) + " |")
+        print("|---|---|" + "---|" * len(CASES))
+    for name, drawn in names:
+        own = {r["case"]: r for r in found if (r["model"], r["direction"]) == (name, drawn)}
+        marks = [
+            {"edited": "o", "clean": ".", "undecided": "?"}[own[c]["verdict"]] if c in own else " "
+            for c in CASES
+        ]
+        print(f"| {name} | {drawn} | " + " | ".join(marks) + " |")
+    if clean:
+        verdicts = Counter(row["verdict"] for row in clean)
+        print(f"\nUnedited: {len(clean)} checkpoints: {dict(verdicts)}")
+        print(f"smallest p-value: {min(row['p_value'] for row in clean):.1e}")
+        groups = [g for row in clean for g in row["groups"]]
+        for bound in (0.5, 0.75, 1.0, 1.25, 1.5):
+            share = sum(ratio > bound for ratio, _ in groups) / max(1, len(groups))
+            print(f"gap ratio > {bound}: {share:.2%} of {len(groups)} groups")
+        print(f"largest ratio {max(g[0] for g in groups):.2f}, "
+              f"largest agreement {max(g[1] for g in groups):.3f}")  # fmt: skip
+        aside = Counter(reason for row in clean for reason in row["set_aside"])
+        print(f"set aside: {dict(aside)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, help="keep the models here")
+    parser.add_argument("--steps", type=int, default=240, help="of training")
+    parser.add_argument("--clean", type=int, default=300, help="unedited checkpoints")
+    parser.add_argument("--skip-recall", action="store_true")
+    parser.add_argument("--out", type=Path, help="all figures as JSON")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    begun = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        work = given.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        found = [] if given.skip_recall else recall(work, given.steps)
+        clean = false_positives(work, given.steps, given.clean) if given.clean else []
+    if given.out:
+        given.out.write_text(json.dumps({"recall": found, "clean": clean}, indent=1))
+    report(found, clean)
+    print(f"\n{(time.process_time() - begun) / 60:.1f} minutes of one core's time")
+
+
+if __name__ == "__main__":
+    main()

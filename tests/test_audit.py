@@ -1,0 +1,307 @@
+"""audit and diff: edits are found, named and undone by nothing; what is unedited stays so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
+
+from abliterate.audit.statistic import gap, log_gram, p_agreement
+from abliterate.resources import demo_model_dir
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def direction(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("direction") / "direction.safetensors"
+    save_file({"direction": _vector()}, path)
+    return path
+
+
+def _vector(width: int = 128) -> Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def _cosine(path: Path, width: int = 128) -> float:
+    found, true = load_file(path)["direction"].double(), _vector(width)
+    return abs(float(found @ true)) / float(found.norm() * true.norm())
+
+
+def _edit(cli: Cli, source: Path, direction: Path, out: Path, *options: str) -> Path:
+    result = cli("orthogonalize", source, "--direction", direction, "-o", out, "-q", *options)
+    assert result.code == 0, result.err
+    return out
+
+
+def _anonymous(folder: Path) -> Path:
+    """Without its record and card, as someone who hides the edit would leave it."""
+    (folder / "abliterate.json").unlink()
+    (folder / "README.md").unlink()
+    return folder
+
+
+def test_the_unedited_model_is_clean(cli: Cli) -> None:
+    result = cli("audit", demo_model_dir(), "--json")
+    assert result.code == 0
+    found = result.json
+    assert found["verdict"] == "clean"
+    assert found["writers"]["p_value"] > 1e-3
+    assert found["writers"]["detectable_scale"] <= 0.8
+    assert found["units"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "style", "embeddings"),
+    [
+        ((), 0.9999, "all writers", True),
+        (("--components", "attention,mlp"), 0.9999, "attention and MLP only", False),
+        (("--layers", "3-5"), 0.999, "layers 3-5", False),
+        (("--norm-preserve",), 0.99, "norm-preserving", True),
+        (("--scale", "0.8"), 0.98, None, True),
+        (("--scale", "0.5"), 0.85, None, None),
+    ],
+)
+def test_edits_are_found_without_a_base(
+    cli: Cli,
+    direction: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    least: float,
+    style: str | None,
+    embeddings: bool | None,
+) -> None:
+    edited = _anonymous(_edit(cli, demo_model_dir(), direction, tmp_path / "edited", *options))
+    recovered = tmp_path / "found" / "direction.safetensors"
+    result = cli("audit", edited, "--json", "-o", recovered)
+    assert result.code == 7, result.err
+    found = result.json
+    assert (found["verdict"], found["evidence"]) == ("edited", "writers")
+    assert found["writers"]["p_value"] < 1e-7
+    assert _cosine(recovered) > least
+    assert "nothing in the checkpoint declares this edit" in found["warnings"]
+    if style is not None:
+        assert style in found["style"]
+    if embeddings is not None:
+        assert found["embeddings"] is embeddings
+    if not options:
+        assert found["full"]
+        assert all(unit["carries"] and unit["removed"] > 0.99 for unit in found["units"])
+    if "--layers" in options:
+        carrying = {unit["layer"] for unit in found["units"] if unit["carries"]}
+        assert carrying == {3, 4, 5}
+
+
+def test_a_direction_behind_gains_and_centring_is_that_of_the_stream(
+    cli: Cli, tmp_path: Path
+) -> None:
+    """Gemma 2 has a gain behind every writer of its blocks; GPT-2 has biases and Conv1D."""
+    common = {"vocab_size": 300, "tie_word_embeddings": True, "pad_token_id": 0}
+    torch.manual_seed(0)
+    gemma = Gemma2Config(
+        **common, hidden_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=160,
+    )  # fmt: skip
+    gpt2 = GPT2Config(**common, n_embd=64, n_layer=6, n_head=4, n_positions=64)
+    path = tmp_path / "direction.safetensors"
+    save_file({"direction": _vector(64)}, path)
+    for name, config in (("gemma", gemma), ("gpt2", gpt2)):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.5 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / name)
+        assert cli("audit", tmp_path / name, "-q").code == 0
+        edited = _anonymous(_edit(cli, tmp_path / name, path, tmp_path / f"{name}-edited"))
+        blind = cli("audit", edited, "--json", "-o", tmp_path / f"{name}.safetensors")
+        assert blind.code == 7
+        assert blind.json["style"] == "all writers"
+        assert _cosine(tmp_path / f"{name}.safetensors", 64) > 0.999
+        assert blind.json["biases"] is (True if name == "gpt2" else None)
+        compared = cli(
+            "audit", edited, "--base", tmp_path / name, "--json",
+            "-o", tmp_path / f"{name}-base.safetensors",
+        )  # fmt: skip
+        assert compared.code == 7
+        assert compared.json["evidence"] == "base"
+        assert compared.json["base"]["beyond"] == []
+        assert _cosine(tmp_path / f"{name}-base.safetensors", 64) > 0.999
+
+
+def test_a_base_shows_weak_edits_and_what_else_differs(
+    cli: Cli, direction: Path, tmp_path: Path
+) -> None:
+    edited = _anonymous(
+        _edit(cli, demo_model_dir(), direction, tmp_path / "edited", "--scale", "0.3")
+    )
+    recovered = tmp_path / "found.safetensors"
+    base = ("--base", demo_model_dir())
+    result = cli("audit", edited, *base, "--json", "-o", recovered)
+    assert result.code == 7
+    assert _cosine(recovered) > 0.999
+    assert result.json["removed"] == pytest.approx(0.3, abs=0.02)
+    assert result.json["base"]["beyond"] == []
+    writers = {t["name"] for t in result.json["base"]["tensors"] if t["state"] == "rank 1"}
+    assert len(writers) >= 16
+
+    tensors = load_file(edited / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+    save_file(tensors, edited / "model.safetensors", {"format": "pt"})
+    result = cli("audit", edited, *base, "--json")
+    assert result.json["base"]["beyond"] == ["model.norm.weight"]
+    assert any("beyond the edit" in warning for warning in result.json["warnings"])
+
+
+def test_a_base_that_was_tuned_or_copied_shows_no_edit(cli: Cli, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(demo_model_dir(), copy)
+    result = cli("audit", copy, "--base", demo_model_dir(), "--json")
+    assert result.code == 0
+    assert result.json["evidence"] == "base"
+    assert cli("diff", demo_model_dir(), copy).out.splitlines()[-1].startswith("unchanged: ")
+
+    generator = torch.Generator().manual_seed(1)
+    tensors = load_file(copy / "model.safetensors")
+    for name, value in tensors.items():
+        noise = torch.randn(value.shape, generator=generator) * value.float().square().mean().sqrt()
+        tensors[name] = (value.float() + 0.05 * noise).to(value.dtype)
+    # A rank 1 change that is no projection: it adds what the matrix never had.
+    name = "model.layers.2.mlp.down_proj.weight"
+    shape = tensors[name].shape
+    tensors[name] = load_file(demo_model_dir() / "model.safetensors")[name] + torch.outer(
+        torch.ones(shape[0]), torch.randn(shape[1], generator=generator)
+    ).to(torch.bfloat16)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    result = cli("audit", copy, "--base", demo_model_dir(), "--json")
+    assert result.code == 0, result.out
+    states = {t["name"]: t["state"] for t in result.json["base"]["tensors"]}
+    assert states.pop(name) == "rank 1"
+    assert set(states.values()) == {"dense"} | (
+        {"rank 1"} if "rank 1" in states.values() else set()
+    )
+    assert states["model.layers.3.mlp.down_proj.weight"] == "dense"
+    assert result.json["base"]["projected"] == []
+
+
+def test_a_declared_edit_is_confirmed_or_contradicted(
+    cli: Cli, direction: Path, tmp_path: Path
+) -> None:
+    edited = _edit(cli, demo_model_dir(), direction, tmp_path / "edited", "--scale", "0.3")
+    result = cli("audit", edited, "--json", "--direction", direction)
+    assert result.code == 7
+    declared = result.json["declared"]
+    assert (declared["confirmed"], declared["tensors_checked"]) == (True, 17)
+    assert result.json["evidence"] == "declared"
+
+    # The weights are put back: record and card claim what is not so.
+    shutil.copy(demo_model_dir() / "model.safetensors", edited / "model.safetensors")
+    result = cli("audit", edited, "--json")
+    assert result.code == 0
+    assert result.json["declared"]["confirmed"] is False
+    assert any("the record says" in warning for warning in result.json["warnings"])
+    assert any("model card" in warning for warning in result.json["warnings"])
+
+
+def test_pruned_and_dead_channels_are_no_edit(cli: Cli, tmp_path: Path) -> None:
+    copy = tmp_path / "pruned"
+    shutil.copytree(demo_model_dir(), copy)
+    tensors = load_file(copy / "model.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    for name, value in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            value[[5, 77]] = 0
+            value[torch.rand(len(value), generator=generator) < 0.03] = 0
+        elif name == "model.embed_tokens.weight":
+            value[:, [5, 77]] = 0
+        elif "norm" in name:
+            value[[5, 30]] = 0
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    result = cli("audit", copy, "--json")
+    assert result.code == 0
+    assert result.json["writers"]["set_aside"][0]["channels"] == [5, 77]
+
+
+def test_centred_writers_are_no_edit(cli: Cli, tmp_path: Path) -> None:
+    """A model read through LayerNorm may have the mean taken out of all its writers."""
+    copy = tmp_path / "centred"
+    shutil.copytree(demo_model_dir(), copy)
+    tensors = load_file(copy / "model.safetensors")
+    for name, value in tensors.items():
+        wide = value.double()
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] = (wide - wide.mean(dim=0)).float()
+        elif name == "model.embed_tokens.weight":
+            tensors[name] = (wide - wide.mean(dim=1, keepdim=True)).float()
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    result = cli("audit", copy, "--json")
+    assert result.code == 0
+    assert "the mean of all channels" in result.json["writers"]["set_aside"][0]["reason"]
+
+
+def test_too_little_to_tell_is_undecided(cli: Cli, tiny: Callable[..., Path]) -> None:
+    folder = tiny("llama")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hidden_size"] == 48
+    result = cli("audit", folder, "--json")
+    assert (result.code, result.json["verdict"]) in {(0, "clean"), (8, "undecided")}
+
+
+def test_one_block_is_undecided(cli: Cli, tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
+    result = cli("audit", tmp_path / "small", "--json")
+    assert (result.code, result.json["verdict"]) == (8, "undecided")
+    assert result.json["reason"]
+
+
+def test_errors_are_one_line(
+    fails: Callable[..., str], tmp_path: Path, tiny: Callable[..., Path], direction: Path
+) -> None:
+    assert "folder" in fails("audit", demo_model_dir(), "-o", tmp_path, code=2)
+    fails("audit", tmp_path / "nothing", code=4)
+    assert "no tensor in common" in fails("diff", demo_model_dir(), _renamed(tmp_path), code=4)
+    broken = tmp_path / "broken"
+    shutil.copytree(demo_model_dir(), broken)
+    (broken / "abliterate.json").write_text('{"tensors": 3}')
+    assert "no record" in fails("audit", broken, code=3)
+
+
+def _renamed(tmp_path: Path) -> Path:
+    folder = tmp_path / "renamed"
+    shutil.copytree(demo_model_dir(), folder)
+    save_file({"something.else": torch.zeros(3, 3)}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_chance_levels_of_the_statistic() -> None:
+    """Random grams: no gap, no agreement; a planted direction: both."""
+    generator = torch.Generator().manual_seed(0)
+    grams, edited = [], []
+    r = torch.randn(64, generator=generator, dtype=torch.float64)
+    r /= r.norm()
+    for _ in range(12):
+        w = torch.randn(64, 128, generator=generator, dtype=torch.float64)
+        grams.append(log_gram(w @ w.T))
+        w = w - torch.outer(r, r @ w)
+        edited.append(log_gram(w @ w.T))
+    halves = [i % 2 == 1 for i in range(12)]
+    null, found = gap(grams, halves), gap(edited, halves)
+    assert null.p_value > 1e-3
+    assert found.p_value < 1e-8
+    assert abs(float(found.direction @ r)) > 0.99
+    assert gap(edited[:6] + grams[6:], halves).p_value < 1e-5
+    # The bound holds: of 4000 random pairs, no more agree than it says.
+    pairs = torch.randn(4000, 2, 16, generator=generator, dtype=torch.float64)
+    pairs = pairs / pairs.norm(dim=2, keepdim=True)
+    squared = (pairs[:, 0] * pairs[:, 1]).sum(dim=1).square()
+    for level in (0.1, 0.3, 0.5):
+        assert float((squared > level).double().mean()) <= p_agreement(level, 16) + 0.02
