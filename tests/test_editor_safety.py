@@ -370,7 +370,7 @@ def test_clones_are_overwritten_in_place(
     written = 0
     copy_range = transfer.copy_range
 
-    def clone(source: transfer.SourceFile, target: int) -> bool:
+    def clone(source: transfer.SourceFile, target: transfer.TargetFile) -> bool:
         copy_range(source, 0, target, 0, source.path.stat().st_size)
         return True
 

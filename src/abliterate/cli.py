@@ -139,6 +139,7 @@ def orthogonalize(
     dequantize: opt.Dequantize = None,
     device: opt.EditDevice = None,
     jobs: opt.Jobs = None,
+    low_disk: opt.LowDisk = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
@@ -166,6 +167,7 @@ def orthogonalize(
                 "dequantize": dequantize,
                 "device": device,
                 "jobs": jobs,
+                "low_disk": low_disk,
             },
         },
     )
@@ -175,7 +177,8 @@ def orthogonalize(
     from abliterate.team import leads
 
     vector = load_direction(direction)
-    record = orthogonalize_stage(open_session(model, settings), vector, output)
+    session = open_session(model, settings, settings.orthogonalize.low_disk)
+    record = orthogonalize_stage(session, vector, output)
     if leads():
         print_json(record) if as_json else show_edit(record, output)
 
