@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from commands import Commands, failure, serving
 from hub_server import COMMIT, Hub, hub_server
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +211,37 @@ def test_what_low_disk_does_not_go_with(
     line = run.fails("orthogonalize", "org/untied", "--revision", "no-such", *command, code=4)
     assert "cannot be found on the hub" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_disk_needs_room_for_the_output_alone(
+    tied: bool, hub: Hub, run: Commands, cache: Path, direction: Path, tmp_path: Path
+) -> None:
+    """On a filesystem as large as the output and what the check leaves for record and card."""
+    source, small = tmp_path / "source", tmp_path / "small"
+    plain = hub.models["org/tied" if tied else "org/untied"]
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    model.save_pretrained(source, max_shard_size="150KB")
+    sizes = [path.stat().st_size for path in source.glob("*.safetensors")]
+    assert len(sizes) >= 3
+    hub.models["org/large"] = source
+    base = ("--direction", direction, "-o")
+    assert run("orthogonalize", source, *base, tmp_path / "local").code == 0
+    blocks = sum(p.stat().st_blocks * 512 for p in (tmp_path / "local").rglob("*") if p.is_file())
+    small.mkdir()
+    room = blocks + (90 << 10)
+    assert room < blocks + max(sizes)  # for one shard more there is no room
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small)]
+    mounted = subprocess.run(mounting, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no filesystem can be mounted: {mounted.stderr.strip()}")
+    try:
+        done = run("orthogonalize", "org/large", "--low-disk", *base, small / "out")
+        assert done.code == 0, done.err
+        assert tree(small / "out") == tree(tmp_path / "local")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert shards_in(cache) == []
 
 
 @pytest.mark.parametrize("low_disk", [(), ("--low-disk",)])

@@ -74,7 +74,7 @@ def test_kills_at_random_moments_lose_no_byte(
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         report = json.loads(done.stdout)

@@ -188,18 +188,20 @@ class PlainGrid:
         # Half precision is computed in float32, float32 itself in float64.
         wide = torch.float32 if size == 2 else torch.float64
         if self.device.type != "cpu":
-            return raw.to(self.device, wide, copy=True)
+            return raw.to(self.device).to(wide)  # one by one: the narrow bytes travel
         return _scratch.tensor("wide", raw.shape, wide).copy_(raw)
 
     def store(self, first: int, block: Tensor) -> Tensor:
         size, strip = self.dtype.itemsize, self.strip
         assert self.target is not None
-        raw = _scratch.tensor("raw", block.shape, self.dtype).copy_(block)
+        raw = _scratch.tensor("raw", block.shape, self.dtype)
+        rounded = raw if block.device.type == "cpu" else block.to(self.dtype)
+        raw.copy_(block if rounded is raw else rounded)
         view = as_bytes(raw)
         begin = self.to + (strip.offset + first * strip.stride) * size
         for at, length, row in self._pieces(len(block)):
             self.target.write(view[at : at + length], begin + row * strip.stride * size)
-        return block.copy_(raw)
+        return block.copy_(rounded)
 
     def _pieces(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """Byte in the block, length and row of each run of neighbouring bytes."""
