@@ -86,7 +86,7 @@ def serving(environment: Mapping[str, str]) -> Iterator[Commands]:
         yield Commands(process)
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(60)
+        process.wait(300)
 
 
 def _serve() -> None:

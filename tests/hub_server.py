@@ -112,7 +112,7 @@ def hub_server() -> Iterator[Hub]:
                     hub.broken, self.close_connection = None, True
                     return None
                 hub.stalled.set()
-                hub.go_on.wait(60)
+                hub.go_on.wait(300)
                 body = body[len(body) // 2 :]
             try:
                 self.wfile.write(body)

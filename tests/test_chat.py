@@ -96,7 +96,7 @@ def test_ablation_ends_refusal_and_off_brings_it_back(
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     before, ablated, after = done.stdout.splitlines()
@@ -238,7 +238,7 @@ class Terminal:
     def until(self, wanted: str) -> str:
         """Read on until ``wanted`` appears; returns what came before it."""
         while wanted not in self.text:
-            assert select.select([self._end], [], [], 120)[0], self.text
+            assert select.select([self._end], [], [], 600)[0], self.text
             piece = os.read(self._end, 4096)
             assert piece, self.text
             self.text += piece.decode(errors="replace")

@@ -137,7 +137,7 @@ def test_stopped_midway_it_goes_on_from_the_finished_shards(
     hub.requests.clear()
     hub.stall = order[4]
     pid = run.start(*command, tmp_path / "out")
-    assert hub.stalled.wait(60)
+    assert hub.stalled.wait(300)
     journal = tmp_path / "out.partial" / "journal.jsonl"
     while journal.read_bytes().count(b'"shard"') < 4:  # the fourth is edited meanwhile
         os.sched_yield()

@@ -61,7 +61,7 @@ def test_ranks_split_the_shards(
     done = subprocess.run(
         [sys.executable, "-m", *start, "-m", "abliterate", *command, "-o", str(tmp_path / "out"),
          "--json"],
-        capture_output=True, text=True, check=False, timeout=200,
+        capture_output=True, text=True, check=False, timeout=600,
         env={**os.environ, "HF_HOME": str(tmp_path / "home")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -90,7 +90,7 @@ def start_ranks(how: str, arguments: list[str]) -> list[subprocess.CompletedProc
         )  # fmt: skip
     done = []
     for process in processes:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return done
 
