@@ -8,7 +8,10 @@ are not counted; the flush to disk, which `cp` leaves to the system, is part of 
     python scripts/bench_orthogonalize.py --size 4 --shards 4 --runs 5
     python scripts/bench_orthogonalize.py --size 4 --cold          # drops the page cache (root)
     python scripts/bench_orthogonalize.py --against 'other-tool {source} {out}'
-    python scripts/bench_orthogonalize.py --embedding-only --size 8   # one huge matrix
+    python scripts/bench_orthogonalize.py --embedding-only --size 8   # one huge matrix, one file
+
+The huge matrix is a tied embedding that is edited together with the head (--tied-embeddings share),
+so that the tool writes as many bytes as `cp`; untied, it would have to write them twice.
 """
 
 from __future__ import annotations
@@ -41,13 +44,13 @@ def status(key):
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[key].split()[0]) * 1024
 
-source, direction, out, jobs = sys.argv[1:]
+source, direction, out, jobs, tied = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 begun = time.perf_counter()
-options = EditOptions(jobs=int(jobs) or None)
+options = EditOptions(jobs=int(jobs) or None, tied_embeddings=tied)
 abliterate.editing.orthogonalize(source, load_direction(direction), out, options=options)
 print(json.dumps({"seconds": time.perf_counter() - begun, "memory": status("VmHWM") - before}))
 """
@@ -156,6 +159,8 @@ def bench(options: argparse.Namespace, work: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    if options.embedding_only:
+        options.shards = 1
     source, direction = work / "source", work / "direction.safetensors"
     size = build(source, int(options.size * 1e9), options.shards, options.embedding_only)
     save_file({"direction": torch.randn(_HIDDEN, dtype=torch.float64)}, direction)
@@ -181,7 +186,8 @@ def bench(options: argparse.Namespace, work: Path) -> None:
         return run
 
     def tool() -> float:
-        arguments = [str(source), str(direction), str(out), str(options.jobs)]
+        tied = "share" if options.embedding_only else "untie"
+        arguments = [str(source), str(direction), str(out), str(options.jobs), tied]
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
         with subprocess.Popen(
             [sys.executable, "-c", _TOOL, *arguments],

@@ -1,12 +1,13 @@
 """Kill the editor at random moments and resume it: ``python killing.py JOB.json``, JSON on stdout.
 
-Run as a process of its own: it loads the libraries once and forks a child for each edit, so that a
-child is the program in mid-work within milliseconds.
+Run as a process of its own: it loads the libraries once and forks a child for each edit, which runs
+the command line as a user would, and so is in mid-work within milliseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -22,9 +23,8 @@ import torch
 from tqdm import tqdm
 
 from abliterate import editing
-from abliterate.direction import Direction, load_direction
-from abliterate.editing import orthogonalize
-from abliterate.errors import AbliterateError
+from abliterate.cli import main
+from abliterate.direction import load_direction
 from abliterate.models import Checkpoint
 from abliterate.workspace import partial_of
 
@@ -35,16 +35,16 @@ tqdm.monitor_interval = 0
 tqdm.set_lock(threading.RLock())
 
 
-def start(source: str, direction: Direction, out: Path, overwrite: bool) -> int:
-    """Fork a child that edits; returns its process id."""
+def start(source: str, direction: str, out: Path, overwrite: bool) -> int:
+    """Fork a child that runs the command; returns its process id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        with contextlib.suppress(AbliterateError):
-            orthogonalize(Checkpoint(source, Path(source)), direction, out, overwrite)
-            code = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        command = ["orthogonalize", source, "--direction", direction, "-o", str(out), "-q"]
+        code = main([*command, *(["--overwrite"] if overwrite else [])])
     finally:
         os._exit(code)
 
@@ -84,17 +84,20 @@ def torture(job: dict[str, Any]) -> dict[str, Any]:
     generator = random.Random(job["seed"])
     source, out = job["source"], Path(job["out"])
     partial = partial_of(out)
-    directions = [load_direction(path) for path in job["directions"]]
+    files = list(job["directions"])
+    directions = [load_direction(path) for path in files]
     # The plan is the same each time: made once, it leaves the time to what is tested here.
     checkpoint = Checkpoint(source, Path(source))
     plans = {d.sha256: editing.make_plan(checkpoint, d.vector) for d in directions}
     by_values = {tuple(d.vector.tolist()): plans[d.sha256] for d in directions}
     editing.make_plan = lambda _, vector, *more: by_values[tuple(vector.tolist())]  # type: ignore
-    orthogonalize(checkpoint, directions[0], out)  # imports all there is to import
+    # Imports all there is to import.
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["orthogonalize", source, "--direction", files[0], "-o", str(out)]) == 0
     shutil.rmtree(out)
     old = tree(Path(job["old"])) if job["old"] else None
     references, seconds = [], 0.0
-    for direction in directions:
+    for direction in files:
         begun = time.perf_counter()
         assert finish(start(source, direction, out, False)) == 0
         seconds = time.perf_counter() - begun
@@ -108,7 +111,7 @@ def torture(job: dict[str, Any]) -> dict[str, Any]:
             shutil.copytree(job["old"], out)
         while True:
             which = generator.randrange(len(references)) if generator.random() < 0.3 else 0
-            child = start(source, directions[which], out, old is not None)
+            child = start(source, files[which], out, old is not None)
             if generator.random() < 0.3 and kills:
                 code = finish(child)
                 break
@@ -125,7 +128,7 @@ def torture(job: dict[str, Any]) -> dict[str, Any]:
             if seen in references and old is None:
                 # Killed after the rename: the same call tidies up, or finds nothing left to do.
                 which, left = references.index(seen), partial.exists()
-                code = finish(start(source, directions[which], out, False)) if left else 0
+                code = finish(start(source, files[which], out, False)) if left else 0
                 break
         if code != 0 or tree(out) != references[which]:
             errors.append(f"trial {trials}: exit code {code}, or OUT differs from the reference")

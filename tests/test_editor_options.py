@@ -267,3 +267,17 @@ def test_a_finished_edit_with_other_options_is_not_up_to_date(
     second = run(scale=0.5)
     assert second != first
     assert run(scale=0.5) == second
+
+
+def test_the_device_changes_rounding_at_most(tiny, cli, fails, direction, tmp_path: Path) -> None:
+    base = ("orthogonalize", tiny("llama"), "--direction", direction, "-o")
+    assert "nonsense" in fails(*base, tmp_path / "out", "--device", "nonsense", code=2)
+    assert cli(*base, tmp_path / "cpu").code == 0
+    result = cli(*base, tmp_path / "auto", "--device", "auto", "--json")
+    assert result.code == 0, result.err
+    auto, cpu = tensors(tmp_path / "auto"), tensors(tmp_path / "cpu")
+    assert auto.keys() == cpu.keys()
+    for name, tensor in auto.items():
+        assert torch.allclose(tensor, cpu[name], atol=1e-5), name
+    found = torch.accelerator.current_accelerator(check_available=True)
+    assert result.json["options"]["device"] == str(found or "cpu")

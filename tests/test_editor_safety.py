@@ -74,7 +74,7 @@ def test_kills_at_random_moments_lose_no_byte(
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         report = json.loads(done.stdout)
@@ -370,7 +370,7 @@ def test_clones_are_overwritten_in_place(
     written = 0
     copy_range = transfer.copy_range
 
-    def clone(source: transfer.SourceFile, target: int) -> bool:
+    def clone(source: transfer.SourceFile, target: transfer.TargetFile) -> bool:
         copy_range(source, 0, target, 0, source.path.stat().st_size)
         return True
 
@@ -443,17 +443,3 @@ def test_space_is_counted_in_whole_blocks(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(Exception, match=r"needs 16,384 bytes .* has 12,288: free 4,096 bytes"):
         carry.check_space(tmp_path / "out", [1, 4096, 4097], 0)
     carry.check_space(tmp_path / "out", [1, 4096, 4097], 4096)
-
-
-def test_ranks_split_the_shards(tiny, cli, directions, tmp_path: Path) -> None:
-    source = tiny("qwen2", True)
-    base = ("orthogonalize", source, "--direction", directions[0], "-o")
-    assert cli(*base, tmp_path / "one").code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--master-port", str(29500 + os.getpid() % 1000), "-m", "abliterate",
-               *map(str, base), str(tmp_path / "many"), "--json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["tensors"]  # rank 0 alone speaks
-    assert tree(tmp_path / "many") == tree(tmp_path / "one")
-    assert names(tmp_path) == ["many", "one"]

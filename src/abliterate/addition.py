@@ -19,7 +19,7 @@ from abliterate.grid import as_bytes
 from abliterate.interventions import unit_direction
 from abliterate.layout import Changes, NewTensor
 from abliterate.planning import EditPlan, TensorEdit
-from abliterate.shards import DTYPES, TensorEntry, read_entry
+from abliterate.shards import DTYPES, TensorEntry
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def plan_addition(
     vector = coeff * direction.vector.double()
     old = plan.shards.tensors.get(name)
     if old is not None:
-        before = read_entry(old).double()
+        before = plan.shards.values(name).double()
         bias = (before + vector).to(DTYPES[old.dtype])
         change = {name: (name, _constant(old.dtype, bias))}
         shares = _share(before, direction.vector), _share(bias, direction.vector)

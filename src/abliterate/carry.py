@@ -11,7 +11,7 @@ from pathlib import Path
 
 from abliterate.errors import CheckpointError, DiskSpaceError, UsageError
 from abliterate.shards import Stamp, inside
-from abliterate.transfer import SourceFile, copy_range
+from abliterate.transfer import SourceFile, TargetFile, copy_range
 from abliterate.workspace import partial_of
 
 # Weights in other formats would still hold the unedited model.
@@ -94,11 +94,11 @@ def copy_carried(source: Path, carried: Carried, target: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = SourceFile(source / relative)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            copied = TargetFile(path)
             try:
-                copy_range(file, 0, descriptor, 0, carried.files[relative].size)
+                copy_range(file, 0, copied, 0, carried.files[relative].size)
             finally:
-                os.close(descriptor)
+                copied.close()
         finally:
             file.close()
         shutil.copymode(source / relative, path)

@@ -33,16 +33,20 @@ def render(tokenizer: Any, text: str, chat: ChatFormat) -> str:
     Raises:
         CheckpointError: the tokenizer has no chat template, or the template fails.
     """
+    return render_turns(tokenizer, [{"role": "user", "content": text}], chat)
+
+
+def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], chat: ChatFormat) -> str:
+    """A conversation of several turns, of which the last is the user's; as :func:`render`."""
     if not getattr(tokenizer, "chat_template", None):
         raise CheckpointError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: add one to its "
             "folder as chat_template.jinja"
         )
     system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
-    messages = [*system, {"role": "user", "content": text}]
     try:
         rendered: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **chat.template_kwargs
+            [*system, *turns], tokenize=False, add_generation_prompt=True, **chat.template_kwargs
         )
     except Exception as error:  # jinja's errors and whatever the template itself raises
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -22,6 +22,7 @@ from abliterate import (
     commands,
     evaluate_commands,
     fragility_command,
+    talk,
 )
 from abliterate import options as opt
 from abliterate.commands import open_session
@@ -149,6 +150,7 @@ def orthogonalize(
     dequantize: opt.Dequantize = None,
     device: opt.EditDevice = None,
     jobs: opt.Jobs = None,
+    low_disk: opt.LowDisk = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
@@ -176,6 +178,7 @@ def orthogonalize(
                 "dequantize": dequantize,
                 "device": device,
                 "jobs": jobs,
+                "low_disk": low_disk,
             },
         },
     )
@@ -185,7 +188,8 @@ def orthogonalize(
     from abliterate.team import leads
 
     vector = load_direction(direction)
-    record = orthogonalize_stage(open_session(model, settings), vector, output)
+    session = open_session(model, settings, settings.orthogonalize.low_disk)
+    record = orthogonalize_stage(session, vector, output)
     if leads():
         print_json(record) if as_json else show_edit(record, output)
 
@@ -201,6 +205,7 @@ app.command()(analysis.report)
 app.command()(audit_commands.audit)
 app.command()(audit_commands.diff)
 app.command()(fragility_command.fragility)
+app.command()(talk.chat)
 
 
 @app.command()

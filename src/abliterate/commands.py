@@ -196,11 +196,11 @@ def run(
     print_json(record) if as_json else show_run(record, output)
 
 
-def open_session(model: str, settings: Settings) -> Session:
+def open_session(model: str, settings: Settings, leave_shards: bool = False) -> Session:
     from abliterate.models import find_checkpoint
     from abliterate.stages import Session
 
-    return Session(find_checkpoint(model, settings.model.revision), settings)
+    return Session(find_checkpoint(model, settings.model.revision, leave_shards), settings)
 
 
 def later_session(run: Path, model: str | None, config: Path | None, given: Any) -> Session:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from abliterate.errors import UsageError
+from abliterate.models import pick_device
 from abliterate.planning import EditPlan, TensorEdit
 from abliterate.settings import OrthogonalizeSettings
 
@@ -94,7 +93,7 @@ class EditOptions:
             "quantized": self.quantized,
             "add": self.add,
             "as_lora": self.as_lora,
-            "device": str(torch.device(self.device)),
+            "device": str(pick_device(self.device)),
         }
 
 

@@ -36,6 +36,7 @@ from abliterate.engine import write_shards
 from abliterate.errors import (
     CheckpointError,
     DiskSpaceError,
+    FetchError,
     InterruptedWorkError,
     TeamError,
     UsageError,
@@ -43,6 +44,7 @@ from abliterate.errors import (
 from abliterate.formats import check_method, find_quantized, read_config
 from abliterate.layout import ShardLayout, lay_out, new_index
 from abliterate.lora import check_targets, write_adapter
+from abliterate.lowdisk import Step, plan_steps, write_from_hub
 from abliterate.models import Checkpoint, find_checkpoint, pick_device
 from abliterate.planning import EditPlan, TensorEdit, make_plan
 from abliterate.project import Recipe, Sums
@@ -140,6 +142,7 @@ def orthogonalize(
     trust_remote_code: bool = False,
     options: EditOptions | None = None,
     allow_leak: float | None = None,
+    low_disk: bool = False,
 ) -> list[EditedTensor]:
     """Write a copy of ``model`` that cannot write along ``direction``.
 
@@ -154,6 +157,7 @@ def orthogonalize(
         options: which tensors to edit, how much, and with what; None for the paper's edit.
         allow_leak: accept an architecture that no edit makes exact, if no more than this share of
             the stream remains along the direction.
+        low_disk: fetch the shards of a hub id one by one and drop each once it is edited.
 
     Returns:
         What was edited, in the order of the plan.
@@ -161,15 +165,18 @@ def orthogonalize(
     Raises:
         CheckpointError: the source cannot be edited, or the disk fails or is full.
         DiskSpaceError: the disk has too little room.
+        FetchError: the hub does not give a shard.
         InputError: the direction does not fit.
         InterruptedWorkError: Ctrl-C.
         UsageError: ``out`` exists or lies inside the source, or the options contradict the model.
     """
     out, options = Path(out), options or EditOptions()
     if isinstance(model, str):
-        model = find_checkpoint(model)
+        model = find_checkpoint(model, leave_shards=low_disk)
     if isinstance(direction, Tensor):
         direction = Direction(direction)
+    if model.remote is not None:
+        _check_low_disk(options)
     team = join_team()
     begun = partial_of(out).exists()
     if team.leads:
@@ -189,6 +196,8 @@ def orthogonalize(
             workspace.discard()
             raise
         raise DiskSpaceError(f"{error}; {_kept(workspace)}") from None
+    except FetchError as error:
+        raise FetchError(f"{error}; {_kept(workspace)}") from None
     except TeamError:
         raise
     except CheckpointError:  # of the source: going on would end the same way
@@ -197,6 +206,13 @@ def orthogonalize(
         raise
     finally:
         workspace.close()
+
+
+def _check_low_disk(options: EditOptions) -> None:
+    if options.as_lora:
+        raise UsageError("--low-disk writes a checkpoint: not with --as-lora")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("--low-disk fetches one shard at a time: run it in one process")
 
 
 def _open(job: _Job, out: Path, overwrite: bool, begun: bool, team: Team) -> Workspace:
@@ -260,7 +276,8 @@ def _prepare(
         check_targets(plan.edits, plan.shards)
         layouts, documents, carried = {}, {}, Carried({}, ())
         plan = replace(plan, copies={})
-    stamps |= {shard.path: shard.stamp for shard in shards.values()}
+    if source.remote is None:  # else the commit says it all
+        stamps |= {shard.path: shard.stamp for shard in shards.values()}
     stamps |= {source.folder / path: stamp for path, stamp in carried.files.items()}
     recipe = Recipe(options.scale, options.norm_preserve)
     jobs = options.jobs or len(os.sched_getaffinity(0))
@@ -295,14 +312,22 @@ def _carry_out(job: _Job, workspace: Workspace, team: Team) -> list[EditedTensor
 def _write(job: _Job, workspace: Workspace, team: Team) -> None:
     """This process's share of the shards."""
     unfinished = [layout for name, layout in job.layouts.items() if name not in workspace.finished]
+    remote, steps, more = job.source.remote, list[Step](), 0
+    if remote is not None:
+        cached = [name for name in job.plan.shards.shards if remote.cached(name) is not None]
+        steps, more = plan_steps(unfinished, job.work, remote.sizes, cached)
     if team.leads:
-        _check_space(job, workspace)
+        _check_space(job, workspace, more)
     if workspace.finished:
         log.info("going on from %d finished shards", len(workspace.finished))
     todo = team.share(unfinished)
     work = replace(job.work, jobs=max(1, job.work.jobs // team.on_this_machine))
     with progress_bar("orthogonalize", sum(layout.size for layout in todo), unit="B") as bar:
-        write_shards(todo, work, workspace.current, workspace.finish, bar.update)
+        if remote is not None:
+            shards = job.plan.shards.shards
+            write_from_hub(steps, work, workspace, remote, shards, bar.update)
+        else:
+            write_shards(todo, work, workspace.current, workspace.finish, bar.update)
 
 
 def _complete(job: _Job, workspace: Workspace) -> None:
@@ -352,14 +377,16 @@ def _unit_list(vector: Tensor) -> list[float]:
     return [float(value) for value in wide / wide.norm()]
 
 
-def _check_space(job: _Job, workspace: Workspace) -> None:
-    """All that OUT will hold; the record and the card are known to within this."""
+def _check_space(job: _Job, workspace: Workspace, more: int) -> None:
+    """All that OUT will hold, and more for a while; record and card are known to within this."""
     report = (64 << 10) + 1024 * len(job.edits) + 32 * job.direction.vector.numel()
     sizes = [layout.size for layout in job.layouts.values()]
     sizes += [stamp.size for stamp in job.carried.files.values()]
     sizes += [len(json.dumps(document, indent=2)) for document in job.documents.values()]
-    present = sum((workspace.files / name).stat().st_blocks * 512 for name in workspace.finished)
-    check_space(workspace.out, [*sizes, report], present)
+    there = [workspace.files / name for name in workspace.finished]
+    there += [path for path in workspace.fetched.glob("*.safetensors") if path.is_file()]
+    present = sum(path.stat().st_blocks * 512 for path in there)
+    check_space(workspace.out, [*sizes, report, more], present)
 
 
 def _edited(job: _Job, workspace: Workspace) -> list[EditedTensor]:

@@ -20,7 +20,7 @@ import torch
 
 from abliterate.layout import ShardLayout
 from abliterate.project import Sums
-from abliterate.transfer import clone_file
+from abliterate.transfer import TargetFile, clone_file
 from abliterate.units import Files, Unit, Work, units_of
 
 _MOST_SHARDS = 4  # in flight: what a kill may cost
@@ -106,11 +106,13 @@ def _write_shard(
 ) -> dict[int, Sums]:
     sums: dict[int, Sums] = {}
     with ExitStack() as stack:
-        files = Files(stack)
-        target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        stack.callback(os.close, target)
-        cloned = layout.header is None and clone_file(files.open(layout.shard.path), target)
-        os.ftruncate(target, layout.size)
+        files = Files(stack, work.places)
+        target = TargetFile(path, keep=work.in_place)
+        stack.callback(target.close)
+        cloned = work.in_place or (
+            layout.header is None and clone_file(files.open(layout.shard.path), target)
+        )
+        os.ftruncate(target.descriptor, layout.size)
         for units in units_of(layout, work, files, target, cloned):
             for index, part in _run(units, threads, stop, advance):
                 sums[index] = sums.get(index, Sums()) + part

@@ -39,6 +39,10 @@ class DiskSpaceError(CheckpointError):
     """The output does not fit on its disk."""
 
 
+class FetchError(CheckpointError):
+    """The hub does not give a file, or part of one, now."""
+
+
 class UnsupportedArchitectureError(CheckpointError):
     """No complete set of residual-stream writers is known for this architecture."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from abliterate.transfer import SourceFile, write_all
+from abliterate.transfer import SourceFile, TargetFile
 
 # Columns of a matrix that is edited along its rows; wider ones are cut into strips.
 _MAX_COLUMNS = 1 << 18
@@ -113,13 +114,35 @@ class Grid(Protocol):
         """Whether several threads may each edit a block of its rows."""
 
     def load(self, first: int, last: int) -> Tensor:
-        """Rows ``[last - first, columns]`` as wide floats, the caller's to change."""
+        """Rows ``[last - first, columns]`` as wide floats, the caller's to change.
+
+        Its memory may serve for the next block that the same thread loads.
+        """
 
     def store(self, first: int, block: Tensor) -> Tensor:
         """Write a block that starts at row ``first``; returns it as it was rounded."""
 
     def close(self) -> None:
         """Write what belongs to the whole matrix."""
+
+
+class _Scratch(threading.local):
+    """Memory that a thread uses for one block after another: fresh memory costs as much time as
+    the arithmetic on it."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def tensor(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised, on the CPU; valid until the thread's next call for that use."""
+        size = math.prod(shape) * dtype.itemsize
+        memory = self._memory.get(use)
+        if memory is None or len(memory) < size:
+            memory = self._memory[use] = torch.empty(size, dtype=torch.uint8)
+        return memory[:size].view(dtype).view(list(shape))
+
+
+_scratch = _Scratch()
 
 
 @dataclass
@@ -129,7 +152,7 @@ class PlainGrid:
     Attributes:
         source: file to read from.
         start: byte of the tensor's first element in it.
-        target: file descriptor to write to.
+        target: the file to write, or None if the matrix is only read.
         to: byte of the tensor's first element there.
         dtype: what it is stored as.
         strip: which matrix of the tensor.
@@ -138,7 +161,7 @@ class PlainGrid:
 
     source: SourceFile
     start: int
-    target: int
+    target: TargetFile | None
     to: int
     dtype: torch.dtype
     strip: Strip
@@ -156,7 +179,7 @@ class PlainGrid:
 
     def load(self, first: int, last: int) -> Tensor:
         size, strip = self.dtype.itemsize, self.strip
-        raw = torch.empty((last - first, strip.columns), dtype=self.dtype)
+        raw = _scratch.tensor("raw", (last - first, strip.columns), self.dtype)
         view = as_bytes(raw)
         begin = self.start + (strip.offset + first * strip.stride) * size
         self.source.expect(begin + _AHEAD, (last - first) * strip.stride * size)
@@ -164,16 +187,21 @@ class PlainGrid:
             self.source.read_into(view[at : at + length], begin + row * strip.stride * size)
         # Half precision is computed in float32, float32 itself in float64.
         wide = torch.float32 if size == 2 else torch.float64
-        return raw.to(self.device, wide, copy=True)
+        if self.device.type != "cpu":
+            return raw.to(self.device).to(wide)  # one by one: the narrow bytes travel
+        return _scratch.tensor("wide", raw.shape, wide).copy_(raw)
 
     def store(self, first: int, block: Tensor) -> Tensor:
         size, strip = self.dtype.itemsize, self.strip
-        raw = block.to(self.dtype).cpu()
+        assert self.target is not None
+        raw = _scratch.tensor("raw", block.shape, self.dtype)
+        rounded = raw if block.device.type == "cpu" else block.to(self.dtype)
+        raw.copy_(block if rounded is raw else rounded)
         view = as_bytes(raw)
         begin = self.to + (strip.offset + first * strip.stride) * size
         for at, length, row in self._pieces(len(block)):
-            write_all(self.target, view[at : at + length], begin + row * strip.stride * size)
-        return block.copy_(raw)
+            self.target.write(view[at : at + length], begin + row * strip.stride * size)
+        return block.copy_(rounded)
 
     def _pieces(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """Byte in the block, length and row of each run of neighbouring bytes."""

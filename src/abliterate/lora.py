@@ -107,7 +107,7 @@ def _coefficients(edit: TensorEdit, shards: ShardSet) -> tuple[Tensor, Sums]:
         parts, total = [], Sums()
         for strip in strips(entry.shape, edit.axis):
             dtype = DTYPES[entry.dtype]
-            grid = PlainGrid(source, entry.start, -1, 0, dtype, strip, torch.device("cpu"))
+            grid = PlainGrid(source, entry.start, None, 0, dtype, strip, torch.device("cpu"))
             try:
                 weight, energy = apply_in_blocks(grid, edit.basis, strip.across)
             except CheckpointError as error:

@@ -19,6 +19,7 @@ from transformers import (
 from abliterate.artifacts import hash_file
 from abliterate.console import bars_hidden
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
+from abliterate.hub import HubRepo, check_files, fetch_snapshot, look_up
 
 DTYPES = {
     "float32": torch.float32,
@@ -26,23 +27,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
-# Weights in other formats: never opened (pickle runs code), so never downloaded.
-_IGNORED_ON_HUB = [
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.gguf",
-    "*.onnx",
-    "*.msgpack",
-    "*.h5",
-    "*.ot",
-    "*.tflite",
-    "original/*",
-    "consolidated*",
-    "onnx/*",
-]
 
 
 @dataclass(frozen=True)
@@ -53,11 +37,13 @@ class Checkpoint:
         name: the folder or hub id as the user gave it.
         folder: where its files lie (for a hub id, the cache's snapshot).
         revision: the hub commit, or None for a local folder.
+        remote: where its shards lie, if they are still on the hub and everything else is here.
     """
 
     name: str
     folder: Path
     revision: str | None = None
+    remote: HubRepo | None = None
 
     def identity(self) -> dict[str, Any]:
         """What artifacts record of it: name and hub commit, or the hashes of its files."""
@@ -71,14 +57,26 @@ class Checkpoint:
         return {"id": self.name, "files": {path.name: hash_file(path) for path in files}}
 
 
-def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+def find_checkpoint(
+    name: str, revision: str | None = None, leave_shards: bool = False
+) -> Checkpoint:
     """Resolve a local folder, or download a hub id into the cache (token from ``HF_TOKEN``).
+
+    Args:
+        name: the folder or hub id.
+        revision: branch, tag or commit of the hub id.
+        leave_shards: download everything but the weights.
 
     Raises:
         CheckpointError: no such folder, or the hub does not give it.
+        UsageError: ``leave_shards`` for a folder.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if leave_shards:
+            raise UsageError(
+                f"--low-disk is for hub ids: {name} is a folder, which is never deleted"
+            )
         if not (folder / "config.json").is_file():
             if any(folder.glob("*.gguf")):
                 raise CheckpointError(
@@ -91,17 +89,20 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{name} is a file: give the checkpoint's folder or a hub id")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"model '{name}' is neither an existing folder nor a hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        path = Path(snapshot_download(name, revision=revision, ignore_patterns=_IGNORED_ON_HUB))
-    except Exception as error:  # the hub client's many error types have no narrower common base
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    info = look_up(name, revision)
+    if info is not None:
+        check_files(name, [file.rfilename for file in info.siblings or ()])
+    elif leave_shards:
         raise CheckpointError(
-            f"model '{name}' cannot be fetched from the hub ({reason}): check the id, --revision "
-            "and network, set HF_TOKEN if it is gated, or give a local folder"
-        ) from None
-    return Checkpoint(name, path, path.name)
+            f"model '{name}' cannot be found on the hub, which --low-disk needs: check the id, "
+            "--revision and network, and set HF_TOKEN if it is gated"
+        )
+    if not leave_shards:
+        path = fetch_snapshot(name, revision, True)
+        return Checkpoint(name, path, path.name)
+    path = fetch_snapshot(name, info.sha, False)
+    sizes = {file.rfilename: file.size for file in info.siblings or () if file.size is not None}
+    return Checkpoint(name, path, info.sha, HubRepo(name, info.sha, sizes))
 
 
 @dataclass(frozen=True)
@@ -283,17 +284,8 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel
 
 def require_safetensors(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose weights are not safetensors, saying how to convert them."""
-    if any(checkpoint.folder.glob("*.safetensors")):
-        return
-    pickles = sorted(
-        path.name for kind in ("*.bin", "*.pt", "*.pth") for path in checkpoint.folder.glob(kind)
-    )
-    if pickles:
-        raise CheckpointError(
-            f"{checkpoint.folder} holds pickle weights ({pickles[0]}), which are never opened: "
-            "convert them with safetensors (model.save_pretrained writes them) first"
-        )
-    raise CheckpointError(f"{checkpoint.folder} has no .safetensors weights")
+    if checkpoint.remote is None:
+        check_files(str(checkpoint.folder), [path.name for path in checkpoint.folder.iterdir()])
 
 
 def _loading_error(checkpoint: Checkpoint, error: Exception, what: str = "") -> CheckpointError:

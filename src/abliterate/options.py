@@ -329,6 +329,15 @@ Jobs = Annotated[
     int | None,
     setting_option("orthogonalize.jobs", ("--jobs",), "Cores to use. Default: all.", _STORAGE),
 ]
+LowDisk = Annotated[
+    bool | None,
+    _option(
+        "orthogonalize.low_disk",
+        ("--low-disk",),
+        "Fetch the shards of a hub id one by one; each is dropped once it is edited.",
+        _STORAGE,
+    ),
+]
 DirectionFrom = Annotated[
     str | None,
     typer.Option(

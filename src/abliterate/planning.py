@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from abliterate.console import log
 from abliterate.errors import PlanError, UnsupportedArchitectureError
 from abliterate.formats import dense_shapes, find_quantized, read_config
+from abliterate.hub import read_remote_shards
 from abliterate.interventions import unit_direction
 from abliterate.models import (
     Checkpoint,
@@ -25,7 +26,7 @@ from abliterate.models import (
     load_weights,
     require_safetensors,
 )
-from abliterate.shards import INDEX, ShardSet, read_entry, read_index, read_shards
+from abliterate.shards import INDEX, ShardSet, read_index, read_shards
 from abliterate.writers import (
     Proof,
     Writer,
@@ -184,7 +185,10 @@ def _read_plain(
     checkpoint: Checkpoint, config: Any
 ) -> tuple[ShardSet, dict[str, tuple[int, ...]], Any]:
     """The shards, and names, shapes and configuration as they are when nothing is quantized."""
-    shards = read_shards(checkpoint.folder)
+    if checkpoint.remote is None:
+        shards = read_shards(checkpoint.folder)
+    else:
+        shards = read_remote_shards(checkpoint.folder, checkpoint.remote)
     quantized = find_quantized(shards, read_config(checkpoint.folder))
     plain = _unquantized(config) if quantized else config
     return shards, dense_shapes(shards, quantized), plain
@@ -203,6 +207,10 @@ def _prove(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Proo
     try:
         return proof_of(config)
     except UnsupportedArchitectureError as error:
+        if checkpoint.remote is not None:
+            raise UnsupportedArchitectureError(
+                f"{error}; only a proof on its own weights is left, which --low-disk does not have"
+            ) from None
         # Costs the memory of the whole model, in float32; but nothing is edited unproven.
         log.warning("%s; proving on the checkpoint's own weights instead", error)
         model = load_weights(checkpoint, "cpu", "float32", trust_remote_code)
@@ -228,7 +236,7 @@ def _read_parameter(name: str, disk: DiskMap, shards: ShardSet) -> Tensor:
     held = [tensor for tensor in disk.tensors if tensor.parameter == name]
     if len(held) != 1 or held[0].part is not None or held[0].region is not None:
         raise PlanError(f"the gain {name} is not one whole tensor on disk")
-    return read_entry(shards.tensors[held[0].name]).double()
+    return shards.values(held[0].name).double()
 
 
 def _tied_head(model: PreTrainedModel) -> str | None:

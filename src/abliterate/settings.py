@@ -96,6 +96,7 @@ class OrthogonalizeSettings(_Section):
     as_lora: bool = False
     device: str = "cpu"
     jobs: int | None = Field(None, ge=1)
+    low_disk: bool = False
 
 
 class EvaluateSettings(_Section):

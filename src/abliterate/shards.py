@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,27 @@ class ShardSet:
         folder: the checkpoint.
         shards: by file name, in order.
         index: the parsed index, or None for a single file.
+        tensors: of all shards, by name.
+        read: gives a (small) tensor's bytes, wherever its shard lies.
     """
 
     folder: Path
     shards: Mapping[str, Shard]
     index: Mapping[str, Any] | None
     tensors: Mapping[str, TensorEntry] = field(repr=False)
+    read: Callable[[TensorEntry], bytes] = field(repr=False, compare=False)
+
+    def values(self, name: str) -> torch.Tensor:
+        """A (small) tensor's values.
+
+        Raises:
+            CheckpointError: it is stored in a dtype that is no plain floating point.
+        """
+        entry = self.tensors[name]
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"tensor '{name}' is stored as {entry.dtype}, not as floats")
+        raw = bytearray(self.read(entry))
+        return torch.frombuffer(raw, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def read_shard(path: Path) -> Shard:
@@ -123,7 +138,23 @@ def read_shard(path: Path) -> Shard:
     Raises:
         CheckpointError: the file is truncated, or its header is damaged or contradicts itself.
     """
-    raw, stamp = _read_header(path)
+    return parse_shard(path, *_read_header(path))
+
+
+def header_length(path: Path, first: bytes, size: int) -> int:
+    """The bytes of a shard's header, from its first eight bytes and the file's size.
+
+    Raises:
+        CheckpointError: the file has not so many.
+    """
+    length = int.from_bytes(first[:8], "little")
+    if size < 8 or len(first) < 8 or length > min(_MAX_HEADER, size - 8):
+        raise CheckpointError(f"{path} is truncated or no safetensors file")
+    return length
+
+
+def parse_shard(path: Path, raw: bytes, stamp: Stamp) -> Shard:
+    """Check a shard's header, without its length; raises as :func:`read_shard` does."""
     data_start = 8 + len(raw)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
@@ -154,9 +185,7 @@ def _read_header(path: Path) -> tuple[bytes, Stamp]:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"shard {path} is no regular file")
-            length = int.from_bytes(file.read(8), "little")
-            if status.st_size < 8 or length > min(_MAX_HEADER, status.st_size - 8):
-                raise CheckpointError(f"{path} is truncated or no safetensors file")
+            length = header_length(path, file.read(8), status.st_size)
             raw = file.read(length)
     except FileNotFoundError:
         raise CheckpointError(f"shard {path} is missing") from None
@@ -201,18 +230,46 @@ def read_shards(folder: Path) -> ShardSet:
     Raises:
         CheckpointError: a shard is missing or damaged, or index and shards disagree.
     """
-    index = None
-    if (folder / SINGLE).is_file():
-        names = [SINGLE]
-    elif (folder / INDEX).is_file():
-        index = read_index(folder / INDEX)
-        names = sorted(set(index["weight_map"].values()))
-    else:
-        # Without an index the loading libraries would not find these either, save a lone file.
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-        if len(names) != 1:
-            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    present = [path.name for path in folder.glob("*.safetensors")]
+    names, index = shard_names(folder, present)
     shards = {name: read_shard(inside(folder, folder / name)) for name in names}
+    return join_shards(folder, shards, index, _read_local)
+
+
+def shard_names(
+    folder: Path, present: Collection[str]
+) -> tuple[list[str], Mapping[str, Any] | None]:
+    """Which files hold the weights, and the index if there is one.
+
+    Args:
+        folder: the checkpoint; the index lies in it.
+        present: names of its safetensors files.
+
+    Raises:
+        CheckpointError: the index is damaged, or there is neither index nor a single file.
+    """
+    if SINGLE in present:
+        return [SINGLE], None
+    if (folder / INDEX).is_file():
+        index = read_index(folder / INDEX)
+        return sorted(set(index["weight_map"].values())), index
+    # Without an index the loading libraries would not find these either, save a lone file.
+    if len(present) != 1:
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    return sorted(present), None
+
+
+def join_shards(
+    folder: Path,
+    shards: Mapping[str, Shard],
+    index: Mapping[str, Any] | None,
+    read: Callable[[TensorEntry], bytes],
+) -> ShardSet:
+    """The shards as one checkpoint.
+
+    Raises:
+        CheckpointError: a tensor occurs twice, or index and shards disagree.
+    """
     tensors: dict[str, TensorEntry] = {}
     for shard in shards.values():
         for name, entry in shard.tensors.items():
@@ -230,7 +287,13 @@ def read_shards(folder: Path) -> ShardSet:
         extra = sorted(set(tensors) - set(index["weight_map"]))
         if extra:
             raise CheckpointError(f"{folder / INDEX} does not list tensor '{extra[0]}'")
-    return ShardSet(folder, shards, index, tensors)
+    return ShardSet(folder, shards, index, tensors, read)
+
+
+def _read_local(entry: TensorEntry) -> bytes:
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        return file.read(entry.end - entry.start)
 
 
 def inside(folder: Path, path: Path) -> Path:
@@ -289,17 +352,3 @@ def _is_plain_name(name: str) -> bool:
         and not set(name) & set("/\\:")
         and not name.startswith("..")
     )
-
-
-def read_entry(entry: TensorEntry) -> torch.Tensor:
-    """A (small) tensor's values.
-
-    Raises:
-        CheckpointError: it is stored in a dtype that is no plain floating point.
-    """
-    if entry.dtype not in DTYPES:
-        raise CheckpointError(f"tensor '{entry.name}' is stored as {entry.dtype}, not as floats")
-    with entry.file.open("rb") as file:
-        file.seek(entry.start)
-        raw = bytearray(file.read(entry.end - entry.start))
-    return torch.frombuffer(raw, dtype=DTYPES[entry.dtype]).reshape(entry.shape)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 _CHUNK = 8 << 20
 _FICLONE = 0x40049409  # Linux: share a whole file's blocks (btrfs, XFS, bcachefs, overlayfs)
@@ -64,17 +65,50 @@ class SourceFile:
         os.close(self.descriptor)
 
 
-def write_all(target: int, content: memoryview, offset: int) -> None:
-    """Write ``content`` at byte ``offset`` of the file descriptor ``target``."""
-    while content:
-        written = os.pwrite(target, content, offset)
-        content, offset = content[written:], offset + written
+class TargetFile:
+    """An open file to write to, from several threads.
+
+    The system lets one thread at a time write to a file, and keeps the others spinning on a core
+    that has better things to do; here they sleep.
+
+    Attributes:
+        path: the file.
+        descriptor: open for reading and writing.
+        lock: held while something is written.
+    """
+
+    def __init__(self, path: Path, keep: bool = False) -> None:
+        self.path = path
+        flags = os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC)
+        self.descriptor = os.open(path, flags, 0o666)
+        self.lock = Lock()
+
+    def write(self, content: memoryview, offset: int) -> None:
+        """Write ``content`` at byte ``offset``."""
+        with self.lock:
+            while content:
+                written = os.pwrite(self.descriptor, content, offset)
+                content, offset = content[written:], offset + written
+
+    def begin_writeback(self, offset: int, length: int) -> None:
+        """Start bringing a range to disk without waiting: the flush at the end finds little."""
+        operation = _libc("sync_file_range")
+        if operation is not None:
+            operation(
+                ctypes.c_int(self.descriptor),
+                ctypes.c_int64(offset),
+                ctypes.c_int64(length),
+                ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
+            )
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
-def clone_file(source: SourceFile, target: int) -> bool:
+def clone_file(source: SourceFile, target: TargetFile) -> bool:
     """Let ``target`` share all blocks of ``source``, if the filesystem can."""
     try:
-        fcntl.ioctl(target, _FICLONE, source.descriptor)
+        fcntl.ioctl(target.descriptor, _FICLONE, source.descriptor)
     except OSError as error:
         if error.errno in _CANNOT:
             return False
@@ -82,7 +116,7 @@ def clone_file(source: SourceFile, target: int) -> bool:
     return True
 
 
-def copy_range(source: SourceFile, start: int, target: int, to: int, length: int) -> None:
+def copy_range(source: SourceFile, start: int, target: TargetFile, to: int, length: int) -> None:
     """Copy ``length`` bytes from byte ``start`` of ``source`` to byte ``to`` of ``target``.
 
     Raises:
@@ -95,19 +129,26 @@ def copy_range(source: SourceFile, start: int, target: int, to: int, length: int
     while copied < length:
         part = buffer[: length - copied]
         source.read_into(part, start + copied)
-        write_all(target, part, to + copied)
+        target.write(part, to + copied)
         copied += len(part)
 
 
-def _copy_in_kernel(source: SourceFile, start: int, target: int, to: int, length: int) -> int:
+def _copy_in_kernel(
+    source: SourceFile, start: int, target: TargetFile, to: int, length: int
+) -> int:
     """How much the kernel copied by itself."""
     copied = 0
     operation = getattr(os, "copy_file_range", None)  # Linux
     while operation is not None and copied < length:
         try:
-            got = operation(
-                source.descriptor, target, min(_CHUNK, length - copied), start + copied, to + copied
-            )
+            with target.lock:
+                got = operation(
+                    source.descriptor,
+                    target.descriptor,
+                    min(_CHUNK, length - copied),
+                    start + copied,
+                    to + copied,
+                )
         except OSError as error:
             if error.errno in _CANNOT:
                 break
@@ -116,18 +157,6 @@ def _copy_in_kernel(source: SourceFile, start: int, target: int, to: int, length
             break
         copied += got
     return copied
-
-
-def begin_writeback(target: int, offset: int, length: int) -> None:
-    """Start writing a range to disk without waiting, so that the flush at the end finds little."""
-    operation = _libc("sync_file_range")
-    if operation is not None:
-        operation(
-            ctypes.c_int(target),
-            ctypes.c_int64(offset),
-            ctypes.c_int64(length),
-            ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
-        )
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
@@ -19,7 +19,7 @@ from abliterate.layout import Placed, ShardLayout
 from abliterate.planning import TensorEdit
 from abliterate.project import Recipe, Sums, project
 from abliterate.shards import DTYPES, TensorEntry
-from abliterate.transfer import SourceFile, begin_writeback, copy_range, write_all
+from abliterate.transfer import SourceFile, TargetFile, copy_range
 
 _COPY_BYTES = 32 << 20
 _EDIT_BYTES = 8 << 20
@@ -35,6 +35,8 @@ class Work:
         quantized: tensors stored in blocks with scales, by the name of their values.
         device: where to compute.
         jobs: cores to use.
+        places: where source files lie that are not where their entries say.
+        in_place: the shard to write is at its target already, as it is in the source.
     """
 
     edits: Sequence[TensorEdit]
@@ -42,6 +44,8 @@ class Work:
     quantized: Mapping[str, Quantized]
     device: torch.device
     jobs: int
+    places: Mapping[Path, Path] = field(default_factory=dict)
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,19 +67,19 @@ class Unit:
 class Files:
     """Source files, each opened once and closed with the stack."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
+    def __init__(self, stack: ExitStack, places: Mapping[Path, Path]) -> None:
+        self._stack, self._places = stack, places
         self._open: dict[Path, SourceFile] = {}
 
     def open(self, path: Path) -> SourceFile:
         if path not in self._open:
-            self._open[path] = SourceFile(path)
+            self._open[path] = SourceFile(self._places.get(path, path))
             self._stack.callback(self._open[path].close)
         return self._open[path]
 
 
 def units_of(
-    layout: ShardLayout, work: Work, files: Files, target: int, cloned: bool
+    layout: ShardLayout, work: Work, files: Files, target: TargetFile, cloned: bool
 ) -> Iterator[list[Unit]]:
     """The units of a shard, in lists of which each must be done before the next.
 
@@ -83,7 +87,7 @@ def units_of(
         layout: what to write.
         work: the edits.
         files: the source.
-        target: file descriptor to write to.
+        target: the file to write.
         cloned: the target is a copy of the source's shard already.
     """
     edits: dict[str, list[tuple[int, TensorEdit]]] = {}
@@ -100,14 +104,14 @@ def units_of(
     boxes: list[Unit] = []
     ranges: list[_Range] = []
     if layout.header is not None:
-        write_all(target, memoryview(layout.header), 0)
+        target.write(memoryview(layout.header), 0)
     else:
         ranges.append(_Range(layout.shard.path, 0, 0, layout.shard.data_start))
     for placed in layout.tensors:
         own = edits.get(placed.replaces or placed.name, [])
         boxed = any(edit.region is not None for _, edit in own)
         if placed.content is not None:
-            write_all(target, memoryview(placed.content), placed.start)
+            target.write(memoryview(placed.content), placed.start)
         elif placed.origin is None:
             whole += _dense_units(placed, own, work, files, target)
         elif own and not boxed and placed.replaces is None:
@@ -133,7 +137,7 @@ class _Range:
     size: int
 
 
-def _copy_units(ranges: Sequence[_Range], files: Files, target: int) -> Iterator[Unit]:
+def _copy_units(ranges: Sequence[_Range], files: Files, target: TargetFile) -> Iterator[Unit]:
     merged: list[_Range] = []
     for part in ranges:
         last = merged[-1] if merged else None
@@ -153,11 +157,11 @@ def _copy_units(ranges: Sequence[_Range], files: Files, target: int) -> Iterator
             )
 
 
-def _copy_unit(source: SourceFile, start: int, target: int, to: int, size: int) -> Unit:
+def _copy_unit(source: SourceFile, start: int, target: TargetFile, to: int, size: int) -> Unit:
     def run(stop: Event) -> None:
         source.expect(start, size)
         copy_range(source, start, target, to, size)
-        begin_writeback(target, to, size)
+        target.begin_writeback(to, size)
 
     return Unit(to, size, run)
 
@@ -168,7 +172,7 @@ def _edit_units(
     places: Mapping[str, Placed],
     work: Work,
     files: Files,
-    target: int,
+    target: TargetFile,
 ) -> Iterator[Unit]:
     """Edits of a tensor that keeps its format."""
     entry = placed.origin
@@ -205,7 +209,7 @@ def _dense_units(
     edits: Sequence[tuple[int, TensorEdit]],
     work: Work,
     files: Files,
-    target: int,
+    target: TargetFile,
 ) -> Iterator[Unit]:
     """A quantized tensor that becomes a plain one, with its edits if it has any."""
     assert placed.replaces is not None
@@ -229,7 +233,9 @@ class _Piece:
     entry: TensorEntry
     elements: int
 
-    def units(self, index: int, basis: Tensor, recipe: Recipe, target: int) -> Iterator[Unit]:
+    def units(
+        self, index: int, basis: Tensor, recipe: Recipe, target: TargetFile
+    ) -> Iterator[Unit]:
         """Blocks of rows where rows stand alone, else the matrix."""
         step = self.grid.rows
         if self.strip.across and self.grid.splits:
@@ -240,7 +246,7 @@ class _Piece:
             yield self._unit(rows, index, basis, recipe, target)
 
     def _unit(
-        self, rows: tuple[int, int], index: int, basis: Tensor, recipe: Recipe, target: int
+        self, rows: tuple[int, int], index: int, basis: Tensor, recipe: Recipe, target: TargetFile
     ) -> Unit:
         start, end = (self._byte(row) for row in rows)
 
@@ -252,7 +258,7 @@ class _Piece:
                 raise CheckpointError(f"{where} {error}") from None
             if not stop.is_set():
                 self.grid.close()
-                begin_writeback(target, start, end - start)
+                target.begin_writeback(start, end - start)
             return None if index < 0 else (index, sums)
 
         return Unit(start, end - start, run)

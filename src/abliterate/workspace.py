@@ -1,8 +1,9 @@
 """``OUT.partial``: where an edited checkpoint grows until it gets its name, and survives a kill.
 
 It holds ``files`` (what becomes OUT; shards enter it whole and flushed), ``current`` (the shards
-being written) and ``journal.jsonl`` (whose first line says what the work depends on, and each
-further one a finished shard). The lock on the journal keeps a second process out.
+being written), ``fetched`` (those that came from the hub for this edit alone) and ``journal.jsonl``
+(whose first line says what the work depends on, and each further one a finished shard). The lock on
+the journal keeps a second process out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from abliterate.shards import Stamp
 from abliterate.transfer import exchange, sync_file
 
 _JOURNAL = Path("journal.jsonl")
-_FILES, _CURRENT, _REPLACED = "files", "current", "replaced"
+_FILES, _CURRENT, _REPLACED, _FETCHED = "files", "current", "replaced", "fetched"
 
 
 def partial_of(out: Path) -> Path:
@@ -52,6 +53,11 @@ class Workspace:
     @property
     def files(self) -> Path:
         return self.folder / _FILES
+
+    @property
+    def fetched(self) -> Path:
+        """Where files from the hub lie while they are needed."""
+        return self.folder / _FETCHED
 
     def current(self, name: str) -> Path:
         """Where a shard is written."""
@@ -100,7 +106,7 @@ class Workspace:
     def discard(self) -> None:
         """Remove all traces."""
         # The journal goes last: without it the rest would look like someone else's folder.
-        for name in (_CURRENT, _FILES, _REPLACED):
+        for name in (_CURRENT, _FILES, _FETCHED, _REPLACED):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
@@ -150,6 +156,8 @@ def open_workspace(out: Path, inputs: str) -> Workspace:
                 lines += _lines_of(other)
             workspace.finished = _finished(folder / _FILES, lines[1:], workspace.published)
             shutil.rmtree(folder / _CURRENT, ignore_errors=True)
+            for torn in (folder / _FETCHED).rglob("*.incomplete"):
+                torn.unlink()
         (folder / _CURRENT).mkdir(exist_ok=True)
         (folder / _FILES).mkdir(exist_ok=True)
         if not workspace.published:
@@ -174,7 +182,13 @@ def is_published(out: Path, inputs: str) -> bool:
 
 def _is_ours(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
-    return names <= {*(path.name for path in _journals(folder)), _FILES, _CURRENT, _REPLACED}
+    return names <= {
+        *(path.name for path in _journals(folder)),
+        _FILES,
+        _CURRENT,
+        _FETCHED,
+        _REPLACED,
+    }
 
 
 def _journals(folder: Path) -> list[Path]:
@@ -186,7 +200,7 @@ def _begin(out: Path, journal: IO[bytes]) -> None:
     folder = partial_of(out)
     if (folder / _REPLACED).exists() and not out.exists():
         (folder / _REPLACED).rename(out)  # a kill came between the two renames of an overwrite
-    for name in (_CURRENT, _FILES, _REPLACED):
+    for name in (_CURRENT, _FILES, _FETCHED, _REPLACED):
         shutil.rmtree(folder / name, ignore_errors=True)
     for other in _journals(folder)[1:]:
         other.unlink()

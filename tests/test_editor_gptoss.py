@@ -1,0 +1,164 @@
+"""A gpt-oss checkpoint as it is published: MXFP4 experts, through the planner and the CLI."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig
+
+WIDTH, INNER, EXPERTS, LAYERS = 64, 96, 4, 3
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6.0])
+DOWN = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(LAYERS)]
+
+
+def decode(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """``[E, rows, columns]`` of ``[E, rows, groups, 16]`` bytes, by the format's definition."""
+    pairs = torch.stack((FP4[(blocks & 15).int()], FP4[(blocks >> 4).int()]), -1).flatten(-2)
+    return (pairs.double() * torch.exp2(scales.double() - 127).unsqueeze(-1)).flatten(-2)
+
+
+def without(matrix: torch.Tensor, axis: int, unit: torch.Tensor) -> torch.Tensor:
+    moved = matrix.double().movedim(axis, -1)
+    return (moved - (moved @ unit).unsqueeze(-1) * unit).movedim(-1, axis)
+
+
+@pytest.fixture(scope="module")
+def unit() -> torch.Tensor:
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return vector / vector.norm()
+
+
+@pytest.fixture(scope="module")
+def direction(unit: torch.Tensor, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("direction") / "direction.safetensors"
+    save_file({"direction": 3 * unit}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tokenizer_dir: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    config = GptOssConfig(
+        vocab_size=512, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=EXPERTS,
+        num_experts_per_tok=2, max_position_embeddings=256, sliding_window=16, pad_token_id=0,
+        eos_token_id=2, bos_token_id=None,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        gain = 1.0 if name.endswith("norm.weight") else 0.0
+        value = (gain + 0.2 * torch.randn(tensor.shape)).to(torch.bfloat16)
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = value
+            continue
+        experts, inputs, outputs = tensor.shape  # stored transposed, and packed
+        shape = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(120, 125, shape, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    document = config.to_dict() | {
+        "architectures": ["GptOssForCausalLM"],
+        "dtype": "bfloat16",
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                       "model.embed_tokens", "lm_head"],
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(document))
+    for file in tokenizer_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def stream(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and the residual stream at every block's input, as transformers computes them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        out = model.float()(ids, output_hidden_states=True)
+    return out.logits[0], torch.stack(out.hidden_states[:-1])[:, 0]  # the last is normalised
+
+
+def leak(hidden: torch.Tensor, unit: torch.Tensor) -> float:
+    wide = hidden.double()
+    return float(((wide @ unit).abs() / wide.norm(dim=-1)).max())
+
+
+def test_it_needs_a_choice(source: Path, direction: Path, fails, tmp_path: Path) -> None:
+    line = fails("orthogonalize", source, "--direction", direction, "-o", tmp_path / "o", code=4)
+    assert f"'{DOWN[0]}_blocks' is stored as MXFP4" in line
+    assert "--requantize" in line
+    assert "--dequantize" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_expert_is_a_writer(source: Path, cli) -> None:
+    document = cli("writers", source, "--json").json
+    assert document["exact"]
+    tensors = {name for writer in document["writers"] for name in writer["tensors"]}
+    assert {*DOWN, *(f"{name}_bias" for name in DOWN)} <= tensors
+    assert "model.embed_tokens.weight" in tensors
+    assert not [name for name in tensors if "gate_up" in name or "router" in name]
+
+
+def test_dequantized_nothing_is_left(
+    source: Path, direction: Path, unit: torch.Tensor, cli, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    base = ("--direction", direction)
+    result = cli("orthogonalize", source, *base, "-o", out, "--dequantize", "--json")
+    assert result.code == 0, result.err
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    for name in DOWN:
+        plain = decode(before[f"{name}_blocks"], before[f"{name}_scales"]).transpose(1, 2)
+        assert after[name].dtype == torch.bfloat16
+        assert after[name].shape == (EXPERTS, INNER, WIDTH)
+        assert torch.allclose(after[name].double(), without(plain, 2, unit), atol=2e-3, rtol=8e-3)
+    assert not [name for name in after if name.endswith(("_blocks", "_scales"))]
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert max(entry["after"] for entry in result.json["tensors"]) < 2e-3
+    assert result.json["promise"]["stream_orthogonal"] is True
+    (logits, hidden), (original, old_hidden) = stream(out), stream(source)
+    assert leak(hidden, unit) < 1e-3 < 0.05 < leak(old_hidden, unit)
+    assert not torch.allclose(logits, original, atol=1e-2)
+    checked = cli("verify", out, *base, "--forward", "--json")
+    assert checked.code == 0, checked.out
+    assert checked.json["leak"] < 1e-3
+
+
+def test_requantized_reports_what_rounding_leaves(
+    source: Path, direction: Path, unit: torch.Tensor, cli, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = cli(
+        "orthogonalize", source, "--direction", direction, "-o", out, "--requantize", "--json"
+    )
+    assert result.code == 0, result.err
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
+        n: (t.dtype, t.shape) for n, t in after.items()
+    }
+    entries = {entry["name"]: entry for entry in result.json["tensors"]}
+    for name in DOWN:
+        old, new = (decode(t[f"{name}_blocks"], t[f"{name}_scales"]) for t in (before, after))
+        exact = without(old, 1, unit)
+        assert (new - exact).norm() / exact.norm() < 0.12
+        entry = entries[f"{name}_blocks"]
+        for key, matrix in (("before", old), ("after", new)):
+            share = float(torch.einsum("erc,r->ec", matrix, unit).norm() / old.norm())
+            assert entry[key] == pytest.approx(share, rel=1e-3)
+        assert entry["after"] < entry["before"] / 3
+    for name in before.keys() - {f"{n}_{part}" for n in DOWN for part in ("blocks", "scales")}:
+        assert (name in entries) != torch.equal(before[name], after[name]), name
+    assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert result.json["promise"]["tensors_orthogonal"] is False
+    assert "rounded again" in result.json["promise"]["limits"][0]
+    assert leak(stream(out)[1], unit) < leak(stream(source)[1], unit) / 3
