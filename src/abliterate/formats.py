@@ -149,7 +149,7 @@ def open_quantized(
     stored: Quantized,
     strip: Strip,
     source: Callable[[Path], SourceFile],
-    target: TargetFile,
+    target: TargetFile | None,
     to: int,
     scales_to: int | None,
     device: torch.device,
@@ -160,7 +160,7 @@ def open_quantized(
         stored: the tensor.
         strip: which of its matrices; whole rows.
         source: opens a source file.
-        target: the file to write.
+        target: the file to write, or None to read only.
         to: where the tensor's values, or its plain form, start there.
         scales_to: where its scales start, or None to write it as bfloat16.
         device: where to compute.
@@ -185,7 +185,7 @@ class _BlockGrid:
         stored: Quantized,
         strip: Strip,
         source: Callable[[Path], SourceFile],
-        target: TargetFile,
+        target: TargetFile | None,
         to: int,
         scales_to: int | None,
         device: torch.device,
@@ -208,17 +208,21 @@ class _BlockGrid:
             return self._store_plain(first, block)
         values, scales = self._encode(block)
         content = as_bytes(values.cpu())
-        self._target.write(content, self._to + row * len(content) // max(1, len(block)))
+        self._write(content, self._to + row * len(content) // max(1, len(block)))
         step = self._stored.block[0]
         if self._fresh is None:
             self._fresh = torch.empty_like(self._all_scales())
         self._fresh[first // step : first // step + len(scales)] = scales
         return self._decode(values, scales)
 
+    def _write(self, content: memoryview, offset: int) -> None:
+        assert self._target is not None
+        self._target.write(content, offset)
+
     def _store_plain(self, first: int, block: Tensor) -> Tensor:
         plain = block.to(torch.bfloat16).cpu()
         begin = self._to + (self._first_row + first) * self.columns * 2
-        self._target.write(as_bytes(plain), begin)
+        self._write(as_bytes(plain), begin)
         return block.copy_(plain)
 
     def close(self) -> None:
@@ -226,7 +230,7 @@ class _BlockGrid:
             content = as_bytes(self._fresh.cpu())
             step = self._stored.block[0]
             begin = self._first_row // step * (len(content) // len(self._fresh))
-            self._target.write(content, self._scales_to + begin)
+            self._write(content, self._scales_to + begin)
 
     def _all_scales(self) -> Tensor:
         """Scales ``[blocks of rows, blocks of columns]`` as they are stored."""
@@ -316,7 +320,7 @@ class _Fp4Grid(_BlockGrid):
         super().close()
         if self._plain is not None:
             begin = self._to + self._first_row * self.columns * 2
-            self._target.write(as_bytes(self._plain), begin)
+            self._write(as_bytes(self._plain), begin)
             self._plain = None
 
     def _decode(self, values: Tensor, scales: Tensor) -> Tensor:

@@ -331,7 +331,7 @@ Jobs = Annotated[
 ]
 LowDisk = Annotated[
     bool | None,
-    _option(
+    setting_option(
         "orthogonalize.low_disk",
         ("--low-disk",),
         "Fetch the shards of a hub id one by one; each is dropped once it is edited.",

@@ -202,7 +202,7 @@ def read_tensor(
     chosen = torch.randperm(len(pieces), generator=generator)[:strips_at_most].sort().values
     share = max(1, most // len(chosen))
     with ExitStack() as stack:
-        files = Files(stack)
+        files = Files(stack, {})
         found = [
             _sample(entry, stored, pieces[index], share, generator, files)
             for index in chosen.tolist()
@@ -229,7 +229,7 @@ def _sample(
         step = grid.row_step
         return torch.cat(
             [
-                grid.load(low, high)[first - low : last - low].T.double()
+                grid.load(low, high)[first - low : last - low].T.to(torch.float64, copy=True)
                 for first, last in runs
                 for low, high in [(first // step * step, min(-(-last // step) * step, grid.rows))]
             ],
@@ -244,7 +244,9 @@ def _sample(
             rows.append(torch.cat([block[:, a:b] for a, b in runs], dim=1).double())
         return torch.cat(rows)
     narrow = [replace(strip, offset=strip.offset + a, columns=b - a) for a, b in runs]
-    return torch.cat([_grid(entry, None, s, files).load(0, s.rows).double() for s in narrow], dim=1)
+    # Copies: what is loaded is valid until the next load.
+    parts = (_grid(entry, None, s, files).load(0, s.rows) for s in narrow)
+    return torch.cat([part.to(torch.float64, copy=True) for part in parts], dim=1)
 
 
 def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
@@ -264,11 +266,11 @@ def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, 
 def _grid(entry: TensorEntry, stored: Quantized | None, strip: Strip, files: Files) -> Grid:
     device = torch.device("cpu")
     if stored is not None:
-        return open_quantized(stored, strip, files.open, -1, 0, None, device)
+        return open_quantized(stored, strip, files.open, None, 0, None, device)
     if entry.dtype not in DTYPES:
         raise CheckpointError(
             f"tensor '{entry.name}' is stored as {entry.dtype}, which cannot be read as floats: "
             "audit the checkpoint in bfloat16, float16 or float32 that it was made from"
         )
     source = files.open(entry.file)
-    return PlainGrid(source, entry.start, -1, 0, DTYPES[entry.dtype], strip, device)
+    return PlainGrid(source, entry.start, None, 0, DTYPES[entry.dtype], strip, device)
