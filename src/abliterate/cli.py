@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.exceptions import TyperException
 
-from abliterate import checks, commands
+from abliterate import checks, commands, launched
 from abliterate import options as opt
 from abliterate.commands import open_session
 from abliterate.console import debugging, print_json, print_line, set_up
@@ -40,6 +40,11 @@ app = typer.Typer(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; errors become one line on stderr."""
     set_up(quiet=False, debug=False)
+    launched.begin()
+    return launched.end(_run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         result = typer.main.get_command(app)(
             args=None if argv is None else list(argv), prog_name="abliterate", standalone_mode=False
@@ -61,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 3, error)
     except Exception as error:
+        if (known := launched.explained(error)) is not None:
+            return _fail(str(known), known.exit_code, error)
         short = " ".join(str(error).split()) or "no message"
         text = f"unexpected {type(error).__name__}: {short[:300]} (--debug shows the traceback)"
         return _fail(text, 1, error)
@@ -71,7 +78,7 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> int:
         import traceback
 
         traceback.print_exception(error)
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {launched.name()}{' '.join(message.split())}\n")
     return code
 
 
@@ -172,12 +179,10 @@ def orthogonalize(
     from abliterate.direction import load_direction
     from abliterate.display import show_edit
     from abliterate.stages import orthogonalize_stage
-    from abliterate.team import leads
 
     vector = load_direction(direction)
     record = orthogonalize_stage(open_session(model, settings), vector, output)
-    if leads():
-        print_json(record) if as_json else show_edit(record, output)
+    print_json(record) if as_json else show_edit(record, output)
 
 
 app.command()(checks.verify)

@@ -30,6 +30,8 @@ def extract(
     response_prefix: opt.ResponsePrefix = None,
     revision: opt.Revision = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     seed: opt.Seed = None,
@@ -44,7 +46,8 @@ def extract(
     settings = load_settings(
         config,
         {
-            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed),
+            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed)
+            | {"device_map": device_map, "tensor_parallel": tensor_parallel},
             "chat": _chat(system, chat_template_kwargs, response_prefix),
             "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token),
         },
@@ -89,6 +92,8 @@ def select(
         ),
     ] = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     trust_remote_code: opt.TrustRemoteCode = None,
@@ -100,7 +105,8 @@ def select(
     """Score every candidate by bypass, induce and KL, and choose the direction."""
     set_up(quiet, debug)
     given: dict[str, Any] = {
-        "model": _model(None, device, dtype, batch_size, trust_remote_code, None),
+        "model": _model(None, device, dtype, batch_size, trust_remote_code, None)
+        | {"device_map": device_map, "tensor_parallel": tensor_parallel},
         "select": {
             "harmful": harmful,
             "harmless": harmless,
@@ -168,6 +174,8 @@ def evaluate(
     response_prefix: opt.ResponsePrefix = None,
     revision: opt.Revision = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     seed: opt.Seed = None,
@@ -180,7 +188,8 @@ def evaluate(
     """Complete test prompts under each intervention and count refusals."""
     set_up(quiet, debug)
     given = {
-        "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed),
+        "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed)
+        | {"device_map": device_map, "tensor_parallel": tensor_parallel},
         "chat": _chat(system, chat_template_kwargs, response_prefix),
         "extract": {"refusal_tokens": refusal_token},
         "evaluate": {
@@ -231,6 +240,8 @@ def run(
     response_prefix: opt.ResponsePrefix = None,
     revision: opt.Revision = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     seed: opt.Seed = None,
@@ -245,7 +256,8 @@ def run(
     settings = load_settings(
         config,
         {
-            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed),
+            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed)
+            | {"device_map": device_map, "tensor_parallel": tensor_parallel},
             "chat": _chat(system, chat_template_kwargs, response_prefix),
             "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token),
             "select": {

@@ -21,7 +21,7 @@ def greedy_answers(
     """Token ids of greedy answers, each up to and with its end of turn.
 
     Args:
-        loaded: model and tokenizer.
+        loaded: model and tokenizer; the ranks of its team answer some prompts each.
         prompts: token ids.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts per batch, or ``auto``.
@@ -34,7 +34,9 @@ def greedy_answers(
         eos_token_id=stops or None,
         pad_token_id=stops[0] if stops else 0,
     )
-    answers: list[list[int]] = [[] for _ in prompts]
+    team = loaded.team
+    own = team.share(prompts)
+    answers: list[list[int]] = [[] for _ in own]
 
     def run(batch: Batch) -> None:
         output = loaded.model.generate(
@@ -47,10 +49,10 @@ def greedy_answers(
             ends = [index + 1 for index, token in enumerate(answer) if token in stops]
             answers[row] = answer[: ends[0]] if ends else answer
 
-    with torch.inference_mode():
+    with team.working(), torch.inference_mode():
         # Answers grow beyond the prompts: the budget must not.
-        for_each_batch(loaded.model, prompts, run, batch_size, description, grow=False)
-    return answers
+        for_each_batch(loaded.model, own, run, batch_size, description, grow=False)
+    return team.gather(answers)
 
 
 def stop_tokens(loaded: Loaded) -> list[int]:

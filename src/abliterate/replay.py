@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from abliterate.batching import Budget, attempt
 from abliterate.errors import UsageError
-from abliterate.forward import Batch, can_pad, input_device, last_logits, pad
+from abliterate.forward import Batch, can_pad, in_step, input_device, last_logits, pad
 from abliterate.interventions import ablate_units, add_vectors
 from abliterate.shortcuts import last_token_only, recorded, skipped
 from abliterate.writers import WriterPlan, decoder_blocks, find_writers
@@ -125,7 +125,7 @@ class Replay:
     ) -> None:
         self.model = model
         self.tricks = tricks or Tricks()
-        self.budget = Budget(input_device(model), batch_size)
+        self.budget = Budget(input_device(model), batch_size, in_step=in_step(model))
         self.prefix = shared_prefix(prompts) if self.tricks.prefix and can_pad(model) else 0
         self._opening = list(prompts[0][: self.prefix])
         self._blocks = decoder_blocks(model)

@@ -25,6 +25,7 @@ from abliterate.console import progress_bar
 from abliterate.forward import can_pad
 from abliterate.refusal import MAX_REFUSAL_SCORE, kl_divergence, kl_floor, refusal_score
 from abliterate.replay import Candidates, Measure, Piece, Replay
+from abliterate.team import ALONE, Team
 from abliterate.trial import verified_replay
 
 Search = Literal["staged", "exhaustive"]
@@ -56,6 +57,7 @@ class Task:
         search: ``staged`` skips what cannot change the choice, ``exhaustive`` nothing.
         all_layers: score the candidates of the pruned layers too.
         batch_size: prompts per forward pass, or ``auto``.
+        team: the processes that score some candidates each.
     """
 
     model: PreTrainedModel
@@ -70,6 +72,7 @@ class Task:
     search: Search = "staged"
     all_layers: bool = False
     batch_size: int | str = "auto"
+    team: Team = ALONE
 
     @property
     def n_layers(self) -> int:
@@ -133,11 +136,22 @@ class Scorer:
     def run(self) -> list[Score]:
         """Score what is not known yet; all scores by position, then layer."""
         try:
-            self._induce([key for key in self.usable if self._lacks_induce(key)])
-            self._kl_and_bypass([key for key in self.usable if self._is_open(key)])
+            self._share_out(self._lacks_induce, self._induce)
+            self._share_out(self._is_open, self._kl_and_bypass)
         finally:
             self.save(self.scores)
         return list(self.scores.values())
+
+    def _share_out(
+        self, lacking: Callable[[Key], bool], measure: Callable[[Sequence[Key]], None]
+    ) -> None:
+        """``measure`` the candidates that lack something, some on each rank of the team."""
+        team = self.task.team
+        for keys in team.rounds([key for key in self.usable if lacking(key)]):
+            own = team.share(keys)
+            with team.working():
+                measure(own)
+            self.scores |= zip(keys, team.gather([self.scores[key] for key in own]), strict=True)
 
     @property
     def exhaustive(self) -> bool:

@@ -66,10 +66,15 @@ def skipped(blocks: Sequence[nn.Module], as_tuple: bool) -> Iterator[None]:
         hidden = block_input(args, kwargs)
         return (hidden,) if as_tuple else hidden
 
+    # What spreads a model over devices has put a forward of its own there.
+    own = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
             block.forward = forward
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, before in zip(blocks, own, strict=True):
+            if before is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = before

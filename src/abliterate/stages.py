@@ -28,6 +28,7 @@ from abliterate.artifacts import (
     write_tensors,
 )
 from abliterate.chat import ChatFormat, encode
+from abliterate.choice import Score
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, save_direction
 from abliterate.edit_options import edit_options
@@ -36,11 +37,14 @@ from abliterate.errors import InputError, SelectionError
 from abliterate.evaluation import evaluate
 from abliterate.extraction import Extraction, extract, find_refusal_tokens
 from abliterate.models import Checkpoint, Loaded, load_model
+from abliterate.placement import Placement, find_placement
 from abliterate.prompts import load_prompts, prompt_key
 from abliterate.scores import load_partial, save_partial, score_record
+from abliterate.scoring import Key
 from abliterate.selection import Thresholds, select
 from abliterate.settings import Settings
 from abliterate.sources import Prompt
+from abliterate.team import Team, join_team
 
 EXTRACT, DIRECTIONS = "extract.json", "directions.safetensors"
 SELECTION, EVALUATION, COMPLETIONS = "selection.json", "evaluation.json", "completions"
@@ -59,10 +63,22 @@ class Session:
     def loaded(self) -> Loaded:
         return self.load(self.checkpoint)
 
-    def load(self, checkpoint: Checkpoint) -> Loaded:
+    @cached_property
+    def team(self) -> Team:
+        return join_team()
+
+    @cached_property
+    def placement(self) -> Placement:
         model = self.settings.model
+        return find_placement(self.team, model.device, model.device_map, model.tensor_parallel)
+
+    def load(self, checkpoint: Checkpoint) -> Loaded:
+        model, where = self.settings.model, self.placement
         torch.manual_seed(model.seed)
-        loaded = load_model(checkpoint, model.device, model.dtype, model.trust_remote_code)
+        with where.team.working():
+            loaded = load_model(
+                checkpoint, model.device, model.dtype, model.trust_remote_code, where
+            )
         log.info(
             "loaded %s (%s, %s)", checkpoint.name, loaded.model.dtype, loaded.model.device.type
         )
@@ -106,7 +122,8 @@ def _finished(record: Path, inputs: str, outputs: Mapping[str, Path]) -> dict[st
 
 def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, Any]:
     """Extract candidate directions into ``run``; returns the record ``extract.json``."""
-    check_writable(run)
+    team = session.placement.team
+    team.lead(lambda: check_writable(run))
     settings, seed = session.settings.extract, session.settings.model.seed
     prompts = {
         kind: load_prompts(source, "train", settings.n_train, seed, option="--n-train")
@@ -117,7 +134,9 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
         | {"settings": settings.model_dump(), "prompts": _keys(prompts, keep_text=True)}
     )
     tensors = run / DIRECTIONS
-    if reuse and (done := _finished(run / EXTRACT, inputs, {DIRECTIONS: tensors})):
+    team.same(inputs, "model, prompt set or package version")
+    outputs = {DIRECTIONS: tensors}
+    if reuse and (done := team.lead(lambda: _finished(run / EXTRACT, inputs, outputs))):
         return done
     loaded = session.loaded
     started = time.perf_counter()
@@ -132,42 +151,49 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
         session.settings.model.batch_size,
     )
     seconds = time.perf_counter() - started
-    write_tensors(
-        tensors,
-        {"mean_harmful": result.mean_harmful, "mean_harmless": result.mean_harmless},
-        {
-            "positions": json.dumps(result.positions),
-            "model": session.checkpoint.name,
-            "abliterate": versions()["abliterate"],
-        },
-    )
     decode = loaded.tokenizer.decode
-    record = {
-        "model": session.identity,
-        "model_type": loaded.model.config.model_type,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
-        "positions": [
-            {"position": position, "token": token}
-            for position, token in zip(result.positions, result.tokens, strict=True)
-        ],
-        "n_layers": result.mean_harmful.shape[1],
-        "d_model": result.mean_harmful.shape[2],
-        "refusal_tokens": [{"id": i, "token": decode([i])} for i in result.refusal_tokens],
-        "counts": {
-            kind: {"given": len(kept), "used": sum(kept)}
-            for kind, kept in (("harmful", result.kept_harmful), ("harmless", result.kept_harmless))
-        },
-        "prompts": _keys(prompts),
-        "settings": session.settings.model_dump(include={"model", "chat", "extract"}),
-        "seed": seed,
-        "versions": versions(),
-        "seconds": seconds,
-        "inputs": inputs,
-        "outputs": {DIRECTIONS: hash_file(tensors)},
-    }
-    write_json(run / EXTRACT, record)
-    return record
+
+    def write() -> dict[str, Any]:
+        write_tensors(
+            tensors,
+            {"mean_harmful": result.mean_harmful, "mean_harmless": result.mean_harmless},
+            {
+                "positions": json.dumps(result.positions),
+                "model": session.checkpoint.name,
+                "abliterate": versions()["abliterate"],
+            },
+        )
+        record = {
+            "model": session.identity,
+            "model_type": loaded.model.config.model_type,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": loaded.model.device.type,
+            "positions": [
+                {"position": position, "token": token}
+                for position, token in zip(result.positions, result.tokens, strict=True)
+            ],
+            "n_layers": result.mean_harmful.shape[1],
+            "d_model": result.mean_harmful.shape[2],
+            "refusal_tokens": [{"id": i, "token": decode([i])} for i in result.refusal_tokens],
+            "counts": {
+                kind: {"given": len(kept), "used": sum(kept)}
+                for kind, kept in (
+                    ("harmful", result.kept_harmful),
+                    ("harmless", result.kept_harmless),
+                )
+            },
+            "prompts": _keys(prompts),
+            "settings": session.settings.model_dump(include={"model", "chat", "extract"}),
+            "seed": seed,
+            "versions": versions(),
+            "seconds": seconds,
+            "inputs": inputs,
+            "outputs": {DIRECTIONS: hash_file(tensors)},
+        }
+        write_json(run / EXTRACT, record)
+        return record
+
+    return team.lead(write)
 
 
 def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, Any]:
@@ -176,7 +202,8 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     Raises:
         SelectionError: no candidate passes; ``selection.json`` keeps the scores all the same.
     """
-    extracted = read_json(run / EXTRACT, f"extract MODEL -o {run}")
+    team = session.placement.team
+    extracted = team.lead(lambda: read_json(run / EXTRACT, f"extract MODEL -o {run}"))
     settings, seed = session.settings.select, session.settings.model.seed
     sources = _sources(session.settings, settings.harmful, settings.harmless)
     prompts = {
@@ -185,20 +212,27 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         )
         for kind, source in sources.items()
     }
+    tensors, direction, partial = run / DIRECTIONS, run / FILE_NAME, run / PARTIAL
     inputs = hash_json(
         session.base_inputs()
         | {
             "settings": settings.model_dump(),
             "prompts": _keys(prompts, keep_text=True),
-            "directions": hash_file(run / DIRECTIONS) if (run / DIRECTIONS).exists() else None,
+            "directions": team.lead(lambda: hash_file(tensors) if tensors.exists() else None),
             "refusal_tokens": extracted["refusal_tokens"],
         }
     )
-    direction = run / FILE_NAME
-    if reuse and (done := _finished(run / SELECTION, inputs, {FILE_NAME: direction})):
+    team.same(inputs, "model, prompt set or package version")
+    outputs = {FILE_NAME: direction}
+    if reuse and (done := team.lead(lambda: _finished(run / SELECTION, inputs, outputs))):
         return done
-    extraction = Extraction.load(run / DIRECTIONS, extracted)
-    partial = run / PARTIAL
+    extraction = team.lead(lambda: Extraction.load(tensors, extracted))
+    known = team.lead(lambda: load_partial(partial, inputs, extracted["n_layers"]))
+
+    def save(scores: Mapping[Key, Score]) -> None:
+        if team.leads:
+            save_partial(partial, inputs, scores)
+
     started = time.perf_counter()
     result = select(
         session.loaded,
@@ -212,42 +246,47 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         settings.search,
         settings.all_layers,
         settings.kl_on,
-        load_partial(partial, inputs, extracted["n_layers"]),
-        lambda scores: save_partial(partial, inputs, scores),
+        known,
+        save,
     )
     seconds = time.perf_counter() - started
-    winner = result.winner
-    if winner is not None:
-        save_direction(direction, result.direction(extraction), session.checkpoint.name)
-    else:
-        direction.unlink(missing_ok=True)
-    record = {
-        "model": session.identity,
-        "winner": winner and {"position": winner.position, "layer": winner.layer},
-        "candidates": [score_record(score) for score in result.scores],
-        "n_layers": extracted["n_layers"],
-        "search": settings.search,
-        "kl_on": settings.kl_on,
-        "baselines": {
-            "harmful_refusal_score": result.harmful_score,
-            "harmless_refusal_score": result.harmless_score,
-        },
-        "thresholds": asdict(result.thresholds),
-        "refusal_tokens": extracted["refusal_tokens"],
-        "counts": {
-            "harmful": {"given": settings.n_val, "used": result.n_harmful},
-            "harmless": {"given": settings.n_val, "used": result.n_harmless},
-        },
-        "prompts": _keys(prompts),
-        "settings": session.settings.model_dump(include={"model", "chat", "select"}),
-        "seed": seed,
-        "versions": versions(),
-        "seconds": seconds,
-        "inputs": inputs,
-        "outputs": {FILE_NAME: hash_file(direction)} if winner else {},
-    }
-    write_json(run / SELECTION, record)
-    partial.unlink(missing_ok=True)
+
+    def write() -> dict[str, Any]:
+        winner = result.winner
+        if winner is not None:
+            save_direction(direction, result.direction(extraction), session.checkpoint.name)
+        else:
+            direction.unlink(missing_ok=True)
+        record = {
+            "model": session.identity,
+            "winner": winner and {"position": winner.position, "layer": winner.layer},
+            "candidates": [score_record(score) for score in result.scores],
+            "n_layers": extracted["n_layers"],
+            "search": settings.search,
+            "kl_on": settings.kl_on,
+            "baselines": {
+                "harmful_refusal_score": result.harmful_score,
+                "harmless_refusal_score": result.harmless_score,
+            },
+            "thresholds": asdict(result.thresholds),
+            "refusal_tokens": extracted["refusal_tokens"],
+            "counts": {
+                "harmful": {"given": settings.n_val, "used": result.n_harmful},
+                "harmless": {"given": settings.n_val, "used": result.n_harmless},
+            },
+            "prompts": _keys(prompts),
+            "settings": session.settings.model_dump(include={"model", "chat", "select"}),
+            "seed": seed,
+            "versions": versions(),
+            "seconds": seconds,
+            "inputs": inputs,
+            "outputs": {FILE_NAME: hash_file(direction)} if winner else {},
+        }
+        write_json(run / SELECTION, record)
+        partial.unlink(missing_ok=True)
+        return record
+
+    record = team.lead(write)
     try:
         result.require_winner()
     except SelectionError as error:
@@ -300,8 +339,9 @@ def evaluate_stage(
         out: where record and completions go, or None to write nothing.
         reuse: return an up-to-date record instead of computing it again.
     """
+    team = session.placement.team
     if out is not None:
-        check_writable(out)
+        team.lead(lambda: check_writable(out))
     settings, seed = session.settings.evaluate, session.settings.model.seed
     records = [
         read_json(run / name, "run")
@@ -332,7 +372,12 @@ def evaluate_stage(
             "refusal_tokens": named,
         }
     )
-    if reuse and out and (done := _finished(out / EVALUATION, inputs, _completion_files(out))):
+    team.same(inputs, "model, prompt set or package version")
+    if (
+        reuse
+        and out
+        and (done := team.lead(lambda: _finished(out / EVALUATION, inputs, _completion_files(out))))
+    ):
         return done
     loaded = session.loaded
     started = time.perf_counter()
@@ -365,7 +410,8 @@ def evaluate_stage(
         "inputs": inputs,
         "outputs": {},
     }
-    if out is not None:
+
+    def write(out: Path) -> dict[str, Any]:
         for name, outcome in outcomes.items():
             for kind in ("harmful", "harmless"):
                 lines = [
@@ -377,7 +423,9 @@ def evaluate_stage(
                 )
         record["outputs"] = {name: hash_file(path) for name, path in _completion_files(out).items()}
         write_json(out / EVALUATION, record)
-    return record
+        return record
+
+    return record if out is None else team.lead(lambda: write(out))
 
 
 def _completion_files(out: Path) -> dict[str, Path]:
@@ -403,6 +451,10 @@ def recorded_settings(run: Path, extracted: Mapping[str, Any]) -> dict[str, dict
         InputError: the record lacks them.
     """
     try:
-        return dict(extracted["settings"])
+        settings = dict(extracted["settings"])
     except KeyError:
         raise InputError(f"{run / EXTRACT} records no settings: run extract again") from None
+    # Where the weights lie is each command's own affair: it goes with how that was launched.
+    elsewhere = ("device_map", "tensor_parallel")
+    model = {key: value for key, value in settings["model"].items() if key not in elsewhere}
+    return settings | {"model": model}
