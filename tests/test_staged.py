@@ -221,11 +221,14 @@ def test_half_precision_stays_in_its_dtype_and_close(dtype: torch.dtype, tiny) -
     reference = Scorer(task).run()
     half = replace(task, model=task.model.to(dtype))
     scorer = Scorer(half)
-    assert scorer.replay.tricks == Tricks()
+    # Which shortcuts pass the trial depends on how the machine rounds; one way or another they do.
+    assert scorer.replay.tricks.rows
+    # Seen: 0.15 in bfloat16, 0.013 in float16; the scores spread over 2.
+    rounding = {torch.bfloat16: 0.5, torch.float16: 0.1}[dtype]
     for one, other in zip(reference, scorer.run(), strict=True):
         for metric in one.computed:
             expected = getattr(one, metric)
-            assert getattr(other, metric) == pytest.approx(expected, abs=0.5, nan_ok=True)
+            assert getattr(other, metric) == pytest.approx(expected, abs=rounding, nan_ok=True)
 
 
 def test_no_kl_is_below_its_floor() -> None:
