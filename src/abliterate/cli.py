@@ -40,8 +40,13 @@ app = typer.Typer(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; errors become one line on stderr."""
     set_up(quiet=False, debug=False)
-    launched.begin()
-    return launched.end(_run(argv))
+    try:
+        launched.begin()
+        code = _run(argv)
+        launched.settle()
+    except AbliterateError as error:  # the launcher stopped this rank while it was ending
+        code = _fail(str(error), error.exit_code, error)
+    return launched.end(code)
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -35,10 +35,17 @@ def _warnings_only(record: logging.LogRecord) -> bool:
 
 
 def _stopped(number: int, frame: FrameType | None) -> Any:
+    settle()
     raise TeamError(
         "stopped by the launcher, as another rank failed or the job was cancelled: run the same "
         "command again to go on"
     )
+
+
+def settle() -> None:
+    """From here on the launcher cannot stop this rank: its exit code stands."""
+    if launched():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def name() -> str:
@@ -63,7 +70,6 @@ def end(code: int) -> int:
     """
     if not launched():
         return code
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if code == 0:
         from abliterate.team import leave_team
 

@@ -3,8 +3,11 @@ a team (``--tensor-parallel``)."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +27,11 @@ class Placement:
     Attributes:
         device_map: accelerate's: a strategy, or devices (``disk`` is one) by module; None for one
             device.
-        offload_folder: where accelerate keeps what ``disk`` holds and the checkpoint does not have
-            in that form.
         tensor_parallel: each rank of the team holds a part of every matrix.
         team: the ranks.
     """
 
     device_map: str | Mapping[str, Any] | None = None
-    offload_folder: str | None = None
     tensor_parallel: bool = False
     team: Team = ALONE
 
@@ -46,10 +46,30 @@ class Placement:
 
             return {"distributed_config": DistributedConfig(tp_size=self.team.size, tp_plan="auto")}
         if self.device_map is not None:
-            options = {"device_map": self.device_map}
-            folder = self.offload_folder
-            return options | ({"offload_folder": folder} if folder is not None else {})
+            # For what goes to disk in another form than the checkpoint's (experts that are fused).
+            folder = tempfile.mkdtemp(prefix="abliterate-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            return {"device_map": self.device_map, "offload_folder": folder}
         return {}
+
+    def describe(self, model: Any) -> str:
+        """Where the weights of ``model`` lie, for the log."""
+        if not self.tensor_parallel:
+            return ", ".join(devices(model))
+        here = sum(parameter.to_local().numel() if hasattr(parameter, "to_local")
+                   else parameter.numel() for parameter in model.parameters())  # fmt: skip
+        whole = sum(parameter.numel() for parameter in model.parameters())
+        share = f"{here / whole:.0%} of the parameters on each"
+        return f"{', '.join(devices(model))}, {self.team.size} ranks with {share}"
+
+
+def devices(model: Any) -> list[str]:
+    """What kinds of devices hold the weights of ``model``."""
+    spread = getattr(model, "hf_device_map", None)
+    if not spread:
+        return [str(model.device.type)]
+    kinds = [place if place == "disk" else torch.device(place).type for place in spread.values()]
+    return list(dict.fromkeys(kinds))
 
 
 def find_placement(

@@ -151,7 +151,10 @@ class Scorer:
             own = team.share(keys)
             with team.working():
                 measure(own)
-            self.scores |= zip(keys, team.gather([self.scores[key] for key in own]), strict=True)
+            if not team.alone:
+                found = team.gather([self.scores[key] for key in own])
+                self.scores |= zip(keys, found, strict=True)
+                self.save(self.scores)
 
     @property
     def exhaustive(self) -> bool:

@@ -37,7 +37,7 @@ from abliterate.errors import InputError, SelectionError
 from abliterate.evaluation import evaluate
 from abliterate.extraction import Extraction, extract, find_refusal_tokens
 from abliterate.models import Checkpoint, Loaded, load_model
-from abliterate.placement import Placement, find_placement
+from abliterate.placement import Placement, devices, find_placement
 from abliterate.prompts import load_prompts, prompt_key
 from abliterate.scores import load_partial, save_partial, score_record
 from abliterate.scoring import Key
@@ -80,7 +80,7 @@ class Session:
                 checkpoint, model.device, model.dtype, model.trust_remote_code, where
             )
         log.info(
-            "loaded %s (%s, %s)", checkpoint.name, loaded.model.dtype, loaded.model.device.type
+            "loaded %s (%s, %s)", checkpoint.name, loaded.model.dtype, where.describe(loaded.model)
         )
         return loaded
 
@@ -167,7 +167,7 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
             "model": session.identity,
             "model_type": loaded.model.config.model_type,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": loaded.model.device.type,
+            "device": ", ".join(devices(loaded.model)),
             "positions": [
                 {"position": position, "token": token}
                 for position, token in zip(result.positions, result.tokens, strict=True)

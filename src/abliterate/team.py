@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from abliterate.errors import TeamError, UsageError
 from abliterate.launched import launched
@@ -177,6 +178,9 @@ class Team:
         own = None if failure is None else str(failure) or type(failure).__name__
         self._talk(lambda: dist.all_gather_object(messages, own, group=self.group))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
+        if failed:  # none goes before all have heard
+            with suppress(RuntimeError):
+                dist.barrier(group=self.group)
         if failed and failure is None:
             raise TeamError(f"rank {failed[0]} failed: {messages[failed[0]]}")
 
@@ -256,13 +260,17 @@ def join_team() -> Team:
     if dist.is_initialized() and os.getpid() in _joined:
         return replace(_joined[os.getpid()], owned=False)
     wait = timedelta(seconds=timeout())
+    start = max(wait, timedelta(seconds=_LEAST_START))
     owned = not dist.is_initialized()
     try:
         if owned:
             # Tensor parallel models on GPUs exchange activations over nccl.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=max(wait, timedelta(seconds=_LEAST_START)))
-        group = dist.new_group(backend="gloo", timeout=wait)
+            dist.init_process_group(backend, timeout=start)
+        group = dist.new_group(backend="gloo", timeout=start)
+        _set_pg_timeout(wait, group)
+        if owned:
+            _set_pg_timeout(wait)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise TeamError(f"the other ranks cannot be reached: {reason}") from None
