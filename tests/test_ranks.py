@@ -173,5 +173,5 @@ def test_timeout_must_be_a_number(tiny_run: Any, fails, monkeypatch, tmp_path: P
     from abliterate.errors import UsageError
     from abliterate.team import timeout
 
-    with pytest.raises(UsageError, match="ABLITERATE_TIMEOUT must be a positive number .* 'soon'"):
+    with pytest.raises(UsageError, match=r"ABLITERATE_TIMEOUT must be .* not 'soon'"):
         timeout()

@@ -126,6 +126,13 @@ def parse_device_map(text: str) -> str | dict[str, Any]:
             f"--device-map must be {', '.join(_STRATEGIES)} or a JSON object of devices by module "
             f"name, not '{text}'"
         )
+    for name, device in devices.items():
+        try:
+            _ = device == "disk" or torch.device(device)
+        except RuntimeError:
+            raise UsageError(
+                f"--device-map: '{device}' of '{name}' is neither 'disk' nor a device"
+            ) from None
     return dict(devices)
 
 
