@@ -33,7 +33,7 @@ _DEFAULT_TIMEOUT = 1800.0
 # Ranks start at different times: a short timeout is for work, not for this.
 _LEAST_START = 600.0
 # Between two exchanges a rank that dies takes the others' work since the last one along.
-_ROUNDS = 8
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
