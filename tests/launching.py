@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import TCPStore
 
@@ -27,6 +28,18 @@ class Ended:
     @property
     def errors(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def check_close(ours: Any, theirs: Any, tolerance: float = 1e-3) -> None:
+    """Nested figures are the same, numbers up to ``tolerance``."""
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        for key, value in theirs.items():
+            check_close(ours[key], value, tolerance)
+    elif isinstance(theirs, float):
+        assert abs(ours - theirs) <= tolerance
+    else:
+        assert ours == theirs
 
 
 def torchrun(ranks: int, *args: str | Path, env: Mapping[str, str] | None = None) -> Ended:

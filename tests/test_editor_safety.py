@@ -449,8 +449,8 @@ def test_ranks_split_the_shards(tiny, cli, directions, tmp_path: Path) -> None:
     source = tiny("qwen2", True)
     base = ("orthogonalize", source, "--direction", directions[0], "-o")
     assert cli(*base, tmp_path / "one").code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--master-port", str(29500 + os.getpid() % 1000), "-m", "abliterate",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", "-m", "abliterate",
                *map(str, base), str(tmp_path / "many"), "--json"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]

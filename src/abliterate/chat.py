@@ -113,3 +113,17 @@ def position_tokens(tokenizer: Any, positions: Sequence[int], chat: ChatFormat) 
         tokenizer.decode([suffix[position]]) if -position <= len(suffix) else "(text)"
         for position in positions
     ]
+
+
+def end_of_turn_ids(tokenizer: Any, chat: ChatFormat) -> list[int]:
+    """The special token that the template puts right after an assistant's answer, if it does."""
+    answer = "yes"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, **chat.template_kwargs)
+    except Exception:  # templates that take no finished turn have none to learn from
+        return []
+    _, found, after = rendered.rpartition(answer)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found and after else []
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [ids[0]] if ids and ids[0] in special else []

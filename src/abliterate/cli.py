@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.exceptions import TyperException
 
-from abliterate import checks, commands, launched
+from abliterate import checks, commands, evaluate_commands, launched
 from abliterate import options as opt
 from abliterate.commands import open_session
 from abliterate.console import debugging, print_json, print_line, set_up
@@ -191,7 +191,8 @@ def orthogonalize(
 
 
 app.command()(checks.verify)
-app.command()(commands.evaluate)
+app.command()(evaluate_commands.evaluate)
+app.command()(evaluate_commands.score)
 app.command()(commands.run)
 app.command()(checks.writers)
 

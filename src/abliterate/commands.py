@@ -1,4 +1,4 @@
-"""The commands of the method: extract, select, evaluate, and run, which chains them."""
+"""The commands of the method: extract, select, and run, which chains all stages."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def extract(
     settings = load_settings(
         config,
         {
-            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed)
+            "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)
             | {"device_map": device_map, "tensor_parallel": tensor_parallel},
-            "chat": _chat(system, chat_template_kwargs, response_prefix),
+            "chat": chat_options(system, chat_template_kwargs, response_prefix),
             "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token),
         },
     )
@@ -105,7 +105,7 @@ def select(
     """Score every candidate by bypass, induce and KL, and choose the direction."""
     set_up(quiet, debug)
     given: dict[str, Any] = {
-        "model": _model(None, device, dtype, batch_size, trust_remote_code, None)
+        "model": model_options(None, device, dtype, batch_size, trust_remote_code, None)
         | {"device_map": device_map, "tensor_parallel": tensor_parallel},
         "select": {
             "harmful": harmful,
@@ -131,90 +131,9 @@ def select(
     from abliterate.display import show_selection
     from abliterate.stages import select_stage
 
-    session = _later_session(run, model, config, given)
+    session = later_session(run, model, config, given)
     record = select_stage(session, run)
     return print_json(record) if as_json else show_selection(record, run)
-
-
-def evaluate(
-    model: opt.Model,
-    direction: opt.DirectionFrom = None,
-    intervention: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--intervention",
-            help="baseline, ablate, add or subtract; repeatable. "
-            "Default: all but subtract that --direction allows.",
-            show_default=False,
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--checkpoint", help="An edited checkpoint to compare; repeatable.", show_default=False
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="Folder for evaluation.json and completions. "
-            "Default: the run folder of --direction.",
-            show_default=False,
-        ),
-    ] = None,
-    harmful: opt.LaterHarmful = None,
-    harmless: opt.LaterHarmless = None,
-    n_test: opt.NTest = None,
-    max_new_tokens: opt.MaxNewTokens = None,
-    refusal_token: opt.RefusalToken = None,
-    system: opt.System = None,
-    chat_template_kwargs: opt.TemplateKwargs = None,
-    response_prefix: opt.ResponsePrefix = None,
-    revision: opt.Revision = None,
-    device: opt.Device = None,
-    device_map: opt.DeviceMap = None,
-    tensor_parallel: opt.TensorParallel = None,
-    dtype: opt.Dtype = None,
-    batch_size: opt.BatchSize = None,
-    seed: opt.Seed = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
-    config: opt.Config = None,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
-) -> None:
-    """Complete test prompts under each intervention and count refusals."""
-    set_up(quiet, debug)
-    given = {
-        "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed)
-        | {"device_map": device_map, "tensor_parallel": tensor_parallel},
-        "chat": _chat(system, chat_template_kwargs, response_prefix),
-        "extract": {"refusal_tokens": refusal_token},
-        "evaluate": {
-            "harmful": harmful,
-            "harmless": harmless,
-            "n_test": n_test,
-            "max_new_tokens": max_new_tokens,
-        },
-    }
-    from abliterate.direction import load_direction
-    from abliterate.display import show_evaluation
-    from abliterate.models import find_checkpoint
-    from abliterate.stages import evaluate_stage
-
-    run = Path(direction) if direction and Path(direction).is_dir() else None
-    vector = load_direction(direction) if direction else None
-    session = (
-        open_session(model, load_settings(config, given))
-        if run is None
-        else _later_session(run, model, config, given)
-    )
-    names = intervention or (["baseline", "ablate", "add"] if vector else ["baseline"])
-    edited = {Path(name).name: find_checkpoint(name) for name in checkpoint or []}
-    record = evaluate_stage(session, vector, names, edited, run, output or run)
-    print_json(record) if as_json else show_evaluation(record)
 
 
 def run(
@@ -256,9 +175,9 @@ def run(
     settings = load_settings(
         config,
         {
-            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed)
+            "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)
             | {"device_map": device_map, "tensor_parallel": tensor_parallel},
-            "chat": _chat(system, chat_template_kwargs, response_prefix),
+            "chat": chat_options(system, chat_template_kwargs, response_prefix),
             "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token),
             "select": {
                 "n_val": n_val,
@@ -287,7 +206,7 @@ def open_session(model: str, settings: Settings) -> Session:
     return Session(find_checkpoint(model, settings.model.revision), settings)
 
 
-def _later_session(run: Path, model: str | None, config: Path | None, given: Any) -> Session:
+def later_session(run: Path, model: str | None, config: Path | None, given: Any) -> Session:
     """A session on what ``extract`` recorded in ``run``; file and options win over it."""
     from abliterate.artifacts import read_json
     from abliterate.stages import EXTRACT, recorded_settings
@@ -297,7 +216,7 @@ def _later_session(run: Path, model: str | None, config: Path | None, given: Any
     return open_session(model or extracted["model"]["id"], settings)
 
 
-def _model(
+def model_options(
     revision: str | None,
     device: str | None,
     dtype: str | None,
@@ -333,5 +252,5 @@ def _train(
     }
 
 
-def _chat(system: str | None, kwargs: str | None, prefix: str | None) -> dict[str, Any]:
+def chat_options(system: str | None, kwargs: str | None, prefix: str | None) -> dict[str, Any]:
     return {"system": system, "template_kwargs": kwargs, "response_prefix": prefix}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.artifacts import read_json
+from abliterate.completions import read_lines
 from abliterate.console import print_line, print_table
+from abliterate.evaluation_display import show_evaluation
 from abliterate.pipeline import EDITED
 from abliterate.prompts import split_pool
 from abliterate.scores import choose_again as choose_among
@@ -156,42 +157,6 @@ def show_edit(record: Mapping[str, Any], out: Path) -> None:
     print_line(f"wrote {out}")
 
 
-def show_evaluation(record: Mapping[str, Any]) -> None:
-    results = record["interventions"]
-    baseline = results.get("baseline")
-
-    def cell(name: str, kind: str) -> str:
-        now = results[name][kind]
-        text = f"{now['refused']}/{now['n']} ({now['refusal_rate']:.0%})"
-        if baseline is None or name == "baseline":
-            return text
-        return f"{text} {now['refusal_rate'] - baseline[kind]['refusal_rate']:+.0%}"
-
-    rows = [
-        [
-            name,
-            cell(name, "harmful"),
-            cell(name, "harmless"),
-            f"{result['harmful']['refusal_score']:.2f}",
-            f"{result['harmless']['refusal_score']:.2f}",
-            f"{result['kl_divergence']:.4f}",
-        ]
-        for name, result in results.items()
-    ]
-    print_table(
-        "Refusals on test prompts",
-        [
-            "intervention",
-            "harmful refused",
-            "harmless refused",
-            "harmful score",
-            "harmless score",
-            "harmless KL",
-        ],
-        rows,
-    )
-
-
 def show_run(record: Mapping[str, Any], run: Path) -> None:
     winner = record["select"]["winner"]
     tokens = {p["position"]: p["token"] for p in record["extract"]["positions"]}
@@ -223,6 +188,4 @@ def show_examples(run: Path, count: int = 3) -> None:
 
 
 def _completions(run: Path, name: str, kind: str) -> list[dict[str, Any]]:
-    path = run / COMPLETIONS / f"{name}-{kind}.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    return read_lines(run / COMPLETIONS / f"{name}-{kind}.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from abliterate.chat import ChatFormat, encode
+from abliterate.completions import Completion, CompletionFile, scores
+from abliterate.console import bars_hidden, log
 from abliterate.direction import Direction
-from abliterate.errors import UsageError
+from abliterate.errors import InputError, UsageError
 from abliterate.forward import all_last_logits
 from abliterate.generation import greedy_answers
 from abliterate.interventions import ablate, add
@@ -20,16 +23,28 @@ from abliterate.refusal import is_refusal, kl_divergence, refusal_score
 from abliterate.sources import Prompt
 
 INTERVENTIONS = ("baseline", "ablate", "add", "subtract")
+KINDS = ("harmful", "harmless")
+
+# Seconds between two lines of progress where no bar is shown.
+_EVERY = 60.0
+
+Context = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class Completion:
-    """One answer and whether it holds a refusal substring."""
+class Metrics:
+    """What the logits at the last prompt token say.
 
-    prompt: str
-    category: str | None
-    response: str
-    refused: bool
+    Attributes:
+        harmful: mean refusal metric of the harmful prompts: log-odds that the first token starts a
+            refusal (paper, section 2.3 and appendix B).
+        harmless: the same of the harmless prompts.
+        kl: mean last-token KL(baseline || intervention) on harmless prompts, in nats.
+    """
+
+    harmful: float
+    harmless: float
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -39,52 +54,60 @@ class Outcome:
     Attributes:
         harmful: completions of the harmful test prompts.
         harmless: completions of the harmless ones.
-        harmful_score: mean refusal score of the harmful prompts.
-        harmless_score: mean refusal score of the harmless prompts.
-        kl: mean last-token KL(baseline || intervention) on harmless prompts.
+        metrics: from the logits.
+        losses: cross-entropy by corpus, as records hold it.
+        tasks: lm-eval's figures by task.
+        seed: of the bootstrap.
     """
 
     harmful: tuple[Completion, ...]
     harmless: tuple[Completion, ...]
-    harmful_score: float
-    harmless_score: float
-    kl: float
+    metrics: Metrics
+    losses: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[str, Mapping[str, float]]
+    seed: int = 0
 
     def summary(self) -> dict[str, Any]:
         """The figures, without texts."""
         return {
-            "harmful": _rates(self.harmful) | {"refusal_score": self.harmful_score},
-            "harmless": _rates(self.harmless) | {"refusal_score": self.harmless_score},
-            "kl_divergence": self.kl,
+            "harmful": scores(self.harmful, self.seed) | {"refusal_metric": self.metrics.harmful},
+            "harmless": scores(self.harmless, self.seed)
+            | {"refusal_metric": self.metrics.harmless},
+            "kl_divergence": self.metrics.kl,
+            "losses": {name: dict(loss) for name, loss in self.losses.items()},
+            "tasks": {name: dict(found) for name, found in self.tasks.items()},
         }
 
 
-def _rates(completions: Sequence[Completion]) -> dict[str, Any]:
-    refused = sum(completion.refused for completion in completions)
-    return {"n": len(completions), "refused": refused, "refusal_rate": refused / len(completions)}
-
-
-def intervention(
-    loaded: Loaded, name: str, direction: Direction | None
-) -> Callable[[], AbstractContextManager[None]]:
+def intervention(loaded: Loaded, name: str, direction: Direction | None) -> Context:
     """A factory of the context manager for ``baseline``, ``ablate``, ``add`` or ``subtract``.
 
     Raises:
         UsageError: the name is unknown, or it needs a direction or a source layer it lacks.
     """
-    if name not in INTERVENTIONS:
-        raise UsageError(f"--intervention must be one of {', '.join(INTERVENTIONS)}, not '{name}'")
-    if name == "baseline":
+    check_intervention(name, direction)
+    if direction is None or name == "baseline":
         return nullcontext
-    if direction is None:
-        raise UsageError(f"--intervention {name} needs --direction")
     if name == "ablate":
         return lambda: ablate(loaded.model, direction.vector)
     layer = direction.layer
-    if layer is None:
-        raise UsageError(f"--intervention {name} needs a direction file that records its layer")
+    assert layer is not None
     coeff = 1.0 if name == "add" else -1.0
     return lambda: add(loaded.model, direction.vector, layer, coeff)
+
+
+def check_intervention(name: str, direction: Direction | None) -> None:
+    """Raise as :func:`intervention` does, without a model."""
+    if name not in INTERVENTIONS:
+        raise UsageError(
+            f"--intervention must be one of {', '.join(INTERVENTIONS)}, checkpoint, not '{name}'"
+        )
+    if name == "baseline":
+        return
+    if direction is None:
+        raise UsageError(f"--intervention {name} needs --direction")
+    if name != "ablate" and direction.layer is None:
+        raise UsageError(f"--intervention {name} needs a direction file that records its layer")
 
 
 def evaluate(
@@ -98,12 +121,13 @@ def evaluate(
     chat: ChatFormat | None = None,
     max_new_tokens: int = 512,
     batch_size: int | str = "auto",
+    seed: int = 0,
 ) -> dict[str, Outcome]:
     """Greedy completions and scores of test prompts under each intervention.
 
     Args:
         loaded: the model that is intervened on.
-        harmful: harmful test prompts.
+        harmful: harmful test prompts, each text once.
         harmless: harmless test prompts.
         refusal_tokens: ids of the first tokens that count as refusing.
         direction: what ``ablate``, ``add`` and ``subtract`` use.
@@ -113,61 +137,159 @@ def evaluate(
         chat: system message and template variables.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts per forward pass, or ``auto``.
+        seed: of the bootstrap.
 
     Returns:
         Outcomes by intervention or name of the edited model.
     """
     chat = chat or ChatFormat()
-    runs = [(name, loaded, intervention(loaded, name, direction)) for name in interventions]
+    runs: list[tuple[str, Loaded, Context]] = [
+        (name, loaded, intervention(loaded, name, direction)) for name in interventions
+    ]
     runs += [(name, other, nullcontext) for name, other in (edited or {}).items()]
-    ids = {
-        kind: encode(loaded.tokenizer, [p.text for p in prompts], chat)
-        for kind, prompts in (("harmful", harmful), ("harmless", harmless))
-    }
-    baseline = all_last_logits(loaded.model, ids["harmless"], batch_size)
+    prompts = {"harmful": harmful, "harmless": harmless}
+    ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in KINDS}
+    baseline = all_last_logits(loaded.model, ids["harmless"], batch_size, team=loaded.team)
     outcomes = {}
     for name, subject, context in runs:
-        completions = []
-        for kind, prompts in (("harmful", harmful), ("harmless", harmless)):
-            with context():
-                texts = complete(
-                    subject, ids[kind], max_new_tokens, batch_size, f"evaluate: {name}, {kind}"
-                )
-            completions.append(
-                tuple(
-                    Completion(p.text, p.category, text, is_refusal(text))
-                    for p, text in zip(prompts, texts, strict=True)
-                )
+        done = []
+        for kind in KINDS:
+            file = CompletionFile(None, prompts[kind], "")
+            complete(
+                subject, ids[kind], file, context, max_new_tokens, batch_size, (name, kind), chat
             )
-        scores: list[Tensor] = [
-            all_last_logits(subject.model, ids[kind], batch_size, context())
-            for kind in ("harmful", "harmless")
-        ]
-        outcomes[name] = Outcome(
-            completions[0],
-            completions[1],
-            float(refusal_score(scores[0], refusal_tokens).mean()),
-            float(refusal_score(scores[1], refusal_tokens).mean()),
-            float(kl_divergence(baseline, scores[1]).mean()),
-        )
+            done.append(file.completions)
+        metrics = measure(subject, ids, baseline, refusal_tokens, context, batch_size)
+        outcomes[name] = Outcome(done[0], done[1], metrics, {}, {}, seed)
     return outcomes
 
 
-def complete(
-    loaded: Loaded,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+def encode_prompts(loaded: Loaded, prompts: Sequence[Prompt], chat: ChatFormat) -> list[list[int]]:
+    """Token ids of each prompt's conversation."""
+    return encode(loaded.tokenizer, [prompt.text for prompt in prompts], chat)
+
+
+def measure(
+    subject: Loaded,
+    ids: Mapping[str, Sequence[Sequence[int]]],
+    baseline: Tensor,
+    refusal_tokens: Sequence[int],
+    context: Context = nullcontext,
     batch_size: int | str = "auto",
-    description: str = "complete",
-) -> list[str]:
-    """Greedy completions, each up to its end of turn.
+) -> Metrics:
+    """Refusal metrics and KL of a model under an intervention.
 
     Args:
-        loaded: model and tokenizer.
-        prompts: token ids.
+        subject: the model.
+        ids: token ids of the prompts, by kind.
+        baseline: last-token logits ``[n, vocabulary]`` of the unmodified model on harmless prompts.
+        refusal_tokens: ids of the first tokens that count as refusing.
+        context: the intervention.
+        batch_size: prompts per forward pass, or ``auto``.
+
+    Raises:
+        InputError: the model has another vocabulary than the baseline.
+    """
+    harmful, harmless = (
+        all_last_logits(subject.model, ids[kind], batch_size, context(), team=subject.team)
+        for kind in KINDS
+    )
+    if harmless.shape != baseline.shape:
+        raise InputError(
+            f"{subject.checkpoint.name} has a vocabulary of {harmless.shape[1]}, the model that it "
+            f"is compared with {baseline.shape[1]}: give a checkpoint made from that model"
+        )
+    return Metrics(
+        float(refusal_score(harmful, refusal_tokens).mean()),
+        float(refusal_score(harmless, refusal_tokens).mean()),
+        float(kl_divergence(baseline, harmless).mean()),
+    )
+
+
+def complete(
+    subject: Loaded,
+    ids: Sequence[Sequence[int]],
+    file: CompletionFile,
+    context: Context = nullcontext,
+    max_new_tokens: int = 512,
+    batch_size: int | str = "auto",
+    label: tuple[str, str] = ("", ""),
+    chat: ChatFormat | None = None,
+) -> None:
+    """Complete the prompts of ``file`` that have no completion yet, each up to its end of turn.
+
+    Args:
+        subject: model and tokenizer.
+        ids: token ids of the file's prompts.
+        file: what gets each completion as soon as it ends.
+        context: the intervention.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts per batch, or ``auto``.
-        description: shown beside the progress bar.
+        label: intervention and kind, for the progress bar and the log.
+        chat: how the prompts were formatted.
     """
-    answers = greedy_answers(loaded, prompts, max_new_tokens, batch_size, description)
-    return [loaded.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+    prompts = list(file.prompts.values())
+    done = [row for row, prompt in enumerate(prompts) if file.done(prompt.text)]
+    refused = sum(completion.refused for completion in file.completions)
+    count, spoke = len(done), time.monotonic()
+    where = f"evaluate: {label[0]}, {label[1]}"
+    if done and len(done) < len(prompts):
+        log.info("%s: %d of %d completions are there already", where, len(done), len(prompts))
+
+    def answered(row: int, answer: list[int]) -> str:
+        nonlocal refused, count, spoke
+        text = subject.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        prompt = prompts[row]
+        file.put(Completion(prompt.text, prompt.category, text, is_refusal(text)))
+        refused += is_refusal(text)
+        count += 1
+        note = f"{refused} of {count} refused"
+        if bars_hidden() and time.monotonic() - spoke > _EVERY:
+            spoke = time.monotonic()
+            log.info("%s: %s (%d prompts)", where, note, len(prompts))
+        return note
+
+    if len(done) < len(prompts):
+        with context(), file.writing():
+            greedy_answers(subject, ids, max_new_tokens, batch_size, where, answered, done, chat)
+    log.info("%s: %d of %d refused", where, refused, len(prompts))
+
+
+def deltas(interventions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Each intervention's figures less the baseline's; empty without a baseline."""
+    baseline = interventions.get("baseline")
+    if baseline is None:
+        return {}
+    return {
+        name: {
+            kind: {
+                score: _less(found[kind][score], baseline[kind][score])
+                for score in ("refusal_score", "safety_score", "refusal_metric")
+            }
+            for kind in KINDS
+        }
+        | {
+            "kl_divergence": _less(found["kl_divergence"], baseline["kl_divergence"]),
+            "losses": {
+                corpus: {
+                    key: _less(loss[key], baseline["losses"][corpus][key])
+                    for key in ("loss", "perplexity")
+                }
+                for corpus, loss in found["losses"].items()
+            },
+            "tasks": {
+                task: {
+                    key: _less(value, baseline["tasks"].get(task, {}).get(key))
+                    for key, value in figures.items()
+                    if "_stderr," not in key
+                }
+                for task, figures in found["tasks"].items()
+            },
+        }
+        for name, found in interventions.items()
+        if name != "baseline"
+    }
+
+
+def _less(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other

@@ -13,7 +13,7 @@ from abliterate.settings import Settings
 _MODEL, _CHAT, _PROMPTS, _METHOD = "Model", "Chat format", "Prompts", "Method"
 
 
-def _option(key: str, flags: tuple[str, ...], help: str, panel: str) -> Any:
+def setting_option(key: str, flags: tuple[str, ...], help: str, panel: str) -> Any:
     """An option that overrides the setting ``table.key``."""
     table, name = key.split(".")
     section = Settings.model_fields[table].default
@@ -38,14 +38,16 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, warning
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library logs.")]
 
 Revision = Annotated[
-    str | None, _option("model.revision", ("--revision",), "Hub branch, tag or commit.", _MODEL)
+    str | None,
+    setting_option("model.revision", ("--revision",), "Hub branch, tag or commit.", _MODEL),
 ]
 Device = Annotated[
-    str | None, _option("model.device", ("--device",), "auto, cpu, cuda, cuda:1, mps, ...", _MODEL)
+    str | None,
+    setting_option("model.device", ("--device",), "auto, cpu, cuda, cuda:1, mps, ...", _MODEL),
 ]
 DeviceMap = Annotated[
     str | None,
-    _option(
+    setting_option(
         "model.device_map",
         ("--device-map",),
         "Spread the model over this machine's devices: auto, or JSON of devices by module.",
@@ -54,7 +56,7 @@ DeviceMap = Annotated[
 ]
 TensorParallel = Annotated[
     bool | None,
-    _option(
+    setting_option(
         "model.tensor_parallel",
         ("--tensor-parallel/--no-tensor-parallel",),
         "Under torchrun: every rank holds a part of each matrix.",
@@ -63,7 +65,7 @@ TensorParallel = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    _option(
+    setting_option(
         "model.dtype",
         ("--dtype",),
         "auto, float32, bfloat16 or float16. auto: the checkpoint's own; float32 on a CPU.",
@@ -72,22 +74,26 @@ Dtype = Annotated[
 ]
 BatchSize = Annotated[
     str | None,
-    _option("model.batch_size", ("--batch-size",), "Prompts per forward pass, or auto.", _MODEL),
+    setting_option(
+        "model.batch_size", ("--batch-size",), "Prompts per forward pass, or auto.", _MODEL
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool | None,
-    _option(
+    setting_option(
         "model.trust_remote_code",
         ("--trust-remote-code",),
         "Run the Python code that the checkpoint brings along.",
         _MODEL,
     ),
 ]
-Seed = Annotated[int | None, _option("model.seed", ("--seed",), "Of all sampling.", _MODEL)]
-System = Annotated[str | None, _option("chat.system", ("--system",), "System message.", _CHAT)]
+Seed = Annotated[int | None, setting_option("model.seed", ("--seed",), "Of all sampling.", _MODEL)]
+System = Annotated[
+    str | None, setting_option("chat.system", ("--system",), "System message.", _CHAT)
+]
 TemplateKwargs = Annotated[
     str | None,
-    _option(
+    setting_option(
         "chat.template_kwargs",
         ("--chat-template-kwargs",),
         "JSON object of chat template variables.",
@@ -96,7 +102,7 @@ TemplateKwargs = Annotated[
 ]
 ResponsePrefix = Annotated[
     str | None,
-    _option(
+    setting_option(
         "chat.response_prefix",
         ("--response-prefix",),
         "Text that the assistant's turn starts with.",
@@ -107,11 +113,11 @@ ResponsePrefix = Annotated[
 _SOURCE = "Set name, file or org/name[/config][@revision][:split], each with optional [column]."
 Harmful = Annotated[
     str | None,
-    _option("extract.harmful", ("--harmful",), f"Harmful prompts. {_SOURCE}", _PROMPTS),
+    setting_option("extract.harmful", ("--harmful",), f"Harmful prompts. {_SOURCE}", _PROMPTS),
 ]
 Harmless = Annotated[
     str | None,
-    _option("extract.harmless", ("--harmless",), "Harmless prompts, likewise.", _PROMPTS),
+    setting_option("extract.harmless", ("--harmless",), "Harmless prompts, likewise.", _PROMPTS),
 ]
 LaterHarmful = Annotated[
     str | None,
@@ -132,18 +138,22 @@ LaterHarmless = Annotated[
     ),
 ]
 NTrain = Annotated[
-    int | None, _option("extract.n_train", ("--n-train",), "Training prompts per kind.", _PROMPTS)
+    int | None,
+    setting_option("extract.n_train", ("--n-train",), "Training prompts per kind.", _PROMPTS),
 ]
 NVal = Annotated[
-    int | None, _option("select.n_val", ("--n-val",), "Validation prompts per kind.", _PROMPTS)
+    int | None,
+    setting_option("select.n_val", ("--n-val",), "Validation prompts per kind.", _PROMPTS),
 ]
 NTest = Annotated[
     int | None,
-    _option("evaluate.n_test", ("--n-test",), "Test prompts per kind. Default: all.", _PROMPTS),
+    setting_option(
+        "evaluate.n_test", ("--n-test",), "Test prompts per kind. Default: all.", _PROMPTS
+    ),
 ]
 Filter = Annotated[
     bool | None,
-    _option(
+    setting_option(
         "extract.filter",
         ("--filter/--no-filter",),
         "Drop harmful prompts that are answered and harmless ones that are refused.",
@@ -152,7 +162,7 @@ Filter = Annotated[
 ]
 Positions = Annotated[
     str | None,
-    _option(
+    setting_option(
         "extract.positions",
         ("--positions",),
         "post-instruction, last, or a list such as -5,-1.",
@@ -161,7 +171,7 @@ Positions = Annotated[
 ]
 RefusalToken = Annotated[
     list[str] | None,
-    _option(
+    setting_option(
         "extract.refusal_tokens",
         ("--refusal-token",),
         "Token string, id or preset (llama-2, llama-3, gemma, yi, qwen); repeatable. "
@@ -171,15 +181,17 @@ RefusalToken = Annotated[
 ]
 KlThreshold = Annotated[
     float | None,
-    _option("select.kl_threshold", ("--kl-threshold",), "Largest KL divergence.", _METHOD),
+    setting_option("select.kl_threshold", ("--kl-threshold",), "Largest KL divergence.", _METHOD),
 ]
 InduceThreshold = Annotated[
     float | None,
-    _option("select.induce_threshold", ("--induce-threshold",), "Smallest induce score.", _METHOD),
+    setting_option(
+        "select.induce_threshold", ("--induce-threshold",), "Smallest induce score.", _METHOD
+    ),
 ]
 PruneLayers = Annotated[
     float | None,
-    _option(
+    setting_option(
         "select.prune_layers",
         ("--prune-layers",),
         "Share of the last layers that is left out.",
@@ -188,7 +200,7 @@ PruneLayers = Annotated[
 ]
 SearchKind = Annotated[
     str | None,
-    _option(
+    setting_option(
         "select.search",
         ("--search",),
         "staged: leave out what cannot change the choice. exhaustive: every score, for plots.",
@@ -197,7 +209,7 @@ SearchKind = Annotated[
 ]
 AllLayers = Annotated[
     bool | None,
-    _option(
+    setting_option(
         "select.all_layers",
         ("--all-layers",),
         "Score the candidates of the left-out layers too, for plots.",
@@ -206,7 +218,7 @@ AllLayers = Annotated[
 ]
 KlOn = Annotated[
     str | None,
-    _option(
+    setting_option(
         "select.kl_on",
         ("--kl-on",),
         "last: KL at the last prompt token. response:N: mean over the first N answer tokens.",
@@ -215,15 +227,15 @@ KlOn = Annotated[
 ]
 MaxNewTokens = Annotated[
     int | None,
-    _option("evaluate.max_new_tokens", ("--max-new-tokens",), "Longest answer.", _METHOD),
+    setting_option("evaluate.max_new_tokens", ("--max-new-tokens",), "Longest answer.", _METHOD),
 ]
 Overwrite = Annotated[
     bool | None,
-    _option("orthogonalize.overwrite", ("--overwrite",), "Replace the output.", _METHOD),
+    setting_option("orthogonalize.overwrite", ("--overwrite",), "Replace the output.", _METHOD),
 ]
 AllowLeak = Annotated[
     float | None,
-    _option(
+    setting_option(
         "orthogonalize.allow_leak",
         ("--allow-leak",),
         "Edit an architecture that cannot be made exact, if no more than this share of the "
@@ -234,11 +246,13 @@ AllowLeak = Annotated[
 _EDIT = "Other edits than the paper's"
 Layers = Annotated[
     str | None,
-    _option("orthogonalize.layers", ("--layers",), "Blocks to edit: 10-25, or 3,5-7.", _EDIT),
+    setting_option(
+        "orthogonalize.layers", ("--layers",), "Blocks to edit: 10-25, or 3,5-7.", _EDIT
+    ),
 ]
 Components = Annotated[
     str | None,
-    _option(
+    setting_option(
         "orthogonalize.components",
         ("--components",),
         "Any of attention, mlp, embedding (or mixer, expert, position, other), with commas.",
@@ -247,15 +261,17 @@ Components = Annotated[
 ]
 Scale = Annotated[
     float | None,
-    _option("orthogonalize.scale", ("--scale",), "Share of the direction to remove.", _EDIT),
+    setting_option("orthogonalize.scale", ("--scale",), "Share of the direction to remove.", _EDIT),
 ]
 NormPreserve = Annotated[
     bool | None,
-    _option("orthogonalize.norm_preserve", ("--norm-preserve",), "Rows keep their norm.", _EDIT),
+    setting_option(
+        "orthogonalize.norm_preserve", ("--norm-preserve",), "Rows keep their norm.", _EDIT
+    ),
 ]
 TiedEmbeddings = Annotated[
     str | None,
-    _option(
+    setting_option(
         "orthogonalize.tied_embeddings",
         ("--tied-embeddings",),
         "untie (the head keeps the original), share (both are edited) or skip (neither).",
@@ -264,7 +280,7 @@ TiedEmbeddings = Annotated[
 ]
 Add = Annotated[
     float | None,
-    _option(
+    setting_option(
         "orthogonalize.add",
         ("--add",),
         "Bake in the addition of this multiple of the direction instead, as a bias.",
@@ -273,12 +289,12 @@ Add = Annotated[
 ]
 AsLora = Annotated[
     bool | None,
-    _option("orthogonalize.as_lora", ("--as-lora",), "Write a PEFT adapter instead.", _EDIT),
+    setting_option("orthogonalize.as_lora", ("--as-lora",), "Write a PEFT adapter instead.", _EDIT),
 ]
 _STORAGE = "Formats and machine"
 Requantize = Annotated[
     bool | None,
-    _option(
+    setting_option(
         "orthogonalize.requantize",
         ("--requantize",),
         "Store edited FP8 and MXFP4 tensors in their format again.",
@@ -287,15 +303,19 @@ Requantize = Annotated[
 ]
 Dequantize = Annotated[
     bool | None,
-    _option("orthogonalize.dequantize", ("--dequantize",), "Write them as bfloat16.", _STORAGE),
+    setting_option(
+        "orthogonalize.dequantize", ("--dequantize",), "Write them as bfloat16.", _STORAGE
+    ),
 ]
 EditDevice = Annotated[
     str | None,
-    _option("orthogonalize.device", ("--device",), "Where to compute: cpu, cuda, ...", _STORAGE),
+    setting_option(
+        "orthogonalize.device", ("--device",), "Where to compute: cpu, cuda, ...", _STORAGE
+    ),
 ]
 Jobs = Annotated[
     int | None,
-    _option("orthogonalize.jobs", ("--jobs",), "Cores to use. Default: all.", _STORAGE),
+    setting_option("orthogonalize.jobs", ("--jobs",), "Cores to use. Default: all.", _STORAGE),
 ]
 DirectionFrom = Annotated[
     str | None,

@@ -7,11 +7,11 @@ from typing import Any
 
 from abliterate.console import log
 from abliterate.direction import load_direction
+from abliterate.evaluation_stage import evaluate_stage
 from abliterate.models import Checkpoint
 from abliterate.stages import (
     MODEL,
     Session,
-    evaluate_stage,
     extract_stage,
     orthogonalize_stage,
     select_stage,

@@ -99,12 +99,28 @@ class OrthogonalizeSettings(_Section):
 
 
 class EvaluateSettings(_Section):
-    """Test prompts and decoding. None: the sources of ``extract``, and all of their prompts."""
+    """Test prompts, decoding, judge and capability checks.
+
+    None for the prompts: the sources of ``extract``, and all that they hold.
+    """
 
     harmful: str | None = None
     harmless: str | None = None
     n_test: int | None = Field(None, ge=1)
     max_new_tokens: int = Field(512, ge=1)
+    corpus: tuple[str, ...] = ()
+    corpus_texts: int = Field(4096, ge=1)
+    corpus_tokens: int = Field(256, ge=2)
+    tasks: str | None = None
+    tasks_dir: str | None = None
+    task_limit: int | None = Field(None, ge=1)
+    judge: str | None = None
+    judge_url: str | None = None
+    judge_model: str | None = None
+    judge_template: Literal["llama-guard", "prompt"] = "llama-guard"
+    judge_timeout: float = Field(60.0, gt=0)
+    judge_retries: int = Field(4, ge=0)
+    judge_concurrency: int = Field(8, ge=1)
 
 
 class Settings(_Section):

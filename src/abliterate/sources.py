@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,28 +97,38 @@ def read_source(spec: str) -> PromptSource:
 
 
 def _read_file(path: Path, column: str | None) -> tuple[Prompt, ...]:
+    prompts = _to_prompts(read_rows(path), str(path), column)
+    if not prompts:
+        raise InputError(f"prompt file {path} holds no prompts")
+    return prompts
+
+
+def read_rows(path: Path, what: str = "prompt file") -> list[Any]:
+    """The lines (``.txt``), entries or rows of a file, as they are.
+
+    Args:
+        path: a file of one of ``FILE_TYPES``.
+        what: what the file is, for error messages.
+
+    Raises:
+        InputError: it is missing, unreadable, empty, damaged or of another type.
+    """
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file ({', '.join(FILE_TYPES)}) inside it")
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"prompt file {path} does not exist") from None
+        raise InputError(f"{what} {path} does not exist") from None
     except OSError as error:
-        raise InputError(f"prompt file {path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
     kind = path.suffix.lower()
     if kind not in FILE_TYPES:
         raise InputError(f"{path}: unknown file type '{kind}', use one of {', '.join(FILE_TYPES)}")
     if not raw.strip():
-        raise InputError(f"prompt file {path} is empty")
-    rows: Iterable[Any]
+        raise InputError(f"{what} {path} is empty")
     if kind == ".parquet":
-        rows = _parquet_rows(path, raw)
-    else:
-        rows = _text_rows(path, kind, _decode(path, raw))
-    prompts = _to_prompts(list(rows), str(path), column)
-    if not prompts:
-        raise InputError(f"prompt file {path} holds no prompts")
-    return prompts
+        return _parquet_rows(path, raw)
+    return _text_rows(path, kind, _decode(path, raw))
 
 
 def _decode(path: Path, raw: bytes) -> str:

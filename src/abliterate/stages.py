@@ -7,6 +7,7 @@ the stage depended on, so that ``run`` can tell a finished stage from a stale on
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,19 +24,17 @@ from abliterate.artifacts import (
     hash_json,
     read_json,
     versions,
-    write_atomically,
     write_json,
     write_tensors,
 )
-from abliterate.chat import ChatFormat, encode
+from abliterate.chat import ChatFormat
 from abliterate.choice import Score
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, save_direction
 from abliterate.edit_options import edit_options
 from abliterate.editing import RECORD, orthogonalize
 from abliterate.errors import InputError, SelectionError
-from abliterate.evaluation import evaluate
-from abliterate.extraction import Extraction, extract, find_refusal_tokens
+from abliterate.extraction import Extraction, extract
 from abliterate.models import Checkpoint, Loaded, load_model
 from abliterate.placement import Placement, devices, find_placement
 from abliterate.prompts import load_prompts, prompt_key
@@ -84,6 +83,13 @@ class Session:
         )
         return loaded
 
+    def release(self) -> None:
+        """Let go of the model; it is loaded again when it is next needed."""
+        if self.__dict__.pop("loaded", None) is not None:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         return self.checkpoint.identity()
@@ -106,7 +112,7 @@ class Session:
         }
 
 
-def _finished(record: Path, inputs: str, outputs: Mapping[str, Path]) -> dict[str, Any] | None:
+def finished(record: Path, inputs: str, outputs: Mapping[str, Path]) -> dict[str, Any] | None:
     """The record, if the stage ran on the same inputs and its outputs are still as it left them."""
     try:
         document: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
@@ -131,12 +137,12 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
     }
     inputs = hash_json(
         session.base_inputs()
-        | {"settings": settings.model_dump(), "prompts": _keys(prompts, keep_text=True)}
+        | {"settings": settings.model_dump(), "prompts": prompt_keys(prompts, keep_text=True)}
     )
     tensors = run / DIRECTIONS
     team.same(inputs, "model, prompt set or package version")
     outputs = {DIRECTIONS: tensors}
-    if reuse and (done := team.lead(lambda: _finished(run / EXTRACT, inputs, outputs))):
+    if reuse and (done := team.lead(lambda: finished(run / EXTRACT, inputs, outputs))):
         return done
     loaded = session.loaded
     started = time.perf_counter()
@@ -182,7 +188,7 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
                     ("harmless", result.kept_harmless),
                 )
             },
-            "prompts": _keys(prompts),
+            "prompts": prompt_keys(prompts),
             "settings": session.settings.model_dump(include={"model", "chat", "extract"}),
             "seed": seed,
             "versions": versions(),
@@ -205,7 +211,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     team = session.placement.team
     extracted = team.lead(lambda: read_json(run / EXTRACT, f"extract MODEL -o {run}"))
     settings, seed = session.settings.select, session.settings.model.seed
-    sources = _sources(session.settings, settings.harmful, settings.harmless)
+    sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
     prompts = {
         kind: load_prompts(
             source, "val", settings.n_val, seed, extracted["prompts"][kind], "--n-val"
@@ -217,14 +223,14 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         session.base_inputs()
         | {
             "settings": settings.model_dump(),
-            "prompts": _keys(prompts, keep_text=True),
+            "prompts": prompt_keys(prompts, keep_text=True),
             "directions": team.lead(lambda: hash_file(tensors) if tensors.exists() else None),
             "refusal_tokens": extracted["refusal_tokens"],
         }
     )
     team.same(inputs, "model, prompt set or package version")
     outputs = {FILE_NAME: direction}
-    if reuse and (done := team.lead(lambda: _finished(run / SELECTION, inputs, outputs))):
+    if reuse and (done := team.lead(lambda: finished(run / SELECTION, inputs, outputs))):
         return done
     extraction = team.lead(lambda: Extraction.load(tensors, extracted))
     known = team.lead(lambda: load_partial(partial, inputs, extracted["n_layers"]))
@@ -274,7 +280,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
                 "harmful": {"given": settings.n_val, "used": result.n_harmful},
                 "harmless": {"given": settings.n_val, "used": result.n_harmless},
             },
-            "prompts": _keys(prompts),
+            "prompts": prompt_keys(prompts),
             "settings": session.settings.model_dump(include={"model", "chat", "select"}),
             "seed": seed,
             "versions": versions(),
@@ -319,127 +325,18 @@ def orthogonalize_stage(
     return dict(read_json(out / RECORD, "orthogonalize"))
 
 
-def evaluate_stage(
-    session: Session,
-    direction: Direction | None,
-    interventions: Sequence[str],
-    edited: Mapping[str, Checkpoint],
-    run: Path | None,
-    out: Path | None,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Compare interventions on test prompts; returns the record ``evaluation.json``.
-
-    Args:
-        session: the model that is intervened on.
-        direction: what to ablate or add.
-        interventions: which to run.
-        edited: further checkpoints, by the name of their row.
-        run: the run folder whose prompts are never used again and whose refusal tokens count.
-        out: where record and completions go, or None to write nothing.
-        reuse: return an up-to-date record instead of computing it again.
-    """
-    team = session.placement.team
-    if out is not None:
-        team.lead(lambda: check_writable(out))
-    settings, seed = session.settings.evaluate, session.settings.model.seed
-    records = [
-        read_json(run / name, "run")
-        for name in (EXTRACT, SELECTION)
-        if run is not None and (run / name).is_file()
-    ]
-    prompts = {
-        kind: load_prompts(
-            source,
-            "test",
-            settings.n_test,
-            seed,
-            [key for record in records for key in record["prompts"][kind]],
-            "--n-test",
-        )
-        for kind, source in _sources(session.settings, settings.harmful, settings.harmless).items()
-    }
-    named = [str(token["id"]) for record in records[:1] for token in record["refusal_tokens"]]
-    named = named or list(session.settings.extract.refusal_tokens)
-    inputs = hash_json(
-        session.base_inputs()
-        | {
-            "settings": settings.model_dump(),
-            "prompts": _keys(prompts, keep_text=True),
-            "direction": direction and direction.sha256,
-            "interventions": list(interventions),
-            "edited": {name: other.identity() for name, other in edited.items()},
-            "refusal_tokens": named,
-        }
-    )
-    team.same(inputs, "model, prompt set or package version")
-    if (
-        reuse
-        and out
-        and (done := team.lead(lambda: _finished(out / EVALUATION, inputs, _completion_files(out))))
-    ):
-        return done
-    loaded = session.loaded
-    started = time.perf_counter()
-    size = session.settings.model.batch_size
-    ids = [
-        encode(loaded.tokenizer, [p.text for p in kind], session.chat) for kind in prompts.values()
-    ]
-    tokens = find_refusal_tokens(loaded, ids[0], ids[1], named, size)
-    outcomes = evaluate(
-        loaded,
-        prompts["harmful"],
-        prompts["harmless"],
-        tokens,
-        direction,
-        interventions,
-        {name: session.load(other) for name, other in edited.items()},
-        session.chat,
-        settings.max_new_tokens,
-        size,
-    )
-    record = {
-        "model": session.identity,
-        "direction": direction and direction.summary(),
-        "interventions": {name: outcome.summary() for name, outcome in outcomes.items()},
-        "refusal_tokens": [{"id": i, "token": loaded.tokenizer.decode([i])} for i in tokens],
-        "settings": session.settings.model_dump(include={"model", "chat", "evaluate"}),
-        "seed": seed,
-        "versions": versions(),
-        "seconds": time.perf_counter() - started,
-        "inputs": inputs,
-        "outputs": {},
-    }
-
-    def write(out: Path) -> dict[str, Any]:
-        for name, outcome in outcomes.items():
-            for kind in ("harmful", "harmless"):
-                lines = [
-                    json.dumps(asdict(completion), ensure_ascii=False) + "\n"
-                    for completion in getattr(outcome, kind)
-                ]
-                write_atomically(
-                    out / COMPLETIONS / f"{name}-{kind}.jsonl", "".join(lines).encode()
-                )
-        record["outputs"] = {name: hash_file(path) for name, path in _completion_files(out).items()}
-        write_json(out / EVALUATION, record)
-        return record
-
-    return record if out is None else team.lead(lambda: write(out))
-
-
-def _completion_files(out: Path) -> dict[str, Path]:
-    return {path.name: path for path in sorted((out / COMPLETIONS).glob("*.jsonl"))}
-
-
-def _sources(settings: Settings, harmful: str | None, harmless: str | None) -> dict[str, str]:
+def prompt_sources(settings: Settings, harmful: str | None, harmless: str | None) -> dict[str, str]:
+    """A stage's prompt sources by kind; None for the one of ``extract``."""
     return {
         "harmful": harmful or settings.extract.harmful,
         "harmless": harmless or settings.extract.harmless,
     }
 
 
-def _keys(prompts: Mapping[str, Sequence[Prompt]], keep_text: bool = False) -> dict[str, list[str]]:
+def prompt_keys(
+    prompts: Mapping[str, Sequence[Prompt]], keep_text: bool = False
+) -> dict[str, list[str]]:
+    """Prompts by kind, as their hashes (or, to be hashed themselves, their texts)."""
     key: Callable[[str], str] = str if keep_text else prompt_key
     return {kind: [key(prompt.text) for prompt in chosen] for kind, chosen in prompts.items()}
 

@@ -1,0 +1,129 @@
+"""Evaluations as people read them: rows are interventions, columns metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from abliterate.console import print_line, print_table
+
+_KINDS = ("harmful", "harmless")
+
+
+def show_evaluation(record: Mapping[str, Any]) -> None:
+    """Print a record ``evaluation.json``: each figure, and its difference from the baseline's."""
+    results, changes = record["interventions"], record["deltas"]
+    rows = {name: _cells(record, name) for name in results}
+    columns = next(iter(rows.values()))
+    print_table(
+        "Refusals on test prompts (95% interval), and what changed against the baseline",
+        ["intervention", *columns],
+        [[name, *cells.values()] for name, cells in rows.items()],
+    )
+    _show_tasks(results, changes)
+    _show_failures(record["judge_failures"])
+
+
+def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
+    """One row of the table, by column."""
+    found, change = record["interventions"][name], record["deltas"].get(name, {})
+    cells = {f"{kind} refused": _refused(record, name, kind) for kind in _KINDS}
+    if record["judge"]:
+        cells |= {f"{kind} safe": _safe(record, name, kind) for kind in _KINDS}
+    cells |= {f"{kind} metric": f"{found[kind]['refusal_metric']:.2f}" for kind in _KINDS}
+    cells["harmless KL"] = f"{found['kl_divergence']:.4f}"
+    for corpus, loss in found["losses"].items():
+        for key, title in (("loss", "loss"), ("perplexity", "PPL")):
+            less = change.get("losses", {}).get(corpus, {}).get(key)
+            cells[f"{corpus} {title}"] = _with_change(loss[key], less, ".3f")
+    return cells
+
+
+def show_score(document: Mapping[str, Any]) -> None:
+    """Print what ``score`` found: all completions, then each category."""
+    found = document["scores"]
+    rows = [("all", found), *found["categories"].items()]
+    judge = document["judge"]
+    print_table(
+        f"{document['file']}: scores (95% interval)",
+        ["category", "n", "refusal score", *(["safety score"] if judge else [])],
+        [
+            [
+                name,
+                str(part["n"]),
+                _share(part, "refusal_score"),
+                *([_share(part, "safety_score")] if judge else []),
+            ]
+            for name, part in rows
+        ],
+    )
+    _show_failures(document["judge_failures"])
+
+
+def _refused(record: Mapping[str, Any], name: str, kind: str) -> str:
+    now = record["interventions"][name][kind]
+    low, high = now["refusal_score_ci"]
+    text = f"{now['refused']}/{now['n']} ({now['refusal_score']:.0%}, {low:.0%}-{high:.0%})"
+    return text + _points(record, name, kind, "refusal_score")
+
+
+def _safe(record: Mapping[str, Any], name: str, kind: str) -> str:
+    text = _share(record["interventions"][name][kind], "safety_score")
+    return text + _points(record, name, kind, "safety_score")
+
+
+def _share(part: Mapping[str, Any], key: str) -> str:
+    if part[key] is None:
+        return "-"
+    low, high = part[f"{key}_ci"]
+    return f"{part[key]:.0%} ({low:.0%}-{high:.0%})"
+
+
+def _points(record: Mapping[str, Any], name: str, kind: str, key: str) -> str:
+    change = record["deltas"].get(name, {}).get(kind, {}).get(key)
+    return "" if change is None else f" {change:+.0%}"
+
+
+def _with_change(value: float | None, change: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + ("" if change is None else f" {change:+{form}}")
+
+
+def _show_tasks(results: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """One row per task and metric, one column per intervention: base against edited."""
+    figures = dict.fromkeys(
+        (task, key)
+        for result in results.values()
+        for task, found in result["tasks"].items()
+        for key in found
+        if "_stderr," not in key
+    )
+    if not figures:
+        return
+
+    def cell(name: str, task: str, key: str) -> str:
+        found = results[name]["tasks"].get(task, {})
+        metric, _, selector = key.partition(",")
+        error = found.get(f"{metric}_stderr,{selector}")
+        text = _with_change(
+            found.get(key), changes.get(name, {}).get("tasks", {}).get(task, {}).get(key), ".4f"
+        )
+        return text if error is None else f"{text} (se {error:.4f})"
+
+    print_table(
+        "Benchmarks (lm-eval), and what changed against the baseline",
+        ["task", "metric", *results],
+        [
+            [task, key.removesuffix(",none"), *(cell(name, task, key) for name in results)]
+            for task, key in figures
+        ],
+        left=2,
+    )
+
+
+def _show_failures(failures: list[Mapping[str, Any]]) -> None:
+    reasons = Counter(failure["error"] for failure in failures)
+    for reason, count in reasons.most_common():
+        print_line(f"no verdict on {count} completions: {reason}")

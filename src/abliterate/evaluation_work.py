@@ -1,0 +1,253 @@
+"""What an evaluation measures, row by row, and what of it is known already.
+
+Whatever costs time is kept as it is made, under a hash of what it depends on: completions and
+verdicts line by line, the other figures in ``completions/measured.json``. An interrupted evaluation
+goes on from there, and one with a further judge, corpus or task computes that alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from abliterate.artifacts import hash_json, write_json
+from abliterate.completions import Completion, CompletionFile
+from abliterate.corpora import Corpus, Example
+from abliterate.direction import Direction
+from abliterate.evaluation import (
+    KINDS,
+    Context,
+    Metrics,
+    Outcome,
+    complete,
+    encode_prompts,
+    intervention,
+    measure,
+)
+from abliterate.extraction import find_refusal_tokens
+from abliterate.forward import all_last_logits
+from abliterate.losses import measure_loss
+from abliterate.models import Checkpoint, Loaded
+from abliterate.sources import Prompt
+from abliterate.stages import COMPLETIONS, Session, prompt_keys
+from abliterate.tasks import Tasks, run_tasks
+
+MEASURED = "measured.json"
+
+
+@dataclass
+class Work:
+    """One evaluation: what is asked, and what has been measured; models are loaded on demand."""
+
+    session: Session
+    direction: Direction | None
+    edited: Mapping[str, Checkpoint]
+    prompts: Mapping[str, tuple[Prompt, ...]]
+    named_tokens: Sequence[str]
+    corpora: dict[str, Corpus | None]
+    tasks: Tasks | None
+    tasks_hash: str | None
+    out: Path | None
+    judge_key: str | None
+    files: dict[tuple[str, str], CompletionFile] = field(default_factory=dict)
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    _loaded: dict[str, Loaded] = field(default_factory=dict)
+
+    def run(self, name: str) -> None:
+        """Complete, measure and benchmark one row."""
+        for kind in KINDS:
+            self.complete(name, kind)
+        key: dict[str, Any] = {
+            "prompts": prompt_keys(self.prompts, keep_text=True),
+            "tokens": self.named_tokens,
+        }
+        found = self.memo.get(self._key(name, "metrics", key), lambda: asdict(self._measure(name)))
+        self.metrics[name] = Metrics(**found)
+        self.losses[name] = {corpus: self._loss(name, corpus) for corpus in self.corpora}
+        self.figures[name] = {}
+        if (tasks := self.tasks) is not None:
+            key = {"tasks": tasks.summary(), "folder": self.tasks_hash}
+            self.figures[name] = self.memo.get(
+                self._key(name, "tasks", key), lambda: self._run_tasks(name, tasks)
+            )
+
+    def complete(self, name: str, kind: str) -> CompletionFile:
+        """The completions of one row on one kind of prompts."""
+        if (name, kind) in self.files:
+            return self.files[name, kind]
+        settings = self.session.settings.evaluate
+        prompts = self.prompts[kind]
+        path, team = None, self.session.placement.team
+        if self.out is not None and team.leads:
+            path = self.out / COMPLETIONS / f"{name}-{kind}.jsonl"
+        key = {"prompts": [p.text for p in prompts], "max_new_tokens": settings.max_new_tokens}
+        file = CompletionFile(path, prompts, self._key(name, "completions", key), self.judge_key)
+        file.adopt(team.tell(file.completions))
+        if len(file.completions) < len(prompts):
+            subject, context = self._subject(name)
+            complete(
+                subject,
+                self.ids[kind],
+                file,
+                context,
+                settings.max_new_tokens,
+                self._batch_size,
+                (name, kind),
+                self.session.chat,
+            )
+        self.files[name, kind] = file
+        return file
+
+    def outcome(self, name: str, judged: bool) -> Outcome:
+        """All that is known of one row; verdicts only if a judge was asked this time."""
+        harmful, harmless = (self.files[name, kind].completions for kind in KINDS)
+        if not judged:
+            harmful, harmless = _unjudged(harmful), _unjudged(harmless)
+        return Outcome(
+            harmful,
+            harmless,
+            self.metrics[name],
+            self.losses[name],
+            self.figures[name],
+            self.session.settings.model.seed,
+        )
+
+    @cached_property
+    def memo(self) -> _Memo:
+        team = self.session.placement.team
+        here = self.out is not None and team.leads
+        memo = _Memo(self.out / COMPLETIONS / MEASURED if self.out and here else None)
+        memo.known = team.tell(memo.known)
+        return memo
+
+    @cached_property
+    def ids(self) -> dict[str, list[list[int]]]:
+        base, chat = self.session.loaded, self.session.chat
+        return {kind: encode_prompts(base, self.prompts[kind], chat) for kind in KINDS}
+
+    @cached_property
+    def baseline(self) -> Tensor:
+        """Last-token logits of the unmodified model on harmless prompts."""
+        base = self.session.loaded
+        return all_last_logits(base.model, self.ids["harmless"], self._batch_size, team=base.team)
+
+    @cached_property
+    def refusal_tokens(self) -> list[dict[str, Any]]:
+        def find() -> list[dict[str, Any]]:
+            base = self.session.loaded
+            harmful, harmless = (self.ids[kind] for kind in KINDS)
+            found = find_refusal_tokens(
+                base, harmful, harmless, list(self.named_tokens), self._batch_size
+            )
+            return [{"id": i, "token": base.tokenizer.decode([i])} for i in found]
+
+        key = {"prompts": prompt_keys(self.prompts, keep_text=True), "tokens": self.named_tokens}
+        found: list[dict[str, Any]] = self.memo.get(self._key("baseline", "refusal", key), find)
+        return found
+
+    @property
+    def _batch_size(self) -> int | str:
+        return self.session.settings.model.batch_size
+
+    def _measure(self, name: str) -> Metrics:
+        tokens = [token["id"] for token in self.refusal_tokens]
+        baseline = self.baseline  # before another model takes the base's place
+        subject, context = self._subject(name)
+        return measure(subject, self.ids, baseline, tokens, context, self._batch_size)
+
+    def _loss(self, name: str, corpus: str) -> dict[str, Any]:
+        settings = self.session.settings.evaluate
+        texts = self.corpora[corpus]
+        if texts is None:  # the model's own baseline completions, harmless prompts
+            own = self.complete("baseline", "harmless").completions
+            examples = tuple(Example(c.response, c.prompt) for c in own if c.response)
+            texts = self.corpora[corpus] = Corpus(corpus, "baseline completions", examples)
+        chosen = texts
+
+        def find() -> dict[str, Any]:
+            subject, context = self._subject(name)
+            where = f"evaluate: {name}, loss on {corpus}"
+            return measure_loss(
+                subject,
+                chosen,
+                context(),
+                self.session.chat,
+                settings.corpus_tokens,
+                self._batch_size,
+                where,
+            ).summary()
+
+        key = {"corpus": chosen.summary(), "tokens": settings.corpus_tokens}
+        found: dict[str, Any] = self.memo.get(self._key(name, "loss", key), find)
+        return found
+
+    def _run_tasks(self, name: str, tasks: Tasks) -> dict[str, Any]:
+        subject, context = self._subject(name)
+        with context():
+            return dict(
+                run_tasks(subject, tasks, self._batch_size, self.session.settings.model.seed)
+            )
+
+    def _key(self, name: str, what: str, more: Mapping[str, Any]) -> str:
+        """The hash of all that a figure of a row depends on."""
+        direction = self.direction and self.direction.sha256
+        subject: Any = {
+            "intervention": name,
+            "direction": None if name == "baseline" else direction,
+        }
+        if name in self.edited:
+            subject = {"checkpoint": self.edited[name].identity()}
+        return hash_json(
+            self.session.base_inputs() | {"subject": subject, "what": what, "more": more}
+        )
+
+    def _subject(self, name: str) -> tuple[Loaded, Context]:
+        """The model of a row and its intervention; one checkpoint at a time beside the base."""
+        if name not in self.edited:
+            base = self.session.loaded
+            return base, intervention(base, name, self.direction)
+        if name not in self._loaded:
+            _ = self.ids, self.baseline  # the base's share, before it goes
+            self.release()
+            self._loaded[name] = self.session.load(self.edited[name])
+        return self._loaded[name], nullcontext
+
+    def release(self) -> None:
+        """Let go of all models."""
+        self._loaded.clear()
+        self.session.release()
+
+
+def _unjudged(completions: Sequence[Completion]) -> tuple[Completion, ...]:
+    return tuple(replace(c, safe=None, judge=None, judge_error=None) for c in completions)
+
+
+class _Memo:
+    """Figures by the hash of what they depend on, kept in a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {}
+        if path is not None:
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                document = None
+            self.known = document if isinstance(document, dict) else {}
+
+    def get(self, key: str, find: Callable[[], Any]) -> Any:
+        """The figure, found now if it is not known."""
+        if key not in self.known:
+            self.known[key] = find()
+            if self.path is not None:
+                write_json(self.path, self.known)
+        return self.known[key]
