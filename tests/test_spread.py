@@ -161,7 +161,7 @@ def test_device_maps_give_what_one_device_gives(
         (
             ("--device-map", '{"": "gpu"}'),
             2,
-            "--device-map: .* 'gpu' .* neither 'disk' nor a device",
+            "--device-map: 'gpu' of '' is neither 'disk' nor a device",
         ),
         (("--tensor-parallel",), 2, "torchrun --nproc-per-node N"),
     ],
