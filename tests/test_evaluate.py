@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -185,6 +187,40 @@ def test_completion_files_are_in_prompt_order_whatever_ends_first(
     assert set(per_category) == {"a", "b"}
     assert sum(part["n"] for part in per_category.values()) == 8
     assert result.json["bootstrap"] == {"resamples": 2000, "confidence": 0.95, "seed": 4}
+
+
+def test_progress_counts_refusals_as_they_come(
+    tiny, cli, prompts, monkeypatch, tmp_path: Path
+) -> None:
+    import abliterate.generation
+
+    shown: list[str] = []
+
+    class Bar:
+        done = 0
+
+        def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+            shown.append(text)
+
+        def update(self, count: int) -> None:
+            self.done += count
+
+    @contextmanager
+    def progress_bar(description: str, total: int, unit: str = "it") -> Iterator[Bar]:
+        bar = Bar()
+        yield bar
+        assert (description, bar.done, total) == (f"evaluate: baseline, {kinds.pop(0)}", 8, 8)
+
+    kinds = ["harmful", "harmless"]
+    monkeypatch.setattr(abliterate.generation, "progress_bar", progress_bar)
+    # Every second answer counts as a refusal, whatever this random model says.
+    monkeypatch.setattr("abliterate.evaluation.is_refusal", lambda text: len(shown) % 2 == 1)
+    result = cli("evaluate", tiny("llama"), *SMALL, *prompts, "--json")
+    assert result.code == 0, result.err
+    assert kinds == []
+    assert shown[:8] == [f"{count // 2} of {count} refused" for count in range(1, 9)]
+    assert "evaluate: baseline, harmful: 4 of 8 refused" in result.err
+    assert result.json["interventions"]["baseline"]["harmless"]["refused"] == 4
 
 
 def test_rows_that_end_early_leave_the_batch_and_change_nothing(tiny) -> None:
