@@ -28,6 +28,9 @@ class Budget:
     A batch that nearly fills the budget doubles it, unless the last doubling did not raise the
     token rate: that one is taken back. A batch that runs out of memory halves it for good.
 
+    Ranks that hold parts of one model run in step: what each would learn from its own clock and
+    memory must not make their batches differ, so there the budget stays as it is.
+
     Attributes:
         tokens: the budget, ignored where ``rows`` is given.
         rows: rows per forward pass if the user fixed them, else None.
@@ -35,7 +38,11 @@ class Budget:
     """
 
     def __init__(
-        self, device: torch.device, batch_size: int | str = "auto", grow: bool = True
+        self,
+        device: torch.device,
+        batch_size: int | str = "auto",
+        grow: bool = True,
+        in_step: bool = False,
     ) -> None:
         self.device = device
         self.rows = parse_batch_size(batch_size)
@@ -43,7 +50,8 @@ class Budget:
         self.overhead = _OVERHEAD.get(device.type, _OVERHEAD_ACCELERATOR)
         self._largest = _LARGEST.get(device.type, _LARGEST_ACCELERATOR)
         self._rate = 0.0
-        self._growing = grow and self.rows is None
+        self._growing = grow and self.rows is None and not in_step
+        self._in_step = in_step
 
     def fits(self, rows: int, width: int) -> bool:
         """Whether a batch of ``rows`` rows, ``width`` tokens each, is within the budget."""
@@ -70,7 +78,17 @@ class Budget:
             self._growing = False
 
     def failed(self, rows: int, tokens: int) -> None:
-        """Learn from a batch that ran out of memory."""
+        """Learn from a batch that ran out of memory.
+
+        Raises:
+            UsageError: other ranks are in the middle of the same batch.
+        """
+        if self._in_step:
+            raise UsageError(
+                f"a batch of {tokens} tokens does not fit into the memory of {self.device.type}, "
+                "and ranks that share a model cannot shrink it alone: pass a --batch-size below "
+                f"{rows}, or start more ranks"
+            )
         self._growing = False
         self.tokens = max(1, min(self.tokens, tokens) // 2)
         if self.rows is not None:

@@ -22,6 +22,7 @@ from abliterate import (
     commands,
     evaluate_commands,
     fragility_command,
+    launched,
     talk,
 )
 from abliterate import options as opt
@@ -50,6 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; errors become one line on stderr."""
     set_up(quiet=False, debug=False)
     try:
+        launched.begin()
+        code = _run(argv)
+        launched.settle()
+    except AbliterateError as error:  # the launcher stopped this rank while it was ending
+        code = _fail(str(error), error.exit_code, error)
+    return launched.end(code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
         result = typer.main.get_command(app)(
             args=opt.spell_out(sys.argv[1:] if argv is None else argv),
             prog_name="abliterate",
@@ -72,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 3, error)
     except Exception as error:
+        if (known := launched.explained(error)) is not None:
+            return _fail(str(known), known.exit_code, error)
         short = " ".join(str(error).split()) or "no message"
         text = f"unexpected {type(error).__name__}: {short[:300]} (--debug shows the traceback)"
         return _fail(text, 1, error)
@@ -82,7 +95,7 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> int:
         import traceback
 
         traceback.print_exception(error)
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {launched.name()}{' '.join(message.split())}\n")
     return code
 
 
@@ -185,13 +198,11 @@ def orthogonalize(
     from abliterate.direction import load_direction
     from abliterate.display import show_edit
     from abliterate.stages import orthogonalize_stage
-    from abliterate.team import leads
 
     vector = load_direction(direction)
     session = open_session(model, settings, settings.orthogonalize.low_disk)
     record = orthogonalize_stage(session, vector, output)
-    if leads():
-        print_json(record) if as_json else show_edit(record, output)
+    print_json(record) if as_json else show_edit(record, output)
 
 
 app.command()(checks.verify)

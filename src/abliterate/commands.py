@@ -32,6 +32,8 @@ def extract(
     response_prefix: opt.ResponsePrefix = None,
     revision: opt.Revision = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     seed: opt.Seed = None,
@@ -46,7 +48,8 @@ def extract(
     settings = load_settings(
         config,
         {
-            "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed),
+            "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)
+            | {"device_map": device_map, "tensor_parallel": tensor_parallel},
             "chat": chat_options(system, chat_template_kwargs, response_prefix),
             "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token)
             | _kept(save_activations, activation_positions),
@@ -92,6 +95,8 @@ def select(
         ),
     ] = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     trust_remote_code: opt.TrustRemoteCode = None,
@@ -103,7 +108,8 @@ def select(
     """Score every candidate by bypass, induce and KL, and choose the direction."""
     set_up(quiet, debug)
     given: dict[str, Any] = {
-        "model": model_options(None, device, dtype, batch_size, trust_remote_code, None),
+        "model": model_options(None, device, dtype, batch_size, trust_remote_code, None)
+        | {"device_map": device_map, "tensor_parallel": tensor_parallel},
         "select": {
             "harmful": harmful,
             "harmless": harmless,
@@ -158,6 +164,8 @@ def run(
     response_prefix: opt.ResponsePrefix = None,
     revision: opt.Revision = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     seed: opt.Seed = None,
@@ -172,7 +180,8 @@ def run(
     settings = load_settings(
         config,
         {
-            "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed),
+            "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)
+            | {"device_map": device_map, "tensor_parallel": tensor_parallel},
             "chat": chat_options(system, chat_template_kwargs, response_prefix),
             "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token)
             | _kept(save_activations, activation_positions),

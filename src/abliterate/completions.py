@@ -106,6 +106,10 @@ class CompletionFile:
             held = replace(held, safe=safe, judge=judge if isinstance(judge, str) else None)
         self._kept[prompt.text] = held
 
+    def adopt(self, completions: Sequence[Completion]) -> None:
+        """Take over what another rank has read from the file."""
+        self._kept = {completion.prompt: completion for completion in completions}
+
     def done(self, text: str) -> bool:
         """Whether the prompt ``text`` has its completion."""
         return text in self._kept

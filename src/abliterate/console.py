@@ -56,8 +56,10 @@ def debugging() -> bool:
 
 
 def bars_hidden() -> bool:
-    """Whether progress bars stay off: with ``--quiet``, and where stderr is no terminal."""
-    return log.level > logging.INFO or not sys.stderr.isatty()
+    """Whether progress bars stay off: with ``--quiet``, where stderr is no terminal, and on all
+    ranks of a team but the first."""
+    follows = os.environ.get("RANK", "0") != "0"
+    return log.level > logging.INFO or follows or not sys.stderr.isatty()
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -46,6 +46,8 @@ def evaluate(
     response_prefix: opt.ResponsePrefix = None,
     revision: opt.Revision = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     seed: opt.Seed = None,
@@ -61,7 +63,8 @@ def evaluate(
     """
     set_up(quiet, debug)
     given = {
-        "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed),
+        "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)
+        | {"device_map": device_map, "tensor_parallel": tensor_parallel},
         "chat": chat_options(system, chat_template_kwargs, response_prefix),
         "extract": {"refusal_tokens": refusal_token},
         "evaluate": {

@@ -149,7 +149,7 @@ def evaluate(
     runs += [(name, other, nullcontext) for name, other in (edited or {}).items()]
     prompts = {"harmful": harmful, "harmless": harmless}
     ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in KINDS}
-    baseline = all_last_logits(loaded.model, ids["harmless"], batch_size)
+    baseline = all_last_logits(loaded.model, ids["harmless"], batch_size, team=loaded.team)
     outcomes = {}
     for name, subject, context in runs:
         done = []
@@ -191,7 +191,8 @@ def measure(
         InputError: the model has another vocabulary than the baseline.
     """
     harmful, harmless = (
-        all_last_logits(subject.model, ids[kind], batch_size, context()) for kind in KINDS
+        all_last_logits(subject.model, ids[kind], batch_size, context(), team=subject.team)
+        for kind in KINDS
     )
     if harmless.shape != baseline.shape:
         raise InputError(

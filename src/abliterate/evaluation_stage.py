@@ -69,11 +69,19 @@ def evaluate_stage(
         UsageError: an intervention, judge, corpus or task is named wrongly.
         InputError: prompts or a corpus cannot be used.
     """
+    team = session.placement.team
     if out is not None:
-        check_writable(out)
+        team.lead(lambda: check_writable(out))
     settings, seed = session.settings.evaluate, session.settings.model.seed
     rows = order_rows(interventions, edited, direction)
     _check_vocabulary(session, edited)
+    given = {"--judge": settings.judge, "--tasks": settings.tasks}
+    if team.size > 1 and any(given.values()):
+        raise UsageError(
+            f"{next(name for name, value in given.items() if value)} does not run on several "
+            "ranks: leave it out, then run evaluate with it in one process, which finds the "
+            "completions done"
+        )
     # All that can be wrong with the options shows before hours are spent.
     model = session.settings.model
     judge = find_judge(
@@ -92,11 +100,13 @@ def evaluate_stage(
     folder = None if settings.tasks_dir is None else Path(settings.tasks_dir)
     if settings.tasks is None and (folder is not None or settings.task_limit is not None):
         raise UsageError("--tasks-dir and --task-limit need --tasks")
-    records = [
-        read_json(run / name, "run")
-        for name in (EXTRACT, SELECTION)
-        if run is not None and (run / name).is_file()
-    ]
+    records = team.lead(
+        lambda: [
+            read_json(run / name, "run")
+            for name in (EXTRACT, SELECTION)
+            if run is not None and (run / name).is_file()
+        ]
+    )
     sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
     used = {kind: [key for record in records for key in record["prompts"][kind]] for kind in KINDS}
     prompts = {
@@ -119,10 +129,15 @@ def evaluate_stage(
             "tasks_dir": _folder_hash(folder),
         }
     )
+    team.same(inputs, "model, prompt set or package version")
     if (
         reuse
         and out
-        and (done := finished(out / EVALUATION, inputs, _completion_files(out, rows)))
+        and (
+            done := team.lead(
+                lambda: finished(out / EVALUATION, inputs, _completion_files(out, rows))
+            )
+        )
         and not done["judge_failures"]
     ):
         return done
@@ -179,11 +194,15 @@ def evaluate_stage(
         "inputs": inputs,
         "outputs": {},
     }
-    if out is not None:
-        files = _completion_files(out, rows)
-        record["outputs"] = {name: hash_file(path) for name, path in files.items()}
-        write_json(out / EVALUATION, record)
-    return record
+
+    def write() -> dict[str, Any]:
+        if out is not None:
+            files = _completion_files(out, rows)
+            record["outputs"] = {name: hash_file(path) for name, path in files.items()}
+            write_json(out / EVALUATION, record)
+        return record
+
+    return team.lead(write)
 
 
 def order_rows(

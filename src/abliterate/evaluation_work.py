@@ -86,11 +86,12 @@ class Work:
             return self.files[name, kind]
         settings = self.session.settings.evaluate
         prompts = self.prompts[kind]
-        path = None
-        if self.out is not None:
+        path, team = None, self.session.placement.team
+        if self.out is not None and team.leads:
             path = self.out / COMPLETIONS / f"{name}-{kind}.jsonl"
         key = {"prompts": [p.text for p in prompts], "max_new_tokens": settings.max_new_tokens}
         file = CompletionFile(path, prompts, self._key(name, "completions", key), self.judge_key)
+        file.adopt(team.tell(file.completions))
         if len(file.completions) < len(prompts):
             subject, context = self._subject(name)
             complete(
@@ -122,7 +123,11 @@ class Work:
 
     @cached_property
     def memo(self) -> _Memo:
-        return _Memo(None if self.out is None else self.out / COMPLETIONS / MEASURED)
+        team = self.session.placement.team
+        here = self.out is not None and team.leads
+        memo = _Memo(self.out / COMPLETIONS / MEASURED if self.out and here else None)
+        memo.known = team.tell(memo.known)
+        return memo
 
     @cached_property
     def ids(self) -> dict[str, list[list[int]]]:
@@ -132,7 +137,8 @@ class Work:
     @cached_property
     def baseline(self) -> Tensor:
         """Last-token logits of the unmodified model on harmless prompts."""
-        return all_last_logits(self.session.loaded.model, self.ids["harmless"], self._batch_size)
+        base = self.session.loaded
+        return all_last_logits(base.model, self.ids["harmless"], self._batch_size, team=base.team)
 
     @cached_property
     def refusal_tokens(self) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from abliterate.forward import Batch, capture_resid_pre, for_each_batch, last_lo
 from abliterate.models import Loaded
 from abliterate.refusal import detect_refusal_tokens, refusal_score, resolve_refusal_tokens
 from abliterate.sources import Prompt
+from abliterate.team import ALONE, Team
+from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 # How many prompts of each kind the refusal tokens are detected from.
 _DETECT_PROMPTS = 32
@@ -110,16 +112,24 @@ def extract(
             f"position {where[0]} lies before the start of a prompt of {shortest} "
             "tokens: pass later --positions"
         )
-    given = {"harmful": harmful_ids, "harmless": harmless_ids}
+    team = loaded.team
+    given = {"harmful": team.share(harmful_ids), "harmless": team.share(harmless_ids)}
     # What the refusal tokens are detected from is not run again for the means.
     seen: dict[str, list[Seen]] = {kind: [] for kind in given}
     if refusal_tokens:
         tokens = resolve_refusal_tokens(tokenizer, refusal_tokens)
     else:
-        for kind, rows in given.items():
-            sample = rows[:_DETECT_PROMPTS]
-            look(model, sample, where, seen[kind].append, batch_size, f"extract: {kind}")
-        tokens = detect_refusal_tokens(*map(_mean_probabilities, seen.values()))
+        first = len(team.share(range(_DETECT_PROMPTS)))
+        with team.working():
+            for kind, rows in given.items():
+                sample = rows[:first]
+                look(model, sample, where, seen[kind].append, batch_size, f"extract: {kind}")
+        tokens = detect_refusal_tokens(
+            *(
+                _summed(team.every(_summed_probabilities(seen[kind]))) / min(_DETECT_PROMPTS, n)
+                for kind, n in (("harmful", len(harmful_ids)), ("harmless", len(harmless_ids)))
+            )
+        )
 
     def mean(kind: str, sign: float) -> tuple[Tensor, Kept]:
         result, kept = mean_resid_pre(
@@ -132,6 +142,7 @@ def extract(
             f"extract: {kind}",
             seen[kind],
             keep and partial(keep, kind),
+            team,
         )
         if filter:
             check_enough(kind, sum(kept), len(kept), "n-train")
@@ -171,16 +182,17 @@ def find_refusal_tokens(
     means = []
     for rows in (harmful, harmless):
         sample = rows[:_DETECT_PROMPTS]
-        total = torch.zeros(1, dtype=torch.float64)
+        total, team = torch.zeros(1, dtype=torch.float64), loaded.team
 
         def collect(batch: Batch) -> None:
             nonlocal total
             probabilities = last_logits(loaded.model, batch).double().softmax(-1)
             total = total + probabilities.sum(0).cpu()
 
-        with torch.inference_mode():
-            for_each_batch(loaded.model, sample, collect, batch_size, "refusal tokens")
-        means.append(total / len(sample))
+        with team.working(), torch.inference_mode():
+            own = team.share(sample)
+            for_each_batch(loaded.model, own, collect, batch_size, "refusal tokens")
+        means.append(_summed(team.every(total)) / len(sample))
     return detect_refusal_tokens(*means)
 
 
@@ -219,10 +231,13 @@ def look(
         for_each_batch(model, prompts, run, batch_size, description)
 
 
-def _mean_probabilities(seen: Sequence[Seen]) -> Tensor:
-    """Mean next-token probabilities, float64 ``[vocabulary]`` on the CPU."""
-    total = sum((one.logits.double().softmax(-1).sum(0).cpu() for one in seen), torch.zeros(1))
-    return total / sum(len(one.rows) for one in seen)
+def _summed_probabilities(seen: Sequence[Seen]) -> Tensor:
+    """Summed next-token probabilities, float64 ``[vocabulary]`` on the CPU; ``[1]`` if none."""
+    return _summed([one.logits.double().softmax(-1).sum(0).cpu() for one in seen])
+
+
+def _summed(parts: Iterable[Tensor]) -> Tensor:
+    return sum(parts, torch.zeros(1, dtype=torch.float64))
 
 
 def mean_resid_pre(
@@ -235,12 +250,13 @@ def mean_resid_pre(
     description: str = "extract",
     seen: Sequence[Seen] = (),
     keep: Callable[[Sequence[int], Tensor], None] | None = None,
+    team: Team | None = None,
 ) -> tuple[Tensor, Kept]:
     """Mean ``resid_pre`` over prompts, reduced batch by batch to one float64 sum.
 
     Args:
         model: the model.
-        prompts: token ids.
+        prompts: token ids; of a team, this rank's share of them.
         positions: where to look, counted from each prompt's end.
         refusal_tokens: if given, only prompts whose refusal score has the sign ``sign`` count.
         sign: +1 keeps refused prompts, -1 keeps answered ones.
@@ -248,12 +264,15 @@ def mean_resid_pre(
         description: shown beside the progress bar.
         seen: the first prompts, where they have been run already.
         keep: called with the rows of each batch and their activations.
+        team: the processes whose prompts make up the mean, by an all-reduce of their sums.
 
     Returns:
         float64 ``[n_positions, n_layers, d_model]`` on the CPU (NaN if no prompt counts), and for
-        each prompt whether it counts.
+        each prompt, of all ranks, whether it counts.
     """
-    total: Tensor | None = None
+    team = team or ALONE
+    shape = len(positions), len(decoder_blocks(model)), stream_width(model, find_writers(model))
+    total = torch.zeros(shape, dtype=torch.float64)
     kept = [True] * len(prompts)
     first = sum(len(one.rows) for one in seen)
 
@@ -264,17 +283,18 @@ def mean_resid_pre(
             counts = (sign * refusal_score(one.logits, refusal_tokens) > 0).cpu()
         chosen = one.activations[counts.to(one.activations.device)]
         summed = chosen.sum(0, dtype=torch.float64).cpu()
-        total = summed if total is None else total + summed
+        total += summed
         for row, flag in zip(one.rows, counts.tolist(), strict=True):
             kept[row + offset] = flag
         if keep is not None:
             keep([row + offset for row in one.rows], one.activations)
 
-    for one in seen:
-        accumulate(one)
-    rest = prompts[first:]
-    look(model, rest, positions, lambda one: accumulate(one, first), batch_size, description)
-    assert total is not None
+    with team.working():
+        for one in seen:
+            accumulate(one)
+        rest = prompts[first:]
+        look(model, rest, positions, lambda one: accumulate(one, first), batch_size, description)
+    total, kept = team.total(total), team.gather(kept)
     return total / sum(kept) if any(kept) else total * float("nan"), tuple(kept)
 
 

@@ -19,6 +19,7 @@ from abliterate.batching import Budget, attempt, group_rows
 from abliterate.console import progress_bar
 from abliterate.errors import UnsupportedArchitectureError, UsageError
 from abliterate.models import text_config
+from abliterate.team import ALONE, Team
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 _PADDABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -115,8 +116,16 @@ def pad(
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go."""
-    device: torch.device = model.get_input_embeddings().weight.device
+    embedding: Any = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type == "meta":  # accelerate fetches the weight where it runs
+        return torch.device(getattr(embedding._hf_hook, "execution_device", "cpu"))
     return device
+
+
+def in_step(model: PreTrainedModel) -> bool:
+    """Whether other ranks hold parts of the model, and run every pass along with this one."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
 
 
 def for_each_batch(
@@ -145,7 +154,7 @@ def for_each_batch(
             does not fit into memory.
     """
     device = input_device(model)
-    budget, mix = Budget(device, batch_size, grow), can_pad(model)
+    budget, mix = Budget(device, batch_size, grow, in_step(model)), can_pad(model)
     left = list(range(len(prompts)))
     planned: list[tuple[int, ...]] = []
     size = budget.tokens
@@ -219,17 +228,24 @@ def all_last_logits(
     batch_size: int | str = "auto",
     intervention: AbstractContextManager[None] | None = None,
     description: str = "prompts",
+    team: Team | None = None,
 ) -> Tensor:
-    """Last-token logits ``[n, vocabulary]`` on the CPU, under an intervention if one is given."""
-    out: list[Tensor | None] = [None] * len(prompts)
+    """Last-token logits ``[n, vocabulary]`` on the CPU, under an intervention if one is given.
+
+    The ranks of a ``team`` run some of the prompts each, and all get all logits.
+    """
+    team = team or ALONE
+    own = team.share(prompts)
+    out: list[Tensor | None] = [None] * len(own)
 
     def run(batch: Batch) -> None:
         for row, logits in zip(batch.rows, last_logits(model, batch).cpu(), strict=True):
             out[row] = logits
 
-    with torch.inference_mode(), intervention or nullcontext():
-        for_each_batch(model, prompts, run, batch_size, description)
-    return torch.stack([logits for logits in out if logits is not None])
+    with team.working(), torch.inference_mode(), intervention or nullcontext():
+        for_each_batch(model, own, run, batch_size, description)
+    rows = [logits for logits in out if logits is not None]
+    return team.gather_rows(torch.stack(rows) if rows else torch.empty(0, 0))
 
 
 @contextmanager

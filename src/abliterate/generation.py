@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ from abliterate.batching import Budget, attempt, group_rows
 from abliterate.chat import ChatFormat, end_of_turn_ids
 from abliterate.console import progress_bar
 from abliterate.errors import UsageError
-from abliterate.forward import Batch, can_pad, input_device, pad
+from abliterate.forward import Batch, can_pad, in_step, input_device, pad
 from abliterate.models import Loaded
+from abliterate.team import ALONE
 
 # Keys and values of this many tokens, prompt and answer together, are held at once; a batch that
 # runs out of memory all the same halves it.
@@ -44,7 +46,8 @@ def greedy_answers(
     on where an earlier run stopped.
 
     Args:
-        loaded: model and tokenizer.
+        loaded: model and tokenizer; the ranks of its team answer some prompts each, and exchange
+            the answers in a few rounds.
         prompts: token ids.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts per batch, or ``auto``.
@@ -59,8 +62,23 @@ def greedy_answers(
             does not fit into memory.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    known = set(done)
-    budget = Budget(input_device(loaded.model), batch_size, grow=False)
+    team, known = loaded.team, set(done)
+    if not team.alone:
+        left = [row for row in range(len(prompts)) if row not in known]
+        for turn in team.rounds(left):
+            own = [prompts[row] for row in team.share(turn)]
+            alone = replace(loaded, team=ALONE)
+            with team.working():
+                found = greedy_answers(
+                    alone, own, max_new_tokens, batch_size, description, chat=chat
+                )
+            for row, answer in zip(turn, team.gather(found), strict=True):
+                answers[row] = answer
+                if on_answer:
+                    on_answer(row, answer)
+        return answers
+    model = loaded.model
+    budget = Budget(input_device(model), batch_size, grow=False, in_step=in_step(model))
     budget.tokens = _TOKENS.get(budget.device.type, _TOKENS_ACCELERATOR)
     mix = can_pad(loaded.model)
     decoder = _Decoder(loaded, max_new_tokens, mix, stop_tokens(loaded, chat))

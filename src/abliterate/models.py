@@ -20,6 +20,8 @@ from abliterate.artifacts import hash_file
 from abliterate.console import bars_hidden
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
 from abliterate.hub import HubRepo, check_files, fetch_snapshot, look_up
+from abliterate.placement import Placement, check_plan, own_device
+from abliterate.team import ALONE, Team
 
 DTYPES = {
     "float32": torch.float32,
@@ -107,11 +109,19 @@ def find_checkpoint(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, with its tokenizer and the checkpoint they came from."""
+    """A model ready to run, with its tokenizer and the checkpoint they came from.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        checkpoint: where both came from.
+        team: the processes that share the work with it.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     checkpoint: Checkpoint
+    team: Team = ALONE
 
 
 def pick_device(device: str) -> torch.device:
@@ -122,9 +132,9 @@ def pick_device(device: str) -> torch.device:
     """
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
+        return own_device(found) if found is not None else torch.device("cpu")
     try:
-        chosen = torch.device(device)
+        chosen = own_device(torch.device(device))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -132,11 +142,14 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def pick_dtype(dtype: str, config: Any, folder: Path, device: torch.device) -> torch.dtype:
+def pick_dtype(
+    dtype: str, config: Any, folder: Path, device: torch.device, copies: int = 1
+) -> torch.dtype:
     """``auto`` is the checkpoint's own dtype, but float32 on a CPU with room for it.
 
-    CPUs compute half precision slowly or not at all; room means that the float32 weights take at
-    most half of the memory that is available now.
+    CPUs compute half precision slowly or not at all; room means that the float32 weights, in as
+    many copies as processes of this machine load, take at most half of the memory that is
+    available now.
     """
     if dtype != "auto":
         if dtype not in DTYPES:
@@ -150,7 +163,8 @@ def pick_dtype(dtype: str, config: Any, folder: Path, device: torch.device) -> t
     import psutil
 
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return torch.float32 if 2 * size <= psutil.virtual_memory().available / 2 else own
+    needed = 2 * size * copies
+    return torch.float32 if needed <= psutil.virtual_memory().available / 2 else own
 
 
 def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
@@ -179,8 +193,16 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    placement: Placement | None = None,
 ) -> Loaded:
     """Load model and tokenizer for inference, from safetensors only.
+
+    Args:
+        checkpoint: the checkpoint, a folder or a hub id.
+        device: ``auto`` or a torch device, where ``placement`` names none.
+        dtype: ``auto`` or the name of a dtype.
+        trust_remote_code: the checkpoint's own code may run.
+        placement: over which devices and ranks the model is spread; None for one device.
 
     Raises:
         CheckpointError: files are missing, damaged or in another format, or a parameter has no
@@ -190,8 +212,10 @@ def load_model(
     """
     if isinstance(checkpoint, str):
         checkpoint = find_checkpoint(checkpoint)
-    model = load_weights(checkpoint, device, dtype, trust_remote_code)
-    return Loaded(model, load_tokenizer(checkpoint, trust_remote_code), checkpoint)
+    placement = placement or Placement()
+    model = load_weights(checkpoint, device, dtype, trust_remote_code, placement)
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code)
+    return Loaded(model, tokenizer, checkpoint, placement.team)
 
 
 def load_weights(
@@ -199,14 +223,20 @@ def load_weights(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    placement: Placement | None = None,
 ) -> PreTrainedModel:
     """The model alone, as :func:`load_model` loads it."""
+    placement = placement or Placement()
+    team = placement.team
     place = pick_device(device)
     if bars_hidden():
         transformers.utils.logging.disable_progress_bar()
     config = load_config(checkpoint, trust_remote_code)
     require_safetensors(checkpoint)
-    number = pick_dtype(dtype, config, checkpoint.folder, place)
+    check_plan(text_config(config), team, placement)
+    copies = 1 if placement.is_spread else team.on_this_machine
+    # What memory is free now differs from rank to rank; the dtype must not.
+    number = team.tell(pick_dtype(dtype, config, checkpoint.folder, place, copies))
     try:
         model, info = model_class(config).from_pretrained(
             checkpoint.folder,
@@ -215,6 +245,7 @@ def load_weights(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **placement.loading_options(),
         )
     except Exception as error:
         raise _loading_error(checkpoint, error) from None
@@ -225,7 +256,7 @@ def load_weights(
             + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
             + ": the checkpoint is incomplete"
         )
-    return cast(PreTrainedModel, model.to(place).eval())
+    return cast(PreTrainedModel, (model if placement.is_spread else model.to(place)).eval())
 
 
 def has_causal_class(config: Any) -> bool:

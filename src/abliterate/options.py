@@ -57,6 +57,24 @@ Device = Annotated[
     str | None,
     setting_option("model.device", ("--device",), "auto, cpu, cuda, cuda:1, mps, ...", _MODEL),
 ]
+DeviceMap = Annotated[
+    str | None,
+    setting_option(
+        "model.device_map",
+        ("--device-map",),
+        "Spread the model over this machine's devices: auto, or JSON of devices by module.",
+        _MODEL,
+    ),
+]
+TensorParallel = Annotated[
+    bool | None,
+    setting_option(
+        "model.tensor_parallel",
+        ("--tensor-parallel/--no-tensor-parallel",),
+        "Under torchrun: every rank holds a part of each matrix.",
+        _MODEL,
+    ),
+]
 Dtype = Annotated[
     str | None,
     setting_option(

@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from abliterate.batching import Budget, attempt
 from abliterate.candidates import Cache, Candidates, Piece, Tricks, expanded, shared_prefix
 from abliterate.errors import UsageError
-from abliterate.forward import Batch, can_pad, input_device, last_logits, pad
+from abliterate.forward import Batch, can_pad, in_step, input_device, last_logits, pad
 from abliterate.interventions import ablate_units, add_vectors, shifted
 from abliterate.measures import Measure
 from abliterate.shortcuts import joining, last_token_only, recorded
@@ -55,7 +55,7 @@ class Replay:
     ) -> None:
         self.model = model
         self.tricks = tricks or Tricks()
-        self.budget = Budget(input_device(model), batch_size)
+        self.budget = Budget(input_device(model), batch_size, in_step=in_step(model))
         self.prefix = shared_prefix(prompts) if self.tricks.prefix and can_pad(model) else 0
         self._opening = list(prompts[0][: self.prefix])
         self._blocks = decoder_blocks(model)

@@ -28,6 +28,7 @@ from abliterate.forward import can_pad
 from abliterate.measures import Measure, Reference, refusal_measure
 from abliterate.refusal import MAX_REFUSAL_SCORE
 from abliterate.replay import Replay
+from abliterate.team import ALONE, Team
 from abliterate.trial import verified_replay
 
 Search = Literal["staged", "exhaustive"]
@@ -66,6 +67,7 @@ class Task:
         search: ``staged`` skips what cannot change the choice, ``exhaustive`` nothing.
         all_layers: score the candidates of the pruned layers too.
         batch_size: prompts per forward pass, or ``auto``.
+        team: the processes that score some candidates each.
     """
 
     model: PreTrainedModel
@@ -80,6 +82,7 @@ class Task:
     search: Search = "staged"
     all_layers: bool = False
     batch_size: int | str = "auto"
+    team: Team = ALONE
 
     @property
     def n_layers(self) -> int:
@@ -122,6 +125,8 @@ class Scorer:
     ) -> None:
         self.task = task
         self.save = save or (lambda scores: None)
+        # Float64 ``[prompts]`` of candidates whose KL was tried, with bounds of what was not.
+        self._tables: dict[Key, Tensor] = {}
         self.scores: dict[Key, Score] = {
             (position, layer): Score(position, layer)
             for position in task.positions
@@ -144,11 +149,27 @@ class Scorer:
     def run(self) -> list[Score]:
         """Score what is not known yet; all scores by position, then layer."""
         try:
-            self._induce([key for key in self.usable if self._lacks_induce(key)])
-            self._kl_and_bypass(self.usable)
+            self._share_out(self._lacks_induce, self._induce)
+            self._share_out(self._lacks_bypass, self._kl_and_bypass)
+            with self.task.team.working():  # the same on every rank: it is little
+                self._complete_kl([key for key in self.usable if self._is_lazy(key)])
         finally:
             self.save(self.scores)
         return list(self.scores.values())
+
+    def _share_out(
+        self, lacking: Callable[[Key], bool], measure: Callable[[Sequence[Key]], None]
+    ) -> None:
+        """``measure`` the candidates that lack something, some on each rank of the team."""
+        team = self.task.team
+        for keys in team.rounds([key for key in self.usable if lacking(key)]):
+            own = team.share(keys)
+            with team.working():
+                measure(own)
+            if not team.alone:
+                found = team.gather([self.scores[key] for key in own])
+                self.scores |= zip(keys, found, strict=True)
+                self.save(self.scores)
 
     @property
     def exhaustive(self) -> bool:
@@ -290,8 +311,7 @@ class Scorer:
         bypass = refusal_measure(task.refusal_tokens)
         harmful = [(piece, bypass) for piece in self._pieces(task.harmful)]
         shapes = [piece.batch.input_ids.shape for piece, _ in [*self._kl_rounds[0], *harmful]]
-        left = [key for key in keys if self._lacks_bypass(key)]
-        tables: dict[Key, Tensor] = {}
+        left = list(keys)
         with progress_bar("select: KL, bypass", len(left)) as bar:
             while left:
                 self._show(bar, len(left))
@@ -300,7 +320,7 @@ class Scorer:
                 some, left = left[:together], left[together:]
                 done = len(some)
                 candidates = self._ablated(some)
-                tables |= self._kl(some, candidates, {})
+                self._tables |= self._kl(some, candidates)
                 passing = [key for key in some if self._lacks_bypass(key)]
                 if passing:
                     candidates = candidates.pick([some.index(key) for key in passing])
@@ -310,9 +330,8 @@ class Scorer:
                         self.scores[key] = replace(self.scores[key], bypass_score=value)
                 self.save(self.scores)
                 bar.update(done)
-        self._complete_kl([key for key in keys if self._is_lazy(key)], tables)
 
-    def _complete_kl(self, keys: Sequence[Key], tables: Mapping[Key, Tensor]) -> None:
+    def _complete_kl(self, keys: Sequence[Key]) -> None:
         """KL of the candidates with the lowest bypass, up to the first that passes."""
         while True:
             judged = judge(list(self.scores.values()), self.task.n_layers, self.task.thresholds)
@@ -326,7 +345,7 @@ class Scorer:
             # As the choice goes: the first of those that have the lowest.
             best = min(open_ones, key=lambda score: known(score.bypass_score))
             key = best.position, best.layer
-            self._kl([key], self._ablated([key]), tables, True)
+            self._kl([key], self._ablated([key]), True)
             self.save(self.scores)
 
     def _ablated(self, keys: Sequence[Key]) -> Candidates:
@@ -337,7 +356,6 @@ class Scorer:
         self,
         keys: Sequence[Key],
         candidates: Candidates,
-        tables: Mapping[Key, Tensor],
         complete: bool = False,
     ) -> dict[Key, Tensor]:
         """Measure KL, giving up on candidates that cannot pass.
@@ -345,8 +363,6 @@ class Scorer:
         Args:
             keys: the candidates.
             candidates: the same, ready to run.
-            tables: float64 ``[prompts]`` of those that were tried already, with bounds where
-                nothing is measured yet.
             complete: measure all prompts, also of those whose KL may turn out not to matter.
 
         Returns:
@@ -356,9 +372,9 @@ class Scorer:
         # One that is completed is likely to pass: no step is worth a batch of its own.
         tried, rest, whole, floor = self._kl_rounds
         rest = whole if complete else rest
-        table = torch.stack([tables.get(key, floor) for key in keys]).clone()
+        table = torch.stack([self._tables.get(key, floor) for key in keys]).clone()
         alive = set(range(len(keys)))
-        if not all(key in tables for key in keys):
+        if not all(key in self._tables for key in keys):
             alive = self._rounds(candidates, tried, table, lambda low: low > limit, not rest)
         lazy = set() if complete else {at for at in alive if self._is_lazy(keys[at])}
         # One that fails so far is likely to be rejected before all prompts: sooner than by bypass.

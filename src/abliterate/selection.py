@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from abliterate.chat import ChatFormat, encode
 from abliterate.choice import Score, Thresholds, choose, judge, why_none
@@ -119,11 +120,11 @@ def select(
     n_answer = parse_kl_on(kl_on)
     if search not in ("staged", "exhaustive"):
         raise UsageError(f"--search must be staged or exhaustive, not '{search}'")
-    model, tokens = loaded.model, extraction.refusal_tokens
+    tokens = extraction.refusal_tokens
     harmful_ids = encode(loaded.tokenizer, [prompt.text for prompt in harmful], chat)
     harmless_ids = encode(loaded.tokenizer, [prompt.text for prompt in harmless], chat)
-    harmful_score = refusal_score(all_last_logits(model, harmful_ids, batch_size), tokens)
-    harmless_score = refusal_score(all_last_logits(model, harmless_ids, batch_size), tokens)
+    harmful_score = _refusal_scores(loaded, harmful_ids, tokens, batch_size)
+    harmless_score = _refusal_scores(loaded, harmless_ids, tokens, batch_size)
     use_harmful = harmful_score > 0 if filter else torch.ones_like(harmful_score, dtype=torch.bool)
     use_harmless = (
         harmless_score < 0 if filter else torch.ones_like(harmless_score, dtype=torch.bool)
@@ -139,7 +140,7 @@ def select(
         answered = [ids + new[:-1] for ids, new in zip(harmless_used, answers, strict=True)]
         lengths = list(map(len, answers))
     task = Task(
-        model,
+        loaded.model,
         extraction.directions,
         extraction.positions,
         [ids for ids, use in zip(harmful_ids, use_harmful, strict=True) if use],
@@ -151,6 +152,7 @@ def select(
         search,
         all_layers,
         batch_size,
+        loaded.team,
     )
     scores = Scorer(task, known, save).run()
     judged = judge(scores, extraction.directions.shape[1], thresholds)
@@ -163,3 +165,15 @@ def select(
         int(use_harmful.sum()),
         int(use_harmless.sum()),
     )
+
+
+def _refusal_scores(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], tokens: Sequence[int], batch_size: int | str
+) -> Tensor:
+    """Of the unmodified model, float64 ``[prompts]``; each rank of a team runs some prompts."""
+    own = loaded.team.share(prompts)
+    scores = torch.empty(0, dtype=torch.float64)
+    with loaded.team.working():
+        if own:
+            scores = refusal_score(all_last_logits(loaded.model, own, batch_size), tokens)
+    return loaded.team.gather_rows(scores)

@@ -36,6 +36,8 @@ class ModelSettings(_Section):
 
     revision: str | None = None
     device: str = "auto"
+    device_map: str | None = None
+    tensor_parallel: bool = False
     dtype: str = "auto"
     batch_size: int | str = "auto"
     trust_remote_code: bool = False

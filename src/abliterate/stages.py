@@ -31,18 +31,22 @@ from abliterate.artifacts import (
     write_tensors,
 )
 from abliterate.chat import ChatFormat, parse_positions
+from abliterate.choice import Score
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, save_direction
 from abliterate.edit_options import edit_options
 from abliterate.editing import RECORD, orthogonalize
-from abliterate.errors import InputError, SelectionError
+from abliterate.errors import InputError, SelectionError, UsageError
 from abliterate.extraction import Extraction, extract
 from abliterate.models import Checkpoint, Loaded, load_model
+from abliterate.placement import Placement, devices, find_placement
 from abliterate.prompts import load_prompts, prompt_key
 from abliterate.scores import load_partial, save_partial, score_record
+from abliterate.scoring import Key
 from abliterate.selection import Thresholds, select
 from abliterate.settings import Settings
 from abliterate.sources import Prompt
+from abliterate.team import Team, join_team
 from abliterate.writers import decoder_blocks
 
 EXTRACT, DIRECTIONS = "extract.json", "directions.safetensors"
@@ -62,12 +66,24 @@ class Session:
     def loaded(self) -> Loaded:
         return self.load(self.checkpoint)
 
-    def load(self, checkpoint: Checkpoint) -> Loaded:
+    @cached_property
+    def team(self) -> Team:
+        return join_team()
+
+    @cached_property
+    def placement(self) -> Placement:
         model = self.settings.model
+        return find_placement(self.team, model.device, model.device_map, model.tensor_parallel)
+
+    def load(self, checkpoint: Checkpoint) -> Loaded:
+        model, where = self.settings.model, self.placement
         torch.manual_seed(model.seed)
-        loaded = load_model(checkpoint, model.device, model.dtype, model.trust_remote_code)
+        with where.team.working():
+            loaded = load_model(
+                checkpoint, model.device, model.dtype, model.trust_remote_code, where
+            )
         log.info(
-            "loaded %s (%s, %s)", checkpoint.name, loaded.model.dtype, loaded.model.device.type
+            "loaded %s (%s, %s)", checkpoint.name, loaded.model.dtype, where.describe(loaded.model)
         )
         return loaded
 
@@ -116,7 +132,8 @@ def finished(record: Path, inputs: str, outputs: Mapping[str, Path]) -> dict[str
 
 def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, Any]:
     """Extract candidate directions into ``run``; returns the record ``extract.json``."""
-    check_writable(run)
+    team = session.placement.team
+    team.lead(lambda: check_writable(run))
     settings, seed = session.settings.extract, session.settings.model.seed
     prompts = {
         kind: load_prompts(source, "train", settings.n_train, seed, option="--n-train")
@@ -130,7 +147,10 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
     outputs = {DIRECTIONS: tensors} | (
         {ACTIVATIONS: kept_file} if settings.save_activations else {}
     )
-    if reuse and (done := finished(run / EXTRACT, inputs, outputs)):
+    if settings.save_activations and not team.alone:
+        raise UsageError("--save-activations needs all prompts in one process: run it by itself")
+    team.same(inputs, "model, prompt set or package version")
+    if reuse and (done := team.lead(lambda: finished(run / EXTRACT, inputs, outputs))):
         return done
     loaded = session.loaded
     started = time.perf_counter()
@@ -148,50 +168,57 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
         )
         if writer is not None:
             writer.finish({"harmful": result.kept_harmful, "harmless": result.kept_harmless})
-    if writer is None:
-        kept_file.unlink(missing_ok=True)  # of an earlier extraction, so of other prompts
     seconds = time.perf_counter() - started
-    write_tensors(
-        tensors,
-        {"mean_harmful": result.mean_harmful, "mean_harmless": result.mean_harmless},
-        {
-            "positions": json.dumps(result.positions),
-            "model": session.checkpoint.name,
-            "abliterate": versions()["abliterate"],
-        },
-    )
     decode = loaded.tokenizer.decode
-    record = {
-        "model": session.identity,
-        "model_type": loaded.model.config.model_type,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
-        "positions": [
-            {"position": position, "token": token}
-            for position, token in zip(result.positions, result.tokens, strict=True)
-        ],
-        "n_layers": result.mean_harmful.shape[1],
-        "d_model": result.mean_harmful.shape[2],
-        "refusal_tokens": [{"id": i, "token": decode([i])} for i in result.refusal_tokens],
-        "counts": {
-            kind: {"given": len(kept), "used": sum(kept)}
-            for kind, kept in (("harmful", result.kept_harmful), ("harmless", result.kept_harmless))
-        },
-        "prompts": prompt_keys(prompts),
-        "settings": session.settings.model_dump(include={"model", "chat", "extract"}),
-        "seed": seed,
-        "versions": versions(),
-        "seconds": seconds,
-        "inputs": inputs,
-        "outputs": {name: hash_file(path) for name, path in outputs.items()},
-    }
-    if writer is not None:
-        record["activations"] = {
-            "layers": list(writer.wanted.layers),
-            "positions": list(writer.wanted.kept_positions),
+
+    def write() -> dict[str, Any]:
+        if writer is None:
+            kept_file.unlink(missing_ok=True)  # of an earlier extraction, so of other prompts
+        write_tensors(
+            tensors,
+            {"mean_harmful": result.mean_harmful, "mean_harmless": result.mean_harmless},
+            {
+                "positions": json.dumps(result.positions),
+                "model": session.checkpoint.name,
+                "abliterate": versions()["abliterate"],
+            },
+        )
+        record = {
+            "model": session.identity,
+            "model_type": loaded.model.config.model_type,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": ", ".join(devices(loaded.model)),
+            "positions": [
+                {"position": position, "token": token}
+                for position, token in zip(result.positions, result.tokens, strict=True)
+            ],
+            "n_layers": result.mean_harmful.shape[1],
+            "d_model": result.mean_harmful.shape[2],
+            "refusal_tokens": [{"id": i, "token": decode([i])} for i in result.refusal_tokens],
+            "counts": {
+                kind: {"given": len(kept), "used": sum(kept)}
+                for kind, kept in (
+                    ("harmful", result.kept_harmful),
+                    ("harmless", result.kept_harmless),
+                )
+            },
+            "prompts": prompt_keys(prompts),
+            "settings": session.settings.model_dump(include={"model", "chat", "extract"}),
+            "seed": seed,
+            "versions": versions(),
+            "seconds": seconds,
+            "inputs": inputs,
+            "outputs": {name: hash_file(path) for name, path in outputs.items()},
         }
-    write_json(run / EXTRACT, record)
-    return record
+        if writer is not None:
+            record["activations"] = {
+                "layers": list(writer.wanted.layers),
+                "positions": list(writer.wanted.kept_positions),
+            }
+        write_json(run / EXTRACT, record)
+        return record
+
+    return team.lead(write)
 
 
 @contextmanager
@@ -220,7 +247,8 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     Raises:
         SelectionError: no candidate passes; ``selection.json`` keeps the scores all the same.
     """
-    extracted = read_json(run / EXTRACT, f"extract MODEL -o {run}")
+    team = session.placement.team
+    extracted = team.lead(lambda: read_json(run / EXTRACT, f"extract MODEL -o {run}"))
     settings, seed = session.settings.select, session.settings.model.seed
     sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
     prompts = {
@@ -229,20 +257,27 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         )
         for kind, source in sources.items()
     }
+    tensors, direction, partial = run / DIRECTIONS, run / FILE_NAME, run / PARTIAL
     inputs = hash_json(
         session.base_inputs()
         | {
             "settings": settings.model_dump(),
             "prompts": prompt_keys(prompts, keep_text=True),
-            "directions": hash_file(run / DIRECTIONS) if (run / DIRECTIONS).exists() else None,
+            "directions": team.lead(lambda: hash_file(tensors) if tensors.exists() else None),
             "refusal_tokens": extracted["refusal_tokens"],
         }
     )
-    direction = run / FILE_NAME
-    if reuse and (done := finished(run / SELECTION, inputs, {FILE_NAME: direction})):
+    team.same(inputs, "model, prompt set or package version")
+    outputs = {FILE_NAME: direction}
+    if reuse and (done := team.lead(lambda: finished(run / SELECTION, inputs, outputs))):
         return done
-    extraction = Extraction.load(run / DIRECTIONS, extracted)
-    partial = run / PARTIAL
+    extraction = team.lead(lambda: Extraction.load(tensors, extracted))
+    known = team.lead(lambda: load_partial(partial, inputs, extracted["n_layers"]))
+
+    def save(scores: Mapping[Key, Score]) -> None:
+        if team.leads:
+            save_partial(partial, inputs, scores)
+
     started = time.perf_counter()
     result = select(
         session.loaded,
@@ -256,42 +291,47 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         settings.search,
         settings.all_layers,
         settings.kl_on,
-        load_partial(partial, inputs, extracted["n_layers"]),
-        lambda scores: save_partial(partial, inputs, scores),
+        known,
+        save,
     )
     seconds = time.perf_counter() - started
-    winner = result.winner
-    if winner is not None:
-        save_direction(direction, result.direction(extraction), session.checkpoint.name)
-    else:
-        direction.unlink(missing_ok=True)
-    record = {
-        "model": session.identity,
-        "winner": winner and {"position": winner.position, "layer": winner.layer},
-        "candidates": [score_record(score) for score in result.scores],
-        "n_layers": extracted["n_layers"],
-        "search": settings.search,
-        "kl_on": settings.kl_on,
-        "baselines": {
-            "harmful_refusal_score": result.harmful_score,
-            "harmless_refusal_score": result.harmless_score,
-        },
-        "thresholds": asdict(result.thresholds),
-        "refusal_tokens": extracted["refusal_tokens"],
-        "counts": {
-            "harmful": {"given": settings.n_val, "used": result.n_harmful},
-            "harmless": {"given": settings.n_val, "used": result.n_harmless},
-        },
-        "prompts": prompt_keys(prompts),
-        "settings": session.settings.model_dump(include={"model", "chat", "select"}),
-        "seed": seed,
-        "versions": versions(),
-        "seconds": seconds,
-        "inputs": inputs,
-        "outputs": {FILE_NAME: hash_file(direction)} if winner else {},
-    }
-    write_json(run / SELECTION, record)
-    partial.unlink(missing_ok=True)
+
+    def write() -> dict[str, Any]:
+        winner = result.winner
+        if winner is not None:
+            save_direction(direction, result.direction(extraction), session.checkpoint.name)
+        else:
+            direction.unlink(missing_ok=True)
+        record = {
+            "model": session.identity,
+            "winner": winner and {"position": winner.position, "layer": winner.layer},
+            "candidates": [score_record(score) for score in result.scores],
+            "n_layers": extracted["n_layers"],
+            "search": settings.search,
+            "kl_on": settings.kl_on,
+            "baselines": {
+                "harmful_refusal_score": result.harmful_score,
+                "harmless_refusal_score": result.harmless_score,
+            },
+            "thresholds": asdict(result.thresholds),
+            "refusal_tokens": extracted["refusal_tokens"],
+            "counts": {
+                "harmful": {"given": settings.n_val, "used": result.n_harmful},
+                "harmless": {"given": settings.n_val, "used": result.n_harmless},
+            },
+            "prompts": prompt_keys(prompts),
+            "settings": session.settings.model_dump(include={"model", "chat", "select"}),
+            "seed": seed,
+            "versions": versions(),
+            "seconds": seconds,
+            "inputs": inputs,
+            "outputs": {FILE_NAME: hash_file(direction)} if winner else {},
+        }
+        write_json(run / SELECTION, record)
+        partial.unlink(missing_ok=True)
+        return record
+
+    record = team.lead(write)
     try:
         result.require_winner()
     except SelectionError as error:
@@ -347,6 +387,10 @@ def recorded_settings(run: Path, extracted: Mapping[str, Any]) -> dict[str, dict
         InputError: the record lacks them.
     """
     try:
-        return dict(extracted["settings"])
+        settings = dict(extracted["settings"])
     except KeyError:
         raise InputError(f"{run / EXTRACT} records no settings: run extract again") from None
+    # Where the weights lie is each command's own affair: it goes with how that was launched.
+    elsewhere = ("device_map", "tensor_parallel")
+    model = {key: value for key, value in settings["model"].items() if key not in elsewhere}
+    return settings | {"model": model}

@@ -1,0 +1,109 @@
+"""Starting ranks: by the real launchers, or one by one so that each one's end can be seen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+HOOKED = str(Path(__file__).with_name("hooked.py"))
+_LONG = 300
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def check_close(ours: Any, theirs: Any, tolerance: float = 1e-3) -> None:
+    """Nested figures are the same, numbers up to ``tolerance``."""
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        for key, value in theirs.items():
+            check_close(ours[key], value, tolerance)
+    elif isinstance(theirs, float):
+        assert abs(ours - theirs) <= tolerance
+    else:
+        assert ours == theirs
+
+
+def torchrun(ranks: int, *args: str | Path, env: Mapping[str, str] | None = None) -> Ended:
+    """``torchrun --standalone`` (no fixed port); ``args`` start with its own options."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    return _end(_start((*launcher, *map(str, args)), env or {}))
+
+
+def accelerate_launch(ranks: int, *args: str | Path) -> Ended:
+    """``accelerate launch`` of a module."""
+    options = ("--num_processes", str(ranks), "--num_machines", "1", "--main_process_port", "0",
+               "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", *options, "--module")
+    return _end(_start((*launcher, *map(str, args)), {}))
+
+
+def each_rank(
+    ranks: int,
+    *args: str | Path,
+    env: Mapping[str, str],
+    meanwhile: Callable[[list[subprocess.Popen[str]]], None] | None = None,
+) -> list[Ended]:
+    """The ranks without a launcher, over a store of this process's own (no fixed port).
+
+    ``meanwhile`` gets the processes when all are started.
+    """
+    store = TCPStore(
+        "localhost", 0, is_master=True, timeout=timedelta(seconds=_LONG), wait_for_workers=False
+    )
+    processes = [
+        _start(
+            (HOOKED, *map(str, args)),
+            {
+                **env,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            },
+        )
+        for rank in range(ranks)
+    ]
+    if meanwhile is not None:
+        meanwhile(processes)
+    return [_end(process) for process in processes]
+
+
+def _start(command: tuple[str, ...], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> Ended:
+    try:
+        out, err = process.communicate(timeout=_LONG)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return Ended(process.returncode, out, err)
