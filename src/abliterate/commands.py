@@ -32,6 +32,8 @@ def extract(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
+    offload: opt.Offload = None,
+    activation_memory: opt.ActivationMemory = None,
     seed: opt.Seed = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
@@ -44,7 +46,8 @@ def extract(
     settings = load_settings(
         config,
         {
-            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed),
+            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed)
+            | _streaming(offload, activation_memory),
             "chat": _chat(system, chat_template_kwargs, response_prefix),
             "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token),
         },
@@ -91,6 +94,8 @@ def select(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
+    offload: opt.Offload = None,
+    activation_memory: opt.ActivationMemory = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
     as_json: opt.Json = False,
@@ -100,7 +105,8 @@ def select(
     """Score every candidate by bypass, induce and KL, and choose the direction."""
     set_up(quiet, debug)
     given: dict[str, Any] = {
-        "model": _model(None, device, dtype, batch_size, trust_remote_code, None),
+        "model": _model(None, device, dtype, batch_size, trust_remote_code, None)
+        | _streaming(offload, activation_memory),
         "select": {
             "harmful": harmful,
             "harmless": harmless,
@@ -233,6 +239,8 @@ def run(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
+    offload: opt.Offload = None,
+    activation_memory: opt.ActivationMemory = None,
     seed: opt.Seed = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
@@ -245,7 +253,8 @@ def run(
     settings = load_settings(
         config,
         {
-            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed),
+            "model": _model(revision, device, dtype, batch_size, trust_remote_code, seed)
+            | _streaming(offload, activation_memory),
             "chat": _chat(system, chat_template_kwargs, response_prefix),
             "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token),
             "select": {
@@ -301,6 +310,10 @@ def _model(
         "trust_remote_code": trust_remote_code,
         "seed": seed,
     }
+
+
+def _streaming(offload: bool | None, activation_memory: str | None) -> dict[str, Any]:
+    return {"offload": offload, "activation_memory": activation_memory}
 
 
 def _train(

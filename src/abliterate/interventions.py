@@ -134,7 +134,7 @@ def add_vectors(block: nn.Module, vectors: Tensor, start: Tensor | None = None) 
 
     def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = block_input(args, kwargs) if start is None else start
-        moved = hidden + _like(vectors.to(hidden.device, hidden.dtype), hidden)
+        moved = hidden + per_row(vectors.to(hidden.device, hidden.dtype), hidden)
         if args:
             return (moved, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": moved}
@@ -146,7 +146,7 @@ def add_vectors(block: nn.Module, vectors: Tensor, start: Tensor | None = None) 
         handle.remove()
 
 
-def _like(vectors: Tensor, hidden: Tensor) -> Tensor:
+def per_row(vectors: Tensor, hidden: Tensor) -> Tensor:
     """Vectors ``[d_model]`` or ``[batch, d_model]`` in a shape that broadcasts over ``hidden``."""
     wide = vectors.repeat(*([1] * (vectors.ndim - 1)), hidden.shape[-1] // vectors.shape[-1])
     if vectors.ndim == 1:

@@ -106,11 +106,20 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, with its tokenizer and the checkpoint they came from."""
+    """A model ready to run, with its tokenizer and the checkpoint they came from.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        checkpoint: where they came from.
+        stream: where the model is larger than memory, what runs it block by block
+            (``abliterate.offload.Stream``); ``model`` then has no weights of its own.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     checkpoint: Checkpoint
+    stream: Any = None
 
 
 def pick_device(device: str) -> torch.device:

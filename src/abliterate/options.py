@@ -56,6 +56,26 @@ BatchSize = Annotated[
     str | None,
     _option("model.batch_size", ("--batch-size",), "Prompts per forward pass, or auto.", _MODEL),
 ]
+Offload = Annotated[
+    bool | None,
+    _option(
+        "model.offload",
+        ("--offload/--no-offload",),
+        "Stream the layers from disk, with all prompts at once. Default: if the weights do not "
+        "fit into memory.",
+        _MODEL,
+    ),
+]
+ActivationMemory = Annotated[
+    str | None,
+    _option(
+        "model.activation_memory",
+        ("--activation-memory",),
+        "Memory for activations under --offload, such as 8GB; more goes to mapped files. "
+        "Default: half of what is free.",
+        _MODEL,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool | None,
     _option(

@@ -35,7 +35,9 @@ from abliterate.editing import RECORD, orthogonalize
 from abliterate.errors import InputError, SelectionError
 from abliterate.evaluation import evaluate
 from abliterate.extraction import Extraction, extract, find_refusal_tokens
+from abliterate.forward import input_device
 from abliterate.models import Checkpoint, Loaded, load_model
+from abliterate.offload import must_stream, open_stream, parse_memory
 from abliterate.prompts import load_prompts, prompt_key
 from abliterate.scores import load_partial, save_partial, score_record
 from abliterate.selection import Thresholds, select
@@ -62,10 +64,17 @@ class Session:
     def load(self, checkpoint: Checkpoint) -> Loaded:
         model = self.settings.model
         torch.manual_seed(model.seed)
-        loaded = load_model(checkpoint, model.device, model.dtype, model.trust_remote_code)
-        log.info(
-            "loaded %s (%s, %s)", checkpoint.name, loaded.model.dtype, loaded.model.device.type
-        )
+        where = (model.device, model.dtype, model.trust_remote_code)
+        memory = model.activation_memory
+        budget = parse_memory(memory, "--activation-memory") if memory else None
+        offload = must_stream(checkpoint, *where) if model.offload is None else model.offload
+        if offload:
+            loaded = open_stream(checkpoint, *where, activation_memory=budget)
+        else:
+            loaded = load_model(checkpoint, *where)
+        verb = "streaming" if offload else "loaded"
+        device = input_device(loaded.model).type
+        log.info("%s %s (%s, %s)", verb, checkpoint.name, loaded.model.dtype, device)
         return loaded
 
     @cached_property
@@ -84,6 +93,7 @@ class Session:
             "model": self.identity,
             "dtype": model.dtype,
             "device": model.device,
+            "offload": model.offload,
             "seed": model.seed,
             "chat": self.settings.chat.model_dump(),
             "versions": versions(),
@@ -146,7 +156,8 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
         "model": session.identity,
         "model_type": loaded.model.config.model_type,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
+        "device": input_device(loaded.model).type,
+        "offload": loaded.stream and loaded.stream.summary(),
         "positions": [
             {"position": position, "token": token}
             for position, token in zip(result.positions, result.tokens, strict=True)
