@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig
 
+from abliterate.errors import UsageError
 from abliterate.forward import Batch, for_each_batch
 from abliterate.models import Loaded
 
@@ -27,6 +28,11 @@ def greedy_answers(
         batch_size: prompts per batch, or ``auto``.
         description: shown beside the progress bar.
     """
+    if loaded.stream is not None:
+        raise UsageError(
+            "--offload would read the whole model for every token of an answer, so it does not "
+            "generate: use --no-offload on a machine with room for the weights"
+        )
     stops = stop_tokens(loaded)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -65,19 +65,26 @@ def ablate(model: PreTrainedModel, direction: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def ablate_units(model: PreTrainedModel, units: Tensor, sites: Sequence[Site]) -> Iterator[None]:
+def ablate_units(
+    model: PreTrainedModel, units: Tensor | Callable[[], Tensor | None], sites: Sequence[Site]
+) -> Iterator[None]:
     """Project unit directions out of what passes ``sites``.
 
     Args:
         model: the model.
-        units: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each.
+        units: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each; or what
+            gives those of the batch that is running, None to leave it alone.
         sites: the sites of ``find_writers(model)``.
     """
     # Moved once for each device: the hooks then stay there and in the dtype of their modules.
     moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    width = stream_width(model, find_writers(model))
 
     def cleaned(value: Tensor, fresh: bool = False) -> Tensor:
         key = value.device, value.dtype
+        if not isinstance(units, Tensor):
+            now = units()
+            return value if now is None else project_out(value, now.to(*key), fresh)
         if key not in moved:
             moved[key] = units.to(*key)
         return project_out(value, moved[key], fresh)
@@ -88,7 +95,7 @@ def ablate_units(model: PreTrainedModel, units: Tensor, sites: Sequence[Site]) -
             if site.at == "output":
                 handle = module.register_forward_hook(_output_hook(cleaned, site.index))
             else:
-                hook = _input_hook(cleaned, units.shape[-1])
+                hook = _input_hook(cleaned, width)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield

@@ -133,8 +133,8 @@ class Scorer:
     def run(self) -> list[Score]:
         """Score what is not known yet; all scores by position, then layer."""
         try:
-            self._induce([key for key in self.usable if self._lacks_induce(key)])
-            self._kl_and_bypass([key for key in self.usable if self._is_open(key)])
+            self._induce([key for key in self.usable if self.lacks_induce(key)])
+            self._kl_and_bypass([key for key in self.usable if self.is_open(key)])
         finally:
             self.save(self.scores)
         return list(self.scores.values())
@@ -143,12 +143,13 @@ class Scorer:
     def exhaustive(self) -> bool:
         return self.task.search == "exhaustive"
 
-    def _lacks_induce(self, key: Key) -> bool:
+    def lacks_induce(self, key: Key) -> bool:
+        """Whether induce has yet to be measured."""
         score = self.scores[key]
         dropped = not self.exhaustive and score.induce_at_most is not None
         return score.induce_score is None and not dropped
 
-    def _is_open(self, key: Key) -> bool:
+    def is_open(self, key: Key) -> bool:
         """Whether KL or bypass has yet to be measured."""
         score = self.scores[key]
         if self.exhaustive:
@@ -259,7 +260,7 @@ class Scorer:
                 if index in alive
                 else replace(score, kl_at_least=value)
             )
-        return [key for key in keys if self._is_open(key)]
+        return [key for key in keys if self.is_open(key)]
 
     def _rounds(
         self,

@@ -36,8 +36,8 @@ from abliterate.errors import InputError, SelectionError
 from abliterate.evaluation import evaluate
 from abliterate.extraction import Extraction, extract, find_refusal_tokens
 from abliterate.forward import input_device
-from abliterate.models import Checkpoint, Loaded, load_model
-from abliterate.offload import must_stream, open_stream, parse_memory
+from abliterate.models import Checkpoint, Loaded
+from abliterate.offload import load_or_stream
 from abliterate.prompts import load_prompts, prompt_key
 from abliterate.scores import load_partial, save_partial, score_record
 from abliterate.selection import Thresholds, select
@@ -65,14 +65,8 @@ class Session:
         model = self.settings.model
         torch.manual_seed(model.seed)
         where = (model.device, model.dtype, model.trust_remote_code)
-        memory = model.activation_memory
-        budget = parse_memory(memory, "--activation-memory") if memory else None
-        offload = must_stream(checkpoint, *where) if model.offload is None else model.offload
-        if offload:
-            loaded = open_stream(checkpoint, *where, activation_memory=budget)
-        else:
-            loaded = load_model(checkpoint, *where)
-        verb = "streaming" if offload else "loaded"
+        loaded = load_or_stream(checkpoint, *where, model.offload, model.activation_memory)
+        verb = "streaming" if loaded.stream else "loaded"
         device = input_device(loaded.model).type
         log.info("%s %s (%s, %s)", verb, checkpoint.name, loaded.model.dtype, device)
         return loaded
@@ -239,6 +233,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         "n_layers": extracted["n_layers"],
         "search": settings.search,
         "kl_on": settings.kl_on,
+        "offload": session.loaded.stream and session.loaded.stream.summary(),
         "baselines": {
             "harmful_refusal_score": result.harmful_score,
             "harmless_refusal_score": result.harmless_score,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abliterate.offload.opening import must_stream, open_stream, parse_memory
+from abliterate.offload.opening import load_or_stream, must_stream, open_stream, parse_memory
 from abliterate.offload.stream import Job, Stream
 
-__all__ = ["Job", "Stream", "must_stream", "open_stream", "parse_memory"]
+__all__ = ["Job", "Stream", "load_or_stream", "must_stream", "open_stream", "parse_memory"]

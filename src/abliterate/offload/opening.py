@@ -15,6 +15,7 @@ from abliterate.models import (
     Loaded,
     find_checkpoint,
     load_config,
+    load_model,
     load_tokenizer,
     pick_device,
     pick_dtype,
@@ -22,6 +23,9 @@ from abliterate.models import (
 )
 from abliterate.offload.stream import RESIDENT, Stream
 from abliterate.offload.weights import Weights
+from abliterate.replay import Tricks
+from abliterate.trial import verified_replay
+from abliterate.writers import find_writers, stream_width
 from abliterate.writers.shrink import ShrinkError, shrunken
 
 #: What activations may take unless ``--activation-memory`` says otherwise: half of what is free.
@@ -123,6 +127,35 @@ def must_stream(
     return True
 
 
+def load_or_stream(
+    checkpoint: Checkpoint,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    offload: bool | None = None,
+    activation_memory: str | None = None,
+) -> Loaded:
+    """The model in memory, or streamed from disk where it is told to or has to be.
+
+    Args:
+        checkpoint: the checkpoint.
+        device: where to compute.
+        dtype: of the computation.
+        trust_remote_code: run the code that comes with the checkpoint.
+        offload: stream; None decides by what is free.
+        activation_memory: a size such as ``8GB``, for a streamed model's activations.
+
+    Raises:
+        UsageError: ``activation_memory`` is no size. Else as :func:`open_stream` and
+            ``load_model`` do.
+    """
+    where = (device, dtype, trust_remote_code)
+    budget = parse_memory(activation_memory, "--activation-memory") if activation_memory else None
+    if must_stream(checkpoint, *where) if offload is None else offload:
+        return open_stream(checkpoint, *where, activation_memory=budget)
+    return load_model(checkpoint, *where)
+
+
 def open_stream(
     checkpoint: Checkpoint | str,
     device: str = "auto",
@@ -184,3 +217,15 @@ def _can_pad(model: PreTrainedModel) -> bool:
             "--no-offload"
         ) from None
     return type(copy) is type(model) and can_pad(copy)
+
+
+def replay_tricks(model: PreTrainedModel) -> Tricks:
+    """What may be saved when candidates replay prompts, tried on a small random copy."""
+    copy = shrunken(model.config)
+    if type(copy) is not type(model):
+        return Tricks(rows=False, prefix=False, resume=False, last=False)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2, stream_width(copy, find_writers(copy)), generator=generator)
+    prompts = [list(range(3, 20)), list(range(5, 14))]
+    with torch.inference_mode():
+        return verified_replay(copy, prompts, vectors.double()).tricks

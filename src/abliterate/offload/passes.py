@@ -57,7 +57,13 @@ def look(
                 logits.append(stream.activations.empty((len(prompts), last.shape[-1]), last.dtype))
             logits[0][at] = last.cpu()
 
-        return Job(partial(last_logits, model, batch, needed), use, needed, see=see)
+        return Job(
+            partial(last_logits, model, batch, needed),
+            use,
+            (len(rows), batch.input_ids.shape[1]),
+            needed,
+            see=see,
+        )
 
     flow(stream, prompts, job, batch_size, description)
     return logits[0], seen
@@ -69,28 +75,52 @@ def flow(
     job: Callable[[Rows], Job],
     batch_size: int | str = "auto",
     description: str = "stream",
+    mix: bool = True,
 ) -> None:
     """Take ``prompts`` through the model together, in batches for which ``job`` makes the jobs.
+
+    Args:
+        stream: the model.
+        prompts: token ids.
+        job: makes the job of the prompts with these numbers.
+        batch_size: prompts per batch, or ``auto``.
+        description: shown beside the progress bar.
+        mix: prompts of different lengths may share a batch, where the architecture allows it.
 
     Raises:
         UsageError: a single prompt does not fit into memory.
     """
     budget = Budget(stream.device, batch_size, grow=False)
-    lengths = list(map(len, prompts))
+    retry(stream, budget, lambda: [job(rows) for rows in batches(stream, prompts, budget, mix)],
+          description)  # fmt: skip
+
+
+def batches(
+    stream: Stream, prompts: Sequence[Sequence[int]], budget: Budget, mix: bool = True
+) -> list[Rows]:
+    """Which prompts share a batch."""
+    return group_rows(list(map(len, prompts)), budget, mix and can_pad(stream.model))
+
+
+def retry(stream: Stream, budget: Budget, jobs: Callable[[], list[Job]], description: str) -> None:
+    """One reading of the model for the jobs made within ``budget``, halved until they fit.
+
+    Raises:
+        UsageError: a single row does not fit into memory.
+    """
     while True:
-        groups = group_rows(lengths, budget, can_pad(stream.model))
+        some = jobs()
         try:
-            stream.run([job(rows) for rows in groups], description)
+            stream.run(some, description)
             return
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        most = max(map(len, groups))
+        # The whole pass starts again: a batch too large shows at the first block.
+        most = max(job.rows for job in some)
         if most == 1:
             raise UsageError(
-                f"a single prompt of {max(lengths)} tokens and a block do not fit into the memory "
-                f"of {stream.device.type}: use a smaller --dtype, a smaller --activation-memory or "
-                "another --device"
+                f"a single prompt and a block do not fit into the memory of {stream.device.type}: "
+                "use a smaller --dtype, a smaller --activation-memory or another --device"
             )
-        # The whole pass starts again: a batch too large shows at the first block.
-        budget.failed(most, max(len(rows) * max(lengths[r] for r in rows) for rows in groups))
+        budget.failed(most, max(job.rows * job.width for job in some))

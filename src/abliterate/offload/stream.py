@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from abliterate.batching import out_of_memory
 from abliterate.console import progress_bar
-from abliterate.errors import UnsupportedArchitectureError
 from abliterate.forward import block_input
 from abliterate.offload.activations import Activations
 from abliterate.offload.suspended import Pass, Request, this_pass
@@ -37,18 +34,30 @@ class Job:
     Attributes:
         call: runs the model once; what it returns goes to ``use``.
         use: takes the result.
+        shape: rows and tokens of the batch.
         keep: how many last tokens' logits are wanted.
         start: the first block that computes; what is before hands on what it gets.
         change: sees the stream that enters each block and returns what is to enter instead.
         see: sees each block's index, input and output.
+        units: directions that hooks project out of it, ``[d_model]`` or ``[batch, d_model]``.
     """
 
     call: Callable[[], Any]
     use: Callable[[Any], None]
+    shape: tuple[int, int]
     keep: int = 1
     start: int = 0
     change: Callable[[int, Tensor], Tensor] | None = None
     see: Callable[[int, Tensor, Any], None] | None = None
+    units: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.shape[1]
 
 
 class _Running(Pass):
@@ -364,16 +373,3 @@ def _load_on_use(module: nn.Module, weights: Weights, slots: Sequence[Slot]) -> 
         weights.load(slots, keep=True)
 
     handle = module.register_forward_pre_hook(load)
-
-
-@contextmanager
-def told_memory(what: str) -> Iterator[None]:
-    """Turn a failed allocation into one line that says which option to change."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise UnsupportedArchitectureError(
-            f"memory ran out while {what}: lower --batch-size or --activation-memory"
-        ) from None
