@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.exceptions import TyperException
 
-from abliterate import checks, commands
+from abliterate import checks, commands, plan_command
 from abliterate import options as opt
 from abliterate.commands import open_session
 from abliterate.console import debugging, print_json, print_line, set_up
@@ -184,6 +184,7 @@ app.command()(checks.verify)
 app.command()(commands.evaluate)
 app.command()(commands.run)
 app.command()(checks.writers)
+app.command()(plan_command.plan)
 
 
 @app.command()
