@@ -149,6 +149,12 @@ def child(mode: str, folder: Path, n: int, batch: str, budget: int) -> None:
             opened = time.perf_counter()
             _, seen = look(loaded.stream, ids, _POSITIONS, size)
             mean = seen.mean(0, dtype=torch.float64)
+        elif mode == "memory":  # for scripts/check_plan.py
+            from abliterate.models import Checkpoint, load_weights
+
+            model = load_weights(Checkpoint(str(folder), folder), "cpu", "float32")
+            opened = time.perf_counter()
+            mean, _ = extraction.mean_resid_pre(model, ids, _POSITIONS, batch_size=size)
         else:
             from transformers import AutoModelForCausalLM
 
@@ -209,18 +215,18 @@ def main() -> None:
         kind = "dense" if args.dense else f"{args.experts} experts, 2 used"
         print(f"{size / 1e9:.2f} GB of float32 ({args.layers} layers, {kind}), memory limit "
               f"{limit / 1e9:.2f} GB, {args.prompts} prompts of {tokens:,} tokens, "
-              f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}\n")  # fmt: skip
+              f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}\n",
+              flush=True)  # fmt: skip
         print("| run | batch | open s | extract s | read, of checkpoint | peak RSS GB |")
         print("|---|---|---:|---:|---:|---:|")
-        base = measure("stream", folder, args, "auto", limit)
-        rows = [("--offload", "auto", base)]
-        rows += [
-            ("accelerate", batch, measure("accelerate", folder, args, batch, limit))
-            for batch in args.batch_sizes
-        ]
-        for name, batch, row in rows:
-            print(f"| {name} | {batch} | {row['open']:.1f} | {row['extract']:.1f} | "
-                  f"{row['read'] / size:.2f} | {row['peak'] / 1e9:.2f} |")  # fmt: skip
+        rows = []
+        for mode, batch in [("stream", "auto"), *(("accelerate", b) for b in args.batch_sizes)]:
+            row = measure(mode, folder, args, batch, limit)
+            rows.append((mode, batch, row))
+            print(f"| {'--offload' if mode == 'stream' else mode} | {batch} | {row['open']:.1f} | "
+                  f"{row['extract']:.1f} | {row['read'] / size:.2f} | {row['peak'] / 1e9:.2f} |",
+                  flush=True)  # fmt: skip
+        base = rows[0][2]
         print()
         for _, batch, row in rows[1:]:
             print(f"batch {batch}: {row['extract'] / base['extract']:.1f}x the time of --offload")

@@ -170,3 +170,68 @@ def test_streaming_is_chosen_where_the_weights_do_not_fit(
     assert result.code == 0, result.err
     assert "its layers are streamed from disk (--offload)" in result.err
     assert json.loads((tmp_path / "run/extract.json").read_text())["offload"]["passes"] == 1
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "qwen3_moe",  # experts that are fused on loading
+        "gemma3n_text",  # parallel streams, inputs of each layer, keys and values of other layers
+        "gpt2",  # learned positions, transposed matrices
+        "zamba2",  # a block that is used at several depths
+        "hrm_text",  # blocks that run several times
+        "mamba",  # recurrent: no padding
+    ],
+)
+def test_unusual_architectures_stream_as_they_run(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole table: scripts/offload_architectures.py."""
+    from architectures.zoo import tiny_model
+
+    from abliterate.extraction import mean_resid_pre
+    from abliterate.models import Checkpoint, load_weights
+    from abliterate.offload import opening
+    from abliterate.offload.passes import look
+
+    monkeypatch.setattr(opening, "load_tokenizer", lambda *_: None)  # prompts are token ids
+    tiny_model(model_type).save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path), tmp_path)
+    prompts = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40, 16), (60, 8))]
+    plain, _ = mean_resid_pre(load_weights(checkpoint, "cpu", "float32"), prompts, [-2, -1])
+    loaded = opening.open_stream(
+        checkpoint, "cpu", "float32", activation_memory=1 << 12, resident=0
+    )
+    _, seen = look(loaded.stream, prompts, [-2, -1], 2)
+    streamed = seen.mean(0, dtype=torch.float64)
+    assert (streamed - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_an_error_midway_ends_every_pass(tiny) -> None:
+    import threading
+
+    from abliterate.forward import last_logits, pad
+    from abliterate.offload import Job, open_stream
+
+    stream = open_stream(str(tiny("llama")), "cpu", "float32", activation_memory=1 << 20).stream
+    batches = [pad(stream.model, [[5, 6, 7, 8]], [0]) for _ in range(4)]
+
+    def jobs(fail_at: int, done: list[torch.Tensor]) -> list[Job]:
+        def see(layer: int, hidden: torch.Tensor, output: object) -> None:
+            if layer == fail_at:
+                raise KeyboardInterrupt
+
+        return [
+            Job(lambda b=b: last_logits(stream.model, b), done.append, (1, 4), see=see)
+            for b in batches
+        ]
+
+    before = threading.active_count()
+    done: list[torch.Tensor] = []
+    with pytest.raises(KeyboardInterrupt):
+        stream.run(jobs(2, done))
+    assert threading.active_count() <= before + 1  # the one that reads ahead
+    assert done == []
+    stream.run(jobs(99, done))  # and it goes on as if nothing had been
+    assert len(done) == 4
+    assert all(torch.equal(one, done[0]) for one in done)

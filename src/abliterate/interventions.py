@@ -78,7 +78,10 @@ def ablate_units(
     """
     # Moved once for each device: the hooks then stay there and in the dtype of their modules.
     moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    width = stream_width(model, find_writers(model))
+    if isinstance(units, Tensor):
+        width = units.shape[-1]
+    else:
+        width = stream_width(model, find_writers(model))
 
     def cleaned(value: Tensor, fresh: bool = False) -> Tensor:
         key = value.device, value.dtype

@@ -208,7 +208,7 @@ def _stage(
     batch = Budget(torch.device("cuda" if machine.gpu_memory else "cpu")).tokens
     inner = max(shape.blocks) // max(shape.itemsize * shape.width, 1)
     scratch = batch * max(inner // 4, shape.width) * shape.itemsize
-    libraries = work.libraries
+    libraries = 0 if fits and machine.gpu_memory else work.libraries
     if fits:
         memory = libraries + shape.weights + scratch
         mode, read = "in memory", shape.stored
