@@ -32,13 +32,14 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-_WIDTH, _INNER, _VOCABULARY = 1024, 1024, 32000
+_VOCABULARY = 32000
 _POSITIONS = [-3, -2, -1]
 
 
 def matrices(args: argparse.Namespace) -> Iterator[dict[str, tuple[int, ...]]]:
     """Names and shapes, shard by shard."""
-    w, inner = _WIDTH, _INNER if not args.dense else 4 * _INNER
+    w = args.width
+    inner = w if not args.dense else 4 * w
     for at in range(args.layers):
         here = f"model.layers.{at}"
         shapes: dict[str, tuple[int, ...]] = {
@@ -66,18 +67,19 @@ def matrices(args: argparse.Namespace) -> Iterator[dict[str, tuple[int, ...]]]:
 def build(folder: Path, args: argparse.Namespace) -> int:
     """Write the checkpoint; returns its bytes."""
     common = {
-        "vocab_size": _VOCABULARY, "hidden_size": _WIDTH, "num_hidden_layers": args.layers,
-        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
+        "vocab_size": _VOCABULARY, "hidden_size": args.width, "num_hidden_layers": args.layers,
+        "num_attention_heads": args.width // 64,
+        "num_key_value_heads": args.width // 256, "head_dim": 64,
         "max_position_embeddings": 512, "tie_word_embeddings": False, "dtype": "float32",
         "pad_token_id": 0,
     }  # fmt: skip
     if args.dense:
         config = LlamaConfig(
-            intermediate_size=4 * _INNER, architectures=["LlamaForCausalLM"], **common
+            intermediate_size=4 * args.width, architectures=["LlamaForCausalLM"], **common
         )
     else:
         config = Qwen3MoeConfig(
-            moe_intermediate_size=_INNER, num_experts=args.experts, num_experts_per_tok=2,
+            moe_intermediate_size=args.width, num_experts=args.experts, num_experts_per_tok=2,
             architectures=["Qwen3MoeForCausalLM"], **common,
         )  # fmt: skip
     config.save_pretrained(folder)
@@ -198,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--experts", type=int, default=12)
+    parser.add_argument("--width", type=int, default=1024, help="d_model, a multiple of 256")
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--share", type=float, default=0.4, help="limit over checkpoint size")

@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--experts", type=int, default=12)
+    parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--prompts", type=int, default=128)
     args = parser.parse_args()
     print(f"{args.prompts} prompts, {torch.get_num_threads()} threads, load "
