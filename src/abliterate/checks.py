@@ -34,6 +34,8 @@ def verify(
     harmless: opt.Harmless = None,
     n_prompts: Annotated[int, typer.Option(help="Prompts per kind for --forward.")] = 16,
     device: opt.Device = None,
+    offload: opt.Offload = None,
+    activation_memory: opt.ActivationMemory = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     as_json: opt.Json = False,
@@ -51,7 +53,8 @@ def verify(
 
     from abliterate.chat import ChatFormat, encode
     from abliterate.direction import load_direction
-    from abliterate.models import find_checkpoint, load_model
+    from abliterate.models import find_checkpoint
+    from abliterate.offload import load_or_stream
     from abliterate.prompts import load_prompts
     from abliterate.shards import read_shards
     from abliterate.verification import leak_bound, measure_leak
@@ -63,7 +66,8 @@ def verify(
     base = None if source is None else find_checkpoint(source, revision)
     result = check(checkpoint, vector, base, trust)
     if forward:
-        loaded = load_model(checkpoint, device or "auto", "float32", trust)
+        where = (device or "auto", "float32", trust)
+        loaded = load_or_stream(checkpoint, *where, offload, activation_memory)
         texts = [
             prompt.text
             for kind in (harmful or "harmful", harmless or "harmless")

@@ -23,6 +23,7 @@ from abliterate import (
     evaluate_commands,
     fragility_command,
     launched,
+    plan_command,
     talk,
 )
 from abliterate import options as opt
@@ -217,6 +218,7 @@ app.command()(audit_commands.audit)
 app.command()(audit_commands.diff)
 app.command()(fragility_command.fragility)
 app.command()(talk.chat)
+app.command()(plan_command.plan)
 
 
 @app.command()

@@ -36,6 +36,8 @@ def extract(
     tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
+    offload: opt.Offload = None,
+    activation_memory: opt.ActivationMemory = None,
     seed: opt.Seed = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
@@ -49,7 +51,8 @@ def extract(
         config,
         {
             "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)
-            | {"device_map": device_map, "tensor_parallel": tensor_parallel},
+            | {"device_map": device_map, "tensor_parallel": tensor_parallel}
+            | _streaming(offload, activation_memory),
             "chat": chat_options(system, chat_template_kwargs, response_prefix),
             "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token)
             | _kept(save_activations, activation_positions),
@@ -99,6 +102,8 @@ def select(
     tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
+    offload: opt.Offload = None,
+    activation_memory: opt.ActivationMemory = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
     as_json: opt.Json = False,
@@ -109,7 +114,8 @@ def select(
     set_up(quiet, debug)
     given: dict[str, Any] = {
         "model": model_options(None, device, dtype, batch_size, trust_remote_code, None)
-        | {"device_map": device_map, "tensor_parallel": tensor_parallel},
+        | {"device_map": device_map, "tensor_parallel": tensor_parallel}
+        | _streaming(offload, activation_memory),
         "select": {
             "harmful": harmful,
             "harmless": harmless,
@@ -168,6 +174,8 @@ def run(
     tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
+    offload: opt.Offload = None,
+    activation_memory: opt.ActivationMemory = None,
     seed: opt.Seed = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
@@ -181,7 +189,8 @@ def run(
         config,
         {
             "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)
-            | {"device_map": device_map, "tensor_parallel": tensor_parallel},
+            | {"device_map": device_map, "tensor_parallel": tensor_parallel}
+            | _streaming(offload, activation_memory),
             "chat": chat_options(system, chat_template_kwargs, response_prefix),
             "extract": _train(harmful, harmless, n_train, filter, positions, refusal_token)
             | _kept(save_activations, activation_positions),
@@ -238,6 +247,10 @@ def model_options(
         "trust_remote_code": trust_remote_code,
         "seed": seed,
     }
+
+
+def _streaming(offload: bool | None, activation_memory: str | None) -> dict[str, Any]:
+    return {"offload": offload, "activation_memory": activation_memory}
 
 
 def _train(

@@ -25,6 +25,8 @@ from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 # How many prompts of each kind the refusal tokens are detected from.
 _DETECT_PROMPTS = 32
+# Of a streamed model's activations, which may lie in a mapped file, so many prompts at a time.
+_SEEN_ROWS = 16
 # Fewer prompts than this make a mean that is mostly noise.
 _MIN_PROMPTS = 8
 
@@ -116,8 +118,18 @@ def extract(
     given = {"harmful": team.share(harmful_ids), "harmless": team.share(harmless_ids)}
     # What the refusal tokens are detected from is not run again for the means.
     seen: dict[str, list[Seen]] = {kind: [] for kind in given}
+    if loaded.stream is not None:
+        seen = _look_together(loaded.stream, given, where, batch_size)
     if refusal_tokens:
         tokens = resolve_refusal_tokens(tokenizer, refusal_tokens)
+    elif loaded.stream is not None:
+        tokens = detect_refusal_tokens(
+            *(
+                _summed_probabilities(seen[kind][: _DETECT_PROMPTS // _SEEN_ROWS])
+                / min(_DETECT_PROMPTS, len(rows))
+                for kind, rows in given.items()
+            )
+        )
     else:
         first = len(team.share(range(_DETECT_PROMPTS)))
         with team.working():
@@ -159,6 +171,29 @@ def extract(
         kept_harmful,
         kept_harmless,
     )
+
+
+def _look_together(
+    stream: Any,
+    given: Mapping[str, Sequence[Sequence[int]]],
+    positions: Sequence[int],
+    batch_size: int | str,
+) -> dict[str, list[Seen]]:
+    """All prompts of every kind in one reading of a streamed model."""
+    from abliterate.offload.passes import look as look_streamed
+
+    everything = [ids for rows in given.values() for ids in rows]
+    logits, activations = look_streamed(stream, everything, positions, batch_size)
+    seen: dict[str, list[Seen]] = {}
+    start = 0
+    for kind, rows in given.items():
+        seen[kind] = []
+        for first in range(0, len(rows), _SEEN_ROWS):
+            part = tuple(range(first, min(first + _SEEN_ROWS, len(rows))))
+            at = slice(start + first, start + first + len(part))
+            seen[kind].append(Seen(part, logits[at], activations[at]))
+        start += len(rows)
+    return seen
 
 
 def find_refusal_tokens(

@@ -53,6 +53,7 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
 
 
 _paddable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_homes: WeakKeyDictionary[PreTrainedModel, torch.device] = WeakKeyDictionary()
 
 
 def can_pad(model: PreTrainedModel) -> bool:
@@ -73,6 +74,11 @@ def can_pad(model: PreTrainedModel) -> bool:
         )
         _paddable[model] = promised and _padding_is_masked(model)
     return _paddable[model]
+
+
+def stand_in(model: PreTrainedModel, device: torch.device, paddable: bool) -> None:
+    """Say of a model whose weights come and go where it computes and whether rows can be padded."""
+    _homes[model], _paddable[model] = device, paddable
 
 
 @torch.inference_mode()
@@ -116,6 +122,8 @@ def pad(
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go."""
+    if model in _homes:
+        return _homes[model]
     embedding: Any = model.get_input_embeddings()
     device: torch.device = embedding.weight.device
     if device.type == "meta":  # accelerate fetches the weight where it runs

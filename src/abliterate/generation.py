@@ -61,6 +61,11 @@ def greedy_answers(
         UsageError: ``batch_size`` is neither ``auto`` nor a positive number, or a single prompt
             does not fit into memory.
     """
+    if loaded.stream is not None:
+        raise UsageError(
+            "--offload would read the whole model for every token of an answer, so it does not "
+            "generate: use --no-offload on a machine with room for the weights"
+        )
     answers: list[list[int]] = [[] for _ in prompts]
     team, known = loaded.team, set(done)
     if not team.alone:

@@ -77,19 +77,29 @@ def ablate(model: PreTrainedModel, direction: Tensor, scale: float = 1.0) -> Ite
 
 
 @contextmanager
-def ablate_units(model: PreTrainedModel, units: Tensor, sites: Sequence[Site]) -> Iterator[None]:
+def ablate_units(
+    model: PreTrainedModel, units: Tensor | Callable[[], Tensor | None], sites: Sequence[Site]
+) -> Iterator[None]:
     """Project unit directions out of what passes ``sites``.
 
     Args:
         model: the model.
-        units: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each.
+        units: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each; or what
+            gives those of the batch that is running, None to leave it alone.
         sites: the sites of ``find_writers(model)``.
     """
     # Moved once for each device: the hooks then stay there and in the dtype of their modules.
     moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    if isinstance(units, Tensor):
+        width = units.shape[-1]
+    else:
+        width = stream_width(model, find_writers(model))
 
     def cleaned(value: Tensor, fresh: bool = False) -> Tensor:
         key = value.device, value.dtype
+        if not isinstance(units, Tensor):
+            now = units()
+            return value if now is None else project_out(value, now.to(*key), fresh)
         if key not in moved:
             moved[key] = units.to(*key)
         return project_out(value, moved[key], fresh)
@@ -100,7 +110,7 @@ def ablate_units(model: PreTrainedModel, units: Tensor, sites: Sequence[Site]) -
             if site.at == "output":
                 handle = module.register_forward_hook(_output_hook(cleaned, site.index))
             else:
-                hook = _input_hook(cleaned, units.shape[-1])
+                hook = _input_hook(cleaned, width)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
@@ -161,11 +171,11 @@ def shifted(hidden: Tensor, vectors: Tensor) -> Tensor:
             by side in the last axis, or on one of their own) each is shifted.
         vectors: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each.
     """
-    moved: Tensor = hidden + _like(vectors.to(hidden.device, hidden.dtype), hidden)
+    moved: Tensor = hidden + per_row(vectors.to(hidden.device, hidden.dtype), hidden)
     return moved
 
 
-def _like(vectors: Tensor, hidden: Tensor) -> Tensor:
+def per_row(vectors: Tensor, hidden: Tensor) -> Tensor:
     """Vectors ``[d_model]`` or ``[batch, d_model]`` in a shape that broadcasts over ``hidden``."""
     wide = vectors.repeat(*([1] * (vectors.ndim - 1)), hidden.shape[-1] // vectors.shape[-1])
     if vectors.ndim == 1:

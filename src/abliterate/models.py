@@ -116,12 +116,15 @@ class Loaded:
         tokenizer: its tokenizer.
         checkpoint: where both came from.
         team: the processes that share the work with it.
+        stream: where the model is larger than memory, what runs it block by block
+            (``abliterate.offload.Stream``); ``model`` then has no weights of its own.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     checkpoint: Checkpoint
     team: Team = ALONE
+    stream: Any = None
 
 
 def pick_device(device: str) -> torch.device:

@@ -90,6 +90,26 @@ BatchSize = Annotated[
         "model.batch_size", ("--batch-size",), "Prompts per forward pass, or auto.", _MODEL
     ),
 ]
+Offload = Annotated[
+    bool | None,
+    setting_option(
+        "model.offload",
+        ("--offload/--no-offload",),
+        "Stream the layers from disk, with all prompts at once. Default: if the weights do not "
+        "fit into memory.",
+        _MODEL,
+    ),
+]
+ActivationMemory = Annotated[
+    str | None,
+    setting_option(
+        "model.activation_memory",
+        ("--activation-memory",),
+        "Memory for activations under --offload, such as 8GB; more goes to mapped files. "
+        "Default: half of what is free.",
+        _MODEL,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool | None,
     setting_option(

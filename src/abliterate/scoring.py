@@ -149,7 +149,7 @@ class Scorer:
     def run(self) -> list[Score]:
         """Score what is not known yet; all scores by position, then layer."""
         try:
-            self._share_out(self._lacks_induce, self._induce)
+            self._share_out(self.lacks_induce, self._induce)
             self._share_out(self._lacks_bypass, self._kl_and_bypass)
             with self.task.team.working():  # the same on every rank: it is little
                 self._complete_kl([key for key in self.usable if self._is_lazy(key)])
@@ -175,10 +175,18 @@ class Scorer:
     def exhaustive(self) -> bool:
         return self.task.search == "exhaustive"
 
-    def _lacks_induce(self, key: Key) -> bool:
+    def lacks_induce(self, key: Key) -> bool:
+        """Whether induce has yet to be measured."""
+        """Whether induce has yet to be measured."""
         score = self.scores[key]
         dropped = not self.exhaustive and score.induce_at_most is not None
         return score.induce_score is None and not dropped
+
+    def is_open(self, key: Key) -> bool:
+        """Whether KL or bypass has yet to be measured, of those that pass so far."""
+        score = self.scores[key]
+        missing = None in (score.kl_divergence, score.bypass_score)
+        return missing and (self.exhaustive or score.why_dropped(self.task.thresholds) is None)
 
     def _lacks_bypass(self, key: Key) -> bool:
         """Whether bypass, or a KL that is wanted whatever the bypass is, has yet to be measured."""

@@ -123,8 +123,35 @@ def select(
     tokens = extraction.refusal_tokens
     harmful_ids = encode(loaded.tokenizer, [prompt.text for prompt in harmful], chat)
     harmless_ids = encode(loaded.tokenizer, [prompt.text for prompt in harmless], chat)
-    harmful_score = _refusal_scores(loaded, harmful_ids, tokens, batch_size)
-    harmless_score = _refusal_scores(loaded, harmless_ids, tokens, batch_size)
+    streamed = None
+    if loaded.stream is None:
+        harmful_score = _refusal_scores(loaded, harmful_ids, tokens, batch_size)
+        harmless_score = _refusal_scores(loaded, harmless_ids, tokens, batch_size)
+    else:
+        from abliterate.offload.search import StreamedSearch
+
+        if n_answer:
+            raise UsageError(
+                "--kl-on response:N needs the model's answers, which --offload cannot generate in "
+                "few readings of it: use --kl-on last"
+            )
+        streamed = StreamedSearch(
+            loaded.stream,
+            Task(
+                loaded.model,
+                extraction.directions,
+                extraction.positions,
+                harmful_ids,
+                harmless_ids,
+                tokens,
+                thresholds=thresholds,
+                search=search,
+                all_layers=all_layers,
+                batch_size=batch_size,
+            ),
+            known,
+        )
+        harmful_score, harmless_score = streamed.harmful_scores, streamed.harmless_scores
     use_harmful = harmful_score > 0 if filter else torch.ones_like(harmful_score, dtype=torch.bool)
     use_harmless = (
         harmless_score < 0 if filter else torch.ones_like(harmless_score, dtype=torch.bool)
@@ -154,7 +181,10 @@ def select(
         batch_size,
         loaded.team,
     )
-    scores = Scorer(task, known, save).run()
+    if streamed is None:
+        scores = Scorer(task, known, save).run()
+    else:
+        scores = streamed.run(use_harmful, use_harmless, save)
     judged = judge(scores, extraction.directions.shape[1], thresholds)
     return Selection(
         tuple(judged),

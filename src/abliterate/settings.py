@@ -42,6 +42,8 @@ class ModelSettings(_Section):
     batch_size: int | str = "auto"
     trust_remote_code: bool = False
     seed: int = 0
+    offload: bool | None = None
+    activation_memory: str | None = None
 
 
 class ChatSettings(_Section):

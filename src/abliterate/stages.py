@@ -38,7 +38,9 @@ from abliterate.edit_options import edit_options
 from abliterate.editing import RECORD, orthogonalize
 from abliterate.errors import InputError, SelectionError, UsageError
 from abliterate.extraction import Extraction, extract
-from abliterate.models import Checkpoint, Loaded, load_model
+from abliterate.forward import input_device
+from abliterate.models import Checkpoint, Loaded
+from abliterate.offload import load_or_stream
 from abliterate.placement import Placement, devices, find_placement
 from abliterate.prompts import load_prompts, prompt_key
 from abliterate.scores import load_partial, save_partial, score_record
@@ -79,12 +81,18 @@ class Session:
         model, where = self.settings.model, self.placement
         torch.manual_seed(model.seed)
         with where.team.working():
-            loaded = load_model(
-                checkpoint, model.device, model.dtype, model.trust_remote_code, where
+            loaded = load_or_stream(
+                checkpoint,
+                model.device,
+                model.dtype,
+                model.trust_remote_code,
+                model.offload,
+                model.activation_memory,
+                where,
             )
-        log.info(
-            "loaded %s (%s, %s)", checkpoint.name, loaded.model.dtype, where.describe(loaded.model)
-        )
+        verb = "streaming" if loaded.stream else "loaded"
+        place = input_device(loaded.model).type if loaded.stream else where.describe(loaded.model)
+        log.info("%s %s (%s, %s)", verb, checkpoint.name, loaded.model.dtype, place)
         return loaded
 
     def release(self) -> None:
@@ -110,6 +118,7 @@ class Session:
             "model": self.identity,
             "dtype": model.dtype,
             "device": model.device,
+            "offload": model.offload,
             "seed": model.seed,
             "chat": self.settings.chat.model_dump(),
             "versions": versions(),
@@ -187,7 +196,10 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
             "model": session.identity,
             "model_type": loaded.model.config.model_type,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": ", ".join(devices(loaded.model)),
+            "device": input_device(loaded.model).type
+            if loaded.stream
+            else ", ".join(devices(loaded.model)),
+            "offload": loaded.stream and loaded.stream.summary(),
             "positions": [
                 {"position": position, "token": token}
                 for position, token in zip(result.positions, result.tokens, strict=True)

@@ -27,7 +27,8 @@ _MOST = 4
 
 def worth_having(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> int:
     """How many models should run at once: as many as there are cores, for a small one on a CPU."""
-    if model.device.type != "cpu" or getattr(model, "hf_device_map", None):
+    spread = getattr(model, "hf_device_map", None) or (getattr(model, "_tp_size", None) or 1) > 1
+    if model.device.type != "cpu" or spread:
         return 1
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     return min(_MOST, torch.get_num_threads()) if largest <= _LARGEST_BLOCK else 1

@@ -215,6 +215,10 @@ def measure_leak(loaded: Loaded, direction: Direction, prompts: Sequence[Sequenc
         direction: what the stream should be orthogonal to.
         prompts: token ids.
     """
+    if loaded.stream is not None:
+        from abliterate.offload.changed import leak_of
+
+        return leak_of(loaded.stream, direction.vector, prompts)
     blocks = find_writers(loaded.model).blocks
     device = loaded.model.get_input_embeddings().weight.device
     return max(

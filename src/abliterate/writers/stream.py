@@ -105,7 +105,8 @@ def block_calls(model: nn.Module, calls: Iterable[Call]) -> list[BlockCall]:
     return [block for block in found if block.stream_out.shape[-1] == width]
 
 
-def _ratio(hidden: Tensor, unit: Tensor) -> float:
+def ratio(hidden: Tensor, unit: Tensor) -> float:
+    """The largest share of a stream ``[..., d_model]`` along a unit direction."""
     h = hidden.detach().double().reshape(*hidden.shape[:-1], -1, unit.shape[0])
     ratio = (h @ unit.to(h.device)).abs() / h.norm(dim=-1).clamp_min(1e-30)
     return float(ratio.max()) if bool(torch.isfinite(ratio).all()) else float("inf")
@@ -139,7 +140,7 @@ def leak(
             for before, after, _ in streams_of(tensors_in((args, kwargs)), elements_of(output)):
                 width = after.shape[-1]
                 if width % unit.shape[0] == 0:
-                    worst = max(_ratio(before, unit), _ratio(after, unit))
+                    worst = max(ratio(before, unit), ratio(after, unit))
                     seen.append((size, width, worst))
 
         return measure

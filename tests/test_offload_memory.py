@@ -1,0 +1,132 @@
+"""A checkpoint four times larger than an enforced memory limit.
+
+The limit is ``RLIMIT_DATA``: the kernel refuses every private writable page beyond it (heap,
+anonymous mappings, thread stacks), touched or not, so it bounds what the process allocates from
+above. Pages of a file that is mapped shared are the page cache's and do not count, as they need not
+stay. (``RLIMIT_RSS`` does nothing on Linux, ``RLIMIT_AS`` would count the mappings, and a control
+group, which ``scripts/bench_offload.py`` uses, takes root.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig
+
+LAYERS, EXPERTS, WIDTH, INNER = 46, 8, 512, 1024
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
+
+CHILD = """
+import json, resource, sys
+from pathlib import Path
+limit = int(sys.argv[1])
+if limit:
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+from abliterate.cli import main
+code = main(sys.argv[2:])
+status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+print(json.dumps({"code": code, "peak": int(status["VmHWM"].split()[0]) << 10}))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """A mixture of experts, which the library fuses on loading; one shard for each layer."""
+    folder = tmp_path_factory.mktemp("large")
+    config = Qwen3MoeConfig(
+        vocab_size=512, hidden_size=WIDTH, intermediate_size=INNER, moe_intermediate_size=INNER,
+        num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        num_experts=EXPERTS, num_experts_per_tok=2, max_position_embeddings=256,
+        tie_word_embeddings=False, architectures=["Qwen3MoeForCausalLM"], dtype="float32",
+        eos_token_id=2, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    noise = torch.randn(2 * WIDTH * INNER, generator=torch.Generator().manual_seed(0))
+    counter = iter(range(1 << 20))
+
+    def matrix(*shape: int) -> torch.Tensor:
+        size, at = shape[0] * shape[1], 997 * next(counter) % (WIDTH * INNER)
+        return 0.3 * noise[at : at + size].reshape(shape) / shape[1] ** 0.5
+
+    def layer(index: int) -> dict[str, torch.Tensor]:
+        at = f"model.layers.{index}"
+        tensors = {
+            f"{at}.input_layernorm.weight": torch.ones(WIDTH),
+            f"{at}.post_attention_layernorm.weight": torch.ones(WIDTH),
+            f"{at}.self_attn.q_norm.weight": torch.ones(64),
+            f"{at}.self_attn.k_norm.weight": torch.ones(64),
+            f"{at}.self_attn.q_proj.weight": matrix(512, WIDTH),
+            f"{at}.self_attn.k_proj.weight": matrix(128, WIDTH),
+            f"{at}.self_attn.v_proj.weight": matrix(128, WIDTH),
+            f"{at}.self_attn.o_proj.weight": matrix(WIDTH, 512),
+            f"{at}.mlp.gate.weight": matrix(EXPERTS, WIDTH),
+        }
+        for expert in range(EXPERTS):
+            own = f"{at}.mlp.experts.{expert}"
+            tensors[f"{own}.gate_proj.weight"] = matrix(INNER, WIDTH)
+            tensors[f"{own}.up_proj.weight"] = matrix(INNER, WIDTH)
+            tensors[f"{own}.down_proj.weight"] = matrix(WIDTH, INNER)
+        return tensors
+
+    rest = {
+        "model.embed_tokens.weight": matrix(512, WIDTH),
+        "model.norm.weight": torch.ones(WIDTH),
+        "lm_head.weight": matrix(512, WIDTH),
+    }
+    index: dict[str, str] = {}
+    for number in range(LAYERS + 1):
+        name = f"model-{number + 1:05}-of-{LAYERS + 1:05}.safetensors"
+        tensors = layer(number) if number < LAYERS else rest
+        save_file(tensors, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+    document = {"metadata": {}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(document))
+    for file in tokenizer_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def _extract(model: Path, run: Path, limit: int, *options: str) -> tuple[dict[str, int], str]:
+    arguments = [
+        "extract", model, "-o", run, "--no-filter", "--refusal-token", "I", "--n-train", "4",
+        "--dtype", "float32", "--positions", "-2,-1", *options,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(limit), *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=600,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    return (json.loads(lines[-1]) if lines else {"code": done.returncode}), done.stderr
+
+
+def test_a_checkpoint_four_times_the_memory_limit(large: Path, tmp_path: Path) -> None:
+    size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    limit = size // 4
+    plain, error = _extract(large, tmp_path / "limited", limit, "--no-offload")
+    assert plain["code"] != 0, "the limit does not bind"
+    budget = 64 << 20
+    streamed, error = _extract(
+        large, tmp_path / "streamed", limit, "--offload", "--activation-memory", str(budget)
+    )
+    assert streamed["code"] == 0, error
+    block = (size // LAYERS) + (1 << 20)
+    rows = 512 * WIDTH * 4
+    assert streamed["peak"] <= block + rows + budget + (512 << 20)
+    record = json.loads((tmp_path / "streamed" / "extract.json").read_text())
+    assert record["offload"]["bytes_read"] <= 1.01 * size
+    whole, error = _extract(large, tmp_path / "whole", 0, "--no-offload")
+    assert whole["code"] == 0, error
+    got, wanted = (
+        load_file(tmp_path / name / "directions.safetensors") for name in ("streamed", "whole")
+    )
+    for name in ("mean_harmful", "mean_harmless"):
+        assert (got[name] - wanted[name]).norm() <= 1e-5 * wanted[name].norm()
+    print(f"checkpoint {size}, limit {limit}, peak {streamed['peak']}, whole {whole['peak']}")
