@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -247,16 +246,8 @@ def test_centred_writers_are_no_edit(cli: Cli, tmp_path: Path) -> None:
     assert "the mean of all channels" in result.json["writers"]["set_aside"][0]["reason"]
 
 
-def test_too_little_to_tell_is_undecided(cli: Cli, tiny: Callable[..., Path]) -> None:
-    folder = tiny("llama")
-    config = json.loads((folder / "config.json").read_text())
-    assert config["hidden_size"] == 48
-    result = cli("audit", folder, "--json")
-    assert (result.code, result.json["verdict"]) in {(0, "clean"), (8, "undecided")}
-
-
 def test_one_block_is_undecided(cli: Cli, tmp_path: Path) -> None:
-    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16)
+    config = GPT2Config(n_embd=24, n_layer=1, n_head=2, vocab_size=300, n_positions=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
     result = cli("audit", tmp_path / "small", "--json")
     assert (result.code, result.json["verdict"]) == (8, "undecided")
