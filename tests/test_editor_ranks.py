@@ -112,7 +112,8 @@ def test_a_rank_that_dies_ends_the_other_and_the_work_goes_on(
     done = start_ranks(how, arguments)
     assert done[dead].returncode == -signal.SIGKILL
     line = one_error(done[1 - dead], 4)
-    assert "another rank is gone" in line
+    # Which of the two a survivor sees depends on how far the other had come.
+    assert "another rank is gone" in line or f"rank {dead} is dead" in line
     assert "run the same command again" in line
     assert not (tmp_path / "out").exists()
     again = start_ranks("none", arguments)

@@ -182,24 +182,6 @@ def test_groupings_and_shortcuts_do_not_change_scores(tiny, monkeypatch) -> None
             _agree(one, other)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_models_that_share_weights_score_as_one_does(count: int, tiny, monkeypatch) -> None:
-    for search in ("exhaustive", "staged"):
-        task = _task(tiny("qwen2"), search=search, thresholds=Thresholds(1e9, -1e9))
-        alone = Scorer(task).run()
-        with monkeypatch.context() as patch:
-            patch.setattr("abliterate.replay.worth_having", lambda model, blocks: count)
-            scorer = Scorer(task)
-            together = scorer.run()
-        models = [scorer.replay.model, *(other.model for other in scorer.replay._others)]
-        assert len({id(model) for model in models}) == count
-        weights = {model.get_input_embeddings().weight.data_ptr() for model in models}
-        assert len(weights) == 1
-        for one, other in zip(alone, together, strict=True):
-            assert one.computed == other.computed
-            _agree(one, other)
-
-
 def test_a_batch_that_does_not_fit_is_split(tiny) -> None:
     task = _task(tiny("llama"), search="exhaustive")
     reference = Scorer(task).run()

@@ -10,7 +10,6 @@ computed.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -28,7 +27,6 @@ from abliterate.forward import Batch, can_pad, in_step, input_device, last_logit
 from abliterate.interventions import ablate_units, add_vectors, shifted
 from abliterate.measures import Measure
 from abliterate.shortcuts import joining, last_token_only, recorded
-from abliterate.twins import Crew, twin, worth_having
 from abliterate.writers import WriterPlan, decoder_blocks, find_writers
 
 _CACHE_BYTES = 1 << 30
@@ -63,8 +61,6 @@ class Replay:
         self._sites = plan.sites
         self._final = self._last_writers(plan)
         self._as_tuple = False
-        self._others: list[Replay] = []
-        self._crew: Crew | None = None
         self._base: Cache | None = None
         self._base_streams: tuple[Tensor, ...] = ()
         if self.prefix:
@@ -173,7 +169,8 @@ class Replay:
             result: list[Tensor] = []
 
             def run(some: Candidates = some, result: list[Tensor] = result) -> None:
-                result.append(self._measured(some, piece, measure))
+                logits = self.logits(some, piece)
+                result.append(measure(logits, piece.batch.rows).cpu())
 
             started = time.perf_counter()
             if attempt(run):
@@ -188,50 +185,6 @@ class Replay:
             found += result
             done += len(some)
         return torch.cat(found)
-
-    def share_cores(self) -> Replay:
-        """From now on run several batches at once, where each is too small for all cores."""
-        count = worth_having(self.model, self._blocks) if self.tricks.rows else 1
-        if count > 1:
-            names = {id(module): name for name, module in self.model.named_modules()}
-            self._crew = Crew(count)
-            for _ in range(count - 1):
-                other = copy.copy(self)
-                other.model = twin(self.model)
-                for attribute in ("_blocks", "_final"):
-                    own = [names[id(module)] for module in getattr(self, attribute)]
-                    setattr(other, attribute, [other.model.get_submodule(name) for name in own])
-                self._others.append(other)
-        return self
-
-    def _measured(self, candidates: Candidates, piece: Piece, measure: Measure) -> Tensor:
-        """``measure`` in one batch, or in one a core."""
-        crew = [self, *self._others]
-        work: list[tuple[Candidates, Piece]] = [(candidates, piece)]
-        if self._crew and len(candidates) > 1:
-            # Every so many: of candidates that join at different layers each gets its share.
-            count = min(len(crew), len(candidates))
-            work = [
-                (candidates.pick(range(at, len(candidates), count)), piece) for at in range(count)
-            ]
-        elif self._crew and len(piece.batch.rows) > 1:
-            work = [(candidates, half) for half in piece.halves()]
-
-        def run(at: int) -> Tensor:
-            some, part = work[at]
-            # A twin's hooks are its own, but it returns what blocks return here.
-            crew[at]._as_tuple = self._as_tuple
-            return measure(crew[at].logits(some, part), part.batch.rows).cpu()
-
-        if len(work) == 1 or self._crew is None:
-            return run(0)
-        parts = self._crew.map(run, range(len(work)))
-        if len(candidates) == 1:
-            return torch.cat(parts, dim=1)
-        result = parts[0].new_empty(len(candidates), parts[0].shape[1])
-        for at, part in enumerate(parts):
-            result[at :: len(work)] = part
-        return result
 
     def _last_writers(self, plan: WriterPlan) -> list[nn.Module]:
         """Modules of the last block whose output is added to the stream, token by token.

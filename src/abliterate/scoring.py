@@ -143,8 +143,7 @@ class Scorer:
         task = self.task
         prompts = [*task.harmful, *task.harmless, *(task.answered or ())]
         keys = [self.usable[0], self.usable[-1]]
-        replay = verified_replay(task.model, prompts, task.vectors(keys), task.batch_size)
-        return replay.share_cores()
+        return verified_replay(task.model, prompts, task.vectors(keys), task.batch_size)
 
     def run(self) -> list[Score]:
         """Score what is not known yet; all scores by position, then layer."""

@@ -321,6 +321,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
             "n_layers": extracted["n_layers"],
             "search": settings.search,
             "kl_on": settings.kl_on,
+            "offload": session.loaded.stream and session.loaded.stream.summary(),
             "baselines": {
                 "harmful_refusal_score": result.harmful_score,
                 "harmless_refusal_score": result.harmless_score,
