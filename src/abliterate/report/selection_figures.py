@@ -24,6 +24,7 @@ _REASONS = {
     "kl": ("x", "KL above {kl:g}"),
     "induce": ("cross", "induce below {induce:g}"),
     "nan": ("circle", "not finite"),
+    "bypass": ("triangle-up", "a lower bypass wins, its KL was not needed"),
     "unknown": ("diamond", "not known"),
 }
 
