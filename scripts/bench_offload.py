@@ -141,6 +141,9 @@ def child(mode: str, folder: Path, n: int, batch: str, budget: int) -> None:
 
     size: int | str = batch if batch == "auto" else int(batch)
     ids = prompts(n)
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  (read now, not as weights)
+
+    before = read_so_far()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder.parent) as spare:
         if mode == "stream":
@@ -169,10 +172,16 @@ def child(mode: str, folder: Path, n: int, batch: str, budget: int) -> None:
             mean, _ = extraction.mean_resid_pre(model, ids, _POSITIONS, batch_size=size)
         done = time.perf_counter()
         torch.save(mean, folder.parent / f"{mode}.pt")
-    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    read = read_so_far() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     print(json.dumps({"open": opened - begun, "extract": done - opened, "peak": peak,
-                      "read": int(io["read_bytes"])}))  # fmt: skip
+                      "read": read, "load": os.getloadavg()[0]}))  # fmt: skip
+
+
+def read_so_far() -> int:
+    """Bytes that this process has had from the disk."""
+    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(io["read_bytes"])
 
 
 def measure(mode: str, folder: Path, args: argparse.Namespace, batch: str, limit: int) -> dict:  # type: ignore[type-arg]

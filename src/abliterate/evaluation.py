@@ -232,7 +232,7 @@ def metrics_of(
 
     def mean(score: Callable[..., Tensor], *logits: Tensor) -> float:
         # Some rows at a time: the scores take float64 copies of what they look at.
-        parts = [score(*rows) for rows in zip(*(t.split(size) for t in logits), strict=True)]
+        parts = [score(*rows) for rows in zip(*(torch.split(t, size) for t in logits), strict=True)]
         return float(torch.cat(parts).mean())
 
     def refusal(rows: Tensor) -> Tensor:

@@ -112,19 +112,21 @@ class Work:
 
     def outcome(self, name: str, judged: bool) -> Outcome:
         """All that is known of one row; verdicts only if a judge was asked this time."""
-        made: list[tuple[Completion, ...] | None] = [None, None]  # of a streamed model
-        if not self.session.offload:
-            made = [self.files[name, kind].completions for kind in KINDS]
-            made = (
-                made if judged else [completions and _unjudged(completions) for completions in made]
-            )
+        harmful, harmless = (self._made(name, kind, judged) for kind in KINDS)
         return Outcome(
-            *made,
+            harmful,
+            harmless,
             self.metrics[name],
             self.losses[name],
             self.figures[name],
             self.session.settings.model.seed,
         )
+
+    def _made(self, name: str, kind: str, judged: bool) -> tuple[Completion, ...] | None:
+        if self.session.offload:
+            return None
+        completions = self.files[name, kind].completions
+        return completions if judged else _unjudged(completions)
 
     @cached_property
     def memo(self) -> _Memo:

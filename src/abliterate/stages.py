@@ -41,6 +41,7 @@ from abliterate.extraction import Extraction, extract
 from abliterate.forward import input_device
 from abliterate.models import Checkpoint, Loaded
 from abliterate.offload import load_or_stream, must_stream
+from abliterate.offload.opening import too_large
 from abliterate.placement import Placement, devices, find_placement
 from abliterate.prompts import load_prompts, prompt_key
 from abliterate.scores import load_partial, save_partial, score_record
@@ -106,6 +107,23 @@ class Session:
         place = input_device(loaded.model).type if loaded.stream else where.describe(loaded.model)
         log.info("%s %s (%s, %s)", verb, checkpoint.name, loaded.model.dtype, place)
         return loaded
+
+    def whole(self) -> Loaded:
+        """The model in memory, for what does not stream it, whatever ``--offload`` says.
+
+        Raises:
+            UsageError: the weights do not fit.
+        """
+        model, where = self.settings.model, self.placement
+        if "loaded" not in self.__dict__ and not where.is_spread and where.team.size == 1:
+            at = (model.device, model.dtype, model.trust_remote_code)
+            if lacking := too_large(self.checkpoint, *at):
+                raise UsageError(
+                    f"{lacking}: this command needs the model in memory, use a smaller --dtype or "
+                    "a larger machine"
+                )
+            self.__dict__["offload"] = False
+        return self.loaded
 
     def release(self) -> None:
         """Let go of the model; it is loaded again when it is next needed."""

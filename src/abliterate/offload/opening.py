@@ -108,24 +108,30 @@ def must_stream(
     checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False
 ) -> bool:
     """Whether the weights do not fit into what is free; says so in the log."""
+    lacking = too_large(checkpoint, device, dtype, trust_remote_code)
+    if lacking is None:
+        return False
+    log.info("%s: its layers are streamed from disk (--offload)", lacking)
+    return True
+
+
+def too_large(
+    checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False
+) -> str | None:
+    """What is lacking for the weights in memory, in words; None if they fit."""
     place = pick_device(device)
     config = load_config(checkpoint, trust_remote_code)
     require_safetensors(checkpoint)
     if getattr(config, "quantization_config", None):
-        return False
+        return None
     need = needed_memory(checkpoint, pick_dtype(dtype, config, checkpoint.folder, place))
     free = free_memory(place)
     if need <= 0.9 * free:
-        return False
-    log.info(
-        "%s takes %.1f GB of memory and %.1f GB of %s is free: its layers are streamed from disk "
-        "(--offload)",
-        checkpoint.name,
-        need / 1e9,
-        free / 1e9,
-        place.type,
+        return None
+    return (
+        f"{checkpoint.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB of "
+        f"{place.type} is free"
     )
-    return True
 
 
 def load_or_stream(
@@ -202,8 +208,11 @@ def open_stream(
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # a block of it always fits, and CPUs are slow in half precision
     number = pick_dtype(dtype, config, checkpoint.folder, place)
-    budget = activation_memory or int(ACTIVATION_SHARE * free_memory(torch.device("cpu")))
+    free = free_memory(torch.device("cpu"))
+    budget = activation_memory or int(ACTIVATION_SHARE * free)
     weights = Weights(checkpoint, config, number, place, trust_remote_code)
+    files = {entry.file for entry in weights.mapped.entries.values()}
+    weights.mapped.transient = sum(file.stat().st_size for file in files) > free - budget
     try:
         stand_in(weights.model, place, _can_pad(weights.model))
         stream = Stream(weights, budget, resident=resident)
