@@ -58,7 +58,8 @@ def test_a_pass_finds_its_tensors_as_it_left_them(
     loaded = opening.open_stream(checkpoint, "cpu", "float32", activation_memory=1 << 30)
     _, seen = look(loaded.stream, PROMPTS, [-2, -1], 2)
     assert (seen.mean(0, dtype=torch.float64) - plain).norm() <= 1e-5 * plain.norm()
-    assert parked and not any(parked)  # nothing stayed
+    assert parked
+    assert not any(parked)  # nothing stayed
     assert loaded.stream.activations.peak > 0
     assert not loaded.stream._lot.away
 
@@ -69,7 +70,8 @@ def test_selection_and_evaluation_are_the_same(parked: list[int], cli, tmp_path:
     run = tmp_path / "run"
     sizes = ("--n-train", "16", "--n-val", "8", "--n-test", "8", "--positions", "-2,-1")
     assert cli("run", model, "-o", run, *sizes, "--offload").code == 0
-    assert parked and not any(parked)
+    assert parked
+    assert not any(parked)
     found = {}
     for mode in ("--offload", "--no-offload"):
         result = cli("select", run, "--n-val", "8", mode, "--json")

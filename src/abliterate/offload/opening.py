@@ -64,31 +64,42 @@ def free_memory(device: torch.device) -> int:
 
 
 def _group_limit() -> int:
-    """What the control group of this process may still take, as far as it says so."""
-    pairs = (
-        (
-            "/sys/fs/cgroup/memory.max",
-            "/sys/fs/cgroup/memory.current",
-            "/sys/fs/cgroup/memory.stat",
-        ),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-            "/sys/fs/cgroup/memory/memory.stat",
-        ),
-    )
-    for limit, usage, stat in pairs:
+    """What the control groups of this process may still take, as far as they say so."""
+    left = 1 << 62
+    for folder, version in _groups():
+        limit, usage = (
+            ("memory.max", "memory.current")
+            if version == 2
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
         try:
-            most, used = int(Path(limit).read_text()), int(Path(usage).read_text())
+            most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
             cached = [
                 int(line.split()[1])
-                for line in Path(stat).read_text().splitlines()
+                for line in (folder / "memory.stat").read_text().splitlines()
                 if line.startswith(("inactive_file ", "active_file "))
             ]
         except (OSError, ValueError):
             continue
-        return max(0, most - used + sum(cached))
-    return 1 << 62
+        left = min(left, max(0, most - used + sum(cached)))
+    return left
+
+
+def _groups() -> list[tuple[Path, int]]:
+    """The folders of this process's memory groups and their version; in a container, the root's."""
+    top = Path("/sys/fs/cgroup")
+    found = [(top, 2), (top / "memory", 1)]
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            found.append((top / path.lstrip("/"), 2))
+        elif "memory" in controllers.split(","):
+            found.append((top / "memory" / path.lstrip("/"), 1))
+    return found
 
 
 def needed_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
