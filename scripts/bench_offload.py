@@ -207,13 +207,13 @@ def measure(mode: str, folder: Path, args: argparse.Namespace, batch: str, limit
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--experts", type=int, default=12)
-    parser.add_argument("--width", type=int, default=1024, help="d_model, a multiple of 256")
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--width", type=int, default=512, help="d_model, a multiple of 256")
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--share", type=float, default=0.4, help="limit over checkpoint size")
-    parser.add_argument("--libraries", type=int, default=700 << 20, help="left to torch and co.")
+    parser.add_argument("--share", type=float, default=0.57, help="limit over checkpoint size")
+    parser.add_argument("--libraries", type=int, default=550 << 20, help="left to torch and co.")
     parser.add_argument("--batch-sizes", nargs="+", default=["8", "32", "auto"])
     parser.add_argument("--folder", help="where the checkpoint goes; deleted afterwards")
     args = parser.parse_args()
