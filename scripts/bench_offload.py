@@ -141,6 +141,9 @@ def child(mode: str, folder: Path, n: int, batch: str, budget: int) -> None:
 
     size: int | str = batch if batch == "auto" else int(batch)
     ids = prompts(n)
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  (read now, not as weights)
+
+    before = read_so_far()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder.parent) as spare:
         if mode == "stream":
@@ -169,10 +172,16 @@ def child(mode: str, folder: Path, n: int, batch: str, budget: int) -> None:
             mean, _ = extraction.mean_resid_pre(model, ids, _POSITIONS, batch_size=size)
         done = time.perf_counter()
         torch.save(mean, folder.parent / f"{mode}.pt")
-    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    read = read_so_far() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     print(json.dumps({"open": opened - begun, "extract": done - opened, "peak": peak,
-                      "read": int(io["read_bytes"])}))  # fmt: skip
+                      "read": read, "load": os.getloadavg()[0]}))  # fmt: skip
+
+
+def read_so_far() -> int:
+    """Bytes that this process has had from the disk."""
+    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(io["read_bytes"])
 
 
 def measure(mode: str, folder: Path, args: argparse.Namespace, batch: str, limit: int) -> dict:  # type: ignore[type-arg]
@@ -198,13 +207,13 @@ def measure(mode: str, folder: Path, args: argparse.Namespace, batch: str, limit
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--experts", type=int, default=12)
-    parser.add_argument("--width", type=int, default=1024, help="d_model, a multiple of 256")
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--width", type=int, default=512, help="d_model, a multiple of 256")
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--share", type=float, default=0.4, help="limit over checkpoint size")
-    parser.add_argument("--libraries", type=int, default=700 << 20, help="left to torch and co.")
+    parser.add_argument("--share", type=float, default=0.57, help="limit over checkpoint size")
+    parser.add_argument("--libraries", type=int, default=550 << 20, help="left to torch and co.")
     parser.add_argument("--batch-sizes", nargs="+", default=["8", "32", "auto"])
     parser.add_argument("--folder", help="where the checkpoint goes; deleted afterwards")
     args = parser.parse_args()

@@ -235,3 +235,61 @@ def test_an_error_midway_ends_every_pass(tiny) -> None:
     stream.run(jobs(99, done))  # and it goes on as if nothing had been
     assert len(done) == 4
     assert all(torch.equal(one, done[0]) for one in done)
+
+
+def test_evaluate_scores_the_first_tokens_of_a_streamed_model(cli, fails, tmp_path: Path) -> None:
+    """``run --offload`` to its end, against ``evaluate`` in memory on the same run folder."""
+    model, run = Path(__file__).parents[1] / "data/demo-model", tmp_path / "run"
+    sizes = ("--n-train", "32", "--n-val", "8", "--positions", "-1", "--n-test", "12")
+    done = cli("run", model, "-o", run, *sizes, "--offload")
+    assert done.code == 0, done.err
+    assert "not measured" in done.out
+    assert done.err.count("answers are not generated under --offload") == 1
+    streamed = json.loads((run / "evaluation.json").read_text())
+    # One reading for baseline, ablate and add together, one for the edited checkpoint.
+    assert list(streamed["offload"]) == ["baseline, ablate, add", "orthogonalized"]
+    assert streamed["offload"]["orthogonalized"]["passes"] == 1
+    assert not list(run.glob("completions/*.jsonl"))
+    again = cli("run", model, "-o", run, *sizes, "--offload")
+    assert again.err.count("is up to date") == 4
+
+    common = ("evaluate", model, "--direction", run, "--n-test", "12", "--max-new-tokens", "2",
+              "--intervention", "baseline", "--intervention", "ablate", "--intervention", "add",
+              "--intervention", "subtract", "--checkpoint", f"orthogonalized={run / 'model'}",
+              "--json")  # fmt: skip
+    records = {}
+    for mode in ("--offload", "--no-offload"):
+        # Without named tokens in the run's record they are detected from the first tokens.
+        result = cli(*common, "-o", tmp_path / mode, mode)
+        assert result.code == 0, result.err
+        records[mode] = result.json["interventions"]
+    for name, wanted in records["--no-offload"].items():
+        for found in (records["--offload"], streamed["interventions"]):
+            if name not in found:
+                assert name == "subtract"
+                continue
+            assert found[name]["kl_divergence"] == pytest.approx(wanted["kl_divergence"], abs=1e-4)
+            for kind in ("harmful", "harmless"):
+                metric = found[name][kind]["refusal_metric"]
+                assert metric == pytest.approx(wanted[kind]["refusal_metric"], abs=1e-4)
+                assert found[name][kind]["refused"] is None
+                assert wanted[kind]["refused"] is not None
+    assert abs(records["--offload"]["add"]["kl_divergence"]) > 1
+    assert records["--offload"]["subtract"] != records["--offload"]["add"]
+
+    # Without a run's record the refusal tokens are those that the first tokens show.
+    vector = run / "direction.safetensors"
+    tokens = [
+        cli("evaluate", model, "--direction", vector, "--intervention", "baseline",
+            "--max-new-tokens", "1", "--n-test", "12", mode, "--json").json["refusal_tokens"]
+        for mode in ("--offload", "--no-offload")
+    ]  # fmt: skip
+    assert tokens[0] == tokens[1] != []
+
+    pytest.importorskip("plotly")
+    assert cli("report", run).code == 0  # the report copes without answers
+    assert "not measured" in (run / "report.html").read_text()
+    # What does not stream loads the model, whatever the run says.
+    assert cli("inspect", run).code == 0
+    line = fails("evaluate", model, "--direction", run, "--corpus", "own", "--offload", code=2)
+    assert "--corpus" in line

@@ -176,6 +176,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def no_scores() -> dict[str, Any]:
+    """What :func:`scores` gives, of completions that nobody made: no count, no share."""
+    shares = ("refused", "refusal_rate", "refusal_score", "refusal_score_ci")
+    judged = {"safety_score": None, "safety_score_ci": None, "judged": 0, "judge_failed": 0}
+    return {"n": 0} | dict.fromkeys(shares) | judged | {"categories": {}}
+
+
 def rates(completions: Sequence[Completion], seed: int = 0) -> dict[str, Any]:
     """Refusal and safety scores with bootstrap intervals (paper, section 2.2 and appendix D).
 

@@ -50,6 +50,8 @@ def evaluate(
     tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
+    offload: opt.Offload = None,
+    activation_memory: opt.ActivationMemory = None,
     seed: opt.Seed = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
@@ -64,7 +66,8 @@ def evaluate(
     set_up(quiet, debug)
     given = {
         "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)
-        | {"device_map": device_map, "tensor_parallel": tensor_parallel},
+        | {"device_map": device_map, "tensor_parallel": tensor_parallel}
+        | {"offload": offload, "activation_memory": activation_memory},
         "chat": chat_options(system, chat_template_kwargs, response_prefix),
         "extract": {"refusal_tokens": refusal_token},
         "evaluate": {

@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from abliterate.chat import ChatFormat, encode
-from abliterate.completions import Completion, CompletionFile, scores
+from abliterate.completions import Completion, CompletionFile, no_scores, scores
 from abliterate.console import bars_hidden, log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
@@ -24,6 +25,9 @@ from abliterate.sources import Prompt
 
 INTERVENTIONS = ("baseline", "ablate", "add", "subtract")
 KINDS = ("harmful", "harmless")
+
+# Logits that are scored in float64 at once.
+_CHUNK = 1 << 22
 
 # Seconds between two lines of progress where no bar is shown.
 _EVERY = 60.0
@@ -52,7 +56,7 @@ class Outcome:
     """What one intervention did.
 
     Attributes:
-        harmful: completions of the harmful test prompts.
+        harmful: completions of the harmful test prompts; None of a streamed model.
         harmless: completions of the harmless ones.
         metrics: from the logits.
         losses: cross-entropy by corpus, as records hold it.
@@ -60,8 +64,8 @@ class Outcome:
         seed: of the bootstrap.
     """
 
-    harmful: tuple[Completion, ...]
-    harmless: tuple[Completion, ...]
+    harmful: tuple[Completion, ...] | None
+    harmless: tuple[Completion, ...] | None
     metrics: Metrics
     losses: Mapping[str, Mapping[str, Any]]
     tasks: Mapping[str, Mapping[str, float]]
@@ -69,10 +73,13 @@ class Outcome:
 
     def summary(self) -> dict[str, Any]:
         """The figures, without texts."""
+
+        def counted(completions: tuple[Completion, ...] | None) -> dict[str, Any]:
+            return no_scores() if completions is None else scores(completions, self.seed)
+
         return {
-            "harmful": scores(self.harmful, self.seed) | {"refusal_metric": self.metrics.harmful},
-            "harmless": scores(self.harmless, self.seed)
-            | {"refusal_metric": self.metrics.harmless},
+            "harmful": counted(self.harmful) | {"refusal_metric": self.metrics.harmful},
+            "harmless": counted(self.harmless) | {"refusal_metric": self.metrics.harmless},
             "kl_divergence": self.metrics.kl,
             "losses": {name: dict(loss) for name, loss in self.losses.items()},
             "tasks": {name: dict(found) for name, found in self.tasks.items()},
@@ -194,15 +201,45 @@ def measure(
         all_last_logits(subject.model, ids[kind], batch_size, context(), team=subject.team)
         for kind in KINDS
     )
+    return metrics_of(harmful, harmless, baseline, refusal_tokens, subject.checkpoint.name)
+
+
+def metrics_of(
+    harmful: Tensor,
+    harmless: Tensor,
+    baseline: Tensor,
+    refusal_tokens: Sequence[int],
+    name: str,
+) -> Metrics:
+    """Refusal metrics and KL from last-token logits ``[prompts, vocabulary]``.
+
+    Args:
+        harmful: logits on harmful prompts.
+        harmless: logits on harmless prompts.
+        baseline: those of the unmodified model on harmless prompts.
+        refusal_tokens: ids of the first tokens that count as refusing.
+        name: of the model, for the error message.
+
+    Raises:
+        InputError: the model has another vocabulary than the baseline.
+    """
     if harmless.shape != baseline.shape:
         raise InputError(
-            f"{subject.checkpoint.name} has a vocabulary of {harmless.shape[1]}, the model that it "
+            f"{name} has a vocabulary of {harmless.shape[1]}, the model that it "
             f"is compared with {baseline.shape[1]}: give a checkpoint made from that model"
         )
+    size = max(1, _CHUNK // baseline.shape[1])
+
+    def mean(score: Callable[..., Tensor], *logits: Tensor) -> float:
+        # Some rows at a time: the scores take float64 copies of what they look at.
+        parts = [score(*rows) for rows in zip(*(torch.split(t, size) for t in logits), strict=True)]
+        return float(torch.cat(parts).mean())
+
+    def refusal(rows: Tensor) -> Tensor:
+        return refusal_score(rows, refusal_tokens)
+
     return Metrics(
-        float(refusal_score(harmful, refusal_tokens).mean()),
-        float(refusal_score(harmless, refusal_tokens).mean()),
-        float(kl_divergence(baseline, harmless).mean()),
+        mean(refusal, harmful), mean(refusal, harmless), mean(kl_divergence, baseline, harmless)
     )
 
 

@@ -63,6 +63,8 @@ def show_score(document: Mapping[str, Any]) -> None:
 
 def _refused(record: Mapping[str, Any], name: str, kind: str) -> str:
     now = record["interventions"][name][kind]
+    if now["refused"] is None:
+        return "not measured"
     low, high = now["refusal_score_ci"]
     text = f"{now['refused']}/{now['n']} ({now['refusal_score']:.0%}, {low:.0%}-{high:.0%})"
     return text + _points(record, name, kind, "refusal_score")

@@ -16,6 +16,7 @@ from abliterate.artifacts import (
     versions,
     write_json,
 )
+from abliterate.console import log
 from abliterate.corpora import parse_corpora, read_corpus
 from abliterate.direction import Direction
 from abliterate.errors import InputError, InterruptedWorkError, UsageError
@@ -82,6 +83,7 @@ def evaluate_stage(
             "ranks: leave it out, then run evaluate with it in one process, which finds the "
             "completions done"
         )
+    _check_streamed(session)
     # All that can be wrong with the options shows before hours are spent.
     model = session.settings.model
     judge = find_judge(
@@ -130,23 +132,26 @@ def evaluate_stage(
         }
     )
     team.same(inputs, "model, prompt set or package version")
+    files = {} if session.offload else _completion_files(out or Path(), rows)
     if (
         reuse
         and out
-        and (
-            done := team.lead(
-                lambda: finished(out / EVALUATION, inputs, _completion_files(out, rows))
-            )
-        )
+        and (done := team.lead(lambda: finished(out / EVALUATION, inputs, files)))
         and not done["judge_failures"]
     ):
         return done
+    if session.offload:
+        log.info(
+            "answers are not generated under --offload: refusal metrics and KL are measured, "
+            "refusals in completions are not"
+        )
     tasks = settings.tasks and find_tasks(settings.tasks, folder, settings.task_limit)
     started = time.perf_counter()
     work = Work(
         session,
         direction,
         edited,
+        rows,
         {kind: tuple(chosen) for kind, chosen in prompts.items()},
         named,
         corpora,
@@ -173,7 +178,9 @@ def evaluate_stage(
     outcomes = {name: work.outcome(name, judge is not None) for name in rows}
     results = {name: outcome.summary() for name, outcome in outcomes.items()}
     completions = {
-        (name, kind): getattr(outcome, kind) for name, outcome in outcomes.items() for kind in KINDS
+        (name, kind): getattr(outcome, kind) or ()
+        for name, outcome in outcomes.items()
+        for kind in KINDS
     }
     record = {
         "model": session.identity,
@@ -187,6 +194,7 @@ def evaluate_stage(
         "task_settings": tasks.summary() if tasks else None,
         "bootstrap": bootstrap.summary(seed),
         "refusal_tokens": work.refusal_tokens,
+        "offload": work.streamed.readings if session.offload else None,
         "settings": session.settings.model_dump(include={"model", "chat", "evaluate"}),
         "seed": seed,
         "versions": versions(),
@@ -197,7 +205,6 @@ def evaluate_stage(
 
     def write() -> dict[str, Any]:
         if out is not None:
-            files = _completion_files(out, rows)
             record["outputs"] = {name: hash_file(path) for name, path in files.items()}
             write_json(out / EVALUATION, record)
         return record
@@ -239,6 +246,23 @@ def _check_vocabulary(session: Session, edited: Mapping[str, Checkpoint]) -> Non
                 f"--checkpoint {name} has a vocabulary of {own}, {session.checkpoint.name} one of "
                 f"{base}: give a checkpoint made from that model"
             )
+
+
+def _check_streamed(session: Session) -> None:
+    """Refuse what a streamed model does not give, before anything is read."""
+    settings = session.settings.evaluate
+    given = {
+        "--judge": settings.judge,
+        "--judge-url": settings.judge_url,
+        "--corpus": settings.corpus,
+        "--tasks": settings.tasks,
+    }
+    asked = next((option for option, value in given.items() if value), None)
+    if asked and session.offload:
+        raise UsageError(
+            f"{asked} does not run on a streamed model, of which first tokens alone are scored: "
+            "leave it out, or use --no-offload on a machine with room for the weights"
+        )
 
 
 def _folder_hash(folder: Path | None) -> str | None:

@@ -30,8 +30,10 @@ from abliterate.evaluation import (
     encode_prompts,
     intervention,
     measure,
+    metrics_of,
 )
-from abliterate.extraction import find_refusal_tokens
+from abliterate.evaluation_streamed import StreamedLogits
+from abliterate.extraction import find_refusal_tokens, refusal_tokens_shown
 from abliterate.forward import all_last_logits
 from abliterate.losses import measure_loss
 from abliterate.models import Checkpoint, Loaded
@@ -49,6 +51,7 @@ class Work:
     session: Session
     direction: Direction | None
     edited: Mapping[str, Checkpoint]
+    rows: Sequence[str]
     prompts: Mapping[str, tuple[Prompt, ...]]
     named_tokens: Sequence[str]
     corpora: dict[str, Corpus | None]
@@ -64,7 +67,7 @@ class Work:
 
     def run(self, name: str) -> None:
         """Complete, measure and benchmark one row."""
-        for kind in KINDS:
+        for kind in KINDS if not self.session.offload else ():
             self.complete(name, kind)
         key: dict[str, Any] = {
             "prompts": prompt_keys(self.prompts, keep_text=True),
@@ -109,9 +112,7 @@ class Work:
 
     def outcome(self, name: str, judged: bool) -> Outcome:
         """All that is known of one row; verdicts only if a judge was asked this time."""
-        harmful, harmless = (self.files[name, kind].completions for kind in KINDS)
-        if not judged:
-            harmful, harmless = _unjudged(harmful), _unjudged(harmless)
+        harmful, harmless = (self._made(name, kind, judged) for kind in KINDS)
         return Outcome(
             harmful,
             harmless,
@@ -120,6 +121,12 @@ class Work:
             self.figures[name],
             self.session.settings.model.seed,
         )
+
+    def _made(self, name: str, kind: str, judged: bool) -> tuple[Completion, ...] | None:
+        if self.session.offload:
+            return None
+        completions = self.files[name, kind].completions
+        return completions if judged else _unjudged(completions)
 
     @cached_property
     def memo(self) -> _Memo:
@@ -138,6 +145,8 @@ class Work:
     def baseline(self) -> Tensor:
         """Last-token logits of the unmodified model on harmless prompts."""
         base = self.session.loaded
+        if base.stream is not None:
+            return self.streamed.of("baseline")["harmless"]
         return all_last_logits(base.model, self.ids["harmless"], self._batch_size, team=base.team)
 
     @cached_property
@@ -145,14 +154,27 @@ class Work:
         def find() -> list[dict[str, Any]]:
             base = self.session.loaded
             harmful, harmless = (self.ids[kind] for kind in KINDS)
-            found = find_refusal_tokens(
-                base, harmful, harmless, list(self.named_tokens), self._batch_size
-            )
+            if base.stream is not None and not self.named_tokens:
+                found = refusal_tokens_shown(*self.streamed.of("baseline").values())
+            else:
+                found = find_refusal_tokens(
+                    base, harmful, harmless, list(self.named_tokens), self._batch_size
+                )
             return [{"id": i, "token": base.tokenizer.decode([i])} for i in found]
 
         key = {"prompts": prompt_keys(self.prompts, keep_text=True), "tokens": self.named_tokens}
         found: list[dict[str, Any]] = self.memo.get(self._key("baseline", "refusal", key), find)
         return found
+
+    @cached_property
+    def streamed(self) -> StreamedLogits:
+        """First-token logits of a streamed model."""
+
+        def load(name: str) -> Loaded:
+            return self._subject(name)[0] if name in self.edited else self.session.loaded
+
+        rows = [name for name in self.rows if name not in self.edited]
+        return StreamedLogits(load, rows, self.direction, self.ids, self._batch_size)
 
     @property
     def _batch_size(self) -> int | str:
@@ -161,6 +183,10 @@ class Work:
     def _measure(self, name: str) -> Metrics:
         tokens = [token["id"] for token in self.refusal_tokens]
         baseline = self.baseline  # before another model takes the base's place
+        if self.session.offload:
+            seen = self.streamed.of(name)
+            who = self.edited[name].name if name in self.edited else self.session.checkpoint.name
+            return metrics_of(seen["harmful"], seen["harmless"], baseline, tokens, who)
         subject, context = self._subject(name)
         return measure(subject, self.ids, baseline, tokens, context, self._batch_size)
 
@@ -223,6 +249,9 @@ class Work:
 
     def release(self) -> None:
         """Let go of all models."""
+        for loaded in self._loaded.values():
+            if loaded.stream is not None:
+                loaded.stream.close()
         self._loaded.clear()
         self.session.release()
 

@@ -214,6 +214,13 @@ def find_refusal_tokens(
     """
     if names:
         return resolve_refusal_tokens(loaded.tokenizer, names)
+    if loaded.stream is not None:
+        from abliterate.offload.changed import logits_under
+
+        both = [*harmful[:_DETECT_PROMPTS], *harmless[:_DETECT_PROMPTS]]
+        logits = logits_under(loaded.stream, both, {"": None}, batch_size, "refusal tokens")[""]
+        n = len(harmful[:_DETECT_PROMPTS])
+        return refusal_tokens_shown(logits[:n], logits[n:])
     means = []
     for rows in (harmful, harmless):
         sample = rows[:_DETECT_PROMPTS]
@@ -229,6 +236,18 @@ def find_refusal_tokens(
             for_each_batch(loaded.model, own, collect, batch_size, "refusal tokens")
         means.append(_summed(team.every(total)) / len(sample))
     return detect_refusal_tokens(*means)
+
+
+def refusal_tokens_shown(harmful: Tensor, harmless: Tensor) -> list[int]:
+    """The refusal tokens that last-token logits ``[prompts, vocabulary]`` show; 32 rows count."""
+    return detect_refusal_tokens(
+        *(
+            # Row by row: a float64 copy of all would be larger than what is looked at.
+            _summed(row.double().softmax(-1) for row in rows[:_DETECT_PROMPTS])
+            / len(rows[:_DETECT_PROMPTS])
+            for rows in (harmful, harmless)
+        )
+    )
 
 
 @dataclass(frozen=True)

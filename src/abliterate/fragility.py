@@ -165,7 +165,7 @@ def fragility_stage(
         )
         for kind, source in sources.items()
     }
-    loaded, size = session.loaded, settings.model.batch_size
+    loaded, size = session.whole(), settings.model.batch_size
     named = [str(token["id"]) for record in records[:1] for token in record["refusal_tokens"]]
     ids = [encode(loaded.tokenizer, [p.text for p in k], session.chat) for k in prompts.values()]
     tokens = find_refusal_tokens(loaded, ids[0], ids[1], named, size)

@@ -204,7 +204,7 @@ def _rounded(points: Sequence[Sequence[float]]) -> list[list[float]]:
 
 def _lens(session: Session, materials: Materials) -> tuple[dict[str, Any], list[str]]:
     """Tokens of the selected direction, and of each layer's candidate that is not zero."""
-    loaded = session.loaded
+    loaded = session.whole()
     chosen = [
         layer for layer, candidate in enumerate(materials.candidates) if float(candidate.norm()) > 0
     ]

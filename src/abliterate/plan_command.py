@@ -115,6 +115,10 @@ def _show(document: Any) -> None:
         ],
         left=2,
     )
+    if any(s["name"] == "evaluate" and s["mode"] == "in memory" for s in document["stages"]):
+        print_line(
+            "evaluate: FLOPs of answers of 512 tokens at most; time hangs on how long they are"
+        )
     if machine["matmul"] is None:
         print_line("times: run plan on a machine with the accelerator, whose speed is measured")
 

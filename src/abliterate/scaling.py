@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from abliterate.writers import decoder_blocks, find_writers
 
 # What the prompts are unless options say so: the defaults of the stages, post-instruction tokens
 # of common templates, and the bundled instructions in one.
-TOKENS, POSITIONS, N_TRAIN, N_VAL = 32, 5, 128, 32
+TOKENS, POSITIONS, N_TRAIN, N_VAL, N_TEST, ANSWER = 32, 5, 128, 32, 100, 512
 # Of the candidates, those that induce leaves over for KL and bypass; half is usual.
 _PASSING = 0.5
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
@@ -65,6 +65,8 @@ class Shape:
         vocabulary: its rows.
         width: d_model.
         itemsize: bytes of a number that computes.
+        source: bytes on disk of what loading copies (another dtype, fused experts); they are mapped
+            beside the copies until all is loaded.
     """
 
     parameters: int
@@ -77,6 +79,7 @@ class Shape:
     vocabulary: int
     width: int
     itemsize: int
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,27 @@ def shape_of(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
         embedding.weight.shape[0],
         width,
         size,
+        _source(model, dtype, stored),
     )
+
+
+def _source(model: Any, dtype: torch.dtype, stored: torch.dtype) -> int:
+    """Bytes on disk of the parameters that are copies once loaded."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    made = [
+        pattern
+        for each in get_model_conversion_mapping(model)
+        if isinstance(each, WeightConverter)
+        for pattern in each.target_patterns
+    ]
+    copied = (
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if dtype != stored or any(pattern in name for pattern in made)
+    )
+    return int(sum(copied)) * stored.itemsize
 
 
 def _active(block: nn.Module, config: Any) -> int:
@@ -179,6 +202,7 @@ def estimate(shape: Shape, machine: Machine, work: Workload) -> list[StageEstima
         _select(shape, machine, work, fits),
         _orthogonalize(shape, machine, work),
         _verify(shape, machine, work, fits),
+        _evaluate(shape, machine, work, fits),
     ]
 
 
@@ -211,6 +235,8 @@ def _stage(
     libraries = 0 if fits and machine.gpu_memory else work.libraries
     if fits:
         memory = libraries + shape.weights + scratch
+        if not machine.gpu_memory:
+            memory += shape.source
         mode, read = "in memory", shape.stored
         passes = 1
     else:
@@ -266,6 +292,18 @@ def _verify(shape: Shape, machine: Machine, work: Workload, fits: bool) -> Stage
     held = _waiting(shape, work, tokens, prompts)
     flops = _flops(shape, tokens, prompts)
     return _stage("verify --forward", shape, machine, work, fits, flops, held, 1)
+
+
+def _evaluate(shape: Shape, machine: Machine, work: Workload, fits: bool) -> StageEstimate:
+    """Baseline, ablate and add; in memory the answers too, whose length only the run shows."""
+    prompts = 3 * 2 * N_TEST
+    tokens = prompts * work.tokens
+    held = _waiting(shape, work, tokens, prompts)
+    flops = _flops(shape, tokens, prompts)
+    if fits:
+        flops += _flops(shape, tokens + prompts * ANSWER, prompts * (1 + ANSWER))
+    found = _stage("evaluate", shape, machine, work, fits, flops, held, 1)
+    return replace(found, seconds=None) if fits else found
 
 
 def disk_speed(folder: Path | None) -> float:

@@ -40,7 +40,8 @@ from abliterate.errors import InputError, SelectionError, UsageError
 from abliterate.extraction import Extraction, extract
 from abliterate.forward import input_device
 from abliterate.models import Checkpoint, Loaded
-from abliterate.offload import load_or_stream
+from abliterate.offload import load_or_stream, must_stream
+from abliterate.offload.opening import too_large
 from abliterate.placement import Placement, devices, find_placement
 from abliterate.prompts import load_prompts, prompt_key
 from abliterate.scores import load_partial, save_partial, score_record
@@ -77,6 +78,18 @@ class Session:
         model = self.settings.model
         return find_placement(self.team, model.device, model.device_map, model.tensor_parallel)
 
+    @cached_property
+    def offload(self) -> bool | None:
+        """Whether models are streamed, as told or by what is free now.
+
+        Decided once: a checkpoint that is compared with the model has its size, and figures of the
+        two ways differ in their last digits. None where several devices or processes share them.
+        """
+        model, where = self.settings.model, self.placement
+        if model.offload is not None or where.is_spread or where.team.size > 1:
+            return model.offload
+        return must_stream(self.checkpoint, model.device, model.dtype, model.trust_remote_code)
+
     def load(self, checkpoint: Checkpoint) -> Loaded:
         model, where = self.settings.model, self.placement
         torch.manual_seed(model.seed)
@@ -86,7 +99,7 @@ class Session:
                 model.device,
                 model.dtype,
                 model.trust_remote_code,
-                model.offload,
+                self.offload,
                 model.activation_memory,
                 where,
             )
@@ -95,9 +108,29 @@ class Session:
         log.info("%s %s (%s, %s)", verb, checkpoint.name, loaded.model.dtype, place)
         return loaded
 
+    def whole(self) -> Loaded:
+        """The model in memory, for what does not stream it, whatever ``--offload`` says.
+
+        Raises:
+            UsageError: the weights do not fit.
+        """
+        model, where = self.settings.model, self.placement
+        if "loaded" not in self.__dict__ and not where.is_spread and where.team.size == 1:
+            at = (model.device, model.dtype, model.trust_remote_code)
+            if lacking := too_large(self.checkpoint, *at):
+                raise UsageError(
+                    f"{lacking}: this command needs the model in memory, use a smaller --dtype or "
+                    "a larger machine"
+                )
+            self.__dict__["offload"] = False
+        return self.loaded
+
     def release(self) -> None:
         """Let go of the model; it is loaded again when it is next needed."""
-        if self.__dict__.pop("loaded", None) is not None:
+        if (loaded := self.__dict__.pop("loaded", None)) is not None:
+            if loaded.stream is not None:
+                loaded.stream.close()
+            del loaded
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

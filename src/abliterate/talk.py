@@ -265,7 +265,7 @@ def chat(
     session = open_session(model, settings)
 
     def conversation() -> Conversation:
-        return Conversation(session.loaded, vector, session.chat, decoding)
+        return Conversation(session.whole(), vector, session.chat, decoding)
 
     first = Steering("ablate") if ablate else Steering()
     first = first if coeff is None else Steering("add", coeff)

@@ -80,7 +80,7 @@ def trace_stage(session: Session, run: Path, request: Request) -> dict[str, Any]
     direction = load_direction(run)
     texts, sources = _prompts(session, run, request)
     started = time.perf_counter()
-    loaded = session.loaded
+    loaded = session.whole()
     marker = Marker(loaded.tokenizer, session.chat)
     prompts = {kind: marker.plain(texts[kind]) for kind in ("harmful", "harmless")}
     if request.suffix is not None:

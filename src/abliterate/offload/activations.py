@@ -16,7 +16,7 @@ from torch import Tensor
 from abliterate.errors import DiskSpaceError
 
 # Not worth a file of its own.
-_SMALL = 1 << 16
+SMALL = 1 << 16
 
 
 class Activations:
@@ -38,18 +38,22 @@ class Activations:
         self.in_memory = self.spilled = self.peak = 0
         self._known: dict[int, weakref.ref[Tensor]] = {}
 
-    def hold(self, value: Any, home: torch.device) -> None:
+    def hold(self, value: Any) -> None:
         """Account for every tensor in ``value`` that waits, and spill it past the budget.
+
+        Those of an accelerator are left to :mod:`abliterate.offload.parking`.
 
         Args:
             value: a tensor, or tuples, lists and dictionaries of such.
-            home: where tensors are computed; those of an accelerator stay on it.
         """
-        if home.type != "cpu":
-            return
         for tensor in tensors_in(value):
             size = tensor.untyped_storage().nbytes()
-            if size < _SMALL or not tensor.is_contiguous() or self._is_known(tensor):
+            if (
+                tensor.device.type != "cpu"
+                or size < SMALL
+                or not tensor.is_contiguous()
+                or self._is_known(tensor)
+            ):
                 continue
             if size != tensor.numel() * tensor.element_size():
                 continue  # a view: what it is of waits elsewhere
@@ -63,7 +67,7 @@ class Activations:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor on the CPU to collect results in, within the budget or in a file."""
         size = math.prod(shape) * dtype.itemsize
-        if size <= _SMALL:
+        if size <= SMALL:
             return torch.empty(shape, dtype=dtype)
         if self.in_memory + size > self.budget:
             tensor = self._file(shape, dtype)

@@ -40,11 +40,15 @@ class Mapped:
     """The tensors of a checkpoint, mapped from its files; nothing is read before it is used.
 
     Attributes:
+        transient: pages that have been used leave the page cache too. Right where the files do not
+            fit into it: they would push out what is used again, and count against the limit of a
+            control group. Else a second pass would read in vain.
         bytes_read: what :meth:`fetch` and :meth:`ahead` have read from the files so far.
     """
 
     def __init__(self, shards: ShardSet) -> None:
         self.entries = shards.tensors
+        self.transient = False
         self.bytes_read = 0
         self._maps: dict[Path, mmap.mmap] = {}
         self._files: dict[Path, int] = {}
@@ -103,11 +107,15 @@ class Mapped:
         if _FORGET is None:
             return
         page = mmap.ALLOCATIONGRANULARITY
+        drop = self.transient and hasattr(os, "posix_fadvise")
         for name in names:
             entry = self.entries[name]
             if entry.file in self._maps and entry.end > entry.start:
                 start = entry.start // page * page
                 self._maps[entry.file].madvise(_FORGET, start, entry.end - start)
+                if drop:
+                    file, size = self._file(entry.file), entry.end - entry.start
+                    os.posix_fadvise(file, entry.start, size, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Stop reading ahead. The mappings go with the last tensor that uses them."""

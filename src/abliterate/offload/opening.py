@@ -64,31 +64,42 @@ def free_memory(device: torch.device) -> int:
 
 
 def _group_limit() -> int:
-    """What the control group of this process may still take, as far as it says so."""
-    pairs = (
-        (
-            "/sys/fs/cgroup/memory.max",
-            "/sys/fs/cgroup/memory.current",
-            "/sys/fs/cgroup/memory.stat",
-        ),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-            "/sys/fs/cgroup/memory/memory.stat",
-        ),
-    )
-    for limit, usage, stat in pairs:
+    """What the control groups of this process may still take, as far as they say so."""
+    left = 1 << 62
+    for folder, version in _groups():
+        limit, usage = (
+            ("memory.max", "memory.current")
+            if version == 2
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
         try:
-            most, used = int(Path(limit).read_text()), int(Path(usage).read_text())
+            most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
             cached = [
                 int(line.split()[1])
-                for line in Path(stat).read_text().splitlines()
+                for line in (folder / "memory.stat").read_text().splitlines()
                 if line.startswith(("inactive_file ", "active_file "))
             ]
         except (OSError, ValueError):
             continue
-        return max(0, most - used + sum(cached))
-    return 1 << 62
+        left = min(left, max(0, most - used + sum(cached)))
+    return left
+
+
+def _groups() -> list[tuple[Path, int]]:
+    """The folders of this process's memory groups and their version; in a container, the root's."""
+    top = Path("/sys/fs/cgroup")
+    found = [(top, 2), (top / "memory", 1)]
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            found.append((top / path.lstrip("/"), 2))
+        elif "memory" in controllers.split(","):
+            found.append((top / "memory" / path.lstrip("/"), 1))
+    return found
 
 
 def needed_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
@@ -108,24 +119,30 @@ def must_stream(
     checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False
 ) -> bool:
     """Whether the weights do not fit into what is free; says so in the log."""
+    lacking = too_large(checkpoint, device, dtype, trust_remote_code)
+    if lacking is None:
+        return False
+    log.info("%s: its layers are streamed from disk (--offload)", lacking)
+    return True
+
+
+def too_large(
+    checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False
+) -> str | None:
+    """What is lacking for the weights in memory, in words; None if they fit."""
     place = pick_device(device)
     config = load_config(checkpoint, trust_remote_code)
     require_safetensors(checkpoint)
     if getattr(config, "quantization_config", None):
-        return False
+        return None
     need = needed_memory(checkpoint, pick_dtype(dtype, config, checkpoint.folder, place))
     free = free_memory(place)
     if need <= 0.9 * free:
-        return False
-    log.info(
-        "%s takes %.1f GB of memory and %.1f GB of %s is free: its layers are streamed from disk "
-        "(--offload)",
-        checkpoint.name,
-        need / 1e9,
-        free / 1e9,
-        place.type,
+        return None
+    return (
+        f"{checkpoint.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB of "
+        f"{place.type} is free"
     )
-    return True
 
 
 def load_or_stream(
@@ -202,8 +219,11 @@ def open_stream(
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # a block of it always fits, and CPUs are slow in half precision
     number = pick_dtype(dtype, config, checkpoint.folder, place)
-    budget = activation_memory or int(ACTIVATION_SHARE * free_memory(torch.device("cpu")))
+    free = free_memory(torch.device("cpu"))
+    budget = activation_memory or int(ACTIVATION_SHARE * free)
     weights = Weights(checkpoint, config, number, place, trust_remote_code)
+    files = {entry.file for entry in weights.mapped.entries.values()}
+    weights.mapped.transient = sum(file.stat().st_size for file in files) > free - budget
     try:
         stand_in(weights.model, place, _can_pad(weights.model))
         stream = Stream(weights, budget, resident=resident)

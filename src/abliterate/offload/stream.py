@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from abliterate.console import progress_bar
 from abliterate.forward import block_input
 from abliterate.offload.activations import Activations
+from abliterate.offload.parking import Lot, Parked, parking
 from abliterate.offload.suspended import Pass, Request, this_pass
 from abliterate.offload.weights import Slot, Weights
 from abliterate.writers import decoder_blocks, find_writers, stream_width
@@ -66,6 +67,7 @@ class _Running(Pass):
     def __init__(self, job: Job) -> None:
         super().__init__(job.call)
         self.job = job
+        self.parked: Parked | None = None
 
 
 class Stream:
@@ -93,10 +95,20 @@ class Stream:
         self.passes = 0
         self.current: Job | None = None
         self._as_tuple = False
+        self._park = parking(weights.device)
+        self._lot = Lot(self.activations)
         self._in_memory: list[Slot] = []
         self._blocks = {id(block): i for i, block in enumerate(decoder_blocks(self.model))}
         self.width = stream_width(self.model, find_writers(self.model))
         self._place(resident)
+        # What a pass is handed of these (a view of a table, say) is not its own to move.
+        self._fixed = {
+            tensor.untyped_storage()._cdata
+            for module in self.model.modules()
+            for tensor in (*module._parameters.values(), *vars(module).values(),
+                           *module._buffers.values())
+            if isinstance(tensor, Tensor) and not tensor.is_meta
+        }  # fmt: skip
 
     @property
     def n_blocks(self) -> int:
@@ -148,6 +160,7 @@ class Stream:
                 self.current = None
                 for one in running:
                     one.cancel()
+                self._lot.clear()
                 self._unload()
                 torch.set_num_threads(threads)
 
@@ -170,8 +183,11 @@ class Stream:
             running.remove(one)
             result, one.result = one.result, None
             one.job.use(result)
+        elif self._park:
+            one.parked = one.parked or Parked(self._lot, self._fixed)
+            one.parked.put((one.request.args, one.request.kwargs))
         else:
-            self.activations.hold((one.request.args, one.request.kwargs), self.device)
+            self.activations.hold((one.request.args, one.request.kwargs))
 
     def _step(self, module: nn.Module, running: list[_Running]) -> None:
         """Every pass that waits for ``module`` gets it."""
@@ -195,6 +211,8 @@ class Stream:
         layer: int,
         running: list[_Running],
     ) -> None:
+        if one.parked is not None:
+            one.parked.bring()
         args, kwargs = request.args, request.kwargs
         request.args, request.kwargs = (), {}  # or the caller's reference would keep them
         if one.job.change is not None:
@@ -314,6 +332,8 @@ class Stream:
                 request, one.request = one.request, None
                 assert request is not None
                 hidden: Tensor = request.args[0]
+                if one.parked is not None:
+                    one.parked.bring(hidden)
                 out = hidden.new_empty(*hidden.shape[:-1], len(rows))
                 size += out.numel() * out.element_size()
                 some.append((one, hidden, out))
@@ -327,6 +347,8 @@ class Stream:
             del hidden, out
             while some:
                 one, _, logits = some.pop(0)
+                if one.parked is not None:
+                    one.parked.bring()
                 self._go_on(one, running, partial(one.answer, logits))
                 del logits
         self.weights.mapped.forget([name])

@@ -108,8 +108,11 @@ def _refusal_cards(evaluation: Document) -> list[Card]:
         if name not in results:
             continue
         now = results[name][kind]
+        if now["refusal_rate"] is None:  # a streamed model
+            continue
         text = f"{now['refusal_rate']:.0%}"
-        before = "" if base is None else f"{base[kind]['refusal_rate']:.0%} → "
+        known = base is not None and base[kind]["refusal_rate"] is not None
+        before = "" if base is None or not known else f"{base[kind]['refusal_rate']:.0%} → "
         span = now.get("refusal_score_ci")
         interval = f", 95% interval {span[0]:.0%} to {span[1]:.0%}" if span else ""
         found.append(Card(title, before + text, f"baseline → {name}, n = {now['n']}{interval}"))
@@ -154,10 +157,12 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
 
 
 def _rate(now: Document, base: Document | None) -> str:
+    if now["refusal_rate"] is None:
+        return "not measured"
     text = (
         f"{now['refused']}/{now['n']}  {percent(now['refusal_rate'], now.get('refusal_score_ci'))}"
     )
-    if base is None or base is now:
+    if base is None or base is now or base["refusal_rate"] is None:
         return text
     return f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"
 

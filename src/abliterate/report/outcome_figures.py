@@ -7,9 +7,16 @@ from typing import Any
 from abliterate.report.collect import Document
 from abliterate.report.style import COLOURS, HARMFUL, HARMLESS, figure, finite, plain, plotly
 
+_KINDS = ("harmful", "harmless")
 
-def refusals(evaluation: Document) -> Any:
-    """Refusal rates by intervention, harmful and harmless, with their 95% intervals."""
+
+def refusals(evaluation: Document) -> Any | None:
+    """Refusal rates by intervention, harmful and harmless, with their 95% intervals.
+
+    None if no answers were generated (a streamed model).
+    """
+    if all(r[kind]["n"] == 0 for r in evaluation["interventions"].values() for kind in _KINDS):
+        return None
     made = figure("Refusal rate by intervention", "", "refused", 360)
     results: Document = evaluation["interventions"]
     for kind, colour in (("harmful", HARMFUL), ("harmless", HARMLESS)):
