@@ -144,7 +144,11 @@ def read_columns(reading: Reading, unit: Unit, most: int, seed: int, gains: bool
         for part in unit.parts
         for passed in _stream_columns(reading, part, share, seed, gains)
     ]
-    return torch.cat(found, dim=1)
+    return _joined(found)
+
+
+def _joined(columns: Sequence[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(list(columns), dim=1)
 
 
 def read_bias(reading: Reading, part: Part) -> Tensor:
@@ -207,7 +211,7 @@ def read_tensor(
             _sample(entry, stored, pieces[index], share, generator, files)
             for index in chosen.tolist()
         ]
-    columns = torch.cat(found, dim=1)
+    columns = _joined(found)
     if not bool(torch.isfinite(columns).all()):
         raise CheckpointError(f"tensor '{edit.name}' in {entry.file} holds NaN or infinity")
     return columns
@@ -246,7 +250,7 @@ def _sample(
     narrow = [replace(strip, offset=strip.offset + a, columns=b - a) for a, b in runs]
     # Copies: what is loaded is valid until the next load.
     parts = (_grid(entry, None, s, files).load(0, s.rows) for s in narrow)
-    return torch.cat([part.to(torch.float64, copy=True) for part in parts], dim=1)
+    return _joined([part.to(torch.float64, copy=True) for part in parts])
 
 
 def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
