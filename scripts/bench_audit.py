@@ -8,7 +8,7 @@ is audited by the function that the command line calls, without a base, after it
 are deleted. Part 2, false positives: unedited checkpoints, trained ones at several stages and
 random ones of varied architecture, width, depth, spectrum, dead and pruned channels.
 
-    python scripts/bench_audit.py --work /tmp/audit-bench      # all; about 15 minutes on one core
+    python scripts/bench_audit.py --work /tmp/audit-bench      # all: 8 minutes of a core + training
     python scripts/bench_audit.py --steps 40 --clean 20        # a first look
 """
 
