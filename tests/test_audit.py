@@ -210,6 +210,56 @@ def test_a_declared_edit_is_confirmed_or_contradicted(
     assert any("model card" in warning for warning in result.json["warnings"])
 
 
+@pytest.mark.parametrize(("options", "code"), [((), 7), (("--layers", "3-5"), 7), (None, 0)])
+def test_wide_models_are_judged_by_cheaper_eigenproblems(
+    cli: Cli,
+    direction: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...] | None,
+    code: int,
+) -> None:
+    """What is meant for thousands of channels, on this model: float32, pooled cells, Lanczos."""
+    from abliterate.audit import blind, spectra, style
+
+    for module in (blind, spectra, style):
+        monkeypatch.setattr(module, "WIDE", 64)
+    monkeypatch.setattr(blind, "_MOST_FLOPS", 0.0)
+    target = demo_model_dir()
+    if options is not None:
+        target = _anonymous(_edit(cli, target, direction, tmp_path / "edited", *options))
+    recovered = tmp_path / "direction.safetensors"
+    result = cli("audit", target, "--json", "-o", recovered, "--device", "cpu")
+    assert result.code == code, result.out
+    assert result.json["writers"]["compared"] <= 13 < 17
+    if options is None:
+        assert result.json["writers"]["detectable_scale"] == 1.0
+    else:
+        assert result.json["evidence"] == "writers"
+        assert _cosine(recovered) > 0.999
+
+
+def test_lowest_eigenvectors_of_wide_matrices_are_those_of_a_dense_solver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from abliterate.audit import spectra
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(600, 600, generator=generator)
+    matrix = (noise + noise.T) / 40
+    values, vectors = torch.linalg.eigh(matrix.double())
+    monkeypatch.setattr(spectra, "WIDE", 64)
+    found, lowest = spectra.lower_edge(matrix, 0)
+    torch.testing.assert_close(found, values, rtol=0, atol=1e-4)
+    assert abs(float(lowest @ vectors[:, 0])) > 0.999
+    gram = matrix.double() @ matrix.double()  # its emptiest direction, from one not far away
+    _, exact = torch.linalg.eigh(gram)
+    gram -= float(exact[:, 0] @ gram @ exact[:, 0]) * torch.outer(exact[:, 0], exact[:, 0])
+    start = exact[:, 0] + 0.02 * torch.randn(600, generator=generator, dtype=torch.float64)
+    near = spectra.emptiest(gram, start / start.norm())
+    assert abs(float(near @ exact[:, 0])) > 0.9999
+
+
 def test_pruned_and_dead_channels_are_no_edit(cli: Cli, tmp_path: Path) -> None:
     copy = tmp_path / "pruned"
     shutil.copytree(demo_model_dir(), copy)
@@ -259,6 +309,7 @@ def test_errors_are_one_line(
 ) -> None:
     assert "folder" in fails("audit", demo_model_dir(), "-o", tmp_path, code=2)
     fails("audit", tmp_path / "nothing", code=4)
+    assert "--device nonsense" in fails("audit", demo_model_dir(), "--device", "nonsense", code=2)
     assert "no tensor in common" in fails("diff", demo_model_dir(), _renamed(tmp_path), code=4)
     broken = tmp_path / "broken"
     shutil.copytree(demo_model_dir(), broken)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from abliterate.interventions import ablate_units, unit_direction
 from abliterate.writers.discover import discover, leak, project
@@ -376,3 +378,17 @@ def test_discovery_does_not_depend_on_the_callers_grad_mode() -> None:
     with torch.inference_mode():
         assert prove(config) == expected
     assert expected.exact
+
+
+@pytest.mark.parametrize(("vocabulary", "positions"), [(64, 16), (8, 64), (3, 8)])
+def test_tables_with_fewer_rows_than_traced_tokens(
+    cli: Callable[..., Any], tmp_path: Path, vocabulary: int, positions: int
+) -> None:
+    """The default bos and eos ids (50256) lie far outside such a vocabulary."""
+    config = CONFIG_MAPPING["gpt2"](
+        n_embd=32, n_layer=2, n_head=2, vocab_size=vocabulary, n_positions=positions
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    result = cli("writers", tmp_path, "--json")
+    assert result.code == 0, result.err
+    assert "cannot be found" not in result.err

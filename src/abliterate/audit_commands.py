@@ -42,6 +42,9 @@ def audit(
         ),
     ] = None,
     revision: opt.Revision = None,
+    device: Annotated[
+        str, typer.Option("--device", help="Where to compute: cpu, cuda, auto, ...")
+    ] = "cpu",
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -55,15 +58,16 @@ def audit(
     from abliterate.audit.report import audit as judge
     from abliterate.direction import Direction, load_direction, save_direction
     from abliterate.errors import UsageError
-    from abliterate.models import find_checkpoint
+    from abliterate.models import find_checkpoint, pick_device
 
+    place = pick_device(device)
     if output is not None:
         if output.is_dir():
             raise UsageError(f"-o {output} is a folder: name a file such as direction.safetensors")
         check_writable(output.parent)
     target = find_checkpoint(checkpoint, revision)
     known = load_direction(direction) if direction else None
-    found = judge(target, find_checkpoint(base) if base else None, known)
+    found = judge(target, find_checkpoint(base) if base else None, known, place)
     document = finite(found.document())
     document["direction"] = None
     if output is not None and found.direction is not None:

@@ -10,10 +10,21 @@ import torch
 from torch import Tensor
 
 from abliterate.audit.readers import reading_energy
-from abliterate.audit.statistic import LEAST_WIDTH, Gap, edited, gap, log_gram, refine
+from abliterate.audit.spectra import WIDE, precision
+from abliterate.audit.statistic import (
+    LEAST_WIDTH,
+    Gap,
+    edited,
+    emptied,
+    energy_along,
+    gap,
+    log_gram,
+    refine,
+)
 from abliterate.audit.units import Reading, Unit, read_columns
 from abliterate.console import progress
 
+CPU = torch.device("cpu")
 #: An edit is claimed below this, nothing between the two is.
 CLAIM, DOUBT = 1e-7, 1e-3
 #: Sampled columns of a cell, per channel of the stream.
@@ -21,6 +32,7 @@ _COLUMNS = 4
 _LEAST_CELLS = 4
 # Grams that are held at once: floats of memory, and eigendecompositions that still take minutes.
 _MOST_FLOATS, _MOST_FLOPS = 1.5e9, 1.2e13
+_FEWEST_CELLS = 12  # in a wide model: two of each kind in each third of the depth
 _SMALL = 1024  # up to this width the power is measured for a ladder of scales
 LADDER = (1.0, 0.8, 0.5, 0.3)
 _ROUNDS = 8
@@ -81,7 +93,7 @@ class Blind:
 
 def make_cells(units: Sequence[Unit], width: int) -> list[Cell]:
     """One cell for each unit, or as few for each kind as memory and time allow."""
-    most = int(max(2 * _LEAST_CELLS, min(_MOST_FLOATS / width**2, _MOST_FLOPS / (10 * width**3))))
+    most = int(max(_FEWEST_CELLS, min(_MOST_FLOATS / width**2, _MOST_FLOPS / (10 * width**3))))
     if len(units) <= most:
         return [Cell(u.kind, (u.layer,), (u,)) for u in units]
     kinds = dict.fromkeys(u.kind for u in units)
@@ -95,29 +107,41 @@ def make_cells(units: Sequence[Unit], width: int) -> list[Cell]:
     return cells
 
 
-def read_grams(reading: Reading, cells: Sequence[Cell], gains: bool = True) -> list[Tensor]:
-    """The gram of each cell, each unit in it with the same weight, ``[d, d]`` float64."""
+def read_grams(
+    reading: Reading, cells: Sequence[Cell], gains: bool = True, device: torch.device = CPU
+) -> list[Tensor]:
+    """The gram of each cell, each unit in it with the same weight, ``[d, d]`` on the device."""
+    width, dtype = reading.d_model, precision(reading.d_model)
+    share = _COLUMNS if width <= WIDE else _COLUMNS // 2
     grams = []
     for cell in progress(cells, "audit: writers", total=len(cells)):
-        total = torch.zeros(reading.d_model, reading.d_model, dtype=torch.float64)
+        total = torch.zeros(width, width, dtype=dtype, device=device)
         for unit in cell.units:
-            most = max(64, math.ceil(_COLUMNS * reading.d_model / len(cell.units)))
+            most = max(64, math.ceil(share * width / len(cell.units)))
             columns = read_columns(reading, unit, most, _SEED, gains)
             energy = float(columns.square().sum())
             if energy > 0:
-                total.addmm_(columns, columns.T, alpha=1 / energy)
+                # Scaled first: the product of small numbers leaves float32.
+                here = (columns / math.sqrt(energy)).to(device, dtype)
+                del columns
+                total.addmm_(here, here.T)
         grams.append(total)
     return grams
 
 
-def look(reading: Reading) -> Blind:
-    """Judge a checkpoint from its writers alone."""
+def look(reading: Reading, device: torch.device = CPU) -> Blind:
+    """Judge a checkpoint from its writers alone.
+
+    Args:
+        reading: the checkpoint.
+        device: where grams are made and decomposed.
+    """
     cells = make_cells(reading.units, reading.d_model)
-    first = _judge(reading, cells, read_grams(reading, cells), True)
+    first = _judge(reading, cells, read_grams(reading, cells, device=device), True)
     if first.verdict == "edited" or not reading.has_gains:
         return first
     # Tools that do not know of norms behind a writer edit the matrices with the plain direction.
-    plain = _judge(reading, cells, read_grams(reading, cells, gains=False), False)
+    plain = _judge(reading, cells, read_grams(reading, cells, False, device), False)
     return plain if plain.verdict == "edited" else first
 
 
@@ -137,7 +161,8 @@ def _judge(reading: Reading, cells: Sequence[Cell], grams: Sequence[Tensor], gai
         )
     groups = groups_of(cells)
     for _ in range(_ROUNDS):
-        gaps = _gaps(grams, basis, groups, cells)
+        logs = [log_gram(_inside(gram, basis)) for gram in grams]
+        gaps = _test(logs, groups, cells)
         name = min(gaps, key=lambda key: (gaps[key].p_value, -gaps[key].ratio))
         best = gaps[name]
         p_value = min(1.0, best.p_value * len(gaps) * hypotheses)
@@ -165,7 +190,7 @@ def _judge(reading: Reading, cells: Sequence[Cell], grams: Sequence[Tensor], gai
         return Blind(
             "undecided", reason, p_value, name, gaps, direction, gains, done, None, read, len(cells)
         )
-    detectable = _power(grams, basis, groups, cells, hypotheses)
+    detectable = _power(grams, logs, basis, groups, cells, hypotheses)
     reason = "" if detectable is not None else "even a whole edit would not stand out here"
     return Blind(
         "clean" if detectable is not None else "undecided",
@@ -177,7 +202,7 @@ def _refined(grams: Sequence[Tensor], direction: Tensor) -> Tensor:
     """First on all units of the group, then on those alone that carry the edit."""
     typical = [typical_energy(gram) for gram in grams]
     found = refine(grams, direction, typical)
-    energies = [float(found @ g @ found) / t for g, t in zip(grams, typical, strict=True)]
+    energies = [energy_along(g, found) / t for g, t in zip(grams, typical, strict=True)]
     bound = max(10 * min(energies), 0.1)
     low = [i for i, energy in enumerate(energies) if energy <= bound]
     if len(low) < 2:
@@ -210,13 +235,22 @@ def _middle(cell: Cell) -> float:
     return sum(inside) / len(inside)
 
 
-def _gaps(
-    grams: Sequence[Tensor],
-    basis: Tensor,
-    groups: Mapping[str, Sequence[int]],
-    cells: Sequence[Cell],
+def _inside(gram: Tensor, basis: Tensor) -> Tensor:
+    """A gram in the coordinates of a basis ``[d, k]``, which may be on another device."""
+    if bool((basis.count_nonzero(dim=0) == 1).all()):  # channels, each with a factor
+        chosen = basis.abs().argmax(dim=0)
+        factors = basis[chosen, torch.arange(basis.shape[1])].to(gram)
+        chosen = chosen.to(gram.device)
+        cut = gram[chosen][:, chosen]
+        return cut.mul_(factors.unsqueeze(1)).mul_(factors)
+    here = basis.to(gram)
+    out: Tensor = here.T @ gram @ here
+    return out
+
+
+def _test(
+    logs: Sequence[Tensor], groups: Mapping[str, Sequence[int]], cells: Sequence[Cell]
 ) -> dict[str, Gap]:
-    logs = [log_gram(basis.T @ gram @ basis) for gram in grams]
     gaps = {}
     for name, chosen in groups.items():
         # Alternate within each kind, so that each half has its share of all depths and kinds.
@@ -233,7 +267,7 @@ def _live(grams: Sequence[Tensor], width: int) -> tuple[Tensor, list[SetAside]]:
     What all writers share in the norms of their rows widens the spectrum's lower edge and says
     nothing; a direction survives the scaling, its coordinates change by known factors.
     """
-    rows = torch.stack([gram.diagonal() for gram in grams])
+    rows = torch.stack([gram.diagonal().double().cpu() for gram in grams])
     relative = rows / rows.median(dim=1, keepdim=True).values.clamp(min=1e-300)
     silent = (relative < _DEAD).double().mean(dim=0) > 0.25
     norms = torch.exp(torch.log(relative.clamp(_DEAD, 1 / _DEAD)).mean(dim=0) / 2)
@@ -275,11 +309,13 @@ def typical_energy(gram: Tensor) -> float:
     generator = torch.Generator().manual_seed(_SEED)
     tries = torch.randn(len(gram), 64, generator=generator, dtype=torch.float64)
     tries = tries / tries.norm(dim=0)
+    tries = tries.to(gram)
     return float((tries * (gram @ tries)).sum(dim=0).median())
 
 
 def _power(
     grams: Sequence[Tensor],
+    logs: Sequence[Tensor],
     basis: Tensor,
     groups: Mapping[str, Sequence[int]],
     cells: Sequence[Cell],
@@ -287,12 +323,19 @@ def _power(
 ) -> float | None:
     """The smallest scale of a planted edit of all writers that the same test claims."""
     generator = torch.Generator().manual_seed(_SEED + 1)
+    every = {"all": groups["all"]}
+    if len(basis) > WIDE:
+        vector = torch.randn(basis.shape[1], generator=generator, dtype=torch.float64)
+        planted = [emptied(log, vector / vector.norm()) for log in logs]
+        whole = _test(planted, every, cells)["all"]
+        return LADDER[0] if whole.p_value * len(groups) * hypotheses <= CLAIM else None
     live = basis.abs().sum(dim=1) > 0
     smallest = None
     for scale in LADDER if len(basis) <= _SMALL else LADDER[:1]:
         vector = live * torch.randn(len(live), generator=generator, dtype=torch.float64)
         planted = edited(grams, vector / vector.norm(), scale)
-        found = _gaps(planted, basis, {"all": groups["all"]}, cells)["all"]
+        changed = [log_gram(_inside(gram, basis)) for gram in planted]
+        found = _test(changed, every, cells)["all"]
         if found.p_value * len(groups) * hypotheses > CLAIM:
             break
         smallest = scale

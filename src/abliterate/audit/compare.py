@@ -113,11 +113,11 @@ def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
     }
     direction, gains = _shared(reading, parts, first)
     tensors = tuple(
-        _finish(reading, found, parts.get(name), direction, gains) for name, found in first.items()
+        _finish(pairs, found, parts.get(name), direction, gains) for name, found in first.items()
     )
     if not any(t.projected for t in tensors):
         direction = None
-        tensors = tuple(_finish(reading, f, parts.get(n), None, gains) for n, f in first.items())
+        tensors = tuple(_finish(pairs, f, parts.get(n), None, gains) for n, f in first.items())
     return Comparison(
         tensors,
         tuple(sorted(left.tensors.keys() - right.tensors.keys() - hidden)),
@@ -133,8 +133,7 @@ class _Found:
 
     diff: TensorDiff
     vector: Tensor | None = None  # [d_model], first left vector
-    delta: Tensor | None = None  # [d_model, m], in float32: what is left to project
-    before: Tensor | None = None
+    readable: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,10 +157,8 @@ class _Pairs:
         )
         if not readable or not one.shape or 0 in one.shape:
             return _Found(TensorDiff(name, "dense", kind, layer))
-        nothing = torch.zeros(0, 0)
-        edit = part.edit if part else TensorEdit(name, 0, nothing, "other", None)
-        before = read_tensor(self.left, self.reading.quantized, edit, _SAMPLE, 0)
-        delta = read_tensor(self.right, self.other, edit, _SAMPLE, 0) - before
+        edit = part.edit if part else TensorEdit(name, 0, torch.zeros(0, 0), "other", None)
+        before, delta = self.sample(edit)
         energy, whole = float(delta.square().sum()), float(before.square().sum())
         change = (energy / whole) ** 0.5 if whole > 0 else float("inf")
         if energy == 0:
@@ -180,7 +177,12 @@ class _Pairs:
         diff = TensorDiff(name, state, kind, layer, change, float(shares[0]))
         # Vectors are rank 1 whatever was done to them, and say nothing on their own.
         own = vector if part is not None and not part.bias else None
-        return _Found(diff, own, delta.float() if part else None, before.float() if part else None)
+        return _Found(diff, own, readable=True)
+
+    def sample(self, edit: TensorEdit) -> tuple[Tensor, Tensor]:
+        """A tensor of the first and its difference, ``[d_model, m]``, always the same columns."""
+        before = read_tensor(self.left, self.reading.quantized, edit, _SAMPLE, 0)
+        return before, read_tensor(self.right, self.other, edit, _SAMPLE, 0) - before
 
     def _same_scales(self, name: str) -> bool:
         one, two = self.reading.quantized.get(name), self.other.get(name)
@@ -282,14 +284,15 @@ def _sign(vector: Tensor) -> float:
 
 
 def _finish(
-    reading: Reading, found: _Found, part: Part | None, direction: Tensor | None, gains: bool
+    pairs: _Pairs, found: _Found, part: Part | None, direction: Tensor | None, gains: bool
 ) -> TensorDiff:
     diff = found.diff
-    if direction is None or part is None or found.delta is None or found.before is None:
+    if direction is None or part is None or not found.readable:
         return diff
-    here = _at(reading, part, direction, gains)
-    lost, had = here @ found.delta.double(), here @ found.before.double()
-    vector = found.vector if found.vector is not None else left_vector(found.delta.double())[0]
+    here = _at(pairs.reading, part, direction, gains)
+    before, delta = pairs.sample(part.edit)  # read again: all of them would not fit in memory
+    lost, had = here @ delta, here @ before
+    vector = found.vector if found.vector is not None else left_vector(delta)[0]
     both = float(lost @ had)
     energy, own = float(lost.square().sum()), float(had.square().sum())
     return TensorDiff(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from abliterate.artifacts import read_json
-from abliterate.audit.units import Part, Reading, read_tensor
+from abliterate.audit.units import Part, Reading, every_column
 from abliterate.direction import Direction
 from abliterate.editing import CARD, RECORD
 from abliterate.errors import InputError
@@ -118,9 +118,11 @@ def share_along(reading: Reading, part: Part, direction: Tensor) -> float:
     ways = [Writer(edit.name, edit.axis, "other", None, part.bias, way, part.channels)
             for way in part.ways]  # fmt: skip
     basis = orthonormal([writer_direction(w, direction, reading.located.gains) for w in ways])
-    columns = read_tensor(reading.located.shards, reading.quantized, edit, 1 << 62, 0, 1 << 30)
-    energy = float(columns.square().sum())
-    return math.sqrt(float((basis @ columns).square().sum()) / energy) if energy > 0 else 0.0
+    along = energy = 0.0
+    for columns in every_column(reading.located.shards, reading.quantized, edit):
+        energy += float(columns.square().sum())
+        along += float((basis @ columns).square().sum())
+    return math.sqrt(along / energy) if energy > 0 else 0.0
 
 
 def _unit(given: Direction | None, recorded: Any, width: int) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.artifacts import versions
-from abliterate.audit.blind import CLAIM, Blind, look
+from abliterate.audit.blind import CLAIM, CPU, Blind, look
 from abliterate.audit.compare import Comparison, compare
 from abliterate.audit.declared import Claim, read_claim
 from abliterate.audit.head import HeadEvidence, head_evidence
@@ -123,7 +123,10 @@ def comparison_document(found: Comparison) -> dict[str, Any]:
 
 
 def audit(
-    checkpoint: Checkpoint, base: Checkpoint | None = None, direction: Direction | None = None
+    checkpoint: Checkpoint,
+    base: Checkpoint | None = None,
+    direction: Direction | None = None,
+    device: torch.device = CPU,
 ) -> Audit:
     """Judge a checkpoint from its files: nothing is executed, only tensors and JSON are read.
 
@@ -131,6 +134,7 @@ def audit(
         checkpoint: what to judge.
         base: what it is said to be made from; the difference then decides.
         direction: the direction that its record is said to mean.
+        device: where the writers' grams are made and decomposed; the rest is on the CPU.
 
     Raises:
         CheckpointError: a checkpoint is damaged or in a format that cannot be read.
@@ -141,7 +145,7 @@ def audit(
     claim = read_claim(reading, direction, base)
     comparison = None if base is None else compare(base, checkpoint)
     head = head_evidence(reading)
-    blind = look(reading)
+    blind = look(reading, device)
     verdict, evidence, vector, gains = _decide(blind, claim, head, comparison)
     units: tuple[Strength, ...] = ()
     style = removed = embeddings = biases = None

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abliterate.audit.spectra import eigh, emptiest, lower_edge, lowest_vector
+
 # Eigenvalues as multiples of the median: below the floor rounding, fine-tuning and FP8 speak; above
 # the ceiling a few shared directions (the embeddings' mean) would drown the rest.
 _FLOOR, _CEILING = 1e-3, 20.0
@@ -59,7 +61,7 @@ def log_gram(gram: Tensor) -> Tensor:
     Args:
         gram: ``[d, d]``, positive semidefinite.
     """
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram, _FLOOR)
     present = values[values > 1e-9 * values[-1]]
     if not len(present):
         return torch.zeros_like(gram)
@@ -75,7 +77,7 @@ def gap(logs: Sequence[Tensor], halves: Sequence[bool]) -> Gap:
         logs: their ``log_gram``, ``[d, d]`` each.
         halves: which half each belongs to.
     """
-    values, vectors = torch.linalg.eigh(sum(logs[1:], logs[0]) / len(logs))
+    values, lowest = lower_edge(_mean(logs), 0)
     within = min(_WITHIN, len(values) - 2)
     distance = float(values[1] - values[0])
     spread = float(values[within + 1] - values[1])
@@ -85,12 +87,17 @@ def gap(logs: Sequence[Tensor], halves: Sequence[bool]) -> Gap:
         own = [one for one, which in zip(logs, halves, strict=True) if which is half]
         if not own:
             break
-        ends.append(torch.linalg.eigh(sum(own[1:], own[0]))[1][:, 0])
+        ends.append(lowest_vector(_mean(own), 1 + half))
     agreement = float(ends[0] @ ends[1]) ** 2 if len(ends) == 2 else 0.0
     p_gap = min(1.0, _TAIL_AT_START * math.exp(-_TAIL_RATE * (ratio - _TAIL_START)))
-    return Gap(
-        ratio, distance, agreement, p_gap, p_agreement(agreement, len(values)), vectors[:, 0]
-    )
+    return Gap(ratio, distance, agreement, p_gap, p_agreement(agreement, len(values)), lowest)
+
+
+def _mean(logs: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(logs[0])
+    for one in logs:
+        total += one
+    return total / len(logs)
 
 
 def p_agreement(squared: float, width: int) -> float:
@@ -101,19 +108,41 @@ def p_agreement(squared: float, width: int) -> float:
     return float((1 - min(squared, 1.0)) ** ((width - 1) / 2))
 
 
-def edited(logs_of: Sequence[Tensor], direction: Tensor, scale: float) -> list[Tensor]:
+def energy_along(gram: Tensor, direction: Tensor) -> float:
+    """``r^T G r``, for a direction on the CPU."""
+    here = direction.to(gram)
+    return float(here @ (gram @ here))
+
+
+def edited(grams: Sequence[Tensor], direction: Tensor, scale: float) -> list[Tensor]:
     """Grams after an edit ``A <- (I - s r r^T) A``: what a planted edit would look like.
 
     Args:
-        logs_of: grams ``[d, d]``.
+        grams: ``[d, d]``.
         direction: unit ``r``, ``[d]``.
         scale: ``s``.
     """
     planted = []
-    for gram in logs_of:
+    direction = direction.to(grams[0])
+    for gram in grams:
         left = gram - scale * torch.outer(direction, direction @ gram)
         planted.append(left - scale * torch.outer(left @ direction, direction))
     return planted
+
+
+def emptied(log: Tensor, direction: Tensor) -> Tensor:
+    """A ``log_gram`` after a whole edit, to first order: what ``edited`` gives without another
+    eigendecomposition.
+
+    Args:
+        log: ``[d, d]``.
+        direction: unit, ``[d]``.
+    """
+    here = direction.to(log)
+    left = log - torch.outer(here, here @ log)
+    left -= torch.outer(left @ here, here)
+    out: Tensor = left + math.log(_FLOOR) * torch.outer(here, here)
+    return out
 
 
 def refine(
@@ -130,14 +159,12 @@ def refine(
         weights: an energy for each that counts as typical.
         steps: how many at most.
     """
-    scaled = [gram / weight for gram, weight in zip(grams, weights, strict=True)]
     current = start
     for _ in range(steps):
-        total = sum(
-            (gram / (float(current @ gram @ current) + _FLOOR / 10) for gram in scaled),
-            torch.zeros_like(scaled[0]),
-        )
-        best = torch.linalg.eigh(total)[1][:, 0]
+        total = torch.zeros_like(grams[0])
+        for gram, weight in zip(grams, weights, strict=True):
+            total += gram / (energy_along(gram, current) + weight * _FLOOR / 10)
+        best = emptiest(total, current)
         if float(best @ start) ** 2 < 0.5:
             break  # it left for another minimum
         best = best * torch.sign(best @ start)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from abliterate.audit.blind import typical_energy
 from abliterate.audit.compare import Comparison
+from abliterate.audit.spectra import WIDE
 from abliterate.audit.units import Reading, Unit, read_bias, read_columns
 
 _SAMPLE = 4  # columns of a unit, per channel
+_MOST = 8192  # columns where no more than an energy is measured
 _FULL_ENERGY, _PART_ENERGY = 0.02, 0.6
 _SEED = 0
 
@@ -49,7 +51,7 @@ def strengths(
         exact = {t.name: t.scale for t in comparison.projected if t.scale is not None}
     measured = []
     for unit in reading.units:
-        columns = read_columns(reading, unit, _SAMPLE * reading.d_model, _SEED, gains)
+        columns = read_columns(reading, unit, _columns(reading.d_model), _SEED, gains)
         typical = _typical(columns)
         along = float((direction @ columns).square().sum())
         measured.append((unit, along / typical if typical > 0 else 1.0))
@@ -64,6 +66,10 @@ def strengths(
             removed = sum(own) / len(own) if own else 0.0
         found.append(Strength(unit.label, unit.kind, unit.layer, energy, removed, carries))
     return tuple(found)
+
+
+def _columns(width: int) -> int:
+    return min(_SAMPLE * width, _MOST)
 
 
 def _typical(columns: Tensor) -> float:
@@ -141,13 +147,17 @@ def _keeps_norms(
     about ``r_i^2`` and more, it is flatter where ``r`` is large.
     """
     labels = {unit.unit for unit in carrying if unit.layer is not None and unit.removed > 0.8}
-    chosen: list[Unit] = [unit for unit in reading.units if unit.label in labels][:8]
+    wide = reading.d_model > WIDE
+    most, share = (2, _SAMPLE // 2) if wide else (8, _SAMPLE)
+    chosen: list[Unit] = [unit for unit in reading.units if unit.label in labels][:most]
     if not chosen:
         return False
     votes = []
     for unit in chosen:
-        columns = read_columns(reading, unit, _SAMPLE * reading.d_model, _SEED, gains)
-        gram = columns @ columns.T
+        columns = read_columns(reading, unit, share * reading.d_model, _SEED, gains)
+        if wide:
+            columns = columns.float()
+        gram = (columns @ columns.T).double()
         typical = typical_energy(gram)
         if typical <= 0:
             continue

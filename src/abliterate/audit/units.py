@@ -27,6 +27,7 @@ from abliterate.writers import Gain, stream_width
 
 _RUNS = 8  # neighbouring columns are read together: so many runs, spread over the matrix
 _MOST_STRIPS = 16  # of a stack of experts
+_AT_ONCE = 4096  # columns, where all are read
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,11 @@ def read_columns(reading: Reading, unit: Unit, most: int, seed: int, gains: bool
         for part in unit.parts
         for passed in _stream_columns(reading, part, share, seed, gains)
     ]
-    return torch.cat(found, dim=1)
+    return _joined(found)
+
+
+def _joined(columns: Sequence[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(list(columns), dim=1)
 
 
 def read_bias(reading: Reading, part: Part) -> Tensor:
@@ -186,7 +191,6 @@ def read_tensor(
     edit: TensorEdit,
     most: int,
     seed: int,
-    strips_at_most: int = _MOST_STRIPS,
 ) -> Tensor:
     """A tensor as float64 ``[d_model, columns]``; a sample of its columns if it is large.
 
@@ -199,31 +203,54 @@ def read_tensor(
         raise CheckpointError(f"tensor '{edit.name}' in {entry.file} is empty")
     pieces = list(strips(shape, edit.axis, edit.region))
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(pieces), generator=generator)[:strips_at_most].sort().values
+    chosen = torch.randperm(len(pieces), generator=generator)[:_MOST_STRIPS].sort().values
     share = max(1, most // len(chosen))
     with ExitStack() as stack:
         files = Files(stack, {})
         found = [
-            _sample(entry, stored, pieces[index], share, generator, files)
-            for index in chosen.tolist()
+            _load(entry, stored, piece, _runs(_count(piece), share, generator), files)
+            for piece in (pieces[index] for index in chosen.tolist())
         ]
-    columns = torch.cat(found, dim=1)
+    return _finite(entry, _joined(found))
+
+
+def every_column(
+    shards: ShardSet, quantized: Mapping[str, Quantized], edit: TensorEdit
+) -> Iterator[Tensor]:
+    """All of a tensor as float64 ``[d_model, columns]``, some thousand columns at a time.
+
+    Only what is stored in blocks with scales across its columns comes in one piece.
+    """
+    entry, stored = shards.tensors[edit.name], quantized.get(edit.name)
+    shape = entry.shape if stored is None else stored.shape
+    with ExitStack() as stack:
+        files = Files(stack, {})
+        for piece in strips(shape, edit.axis, edit.region):
+            count = _count(piece)
+            size = _AT_ONCE if stored is None or piece.across else count
+            for begin in range(0, count, size):
+                run = (begin, min(begin + size, count))
+                yield _finite(entry, _load(entry, stored, piece, [run], files))
+
+
+def _finite(entry: TensorEntry, columns: Tensor) -> Tensor:
     if not bool(torch.isfinite(columns).all()):
-        raise CheckpointError(f"tensor '{edit.name}' in {entry.file} holds NaN or infinity")
+        raise CheckpointError(f"tensor '{entry.name}' in {entry.file} holds NaN or infinity")
     return columns
 
 
-def _sample(
+def _count(strip: Strip) -> int:
+    return strip.rows if strip.across else strip.columns
+
+
+def _load(
     entry: TensorEntry,
     stored: Quantized | None,
     strip: Strip,
-    most: int,
-    generator: torch.Generator,
+    runs: Sequence[tuple[int, int]],
     files: Files,
 ) -> Tensor:
     """Runs of neighbouring columns (of neighbouring rows, where rows lie along the stream)."""
-    count = strip.rows if strip.across else strip.columns
-    runs = _runs(count, most, generator)
     if strip.across:
         grid = _grid(entry, stored, strip, files)
         step = grid.row_step
@@ -246,7 +273,7 @@ def _sample(
     narrow = [replace(strip, offset=strip.offset + a, columns=b - a) for a, b in runs]
     # Copies: what is loaded is valid until the next load.
     parts = (_grid(entry, None, s, files).load(0, s.rows) for s in narrow)
-    return torch.cat([part.to(torch.float64, copy=True) for part in parts], dim=1)
+    return _joined([part.to(torch.float64, copy=True) for part in parts])
 
 
 def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:

@@ -70,6 +70,9 @@ _SIZES: dict[str, int] = {
     "hidden_size_global": 64,  # not the width of the byte encoder and decoder beside it
     "encoder_hash_byte_group_vocab": 50,
 }
+#: Rows of a table by token or position, and the fewest that the traced tokens need of each.
+_TABLES = ("vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+_LEAST_ROWS = 32
 _KV_HEADS = (
     *("num_key_value_heads", "swa_num_key_value_heads", "num_global_key_value_heads"),
     *("num_kv_heads", "kv_n_heads"),
@@ -88,10 +91,12 @@ class ShrinkError(Exception):
     """No small copy of this configuration could be built and run."""
 
 
-def _token(name: str, value: Any) -> Any:
+def _token(value: Any, vocabulary: Any) -> Any:
     if isinstance(value, list):
-        return [_token(name, v) for v in value]
-    return min(value, VOCAB - 1) if isinstance(value, int) else value
+        return [_token(v, vocabulary) for v in value]
+    known = vocabulary if isinstance(vocabulary, int) else VOCAB
+    last = min(VOCAB, max(known, _LEAST_ROWS)) - 1
+    return min(value, last) if isinstance(value, int) else value
 
 
 def _sections(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
@@ -109,7 +114,7 @@ def _tabled(name: str, value: Any, values: dict[str, Any]) -> Any:
     if isinstance(value, bool) or value is None:
         return value
     if name.endswith(("_token_id", "_token_ids")):
-        return _token(name, value)
+        return _token(value, values.get("vocab_size"))
     if "drop" in name and isinstance(value, float):
         return 0.0
     rope = values.get("qk_rope_head_dim")
@@ -123,7 +128,9 @@ def _tabled(name: str, value: Any, values: dict[str, Any]) -> Any:
     size = _SIZES.get(name, _SIZES.get(name.removeprefix("swa_")))
     if size is not None and isinstance(value, list):
         return [min(v, size) for v in value]
-    return min(value, size) if size is not None and isinstance(value, int) else value
+    if size is None or not isinstance(value, int):
+        return value
+    return min(max(value, _LEAST_ROWS), size) if name in _TABLES else min(value, size)
 
 
 def _square(name: str, value: Any, values: dict[str, Any]) -> Any:
