@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from abliterate import options as opt
+from abliterate.commands import later_session, model_options
 from abliterate.console import print_json, print_line, set_up
 from abliterate.errors import UsageError
-from abliterate.settings import load_settings
-
-if TYPE_CHECKING:
-    from abliterate.stages import Session
 
 _Run = Annotated[Path, typer.Argument(help="Run folder of select.", show_default=False)]
 _Moved = Annotated[
@@ -45,7 +42,8 @@ def inspect(
     from abliterate.analysis_display import show_inspection
     from abliterate.inspection import inspect_stage
 
-    session = _reopen(run, model, device, dtype, None, trust_remote_code)
+    given = {"model": model_options(None, device, dtype, None, trust_remote_code, None)}
+    session = later_session(run, model, None, given)
     record = inspect_stage(session, run, position)
     print_json(record) if as_json else show_inspection(record, run)
 
@@ -101,7 +99,8 @@ def trace(
     text = None if suffix is None else read_suffix(suffix)
     request = Request(prompts, harmless, n_prompts, text, heads)
     check_request(request)
-    session = _reopen(run, model, device, dtype, batch_size, trust_remote_code, seed)
+    given = {"model": model_options(None, device, dtype, batch_size, trust_remote_code, seed)}
+    session = later_session(run, model, None, given)
     record = trace_stage(session, run, request)
     print_json(record) if as_json else show_trace(record, run)
 
@@ -163,29 +162,3 @@ def report(
     for picture in pictures:
         print_line(f"wrote {picture}")
     return None
-
-
-def _reopen(
-    run: Path,
-    model: str | None,
-    device: str | None,
-    dtype: str | None,
-    batch_size: str | None,
-    trust_remote_code: bool | None,
-    seed: int | None = None,
-) -> Session:
-    """A session on what ``extract`` recorded in ``run``; the options win over it."""
-    from abliterate.artifacts import read_json
-    from abliterate.commands import open_session
-    from abliterate.stages import EXTRACT, recorded_settings
-
-    given: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "trust_remote_code": trust_remote_code,
-        "seed": seed,
-    }
-    extracted = read_json(run / EXTRACT, f"extract MODEL -o {run}")
-    settings = load_settings(None, {"model": given}, recorded_settings(run, extracted))
-    return open_session(model or extracted["model"]["id"], settings)

@@ -52,6 +52,8 @@ BITS = {
     "F6_E3M2": 6,
 }
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+# Read at once where stored bytes are compared.
+_COMPARED_BYTES = 32 << 20
 _MAX_RANK = 16  # far past any real tensor; a product of endless factors would never end
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -352,3 +354,19 @@ def _is_plain_name(name: str) -> bool:
         and not set(name) & set("/\\:")
         and not name.startswith("..")
     )
+
+
+def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
+    """Whether two tensors are stored as the same bytes."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with a.file.open("rb") as left, b.file.open("rb") as right:
+        left.seek(a.start)
+        right.seek(b.start)
+        remaining = a.end - a.start
+        while remaining:
+            size = min(remaining, _COMPARED_BYTES)
+            if left.read(size) != right.read(size):
+                return False
+            remaining -= size
+    return True

@@ -24,7 +24,7 @@ from abliterate.editing import RECORD
 from abliterate.errors import CheckpointError
 from abliterate.models import Checkpoint, Loaded
 from abliterate.planning import EditPlan, TensorEdit, make_plan
-from abliterate.shards import DTYPES, ShardSet, TensorEntry, read_shards
+from abliterate.shards import DTYPES, ShardSet, TensorEntry, read_shards, same_bytes
 from abliterate.writers import find_writers
 from abliterate.writers.stream import leak
 
@@ -174,7 +174,7 @@ def _compare(
     changed = [
         name
         for name in progress(others, "verify: other tensors", total=len(others))
-        if not _same(source.tensors[name], edited[name])
+        if not same_bytes(source.tensors[name], edited[name])
     ]
     shape_changed = [
         name
@@ -186,25 +186,10 @@ def _compare(
     copies = {
         name
         for name in edited.keys() - source.tensors.keys()
-        if any(_same(candidate, edited[name]) for candidate in source.tensors.values())
+        if any(same_bytes(candidate, edited[name]) for candidate in source.tensors.values())
     }
     added = sorted(edited.keys() - source.tensors.keys() - copies)
     return tuple(sorted(changed + shape_changed)), tuple(missing), tuple(added)
-
-
-def _same(a: TensorEntry, b: TensorEntry) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    with a.file.open("rb") as left, b.file.open("rb") as right:
-        left.seek(a.start)
-        right.seek(b.start)
-        remaining = a.end - a.start
-        while remaining:
-            size = min(remaining, _BLOCK_BYTES)
-            if left.read(size) != right.read(size):
-                return False
-            remaining -= size
-    return True
 
 
 def measure_leak(loaded: Loaded, direction: Direction, prompts: Sequence[Sequence[int]]) -> float:

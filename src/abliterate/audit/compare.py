@@ -14,12 +14,11 @@ from abliterate.errors import CheckpointError
 from abliterate.formats import Quantized, find_quantized, read_config
 from abliterate.models import Checkpoint
 from abliterate.planning import TensorEdit
-from abliterate.shards import DTYPES, ShardSet, TensorEntry, read_shards
+from abliterate.shards import DTYPES, ShardSet, read_shards, same_bytes
 from abliterate.writers.discover import writer_direction
 from abliterate.writers.plan import Writer
 
 _SAMPLE = 512  # columns of each difference
-_BLOCK_BYTES = 32 << 20
 _LOW_RANK = 8
 _EPS = {"F64": 1e-15, "F32": 1.2e-7, "F16": 9.8e-4, "BF16": 7.8e-3, "F8_E4M3": 0.125}
 #: Least squared cosine of a tensor's left vector with the shared one, and of its right one.
@@ -189,22 +188,6 @@ class _Pairs:
         if one is None or two is None:
             return one is two
         return same_bytes(one.scales, two.scales)
-
-
-def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether two tensors are stored as the same bytes."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    with a.file.open("rb") as left, b.file.open("rb") as right:
-        left.seek(a.start)
-        right.seek(b.start)
-        remaining = a.end - a.start
-        while remaining:
-            size = min(remaining, _BLOCK_BYTES)
-            if left.read(size) != right.read(size):
-                return False
-            remaining -= size
-    return True
 
 
 def left_vector(delta: Tensor) -> tuple[Tensor, Tensor]:
