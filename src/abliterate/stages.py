@@ -34,7 +34,7 @@ from abliterate.forward import input_device
 from abliterate.placement import devices
 from abliterate.prompts import load_prompts
 from abliterate.scores import load_partial, save_partial, score_record
-from abliterate.scoring import Key
+from abliterate.search_task import Key
 from abliterate.selection import Thresholds, select
 from abliterate.session import (
     DIRECTIONS,
