@@ -6,8 +6,10 @@ Runs, on the same prompts and candidates, (a) a plain loop (per candidate three 
 hooks, all logits, fixed batches of 32), (b) ``--search exhaustive`` and (c) the default search;
 prints a markdown table and fails unless all three select the same candidate and the scores that
 they share agree. The two named shapes are built with random weights; their thresholds are set so
-that about ``--pass-share`` of the candidates pass the induce filter, and as many of those the KL
-filter.
+that about ``--induce-share`` of the candidates pass the induce filter, and ``--kl-share`` of those
+the KL filter. By default an eighth passes both, as in the score tables that the paper's authors
+published: of the candidates outside the last 20% of layers 4% (Llama-2-7B), 6% (Yi-6B), 13%
+(Qwen-1.8B), 19% (Gemma-2B) and 20% (Llama-3-8B) pass.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from abliterate.choice import Score, Thresholds, choose, judge
 from abliterate.extraction import find_refusal_tokens, mean_resid_pre
 from abliterate.forward import all_last_logits
 from abliterate.refusal import refusal_score
-from abliterate.scoring import Scorer, Task
+from abliterate.scoring import Scorer
+from abliterate.search_task import Task
 from abliterate.writers import decoder_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -255,14 +258,16 @@ def load(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, list[list[
     return model, ids, tuple(positions), [40]
 
 
-def opened(scores: Sequence[Score], n_layers: int, share: float) -> Thresholds:
-    """Thresholds that ``share`` of the candidates pass, each filter among what is left."""
+def opened(
+    scores: Sequence[Score], n_layers: int, induce_share: float, kl_share: float
+) -> Thresholds:
+    """Thresholds that these shares of the candidates pass, each filter among what is left."""
     kept = [s for s in judge(scores, n_layers, Thresholds(math.inf, -math.inf)) if s.kept]
     kept.sort(key=lambda s: -(s.induce_score or 0.0))
-    kept = kept[: max(1, round(share * len(kept)))]
+    kept = kept[: max(1, round(induce_share * len(kept)))]
     induce = min(s.induce_score or 0.0 for s in kept) - 1e-3
     kls = sorted(s.kl_divergence or 0.0 for s in kept)
-    return Thresholds(kls[max(1, round(share * len(kls))) - 1] + 1e-5, induce)
+    return Thresholds(kls[max(1, round(kl_share * len(kls))) - 1] + 1e-5, induce)
 
 
 def main() -> None:
@@ -271,7 +276,8 @@ def main() -> None:
     parser.add_argument("--n-val", type=int, help="validation prompts (32; 16 for random shapes)")
     parser.add_argument("--n-train", type=int, default=32)
     parser.add_argument("--positions", help="e.g. -2,-1 (post-instruction; -1 for random shapes)")
-    parser.add_argument("--pass-share", type=float, default=0.5)
+    parser.add_argument("--induce-share", type=float, default=0.25)
+    parser.add_argument("--kl-share", type=float, default=0.5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -291,7 +297,8 @@ def main() -> None:
                 tuple(tokens))  # fmt: skip
     exhaustive = measured(model, lambda: Scorer(replace(task, search="exhaustive")).run())
     if random_shape:
-        task = replace(task, thresholds=opened(exhaustive.scores, task.n_layers, args.pass_share))
+        shares = args.induce_share, args.kl_share
+        task = replace(task, thresholds=opened(exhaustive.scores, task.n_layers, *shares))
     plain = measured(model, lambda: plain_scores(task))
     staged = measured(model, lambda: Scorer(task).run())
 

@@ -251,8 +251,9 @@ def test_a_finished_edit_with_other_options_is_not_up_to_date(
 ) -> None:
     from abliterate.direction import load_direction
     from abliterate.models import Checkpoint
+    from abliterate.session import Session
     from abliterate.settings import load_settings
-    from abliterate.stages import Session, orthogonalize_stage
+    from abliterate.stages import orthogonalize_stage
 
     checkpoint, vector = Checkpoint("x", tiny("llama")), load_direction(direction)
 

@@ -28,7 +28,8 @@ from abliterate.choice import Score, Thresholds, choose, judge
 from abliterate.refusal import MAX_REFUSAL_SCORE, kl_divergence, kl_floor, refusal_score
 from abliterate.replay import Replay
 from abliterate.scores import score_record
-from abliterate.scoring import Scorer, Task
+from abliterate.scoring import Scorer
+from abliterate.search_task import Task
 from abliterate.trial import verified_replay
 
 KINDS = ("llama", "llama-bias", "qwen2", "gemma", "mistral")

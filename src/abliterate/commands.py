@@ -13,7 +13,7 @@ from abliterate.errors import UsageError
 from abliterate.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from abliterate.stages import Session
+    from abliterate.session import Session
 
 
 def extract(
@@ -216,7 +216,7 @@ def run(
 
 def open_session(model: str, settings: Settings, leave_shards: bool = False) -> Session:
     from abliterate.models import find_checkpoint
-    from abliterate.stages import Session
+    from abliterate.session import Session
 
     return Session(find_checkpoint(model, settings.model.revision, leave_shards), settings)
 
@@ -224,7 +224,7 @@ def open_session(model: str, settings: Settings, leave_shards: bool = False) -> 
 def later_session(run: Path, model: str | None, config: Path | None, given: Any) -> Session:
     """A session on what ``extract`` recorded in ``run``; file and options win over it."""
     from abliterate.artifacts import read_json
-    from abliterate.stages import EXTRACT, recorded_settings
+    from abliterate.session import EXTRACT, recorded_settings
 
     extracted = read_json(run / EXTRACT, f"extract MODEL -o {run}")
     settings = load_settings(config, given, recorded_settings(run, extracted))

@@ -18,9 +18,9 @@ from abliterate.prompts import split_pool
 from abliterate.scores import choose_again as choose_among
 from abliterate.scores import read_scores, score_record
 from abliterate.selection import Thresholds
+from abliterate.session import COMPLETIONS, MODEL
 from abliterate.settings import Settings
 from abliterate.sources import read_source
-from abliterate.stages import COMPLETIONS, MODEL
 
 
 def describe_source(spec: str, examples: int, seed: int) -> dict[str, Any]:

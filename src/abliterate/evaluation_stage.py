@@ -30,7 +30,7 @@ from abliterate.judges import find_judge
 from abliterate.judging import failures, judge_files
 from abliterate.models import Checkpoint, load_config, text_config
 from abliterate.prompts import load_prompts
-from abliterate.stages import (
+from abliterate.session import (
     COMPLETIONS,
     EVALUATION,
     EXTRACT,

@@ -37,8 +37,8 @@ from abliterate.extraction import find_refusal_tokens, refusal_tokens_shown
 from abliterate.forward import all_last_logits
 from abliterate.losses import measure_loss
 from abliterate.models import Checkpoint, Loaded
+from abliterate.session import COMPLETIONS, Session, prompt_keys
 from abliterate.sources import Prompt
-from abliterate.stages import COMPLETIONS, Session, prompt_keys
 from abliterate.tasks import Tasks, run_tasks
 
 MEASURED = "measured.json"

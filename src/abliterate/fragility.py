@@ -27,8 +27,8 @@ from abliterate.interventions import ablate
 from abliterate.models import Loaded
 from abliterate.prompts import load_prompts, prompt_key
 from abliterate.refusal import is_refusal, kl_divergence, refusal_score
+from abliterate.session import EXTRACT, SELECTION, Session
 from abliterate.sources import Prompt
-from abliterate.stages import EXTRACT, SELECTION, Session
 
 FRAGILITY = "fragility.json"
 

@@ -21,7 +21,7 @@ from abliterate.extraction import Extraction
 from abliterate.geometry import Geometry, measure
 from abliterate.interventions import check_direction
 from abliterate.lens import Promoted, extremes, logit_lens
-from abliterate.stages import DIRECTIONS, EXTRACT, Session
+from abliterate.session import DIRECTIONS, EXTRACT, Session
 
 INSPECT = "inspect.json"
 # Tokens listed for the selected direction, and for every layer's own.

@@ -9,13 +9,8 @@ from abliterate.console import log
 from abliterate.direction import load_direction
 from abliterate.evaluation_stage import evaluate_stage
 from abliterate.models import Checkpoint
-from abliterate.stages import (
-    MODEL,
-    Session,
-    extract_stage,
-    orthogonalize_stage,
-    select_stage,
-)
+from abliterate.session import MODEL, Session
+from abliterate.stages import extract_stage, orthogonalize_stage, select_stage
 
 EDITED = "orthogonalized"
 

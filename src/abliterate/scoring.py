@@ -12,101 +12,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from abliterate.batching import group_rows
-from abliterate.candidates import Candidates, Piece
-from abliterate.choice import Score, Thresholds, choose, first_pruned_layer, judge, known
+from abliterate.candidates import Candidates
+from abliterate.choice import Score, choose, first_pruned_layer, judge, known
 from abliterate.console import progress_bar
-from abliterate.forward import can_pad
-from abliterate.measures import Measure, Reference, refusal_measure
 from abliterate.refusal import MAX_REFUSAL_SCORE
 from abliterate.replay import Replay
-from abliterate.team import ALONE, Team
+from abliterate.rounds import Round, Rounds
+from abliterate.search_task import Key, Task
 from abliterate.trial import verified_replay
 
-Search = Literal["staged", "exhaustive"]
-Key = tuple[int, int]
-# A batch of prompts, and what to read from its logits.
-Round = tuple[Piece, Measure]
-
-# A direction shorter than this, relative to the longest candidate, is rounding noise.
-_VANISHING = 1e-9
 # A bound this close to a threshold does not reject: sums in another order may be on its other side.
 _MARGIN = 1e-9
 # Candidates that are measured before the scores are saved, in batches of a few prompts.
 _AT_A_TIME = 4
-# KL is tried on one in this many prompts before bypass is measured.
-_TRIED = 8
-# A batch of prompts runs for about as many candidates at once, which share what it costs beyond
-# its tokens.
-_SHARED = 8
-
-
-@dataclass(frozen=True)
-class Task:
-    """What candidates are scored on.
-
-    Attributes:
-        model: the model.
-        directions: unnormalised differences of means, ``[n_positions, n_layers, d_model]``.
-        positions: what the first axis stands for.
-        harmful: token ids of validation prompts, for bypass.
-        harmless: the same, for induce.
-        answered: harmless prompts with the answer tokens after which KL is measured too; None
-            measures it at the last prompt token.
-        n_answer: how many last tokens of each of ``answered`` count; None is one of each.
-        refusal_tokens: the refusal tokens.
-        thresholds: the filters.
-        search: ``staged`` skips what cannot change the choice, ``exhaustive`` nothing.
-        all_layers: score the candidates of the pruned layers too.
-        batch_size: prompts per forward pass, or ``auto``.
-        team: the processes that score some candidates each.
-    """
-
-    model: PreTrainedModel
-    directions: Tensor
-    positions: tuple[int, ...]
-    harmful: Sequence[Sequence[int]]
-    harmless: Sequence[Sequence[int]]
-    refusal_tokens: tuple[int, ...]
-    answered: Sequence[Sequence[int]] | None = None
-    n_answer: Sequence[int] | None = None
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    search: Search = "staged"
-    all_layers: bool = False
-    batch_size: int | str = "auto"
-    team: Team = ALONE
-
-    @property
-    def n_layers(self) -> int:
-        return self.directions.shape[1]
-
-    def vectors(self, keys: Sequence[Key]) -> Tensor:
-        """Their directions, ``[n, d_model]``."""
-        rows = {position: row for row, position in enumerate(self.positions)}
-        return torch.stack([self.directions[rows[position], layer] for position, layer in keys])
-
-    def wanted(self) -> list[Key]:
-        """The candidates to score, layer by layer; the rest scores nothing."""
-        pruned = self.n_layers
-        if self.search == "staged" and not self.all_layers:
-            pruned = first_pruned_layer(self.n_layers, self.thresholds)
-        return [(p, layer) for layer in range(min(pruned, self.n_layers)) for p in self.positions]
-
-    def useless(self) -> set[Key]:
-        """Candidates that are not finite or vanish: a template token's embedding is the same after
-        every prompt, so its difference is none."""
-        norms = self.directions.norm(dim=-1)
-        vanishing = _VANISHING * float(self.directions.nan_to_num().norm(dim=-1).max())
-        bad = ~(torch.isfinite(norms) & (norms > vanishing))
-        return {(self.positions[int(row)], int(layer)) for row, layer in bad.nonzero()}
 
 
 class Scorer:
@@ -145,6 +70,10 @@ class Scorer:
         keys = [self.usable[0], self.usable[-1]]
         return verified_replay(task.model, prompts, task.vectors(keys), task.batch_size)
 
+    @cached_property
+    def rounds(self) -> Rounds:
+        return Rounds(self.task, self.replay)
+
     def run(self) -> list[Score]:
         """Score what is not known yet; all scores by position, then layer."""
         try:
@@ -176,7 +105,6 @@ class Scorer:
 
     def lacks_induce(self, key: Key) -> bool:
         """Whether induce has yet to be measured."""
-        """Whether induce has yet to be measured."""
         score = self.scores[key]
         dropped = not self.exhaustive and score.induce_at_most is not None
         return score.induce_score is None and not dropped
@@ -201,96 +129,18 @@ class Scorer:
         pruned = first_pruned_layer(self.task.n_layers, self.task.thresholds)
         return not self.exhaustive and key[1] < pruned
 
-    def _pieces(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rows: Sequence[int] | None = None,
-        steps: int = 1,
-        n_answer: Sequence[int] | None = None,
-        shared: int = _SHARED,
-    ) -> list[Piece]:
-        """Batches of ``prompts`` (of some of them), of at most 1 / ``steps`` of them each, which
-        run for about ``shared`` candidates at once."""
-        rows = range(len(prompts)) if rows is None else rows
-        lengths = [len(prompts[row]) - self.replay.prefix for row in rows]
-        keep = n_answer or [1] * len(prompts)
-        pieces = []
-        for group in self._groups(lengths, math.ceil(len(rows) / steps), shared):
-            own = [rows[at] for at in group]
-            pieces.append(self.replay.piece(prompts, own, max(keep[row] for row in own)))
-        return pieces
-
-    def _groups(self, lengths: Sequence[int], most: int, shared: int) -> list[tuple[int, ...]]:
-        budget, mix = self.replay.budget, can_pad(self.task.model)
-        return group_rows(lengths, budget, mix, most, budget.overhead // shared)
-
-    @cached_property
-    def _harmless(self) -> tuple[list[Piece], Reference]:
-        """Batches after which candidates may be rejected by induce, and what KL compares with."""
-        prompts, prefix = self.task.harmless, self.replay.prefix
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        # A bound rarely rejects before half of the prompts; then in small steps, unless a small
-        # batch takes as long as a large one.
-        steps = (4, 8) if self.replay.budget.device.type == "cpu" else (2, 4)
-        early = set(order[: len(order) // 2])
-        # The unmodified model runs once: on few batches, of which these are cut.
-        wide, reference = self._reference(
-            self._pieces(prompts, order, shared=1), [1] * len(prompts)
-        )
-        cut = []
-        for piece in wide:
-            rows = piece.batch.rows
-            first = sum(row in early for row in rows)
-            for part, step in ((range(first), steps[0]), (range(first, len(rows)), steps[1])):
-                lengths = [len(prompts[rows[at]]) - prefix for at in part]
-                most = math.ceil(len(prompts) / step)
-                for group in self._groups(lengths, most, _SHARED):
-                    own = slice(part[group[0]], part[group[-1]] + 1)
-                    cut.append(piece.part(own, max(lengths[at] for at in group)))
-        return cut, reference
-
-    def _reference(
-        self, pieces: Sequence[Piece], counts: Sequence[int]
-    ) -> tuple[list[Piece], Reference]:
-        runs = [run for piece in pieces for run in self.replay.baselines(piece)]
-        parts = ((logits, piece.batch.rows) for piece, logits in runs)
-        return [piece for piece, _ in runs], Reference.of(parts, counts)
-
-    @cached_property
-    def _kl_rounds(self) -> tuple[list[Round], list[Round], list[Round], Tensor]:
-        """The prompts on which KL is tried, all others in small and in large batches, and the
-        least KL of each prompt."""
-        task = self.task
-        if task.answered is None:
-            prompts, reference = task.harmless, self._harmless[1]
-        else:
-            assert task.n_answer is not None
-            prompts = task.answered
-            every = self._pieces(prompts, None, 1, task.n_answer)
-            reference = self._reference(every, task.n_answer)[1]
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        first = max(1, len(order) // _TRIED)
-
-        def rounds(rows: Sequence[int], steps: int) -> list[Round]:
-            pieces = self._pieces(prompts, rows, steps, task.n_answer)
-            return [(piece, reference.kl) for piece in pieces]
-
-        rest = order[first:]
-        return rounds(order[:first], 1), rounds(rest, 4), rounds(rest, 1), reference.floor
-
     def _induce(self, keys: Sequence[Key]) -> None:
         task, replay = self.task, self.replay
-        pieces = self._harmless[0]
-        measure = refusal_measure(task.refusal_tokens)
+        rounds = self.rounds.induce
         least = -math.inf if self.exhaustive else task.thresholds.induce - _MARGIN
         left = sorted(keys, key=lambda key: key[1])
-        smallest = min(pieces, key=lambda piece: piece.batch.input_ids.numel())
+        smallest = min((piece.batch.input_ids for piece, _ in rounds), key=torch.numel)
         with progress_bar("select: induce", sum(task.n_layers - key[1] for key in left)) as bar:
             while left:
                 self._show(bar, len(left))
                 same = sum(key[1] == left[0][1] for key in left)
                 # Of the smallest batch a few at a time: Ctrl-C costs no more than that.
-                together = _AT_A_TIME * replay.budget.share(*smallest.batch.input_ids.shape)
+                together = _AT_A_TIME * replay.budget.share(*smallest.shape)
                 together = min(max(together, same), replay.most_cached())
                 if not (replay.tricks.join and replay.tricks.resume):
                     together = min(together, same)
@@ -299,7 +149,6 @@ class Scorer:
                 table = torch.full(
                     (len(some), len(task.harmless)), MAX_REFUSAL_SCORE, dtype=torch.float64
                 )
-                rounds = [(piece, measure) for piece in pieces]
                 alive = self._rounds(candidates, rounds, table, lambda top: top < least)
                 for index, key in enumerate(some):
                     value = float(table[index].mean())
@@ -315,9 +164,8 @@ class Scorer:
         if not keys:
             return
         task, replay = self.task, self.replay
-        bypass = refusal_measure(task.refusal_tokens)
-        harmful = [(piece, bypass) for piece in self._pieces(task.harmful)]
-        shapes = [piece.batch.input_ids.shape for piece, _ in [*self._kl_rounds[0], *harmful]]
+        harmful = self.rounds.bypass
+        shapes = [piece.batch.input_ids.shape for piece, _ in [*self.rounds.kl[0], *harmful]]
         left = list(keys)
         with progress_bar("select: KL, bypass", len(left)) as bar:
             while left:
@@ -377,7 +225,7 @@ class Scorer:
         """
         limit = math.inf if self.exhaustive else self.task.thresholds.kl + _MARGIN
         # One that is completed is likely to pass: no step is worth a batch of its own.
-        tried, rest, whole, floor = self._kl_rounds
+        tried, rest, whole, floor = self.rounds.kl
         rest = whole if complete else rest
         table = torch.stack([self._tables.get(key, floor) for key in keys]).clone()
         alive = set(range(len(keys)))

@@ -17,7 +17,8 @@ from abliterate.forward import all_last_logits
 from abliterate.generation import greedy_answers
 from abliterate.models import Loaded
 from abliterate.refusal import refusal_score
-from abliterate.scoring import Key, Scorer, Search, Task
+from abliterate.scoring import Scorer
+from abliterate.search_task import Key, Search, Task
 from abliterate.sources import Prompt
 
 __all__ = ["Score", "Selection", "Thresholds", "choose", "judge", "select", "why_none"]

@@ -26,7 +26,7 @@ from abliterate.heads import HeadsUnknown, HeadView, OutProjection, out_projecti
 from abliterate.interventions import unit_direction
 from abliterate.models import Loaded
 from abliterate.prompts import load_prompts
-from abliterate.stages import EXTRACT, SELECTION, Session
+from abliterate.session import EXTRACT, SELECTION, Session
 from abliterate.suffixes import Marked, Marker, Span
 
 TRACE = "trace.json"

@@ -23,7 +23,8 @@ from abliterate.offload.opening import replay_tricks
 from abliterate.offload.passes import Rows, batches, retry
 from abliterate.offload.stream import Job, Stream
 from abliterate.refusal import kl_divergence, refusal_score
-from abliterate.scoring import Key, Scorer, Task
+from abliterate.scoring import Scorer
+from abliterate.search_task import Key, Task
 
 # A batch keeps its embeddings while it flows, beside the stream.
 _COPIES = 2

@@ -12,7 +12,7 @@ from abliterate.artifacts import read_json
 from abliterate.editing import RECORD
 from abliterate.errors import InputError
 from abliterate.inspection import INSPECT
-from abliterate.stages import COMPLETIONS, EVALUATION, EXTRACT, MODEL, SELECTION
+from abliterate.session import COMPLETIONS, EVALUATION, EXTRACT, MODEL, SELECTION
 from abliterate.tracing import TRACE
 
 Document = Mapping[str, Any]
