@@ -54,7 +54,7 @@ class Emptiness:
 
     def add_to(self, total: Tensor) -> None:
         """``total += K``."""
-        total.add_(self.matrix)
+        total.add_(self.matrix.to(total.dtype))  # slow between dtypes
         if len(self.signs):
             total.addmm_((self.vectors * self.signs).to(total), self.vectors.T.to(total))
 
