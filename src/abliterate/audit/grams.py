@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from abliterate.audit.cells import Cell
-from abliterate.audit.spectra import emptiness, is_wide, precision, storage
+from abliterate.audit.spectra import FINE_GRAM, emptiness, is_wide, precision, storage
 from abliterate.audit.statistic import Emptiness, of_matrix
-from abliterate.audit.units import Reading, Unit, read_columns
+from abliterate.audit.units import Reading, read_columns
 from abliterate.console import progress
 
 # Sampled columns of a cell, per channel of the stream.
@@ -78,7 +78,7 @@ def make_frame(reading: Reading, cells: Sequence[Cell], gains: bool) -> tuple[Fr
         most = _ROW_COLUMNS if wide else _most(reading, cell)
         energy = torch.zeros(reading.d_model, dtype=torch.float64)
         for unit in cell.units[::step]:
-            columns = _read(reading, unit, most, gains)
+            columns = read_columns(reading, unit, most, _SEED, gains, precision(reading.d_model))
             own = columns.square().sum(dim=1).double()
             energy += own / own.sum() if float(own.sum()) > 0 else own
         if float(energy.sum()) > 0:
@@ -103,24 +103,30 @@ def read_emptiness(
     """The emptiness of each cell, each unit in it with the same weight, on the device."""
     found, guess = [], _GUESS
     for cell in progress(cells, "audit: writers", total=len(cells)):
-        gram, columns = _gram(reading, cell, gains, device)
-        gram = frame.cut(gram)
-        rows = gram.diagonal()
-        zero = int((rows <= 1e-12 * rows.max()).sum())
-        matrix, guess = emptiness(gram, max(zero, frame.width - columns), guess)
+        for dtype in (precision(reading.d_model), torch.float64):
+            gram, columns = _gram(reading, cell, gains, device, dtype)
+            gram = frame.cut(gram)
+            rows = gram.diagonal()
+            zero = int((rows <= 1e-12 * rows.max()).sum())
+            matrix, guess = emptiness(gram, max(zero, frame.width - columns), guess)
+            del gram, rows
+            if dtype == torch.float64 or guess > FINE_GRAM:
+                break  # else the spectrum is too steep for float32
         found.append(of_matrix(matrix.to(storage(reading.d_model))))
-        del gram, matrix, rows
+        del matrix
     return found
 
 
-def _gram(reading: Reading, cell: Cell, gains: bool, device: torch.device) -> tuple[Tensor, int]:
+def _gram(
+    reading: Reading, cell: Cell, gains: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, int]:
     """The lower triangle of a cell's gram ``[d, d]`` (in blocks), and its number of columns."""
-    width, dtype = reading.d_model, precision(reading.d_model)
+    width = reading.d_model
     total = torch.zeros(width, width, dtype=dtype, device=device)
     count = 0
     step = -(-width // _BLOCKS) if is_wide(width) else width
     for unit in cell.units:
-        columns = _read(reading, unit, _most(reading, cell), gains)
+        columns = read_columns(reading, unit, _most(reading, cell), _SEED, gains, dtype)
         norm = float(torch.linalg.vector_norm(columns))
         if norm > 0:
             # Scaled first: the product of small numbers leaves float32.
@@ -135,7 +141,3 @@ def _gram(reading: Reading, cell: Cell, gains: bool, device: torch.device) -> tu
 def _most(reading: Reading, cell: Cell) -> int:
     share = _WIDE_COLUMNS if is_wide(reading.d_model) else _COLUMNS
     return max(64, math.ceil(share * reading.d_model / len(cell.units)))
-
-
-def _read(reading: Reading, unit: Unit, most: int, gains: bool) -> Tensor:
-    return read_columns(reading, unit, most, _SEED, gains, precision(reading.d_model))
