@@ -35,8 +35,8 @@ def make_cells(units: Sequence[Unit], width: int) -> list[Cell]:
     for kind in kinds:
         own = [u for u in units if u.kind == kind]
         number = max(1, min(len(own), round(most * len(own) / len(units))))
-        if 3 < number < len(own):
-            number -= number % 3  # none of them reaches over the thirds of the depth by much
+        if 1 < number < len(own):  # so that none reaches over the thirds of the depth by much
+            number = min(len(own), 3 * max(1, round(number / 3)))
         for index in range(number):
             some = own[len(own) * index // number : len(own) * (index + 1) // number]
             cells.append(Cell(kind, tuple(u.layer for u in some), tuple(some)))
