@@ -152,6 +152,7 @@ def run(*arguments: object) -> tuple[subprocess.CompletedProcess[str], float]:
 def judge(name: str, folder: Path, truth: Tensor, work: Path, device: str) -> dict[str, Any]:
     found = work / "found.safetensors"
     found.unlink(missing_ok=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done, seconds = run("audit", folder, "--json", "-o", found, "--device", device)
     document = json.loads(done.stdout)
     cosine = None
@@ -165,6 +166,9 @@ def judge(name: str, folder: Path, truth: Tensor, work: Path, device: str) -> di
         "removed": document["removed"], "detectable": document["writers"]["detectable_scale"],
         "group": document["writers"]["group"], "compared": document["writers"]["compared"],
         "set_aside": len(document["writers"]["set_aside"]), "seconds": round(seconds, 1),
+        "cpu_seconds": round(
+            children.ru_utime + children.ru_stime - before.ru_utime - before.ru_stime, 1
+        ),
         "peak_gib": round(children.ru_maxrss / 2**20, 2),
     }  # fmt: skip
     print(json.dumps(row), flush=True)

@@ -49,8 +49,8 @@ def emptiness(gram: Tensor, unwritten: int, guess: float) -> tuple[Tensor, float
     """``t (G + t)^-1``, symmetric, with eigenvalues in 0 ... 1.
 
     Args:
-        gram: ``[d, d]``, positive semidefinite, not zero; only its lower triangle is read, and its
-            diagonal is changed.
+        gram: ``[d, d]``, positive semidefinite; only its lower triangle is read, and its diagonal
+            is changed.
         unwritten: directions that are known to have no energy at all, where that is not measured.
         guess: of the shift, as a multiple of the mean eigenvalue; where to begin if it is wide.
 
@@ -58,6 +58,8 @@ def emptiness(gram: Tensor, unwritten: int, guess: float) -> tuple[Tensor, float
         The emptiness, and the shift as a multiple of the mean eigenvalue.
     """
     mean = float(gram.diagonal().mean())
+    if mean == 0:  # it says nothing of any direction
+        return SHARE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), guess
     if not is_wide(len(gram)):
         shift = _exact_shift(torch.linalg.eigvalsh(gram))
         gram.diagonal().add_(shift)
