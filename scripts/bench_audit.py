@@ -40,6 +40,7 @@ from audit_models import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from abliterate.audit import cells, spectra
 from abliterate.audit.report import audit
 from abliterate.edit_options import EditOptions
 from abliterate.editing import orthogonalize
@@ -339,9 +340,14 @@ def main() -> None:
     parser.add_argument("--clean", type=int, default=300, help="unedited checkpoints")
     parser.add_argument("--skip-recall", action="store_true")
     parser.add_argument("--only", nargs="*", default=[], help="models whose name begins so")
+    parser.add_argument(
+        "--wide", action="store_true", help="compute as for thousands of channels: float32, pooled"
+    )
     parser.add_argument("--out", type=Path, help="all figures as JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.wide:
+        spectra.WIDE, cells._MOST_BYTES = 0, 0.0
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         work = given.work or Path(folder)

@@ -10,13 +10,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from abliterate.audit.blind import typical_energy
 from abliterate.audit.compare import Comparison
-from abliterate.audit.spectra import WIDE
+from abliterate.audit.spectra import is_wide, precision
 from abliterate.audit.units import Reading, Unit, read_bias, read_columns
 
 _SAMPLE = 4  # columns of a unit, per channel
-_MOST = 8192  # columns where no more than an energy is measured
+_MOST = 2048  # columns where no more than an energy is measured
 _FULL_ENERGY, _PART_ENERGY = 0.02, 0.6
 _SEED = 0
 
@@ -51,9 +50,11 @@ def strengths(
         exact = {t.name: t.scale for t in comparison.projected if t.scale is not None}
     measured = []
     for unit in reading.units:
-        columns = read_columns(reading, unit, _columns(reading.d_model), _SEED, gains)
+        width = reading.d_model
+        most = min(_SAMPLE * width, _MOST)
+        columns = read_columns(reading, unit, most, _SEED, gains, precision(width))
         typical = _typical(columns)
-        along = float((direction @ columns).square().sum())
+        along = float((direction.to(columns.dtype) @ columns).square().sum())
         measured.append((unit, along / typical if typical > 0 else 1.0))
     limit = _limit([energy for _, energy in measured])
     found = []
@@ -68,14 +69,10 @@ def strengths(
     return tuple(found)
 
 
-def _columns(width: int) -> int:
-    return min(_SAMPLE * width, _MOST)
-
-
 def _typical(columns: Tensor) -> float:
     generator = torch.Generator().manual_seed(_SEED)
     tries = torch.randn(len(columns), 64, generator=generator, dtype=torch.float64)
-    tries = tries / tries.norm(dim=0)
+    tries = (tries / tries.norm(dim=0)).to(columns.dtype)
     return float((tries.T @ columns).square().sum(dim=1).median())
 
 
@@ -144,21 +141,18 @@ def _keeps_norms(
     """Rows were rescaled after the projection: each unit's own null direction is ``r_i / n_i``.
 
     It is much emptier than the common one, close to it, and as each row's norm ``n_i`` grew by
-    about ``r_i^2`` and more, it is flatter where ``r`` is large.
+    about ``r_i^2`` and more, it is flatter where ``r`` is large. In wide models ``r_i^2`` is too
+    small for it to show beside the rounding of 16 bits.
     """
-    labels = {unit.unit for unit in carrying if unit.layer is not None and unit.removed > 0.8}
-    wide = reading.d_model > WIDE
-    most, share = (2, _SAMPLE // 2) if wide else (8, _SAMPLE)
-    chosen: list[Unit] = [unit for unit in reading.units if unit.label in labels][:most]
-    if not chosen:
+    if is_wide(reading.d_model):
         return False
+    labels = {unit.unit for unit in carrying if unit.layer is not None and unit.removed > 0.8}
+    chosen: list[Unit] = [unit for unit in reading.units if unit.label in labels][:8]
     votes = []
     for unit in chosen:
-        columns = read_columns(reading, unit, share * reading.d_model, _SEED, gains)
-        if wide:
-            columns = columns.float()
-        gram = (columns @ columns.T).double()
-        typical = typical_energy(gram)
+        columns = read_columns(reading, unit, _SAMPLE * reading.d_model, _SEED, gains)
+        gram = columns @ columns.T
+        typical = _typical(columns)
         if typical <= 0:
             continue
         damped = gram + 1e-9 * typical * torch.eye(len(gram), dtype=torch.float64)

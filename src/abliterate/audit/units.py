@@ -123,7 +123,14 @@ def open_checkpoint(checkpoint: Checkpoint) -> Reading:
     return Reading(checkpoint, located, quantized, units, biases, width)
 
 
-def read_columns(reading: Reading, unit: Unit, most: int, seed: int, gains: bool = True) -> Tensor:
+def read_columns(
+    reading: Reading,
+    unit: Unit,
+    most: int,
+    seed: int,
+    gains: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
     """The unit's columns, or a fixed sample of them.
 
     Args:
@@ -132,9 +139,10 @@ def read_columns(reading: Reading, unit: Unit, most: int, seed: int, gains: bool
         most: about how many columns at most.
         seed: of the sample.
         gains: as the stream receives them; False for the matrices as they are stored.
+        dtype: of the result.
 
     Returns:
-        float64 ``[d_model, columns]``.
+        ``[d_model, columns]``.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, or is stored in an unknown format.
@@ -143,7 +151,7 @@ def read_columns(reading: Reading, unit: Unit, most: int, seed: int, gains: bool
     found = [
         passed
         for part in unit.parts
-        for passed in _stream_columns(reading, part, share, seed, gains)
+        for passed in _stream_columns(reading, part, share, seed, gains, dtype)
     ]
     return _joined(found)
 
@@ -158,9 +166,14 @@ def read_bias(reading: Reading, part: Part) -> Tensor:
 
 
 def _stream_columns(
-    reading: Reading, part: Part, most: int, seed: int, gains: bool
+    reading: Reading,
+    part: Part,
+    most: int,
+    seed: int,
+    gains: bool,
+    dtype: torch.dtype = torch.float64,
 ) -> Iterator[Tensor]:
-    raw = read_tensor(reading.located.shards, reading.quantized, part.edit, most, seed)
+    raw = read_tensor(reading.located.shards, reading.quantized, part.edit, most, seed, dtype)
     if part.channels is not None:
         whole = raw.new_zeros(reading.d_model, raw.shape[1])
         whole[slice(*part.channels)] = raw
@@ -181,7 +194,7 @@ def _pass(columns: Tensor, way: Sequence[Gain], values: Mapping[str, Tensor]) ->
             value = values[gain.parameter].double()
             if gain.index:
                 value = value[tuple(slice(None) if i is None else i for i in gain.index)]
-            columns = (value.reshape(-1, 1) + gain.offset) * columns
+            columns = (value.reshape(-1, 1) + gain.offset).to(columns.dtype) * columns
     return columns
 
 
@@ -191,8 +204,9 @@ def read_tensor(
     edit: TensorEdit,
     most: int,
     seed: int,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """A tensor as float64 ``[d_model, columns]``; a sample of its columns if it is large.
+    """A tensor as ``[d_model, columns]``; a sample of its columns if it is large.
 
     The sample depends on the seed and the tensor's shape alone, so that two checkpoints of one
     architecture are sampled at the same places.
@@ -208,7 +222,7 @@ def read_tensor(
     with ExitStack() as stack:
         files = Files(stack, {})
         found = [
-            _load(entry, stored, piece, _runs(_count(piece), share, generator), files)
+            _load(entry, stored, piece, _runs(_count(piece), share, generator), files, dtype)
             for piece in (pieces[index] for index in chosen.tolist())
         ]
     return _finite(entry, _joined(found))
@@ -230,7 +244,7 @@ def every_column(
             size = _AT_ONCE if stored is None or piece.across else count
             for begin in range(0, count, size):
                 run = (begin, min(begin + size, count))
-                yield _finite(entry, _load(entry, stored, piece, [run], files))
+                yield _finite(entry, _load(entry, stored, piece, [run], files, torch.float64))
 
 
 def _finite(entry: TensorEntry, columns: Tensor) -> Tensor:
@@ -249,6 +263,7 @@ def _load(
     strip: Strip,
     runs: Sequence[tuple[int, int]],
     files: Files,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Runs of neighbouring columns (of neighbouring rows, where rows lie along the stream)."""
     if strip.across:
@@ -256,7 +271,7 @@ def _load(
         step = grid.row_step
         return torch.cat(
             [
-                grid.load(low, high)[first - low : last - low].T.to(torch.float64, copy=True)
+                grid.load(low, high)[first - low : last - low].T.to(dtype, copy=True)
                 for first, last in runs
                 for low, high in [(first // step * step, min(-(-last // step) * step, grid.rows))]
             ],
@@ -268,12 +283,12 @@ def _load(
         rows = []
         for row in range(0, strip.rows, step):
             block = grid.load(row, min(row + step, strip.rows))
-            rows.append(torch.cat([block[:, a:b] for a, b in runs], dim=1).double())
+            rows.append(torch.cat([block[:, a:b] for a, b in runs], dim=1).to(dtype))
         return torch.cat(rows)
     narrow = [replace(strip, offset=strip.offset + a, columns=b - a) for a, b in runs]
     # Copies: what is loaded is valid until the next load.
     parts = (_grid(entry, None, s, files).load(0, s.rows) for s in narrow)
-    return _joined([part.to(torch.float64, copy=True) for part in parts])
+    return _joined([part.to(dtype, copy=True) for part in parts])
 
 
 def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
