@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from bench_offload import _POSITIONS, build, prompts
+from bench_offload import _POSITIONS, build, build_tiny, prompts
 
 from abliterate import scaling
 from abliterate.models import Checkpoint, load_config
@@ -43,6 +43,7 @@ def main() -> None:
             folder = Path(work) / "model"
             folder.mkdir()
             build(folder, args)
+            build_tiny(folder, args)
             config = load_config(Checkpoint(str(folder), folder))
             shape = scaling.shape_of(config, torch.float32)
             for mode in ("memory", "stream"):

@@ -25,7 +25,7 @@ RESIDENT = 64 << 20
 # Rows of the vocabulary projection that are in memory at once, in bytes.
 _CHUNK = 64 << 20
 # Logits that are computed in one sweep over the projection, in bytes.
-_SWEEP = 256 << 20
+_SWEEP = 128 << 20
 
 
 @dataclass(eq=False)
@@ -285,10 +285,12 @@ class Stream:
                 _read_rows(module, weights, slots[0])
                 streamed.update(slots)
             elif module is head and type(module) is nn.Linear and weights.source(slots[0]):
-                _replace_forward(module, partial(self._wait_for_projection, module))
-                self._projections.append(module)
                 streamed.add(slots[0])
                 weights.load([slot for slot in slots if slot not in streamed], keep=True)
+        if type(head) is nn.Linear and weights.direct_slots(head):
+            # Also one that stays in memory: one product of all batches beats one for each.
+            _replace_forward(head, partial(self._wait_for_projection, head))
+            self._projections.append(head)
         for module in model.modules():
             slots = [slot for slot in weights.direct_slots(module) if slot not in streamed]
             if id(module) in inside or not slots:
@@ -314,18 +316,24 @@ class Stream:
         return one.wait_for(module, (hidden,), {})
 
     def _project(self, module: nn.Module, waiting: list[_Running], running: list[_Running]) -> None:
-        """The vocabulary projection, some rows at a time, for as many batches as memory allows."""
+        """The vocabulary projection, as one product of as many batches as memory allows.
+
+        One that is not kept in memory comes some rows at a time.
+        """
         self._unload()
         weight = self.weights.direct_slots(module)[0]
-        name = self.weights.source(weight)
-        assert name is not None
-        self.weights.mapped.fetch([name])
-        rows = self.weights.mapped.tensor(name)
-        dtype = weight.empty.dtype
+        name = None if weight.kept else self.weights.source(weight)
+        if name is None:
+            rows: Tensor = module.weight  # type: ignore[assignment]
+            step = len(rows)
+        else:
+            self.weights.mapped.fetch([name])
+            rows = self.weights.mapped.tensor(name)
+            step = max(1, _CHUNK // max(1, rows.shape[1] * weight.empty.dtype.itemsize))
         bias = getattr(module, "bias", None)
-        step = max(1, _CHUNK // max(1, rows.shape[1] * dtype.itemsize))
         while waiting:
-            some: list[tuple[_Running, Tensor, Tensor]] = []
+            some: list[tuple[_Running, torch.Size]] = []
+            given: list[Tensor] = []
             size = 0
             while waiting and (not some or size < _SWEEP):
                 one = waiting.pop(0)
@@ -334,24 +342,29 @@ class Stream:
                 hidden: Tensor = request.args[0]
                 if one.parked is not None:
                     one.parked.bring(hidden)
-                out = hidden.new_empty(*hidden.shape[:-1], len(rows))
-                size += out.numel() * out.element_size()
-                some.append((one, hidden, out))
+                some.append((one, hidden.shape[:-1]))
+                given.append(hidden.reshape(-1, hidden.shape[-1]))
+                size += len(given[-1]) * len(rows) * weight.empty.element_size()
+            together, lengths = torch.cat(given), list(map(len, given))
+            del hidden, given
+            out = together.new_empty(len(together), len(rows))
             for first in range(0, len(rows), step):
                 part = slice(first, first + step)
-                chunk = rows[part].to(self.device, dtype)
-                for _, hidden, out in some:
-                    out[..., part] = nn.functional.linear(
-                        hidden, chunk, None if bias is None else bias[part]
-                    )
-            del hidden, out
+                chunk = rows[part].to(self.device, weight.empty.dtype)
+                out[:, part] = nn.functional.linear(
+                    together, chunk, None if bias is None else bias[part]
+                )
+            parts = list(torch.split(out, lengths))
+            del out, together
             while some:
-                one, _, logits = some.pop(0)
+                one, shape = some.pop(0)
                 if one.parked is not None:
                     one.parked.bring()
+                logits = parts.pop(0).view(*shape, len(rows))
                 self._go_on(one, running, partial(one.answer, logits))
                 del logits
-        self.weights.mapped.forget([name])
+        if name is not None:
+            self.weights.mapped.forget([name])
 
 
 def _read_rows(module: nn.Module, weights: Weights, slot: Slot) -> None:
