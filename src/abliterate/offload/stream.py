@@ -279,7 +279,11 @@ class Stream:
         streamed: set[Slot] = set()
         for module in model.modules():
             slots = weights.direct_slots(module)
-            if id(module) in inside or not slots or weights.size(slots) <= resident:
+            if id(module) in inside or not slots:
+                continue
+            # A head of its own is needed at the end alone: where memory is short it is read then.
+            late = module is head and weights.mapped.transient and len(slots[0].owners) == 1
+            if not late and weights.size(slots) <= resident:
                 continue
             if type(module) is type(embedding) and weights.source(slots[0]) and len(slots) == 1:
                 _read_rows(module, weights, slots[0])
