@@ -22,7 +22,7 @@ import psutil
 import torch
 from bench_offload import _POSITIONS, build, build_tiny, prompts
 
-from abliterate import scaling
+from abliterate import scaling, speeds
 from abliterate.models import Checkpoint, load_config
 
 
@@ -62,8 +62,9 @@ def row(folder: Path, args: argparse.Namespace, mode: str, shape: scaling.Shape)
     machine = scaling.Machine(
         1 << 40 if mode == "memory" else 1,
         0,
-        scaling.disk_speed(folder),
-        scaling.matmul_speed(shape.width, torch.float32, torch.device("cpu")),
+        speeds.disk_speed(folder),
+        speeds.layer_speed(shape.width, torch.float32, torch.device("cpu")),
+        speeds.copy_speed(),
     )
     expected = scaling.estimate(shape, machine, work)[0]
     for path in folder.glob("*.safetensors"):  # cold, as the estimate assumes
