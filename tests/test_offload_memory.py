@@ -132,29 +132,42 @@ def _in_memory(large: Path, folder: Path) -> Extraction:
     return extract(loaded, *prompts, POSITIONS, ["I"], filter=False)
 
 
-def _extract(model: Path, run: Path, limit: int, *options: str) -> tuple[dict[str, int], str]:
+def _start(model: Path, run: Path, limit: int, *options: str) -> subprocess.Popen[str]:
     arguments = [
         "extract", model, "-o", run, "--no-filter", "--refusal-token", "I", "--n-train", "4",
         "--dtype", "float32", "--positions", POSITIONS, *options,
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(limit), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=600,
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
-    return (json.loads(lines[-1]) if lines else {"code": done.returncode}), done.stderr
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[dict[str, int], str]:
+    try:
+        out, error = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    lines = out.splitlines()
+    return (json.loads(lines[-1]) if lines else {"code": process.returncode}), error
 
 
 def test_a_checkpoint_four_times_the_memory_limit(large: Path, tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     limit = size // 4
-    plain, error = _extract(large, tmp_path / "limited", limit, "--no-offload")
-    assert plain["code"] != 0, "the limit does not bind"
     budget = 64 << 20
-    streamed, error = _extract(
+    # At once: each has a limit of its own.
+    plain = _start(large, tmp_path / "limited", limit, "--no-offload")
+    stream = _start(
         large, tmp_path / "streamed", limit, "--offload", "--activation-memory", str(budget)
     )
+    wanted = _in_memory(large, tmp_path / "whole")
+    assert _end(plain)[0]["code"] != 0, "the limit does not bind"
+    streamed, error = _end(stream)
     assert streamed["code"] == 0, error
     block = (size // LAYERS) + (1 << 20)
     rows = 512 * WIDTH * 4
@@ -162,7 +175,6 @@ def test_a_checkpoint_four_times_the_memory_limit(large: Path, tmp_path: Path) -
     record = json.loads((tmp_path / "streamed" / "extract.json").read_text())
     assert record["offload"]["bytes_read"] <= 1.01 * size
     got = load_file(tmp_path / "streamed" / "directions.safetensors")
-    wanted = _in_memory(large, tmp_path / "whole")
     for name in ("mean_harmful", "mean_harmless"):
         mean = getattr(wanted, name)
         assert mean.shape == (2, LAYERS, WIDTH)
