@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from abliterate.console import progress_bar
 from abliterate.forward import block_input
 from abliterate.offload.activations import Activations
+from abliterate.offload.outside import load_on_use, read_rows, replace_forward
 from abliterate.offload.parking import Lot, Parked, parking
 from abliterate.offload.suspended import Pass, Request, this_pass
 from abliterate.offload.weights import Slot, Weights
@@ -272,7 +273,7 @@ class Stream:
         inside = {id(m) for block in self._order for m in block.modules()}
         self._plain = [block.forward for block in self._order]
         for block in self._order:
-            _replace_forward(block, partial(self._enter, block))
+            replace_forward(block, partial(self._enter, block))
         decoder = model.get_decoder()
         core = {id(m) for m in decoder.modules()} | {id(m) for m in model.children()} | {id(model)}
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -286,14 +287,14 @@ class Stream:
             if not late and weights.size(slots) <= resident:
                 continue
             if type(module) is type(embedding) and weights.source(slots[0]) and len(slots) == 1:
-                _read_rows(module, weights, slots[0])
+                read_rows(module, weights, slots[0])
                 streamed.update(slots)
             elif module is head and type(module) is nn.Linear and weights.source(slots[0]):
                 streamed.add(slots[0])
                 weights.load([slot for slot in slots if slot not in streamed], keep=True)
         if type(head) is nn.Linear and weights.direct_slots(head):
             # Also one that stays in memory: one product of all batches beats one for each.
-            _replace_forward(head, partial(self._wait_for_projection, head))
+            replace_forward(head, partial(self._wait_for_projection, head))
             self._projections.append(head)
         for module in model.modules():
             slots = [slot for slot in weights.direct_slots(module) if slot not in streamed]
@@ -302,7 +303,7 @@ class Stream:
             if id(module) in core:
                 weights.load(slots, keep=True)
             else:  # a tower beside the text decoder, which text prompts do not reach
-                _load_on_use(module, weights, slots)
+                load_on_use(module, weights, slots)
         # Code that asks a model for its device gets that of its first parameter.
         for module in model.modules():
             first = next(iter(weights.slots_of(module)), None)
@@ -369,46 +370,3 @@ class Stream:
                 del logits
         if name is not None:
             self.weights.mapped.forget([name])
-
-
-def _read_rows(module: nn.Module, weights: Weights, slot: Slot) -> None:
-    """Make an embedding take the rows that it looks up from the file."""
-    name = weights.source(slot)
-    assert name is not None
-    plain = module.forward
-    # Some architectures look at the table itself too; on an accelerator that fails aloud.
-    table = weights.mapped.tensor(name)
-    if weights.device.type != "cpu":
-        table = table.new_empty(
-            (0, *table.shape[1:]), dtype=slot.empty.dtype, device=weights.device
-        )
-    standing = nn.Parameter(table, requires_grad=False)
-
-    def forward(ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        used, places = torch.unique(ids, return_inverse=True)
-        table = weights.mapped.tensor(name)
-        rows = table[used.cpu()].to(weights.device, slot.empty.dtype)
-        weights.mapped.bytes_read += rows.shape[0] * table[0].nbytes
-        weights.mapped.forget([name])
-        padding, module.padding_idx = module.padding_idx, None  # type: ignore[assignment]
-        module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-        try:
-            return plain(places, *args, **kwargs)
-        finally:
-            module.padding_idx = padding  # type: ignore[assignment]
-            module._parameters["weight"] = standing
-
-    module._parameters["weight"] = standing
-    _replace_forward(module, forward)
-
-
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    module.__dict__["forward"] = forward
-
-
-def _load_on_use(module: nn.Module, weights: Weights, slots: Sequence[Slot]) -> None:
-    def load(*_: Any) -> None:
-        handle.remove()
-        weights.load(slots, keep=True)
-
-    handle = module.register_forward_pre_hook(load)
