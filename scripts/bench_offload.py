@@ -4,7 +4,8 @@
 Builds a random checkpoint larger than the limit, then extracts means from the same prompts in two
 ways, each in a process of its own inside a control group (root; v1 or v2) whose memory, page cache
 included, is limited: this package's streaming, and `from_pretrained(device_map="auto",
-offload_folder=...)` with the same hooks, batch after batch. The page cache is dropped before each.
+offload_folder=...)` with the same hooks, batch after batch. The page cache is dropped before each,
+and a tiny checkpoint goes first, so that reading the libraries does not count.
 Without the right to make a control group there is no limit, and the script says so.
 
     python scripts/bench_offload.py                              # a mixture of experts, 256 prompts
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -101,6 +101,13 @@ def build(folder: Path, args: argparse.Namespace) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def build_tiny(folder: Path, args: argparse.Namespace) -> None:
+    """A checkpoint of the same kind beside ``folder``, to warm up with."""
+    tiny = folder.with_name("tiny")
+    tiny.mkdir()
+    build(tiny, argparse.Namespace(layers=2, experts=4, width=256, dense=args.dense))
+
+
 def hash_of(name: str) -> int:
     return sum((i + 1) * ord(c) * 7919 for i, c in enumerate(name))
 
@@ -132,50 +139,61 @@ def limited(limit: int) -> Iterator[Path | None]:
 
 
 def child(mode: str, folder: Path, n: int, batch: str, budget: int) -> None:
-    """One measured run, in a process of its own."""
-    sys.path.insert(0, str(ROOT / "src"))
-    from abliterate import extraction
-    from abliterate.forward import stand_in
-    from abliterate.offload import open_stream
-    from abliterate.offload.passes import look
+    """One measured run, in a process of its own.
 
+    A tiny checkpoint of the same kind goes first: what is read of the libraries when they are first
+    used is no weight.
+    """
+    sys.path.insert(0, str(ROOT / "src"))
     size: int | str = batch if batch == "auto" else int(batch)
     ids = prompts(n)
-    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  (read now, not as weights)
-
+    with tempfile.TemporaryDirectory(dir=folder.parent) as spare:
+        extract(mode, folder.with_name("tiny"), ids[:8], size, budget, spare)
     before = read_so_far()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder.parent) as spare:
-        if mode == "stream":
-            from abliterate.offload import opening
-
-            opening.load_tokenizer = lambda *_: None  # the prompts are token ids
-            loaded = open_stream(str(folder), "cpu", "float32", activation_memory=budget)
-            opened = time.perf_counter()
-            _, seen = look(loaded.stream, ids, _POSITIONS, size)
-            mean = seen.mean(0, dtype=torch.float64)
-        elif mode == "memory":  # for scripts/check_plan.py
-            from abliterate.models import Checkpoint, load_weights
-
-            model = load_weights(Checkpoint(str(folder), folder), "cpu", "float32")
-            opened = time.perf_counter()
-            mean, _ = extraction.mean_resid_pre(model, ids, _POSITIONS, batch_size=size)
-        else:
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, device_map="auto", max_memory={"cpu": budget}, offload_folder=spare,
-                dtype=torch.float32,
-            )  # fmt: skip
-            stand_in(model, torch.device("cpu"), True)
-            opened = time.perf_counter()
-            mean, _ = extraction.mean_resid_pre(model, ids, _POSITIONS, batch_size=size)
+        opened, mean = extract(mode, folder, ids, size, budget, spare)
         done = time.perf_counter()
-        torch.save(mean, folder.parent / f"{mode}.pt")
+    torch.save(mean, folder.parent / f"{mode}.pt")
     read = read_so_far() - before
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    # Not getrusage: what that says starts from the parent's, which has built the checkpoint.
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) << 10
     print(json.dumps({"open": opened - begun, "extract": done - opened, "peak": peak,
                       "read": read, "load": os.getloadavg()[0]}))  # fmt: skip
+
+
+def extract(
+    mode: str, folder: Path, ids: list[list[int]], size: int | str, budget: int, spare: str
+) -> tuple[float, torch.Tensor]:
+    """When the model was open, and the means."""
+    from abliterate import extraction
+    from abliterate.forward import stand_in
+    from abliterate.models import Checkpoint, load_weights
+    from abliterate.offload import open_stream, opening
+    from abliterate.offload.passes import look
+
+    if mode == "stream":
+        opening.load_tokenizer = lambda *_: None  # the prompts are token ids
+        loaded = open_stream(str(folder), "cpu", "float32", activation_memory=budget)
+        opened = time.perf_counter()
+        assert loaded.stream is not None
+        _, seen = look(loaded.stream, ids, _POSITIONS, size)
+        loaded.stream.close()
+        return opened, seen.mean(0, dtype=torch.float64)
+    if mode == "memory":  # for scripts/check_plan.py
+        model = load_weights(Checkpoint(str(folder), folder), "cpu", "float32")
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="auto", max_memory={"cpu": budget}, offload_folder=spare,
+            dtype=torch.float32,
+        )  # fmt: skip
+        stand_in(model, torch.device("cpu"), True)
+    opened = time.perf_counter()
+    mean, _ = extraction.mean_resid_pre(model, ids, _POSITIONS, batch_size=size)
+    return opened, mean
 
 
 def read_so_far() -> int:
@@ -222,6 +240,7 @@ def main() -> None:
         folder = work / "model"
         folder.mkdir()
         size = build(folder, args)
+        build_tiny(folder, args)
         limit = int(args.share * size)
         tokens = sum(map(len, prompts(args.prompts)))
         kind = "dense" if args.dense else f"{args.experts} experts, 2 used"

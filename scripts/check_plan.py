@@ -20,9 +20,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from bench_offload import _POSITIONS, build, prompts
+from bench_offload import _POSITIONS, build, build_tiny, prompts
 
-from abliterate import scaling
+from abliterate import scaling, speeds
 from abliterate.models import Checkpoint, load_config
 
 
@@ -43,6 +43,7 @@ def main() -> None:
             folder = Path(work) / "model"
             folder.mkdir()
             build(folder, args)
+            build_tiny(folder, args)
             config = load_config(Checkpoint(str(folder), folder))
             shape = scaling.shape_of(config, torch.float32)
             for mode in ("memory", "stream"):
@@ -61,8 +62,9 @@ def row(folder: Path, args: argparse.Namespace, mode: str, shape: scaling.Shape)
     machine = scaling.Machine(
         1 << 40 if mode == "memory" else 1,
         0,
-        scaling.disk_speed(folder),
-        scaling.matmul_speed(shape.width, torch.float32, torch.device("cpu")),
+        speeds.disk_speed(folder),
+        speeds.layer_speed(shape.width, torch.float32, torch.device("cpu")),
+        speeds.copy_speed(),
     )
     expected = scaling.estimate(shape, machine, work)[0]
     for path in folder.glob("*.safetensors"):  # cold, as the estimate assumes

@@ -1,8 +1,8 @@
 """The command line as one of several ranks, one of which fails at a set moment.
 
 ``FAULT`` is ``RANK CALL DEED``: at its CALL-th piece of work (a batch run of ``extract``, a round
-of ``select``), rank RANK is killed (``kill``), raises (``raise``) or waits until somebody opens the
-named pipe PATH (``wait:PATH``).
+of ``select``, a batch of answers of ``evaluate``), rank RANK is killed (``kill``), raises
+(``raise``) or waits until somebody opens the named pipe PATH (``wait:PATH``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import abliterate.extraction
 from abliterate.cli import main
 from abliterate.errors import InputError
+from abliterate.generation import _Decoder
 from abliterate.scoring import Scorer
 
 
@@ -44,4 +45,5 @@ if __name__ == "__main__":
     if os.environ["RANK"] == rank:
         abliterate.extraction.look = faulty(abliterate.extraction.look, int(call), what)
         Scorer._induce = faulty(Scorer._induce, int(call), what)  # type: ignore[method-assign]
+        _Decoder.run = faulty(_Decoder.run, int(call), what)  # type: ignore[method-assign]
     sys.exit(main())

@@ -13,14 +13,23 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import Qwen3MoeConfig
 
+from abliterate import extract, load_model, load_prompts
+from abliterate.extraction import Extraction
+
 LAYERS, EXPERTS, WIDTH, INNER = 46, 8, 512, 1024
+# Layers of the same weights, so that what the model in memory gives can be had from three layers:
+# each of them, over and over, where the streamed model has 46 tensors of every name.
+DISTINCT = 3
+POSITIONS = "-2,-1"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
 
 CHILD = """
@@ -48,33 +57,31 @@ def large(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path
         eos_token_id=2, bos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     config.save_pretrained(folder)
-    noise = torch.randn(2 * WIDTH * INNER, generator=torch.Generator().manual_seed(0))
-    counter = iter(range(1 << 20))
+    generator = torch.Generator().manual_seed(0)
 
     def matrix(*shape: int) -> torch.Tensor:
-        size, at = shape[0] * shape[1], 997 * next(counter) % (WIDTH * INNER)
-        return 0.3 * noise[at : at + size].reshape(shape) / shape[1] ** 0.5
+        return 0.3 * torch.randn(shape, generator=generator) / shape[1] ** 0.5
 
-    def layer(index: int) -> dict[str, torch.Tensor]:
-        at = f"model.layers.{index}"
+    def layer() -> dict[str, torch.Tensor]:
         tensors = {
-            f"{at}.input_layernorm.weight": torch.ones(WIDTH),
-            f"{at}.post_attention_layernorm.weight": torch.ones(WIDTH),
-            f"{at}.self_attn.q_norm.weight": torch.ones(64),
-            f"{at}.self_attn.k_norm.weight": torch.ones(64),
-            f"{at}.self_attn.q_proj.weight": matrix(512, WIDTH),
-            f"{at}.self_attn.k_proj.weight": matrix(128, WIDTH),
-            f"{at}.self_attn.v_proj.weight": matrix(128, WIDTH),
-            f"{at}.self_attn.o_proj.weight": matrix(WIDTH, 512),
-            f"{at}.mlp.gate.weight": matrix(EXPERTS, WIDTH),
+            "input_layernorm": 1 + 0.1 * matrix(1, WIDTH)[0],
+            "post_attention_layernorm": torch.ones(WIDTH),
+            "self_attn.q_norm": torch.ones(64),
+            "self_attn.k_norm": torch.ones(64),
+            "self_attn.q_proj": matrix(512, WIDTH),
+            "self_attn.k_proj": matrix(128, WIDTH),
+            "self_attn.v_proj": matrix(128, WIDTH),
+            "self_attn.o_proj": matrix(WIDTH, 512),
+            "mlp.gate": matrix(EXPERTS, WIDTH),
         }
         for expert in range(EXPERTS):
-            own = f"{at}.mlp.experts.{expert}"
-            tensors[f"{own}.gate_proj.weight"] = matrix(INNER, WIDTH)
-            tensors[f"{own}.up_proj.weight"] = matrix(INNER, WIDTH)
-            tensors[f"{own}.down_proj.weight"] = matrix(WIDTH, INNER)
+            own = f"mlp.experts.{expert}"
+            tensors[f"{own}.gate_proj"] = matrix(INNER, WIDTH)
+            tensors[f"{own}.up_proj"] = matrix(INNER, WIDTH)
+            tensors[f"{own}.down_proj"] = matrix(WIDTH, INNER)
         return tensors
 
+    layers = [layer() for _ in range(DISTINCT)]
     rest = {
         "model.embed_tokens.weight": matrix(512, WIDTH),
         "model.norm.weight": torch.ones(WIDTH),
@@ -83,7 +90,9 @@ def large(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path
     index: dict[str, str] = {}
     for number in range(LAYERS + 1):
         name = f"model-{number + 1:05}-of-{LAYERS + 1:05}.safetensors"
-        tensors = layer(number) if number < LAYERS else rest
+        at = f"model.layers.{number}"
+        own = layers[number % DISTINCT].items() if number < LAYERS else ()
+        tensors = {f"{at}.{key}.weight": tensor for key, tensor in own} or rest
         save_file(tensors, folder / name, {"format": "pt"})
         index |= dict.fromkeys(tensors, name)
     document = {"metadata": {}, "weight_map": index}
@@ -93,40 +102,80 @@ def large(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path
     return folder
 
 
-def _extract(model: Path, run: Path, limit: int, *options: str) -> tuple[dict[str, int], str]:
+def _in_memory(large: Path, folder: Path) -> Extraction:
+    """What extraction gives with the weights in memory, where equal layers are one."""
+    folder.mkdir()
+    for file in large.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((large / "config.json").read_text())
+    short = {"num_hidden_layers": DISTINCT, "layer_types": None}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | short))
+    document = json.loads((large / "model.safetensors.index.json").read_text())
+    kept = {
+        name: file
+        for name, file in document["weight_map"].items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < DISTINCT
+    }
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(document | {"weight_map": kept})
+    )
+    loaded = load_model(str(folder), device="cpu", dtype="float32")
+    layers = loaded.model.model.layers
+    memo = {id(parameter): parameter for parameter in layers.parameters()}
+    loaded.model.model.layers = nn.ModuleList(
+        deepcopy(layers[n % DISTINCT], dict(memo)) for n in range(LAYERS)
+    )
+    loaded.model.config.num_hidden_layers = LAYERS
+    prompts = [load_prompts(kind, "train", 4) for kind in ("harmful", "harmless")]
+    return extract(loaded, *prompts, POSITIONS, ["I"], filter=False)
+
+
+def _start(model: Path, run: Path, limit: int, *options: str) -> subprocess.Popen[str]:
     arguments = [
         "extract", model, "-o", run, "--no-filter", "--refusal-token", "I", "--n-train", "4",
-        "--dtype", "float32", "--positions", "-2,-1", *options,
+        "--dtype", "float32", "--positions", POSITIONS, *options,
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(limit), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=600,
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
-    return (json.loads(lines[-1]) if lines else {"code": done.returncode}), done.stderr
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[dict[str, int], str]:
+    try:
+        out, error = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    lines = out.splitlines()
+    return (json.loads(lines[-1]) if lines else {"code": process.returncode}), error
 
 
 def test_a_checkpoint_four_times_the_memory_limit(large: Path, tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     limit = size // 4
-    plain, error = _extract(large, tmp_path / "limited", limit, "--no-offload")
-    assert plain["code"] != 0, "the limit does not bind"
     budget = 64 << 20
-    streamed, error = _extract(
+    # At once: each has a limit of its own.
+    plain = _start(large, tmp_path / "limited", limit, "--no-offload")
+    stream = _start(
         large, tmp_path / "streamed", limit, "--offload", "--activation-memory", str(budget)
     )
+    wanted = _in_memory(large, tmp_path / "whole")
+    assert _end(plain)[0]["code"] != 0, "the limit does not bind"
+    streamed, error = _end(stream)
     assert streamed["code"] == 0, error
     block = (size // LAYERS) + (1 << 20)
     rows = 512 * WIDTH * 4
     assert streamed["peak"] <= block + rows + budget + (512 << 20)
     record = json.loads((tmp_path / "streamed" / "extract.json").read_text())
     assert record["offload"]["bytes_read"] <= 1.01 * size
-    whole, error = _extract(large, tmp_path / "whole", 0, "--no-offload")
-    assert whole["code"] == 0, error
-    got, wanted = (
-        load_file(tmp_path / name / "directions.safetensors") for name in ("streamed", "whole")
-    )
+    got = load_file(tmp_path / "streamed" / "directions.safetensors")
     for name in ("mean_harmful", "mean_harmless"):
-        assert (got[name] - wanted[name]).norm() <= 1e-5 * wanted[name].norm()
-    print(f"checkpoint {size}, limit {limit}, peak {streamed['peak']}, whole {whole['peak']}")
+        mean = getattr(wanted, name)
+        assert mean.shape == (2, LAYERS, WIDTH)
+        assert (got[name] - mean).norm() <= 1e-5 * mean.norm()

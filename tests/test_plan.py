@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+
+from abliterate.scaling import shape_of
 
 
 def _parameters(folder: Path) -> int:
@@ -64,6 +67,11 @@ def test_of_routed_experts_those_that_a_token_passes_count(cli, tmp_path: Path) 
     experts = 3 * 8 * 3 * 64 * 32
     embeddings = document["parameters"] - document["active_parameters"] - experts * 6 // 8
     assert embeddings == (1 if config.tie_word_embeddings else 2) * 256 * 64 + 64
+    # Fusing holds the experts' gates and ups on disk, stacked and joined: more than a block.
+    gates = 8 * 2 * 64 * 32
+    same, half = (shape_of(config, dtype) for dtype in (torch.float32, torch.float16))
+    assert (same.source, same.fusing) == (4 * experts, 3 * 4 * gates)
+    assert (half.source, half.fusing) == (4 * half.parameters, (4 + 2 * 2) * gates)
 
 
 def test_the_table_names_every_stage_and_bad_sizes_are_refused(tiny, cli, fails) -> None:

@@ -64,8 +64,12 @@ def tiny_run(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 def test_torchrun_runs_the_whole_pipeline(tmp_path: Path) -> None:
+    corpus, config = tmp_path / "texts.jsonl", tmp_path / "config.toml"
+    texts = [f"Text {n} tells of {'rain and ' * n}snow." for n in range(7)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config.write_text(f'[evaluate]\ncorpus = ["pile={corpus}", "own"]\n')
     args = ("run", demo_model_dir(), "--n-train", "41", "--n-val", "17", "--n-test", "5",
-            "--max-new-tokens", "8")  # fmt: skip
+            "--max-new-tokens", "8", "--config", config)  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     one_process(*args, "-o", one)
     done = torchrun(2, "-m", "abliterate", *args, "-o", two, "--json")
@@ -80,6 +84,9 @@ def test_torchrun_runs_the_whole_pipeline(tmp_path: Path) -> None:
             check_close(ours[name][kind], outcome[kind])
             files = [folder / "completions" / f"{name}-{kind}.jsonl" for folder in (two, one)]
             assert files[0].read_text() == files[1].read_text()
+        assert sorted(outcome["losses"]) == ["own", "pile"]
+        for which, loss in outcome["losses"].items():
+            assert ours[name]["losses"][which]["loss"] == pytest.approx(loss["loss"], rel=1e-6)
     assert sorted(file.name for file in two.rglob("*")) == sorted(
         file.name for file in one.rglob("*")
     )

@@ -82,7 +82,7 @@ def measure_loss(
     """Mean cross-entropy over the tokens of a corpus, each counted once.
 
     Args:
-        loaded: model and tokenizer.
+        loaded: model and tokenizer; the ranks of its team measure some texts each.
         corpus: the texts.
         context: an intervention.
         chat: how instructions become conversations.
@@ -98,25 +98,28 @@ def measure_loss(
     rows = [(ids, start) for ids, start in rows if len(ids) > start]
     if not rows:
         raise InputError(f"corpus {corpus.name} ({corpus.source}) has no text of two tokens")
-    # Summed in the order of the texts, so that batching does not change the last digits.
-    sums: list[Tensor | None] = [None] * len(rows)
+    team = loaded.team
+    own = team.share(rows)
+    sums: list[Tensor] = [torch.empty(0)] * len(own)
 
     def run(batch: Batch) -> None:
         width = batch.input_ids.shape[1]
         logits = last_logits(loaded.model, batch, width)
         for index, row in enumerate(batch.rows):
-            ids, start = rows[row]
+            ids, start = own[row]
             first = width - len(ids) + start
             sums[row] = _negative_log(
                 logits[index, first - 1 : -1], batch.input_ids[index, first:]
             ).cpu()
 
-    with torch.inference_mode(), context or nullcontext():
-        ids = [ids for ids, _ in rows]
+    with team.working(), torch.inference_mode(), context or nullcontext():
+        ids = [ids for ids, _ in own]
         for_each_batch(loaded.model, ids, run, batch_size, description, grow=False)
-    total = sum((one for one in sums if one is not None), torch.zeros((), dtype=torch.float64))
+    found = torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
+    # Added in the order of the texts, so that neither batches nor ranks change the last digits.
+    total = sum(team.gather_rows(found).tolist())
     count = sum(len(ids) - start for ids, start in rows)
-    return Loss(float(total) / count, count, len(rows))
+    return Loss(total / count, count, len(rows))
 
 
 def _negative_log(logits: Tensor, targets: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def plan(
     import psutil
     import torch
 
-    from abliterate import scaling
+    from abliterate import scaling, speeds
     from abliterate.models import Checkpoint, load_config, pick_device
     from abliterate.offload import free_memory, parse_memory
 
@@ -62,8 +62,8 @@ def plan(
     speed: float | None = None
     if not gpu or here.type != "cpu":
         place = here if gpu else torch.device("cpu")
-        speed = scaling.matmul_speed(shape.width, number, place)
-    machine = scaling.Machine(main, gpu, scaling.disk_speed(folder), speed)
+        speed = speeds.layer_speed(shape.width, number, place)
+    machine = scaling.Machine(main, gpu, speeds.disk_speed(folder), speed, speeds.copy_speed())
     work = scaling.Workload(
         n_train,
         n_val,
@@ -92,8 +92,9 @@ def _show(document: Any) -> None:
              f"{_size(document['largest_block'])} of {document['n_layers']}"],
             ["memory / accelerator",
              f"{_size(machine['memory'])} / {_size(machine['gpu_memory'])}"],
-            ["disk", f"{_size(machine['disk'])}/s"],
-            ["matrix product",
+            ["disk / copy in memory",
+             f"{_size(machine['disk'])}/s / {_size(machine['copy'])}/s"],
+            ["arithmetic of layers",
              "not measured" if machine["matmul"] is None else f"{machine['matmul']:.2e} FLOP/s"],
             ["mode", document["mode"]],
         ],

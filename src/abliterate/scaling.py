@@ -1,15 +1,12 @@
 """plan: what each stage takes on a machine, from config.json and the index alone.
 
 Nothing is loaded: the model is built on the meta device. Memory is what the stage keeps at once,
-time is the slower of reading at the disk's speed and computing at the speed of a matrix product,
-both measured here and now; neither knows of other users of the machine.
+time is that of reading, copying and computing at the speeds that :mod:`abliterate.speeds` measures
+here and now; none knows of other users of the machine.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +18,7 @@ from torch import nn
 from abliterate.batching import Budget
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.models import DTYPES, empty_model, text_config
+from abliterate.offload.passes import CPU_TOKENS
 from abliterate.writers import decoder_blocks, find_writers
 
 # What the prompts are unless options say so: the defaults of the stages, post-instruction tokens
@@ -29,7 +27,6 @@ TOKENS, POSITIONS, N_TRAIN, N_VAL, N_TEST, ANSWER = 32, 5, 128, 32, 100, 512
 # Of the candidates, those that induce leaves over for KL and bypass; half is usual.
 _PASSING = 0.5
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
-_SAMPLE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,16 @@ class Machine:
         memory: bytes of main memory to use.
         gpu_memory: bytes of one accelerator, 0 without one.
         disk: bytes read per second, measured.
-        matmul: floating-point operations per second, measured; None where the machine that is
-            planned for has an accelerator and this one has not.
+        matmul: floating-point operations per second in layers, measured; None where the machine
+            that is planned for has an accelerator and this one has not.
+        copy: bytes copied per second into fresh memory, measured.
     """
 
     memory: int
     gpu_memory: int
     disk: float
     matmul: float | None
+    copy: float
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class Shape:
         itemsize: bytes of a number that computes.
         source: bytes on disk of what loading copies (another dtype, fused experts); they are mapped
             beside the copies until all is loaded.
+        fusing: bytes at once while the largest fused tensor is made: its source, the stacked
+            experts and what they are joined to.
     """
 
     parameters: int
@@ -80,6 +81,7 @@ class Shape:
     width: int
     itemsize: int
     source: int = 0
+    fusing: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,12 +160,12 @@ def shape_of(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
         embedding.weight.shape[0],
         width,
         size,
-        _source(model, dtype, stored),
+        *_copied(model, dtype, stored),
     )
 
 
-def _source(model: Any, dtype: torch.dtype, stored: torch.dtype) -> int:
-    """Bytes on disk of the parameters that are copies once loaded."""
+def _copied(model: Any, dtype: torch.dtype, stored: torch.dtype) -> tuple[int, int]:
+    """Bytes on disk of the parameters that are copies once loaded, and what fusing one takes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
@@ -173,12 +175,11 @@ def _source(model: Any, dtype: torch.dtype, stored: torch.dtype) -> int:
         if isinstance(each, WeightConverter)
         for pattern in each.target_patterns
     ]
-    copied = (
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if dtype != stored or any(pattern in name for pattern in made)
-    )
-    return int(sum(copied)) * stored.itemsize
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    fused = [n for name, n in sizes.items() if any(pattern in name for pattern in made)]
+    copied = sum(sizes.values() if dtype != stored else fused)
+    largest = max(fused, default=0)
+    return copied * stored.itemsize, largest * (stored.itemsize + 2 * dtype.itemsize)
 
 
 def _active(block: nn.Module, config: Any) -> int:
@@ -230,6 +231,8 @@ def _stage(
     passes: int,
 ) -> StageEstimate:
     batch = Budget(torch.device("cuda" if machine.gpu_memory else "cpu")).tokens
+    if not fits and not machine.gpu_memory:
+        batch = CPU_TOKENS
     inner = max(shape.blocks) // max(shape.itemsize * shape.width, 1)
     scratch = batch * max(inner // 4, shape.width) * shape.itemsize
     libraries = 0 if fits and machine.gpu_memory else work.libraries
@@ -241,13 +244,15 @@ def _stage(
         passes = 1
     else:
         budget = work.activation_memory or machine.memory // 2
-        memory = libraries + max(shape.blocks) + shape.rest + scratch + min(held, budget)
+        block = max(max(shape.blocks) + scratch, shape.fusing)
+        memory = libraries + block + shape.rest + min(held, budget)
         mode, read = "offload", shape.stored * passes
     seconds = None
     if machine.matmul is not None:
         reading, computing = read / machine.disk, flops / machine.matmul
-        # Streaming reads while it computes; loading comes first.
+        # Streaming reads while it computes; loading comes first. Experts are stacked, then joined.
         seconds = reading + computing if fits else max(reading, computing)
+        seconds += (2 if shape.fusing else 1) * passes * shape.source / machine.copy
     return StageEstimate(name, mode, passes, read, flops, memory, seconds)
 
 
@@ -304,52 +309,6 @@ def _evaluate(shape: Shape, machine: Machine, work: Workload, fits: bool) -> Sta
         flops += _flops(shape, tokens + prompts * ANSWER, prompts * (1 + ANSWER))
     found = _stage("evaluate", shape, machine, work, fits, flops, held, 1)
     return replace(found, seconds=None) if fits else found
-
-
-def disk_speed(folder: Path | None) -> float:
-    """Bytes per second that come from the disk under ``folder``, past the page cache.
-
-    Args:
-        folder: a checkpoint; without weights (or without any) a file is written and read.
-    """
-    files = [] if folder is None else sorted(folder.glob("*.safetensors"))
-    largest = max(files, key=lambda path: path.stat().st_size, default=None)
-    if largest is not None and largest.stat().st_size >= 1 << 20:
-        return _read_speed(largest)
-    with tempfile.NamedTemporaryFile(prefix="abliterate-speed-") as file:
-        file.write(os.urandom(1 << 20) * 64)
-        file.flush()
-        os.fsync(file.fileno())
-        return _read_speed(Path(file.name))
-
-
-def _read_speed(path: Path) -> float:
-    size = min(path.stat().st_size, _SAMPLE)
-    buffer = memoryview(bytearray(4 << 20))
-    with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
-        begun = time.perf_counter()
-        left = size
-        while left > 0 and (got := file.readinto(buffer[: min(len(buffer), left)])):
-            left -= got
-        return size / max(time.perf_counter() - begun, 1e-9)
-
-
-def matmul_speed(width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations per second of products of a block's size."""
-    rows, inner = Budget(device).tokens, 4 * width
-    left = torch.randn(rows, width).to(device, dtype)
-    right = torch.randn(inner, width).to(device, dtype)
-    best = 0.0
-    for _ in range(4):
-        begun = time.perf_counter()
-        product = nn.functional.linear(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2 * rows * width * inner / max(time.perf_counter() - begun, 1e-9))
-        del product
-    return best
 
 
 def dtype_of(name: str, config: Any, accelerator: bool) -> torch.dtype:

@@ -9,10 +9,9 @@ from functools import partial
 
 from torch import Tensor
 
-from abliterate.batching import Budget
 from abliterate.forward import Batch, last_logits, pad
 from abliterate.interventions import ablate_units, check_direction, per_row, unit_direction
-from abliterate.offload.passes import Rows, batches, flow, retry
+from abliterate.offload.passes import Rows, batches, flow, retry, streaming_budget
 from abliterate.offload.stream import Job, Stream
 from abliterate.writers import find_writers
 from abliterate.writers.stream import ratio
@@ -120,7 +119,7 @@ def logits_under(
         vector, layer = given
         check = unit_direction if layer is None else check_direction
         ready[name] = Change(check(vector, stream.width)[None], layer)
-    budget = Budget(stream.device, batch_size, grow=False)
+    budget = streaming_budget(stream, batch_size)
 
     def jobs() -> list[Job]:
         made = []

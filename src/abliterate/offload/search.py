@@ -20,7 +20,7 @@ from abliterate.console import log
 from abliterate.forward import pad
 from abliterate.offload.changed import Change, ablating, changed_job
 from abliterate.offload.opening import replay_tricks
-from abliterate.offload.passes import Rows, batches, retry
+from abliterate.offload.passes import Rows, batches, retry, streaming_budget
 from abliterate.offload.stream import Job, Stream
 from abliterate.refusal import kl_divergence, refusal_score
 from abliterate.scoring import Scorer
@@ -92,16 +92,13 @@ class StreamedSearch:
         for first in range(0, len(keys), size):
             yield list(keys[first : first + size])
 
-    def _budget(self) -> Budget:
-        return Budget(self.stream.device, self.task.batch_size, grow=False)
-
     def _first_readings(self) -> None:
         scorer = Scorer(self.task, self.known)
         keys = [key for key in scorer.usable if scorer.lacks_induce(key)]
         tokens = sum(map(len, self.task.harmless))
         portions = list(self._portions(keys, tokens)) or [[]]
         for number, some in enumerate(portions):
-            budget = self._budget()
+            budget = streaming_budget(self.stream, self.task.batch_size)
             retry(
                 self.stream,
                 budget,
@@ -211,7 +208,7 @@ class StreamedSearch:
             for index, own in zip(range(len(keys))[at], logits, strict=True):
                 bypass[index, list(rows)] = refusal_score(own, task.refusal_tokens).cpu()
 
-        budget = self._budget()
+        budget = streaming_budget(self.stream, self.task.batch_size)
 
         def jobs() -> list[Job]:
             made: list[Job] = []

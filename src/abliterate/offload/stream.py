@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from abliterate.console import progress_bar
 from abliterate.forward import block_input
 from abliterate.offload.activations import Activations
+from abliterate.offload.outside import load_on_use, read_rows, replace_forward
 from abliterate.offload.parking import Lot, Parked, parking
 from abliterate.offload.suspended import Pass, Request, this_pass
 from abliterate.offload.weights import Slot, Weights
@@ -25,7 +26,7 @@ RESIDENT = 64 << 20
 # Rows of the vocabulary projection that are in memory at once, in bytes.
 _CHUNK = 64 << 20
 # Logits that are computed in one sweep over the projection, in bytes.
-_SWEEP = 256 << 20
+_SWEEP = 128 << 20
 
 
 @dataclass(eq=False)
@@ -272,23 +273,29 @@ class Stream:
         inside = {id(m) for block in self._order for m in block.modules()}
         self._plain = [block.forward for block in self._order]
         for block in self._order:
-            _replace_forward(block, partial(self._enter, block))
+            replace_forward(block, partial(self._enter, block))
         decoder = model.get_decoder()
         core = {id(m) for m in decoder.modules()} | {id(m) for m in model.children()} | {id(model)}
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         streamed: set[Slot] = set()
         for module in model.modules():
             slots = weights.direct_slots(module)
-            if id(module) in inside or not slots or weights.size(slots) <= resident:
+            if id(module) in inside or not slots:
+                continue
+            # A head of its own is needed at the end alone: where memory is short it is read then.
+            late = module is head and weights.mapped.transient and len(slots[0].owners) == 1
+            if not late and weights.size(slots) <= resident:
                 continue
             if type(module) is type(embedding) and weights.source(slots[0]) and len(slots) == 1:
-                _read_rows(module, weights, slots[0])
+                read_rows(module, weights, slots[0])
                 streamed.update(slots)
             elif module is head and type(module) is nn.Linear and weights.source(slots[0]):
-                _replace_forward(module, partial(self._wait_for_projection, module))
-                self._projections.append(module)
                 streamed.add(slots[0])
                 weights.load([slot for slot in slots if slot not in streamed], keep=True)
+        if type(head) is nn.Linear and weights.direct_slots(head):
+            # Also one that stays in memory: one product of all batches beats one for each.
+            replace_forward(head, partial(self._wait_for_projection, head))
+            self._projections.append(head)
         for module in model.modules():
             slots = [slot for slot in weights.direct_slots(module) if slot not in streamed]
             if id(module) in inside or not slots:
@@ -296,7 +303,7 @@ class Stream:
             if id(module) in core:
                 weights.load(slots, keep=True)
             else:  # a tower beside the text decoder, which text prompts do not reach
-                _load_on_use(module, weights, slots)
+                load_on_use(module, weights, slots)
         # Code that asks a model for its device gets that of its first parameter.
         for module in model.modules():
             first = next(iter(weights.slots_of(module)), None)
@@ -314,18 +321,24 @@ class Stream:
         return one.wait_for(module, (hidden,), {})
 
     def _project(self, module: nn.Module, waiting: list[_Running], running: list[_Running]) -> None:
-        """The vocabulary projection, some rows at a time, for as many batches as memory allows."""
+        """The vocabulary projection, as one product of as many batches as memory allows.
+
+        One that is not kept in memory comes some rows at a time.
+        """
         self._unload()
         weight = self.weights.direct_slots(module)[0]
-        name = self.weights.source(weight)
-        assert name is not None
-        self.weights.mapped.fetch([name])
-        rows = self.weights.mapped.tensor(name)
-        dtype = weight.empty.dtype
+        name = None if weight.kept else self.weights.source(weight)
+        if name is None:
+            rows: Tensor = module.weight  # type: ignore[assignment]
+            step = len(rows)
+        else:
+            self.weights.mapped.fetch([name])
+            rows = self.weights.mapped.tensor(name)
+            step = max(1, _CHUNK // max(1, rows.shape[1] * weight.empty.dtype.itemsize))
         bias = getattr(module, "bias", None)
-        step = max(1, _CHUNK // max(1, rows.shape[1] * dtype.itemsize))
         while waiting:
-            some: list[tuple[_Running, Tensor, Tensor]] = []
+            some: list[tuple[_Running, torch.Size]] = []
+            given: list[Tensor] = []
             size = 0
             while waiting and (not some or size < _SWEEP):
                 one = waiting.pop(0)
@@ -334,64 +347,26 @@ class Stream:
                 hidden: Tensor = request.args[0]
                 if one.parked is not None:
                     one.parked.bring(hidden)
-                out = hidden.new_empty(*hidden.shape[:-1], len(rows))
-                size += out.numel() * out.element_size()
-                some.append((one, hidden, out))
+                some.append((one, hidden.shape[:-1]))
+                given.append(hidden.reshape(-1, hidden.shape[-1]))
+                size += len(given[-1]) * len(rows) * weight.empty.element_size()
+            together, lengths = torch.cat(given), list(map(len, given))
+            del hidden, given
+            out = together.new_empty(len(together), len(rows))
             for first in range(0, len(rows), step):
                 part = slice(first, first + step)
-                chunk = rows[part].to(self.device, dtype)
-                for _, hidden, out in some:
-                    out[..., part] = nn.functional.linear(
-                        hidden, chunk, None if bias is None else bias[part]
-                    )
-            del hidden, out
+                chunk = rows[part].to(self.device, weight.empty.dtype)
+                out[:, part] = nn.functional.linear(
+                    together, chunk, None if bias is None else bias[part]
+                )
+            parts = list(torch.split(out, lengths))
+            del out, together
             while some:
-                one, _, logits = some.pop(0)
+                one, shape = some.pop(0)
                 if one.parked is not None:
                     one.parked.bring()
+                logits = parts.pop(0).view(*shape, len(rows))
                 self._go_on(one, running, partial(one.answer, logits))
                 del logits
-        self.weights.mapped.forget([name])
-
-
-def _read_rows(module: nn.Module, weights: Weights, slot: Slot) -> None:
-    """Make an embedding take the rows that it looks up from the file."""
-    name = weights.source(slot)
-    assert name is not None
-    plain = module.forward
-    # Some architectures look at the table itself too; on an accelerator that fails aloud.
-    table = weights.mapped.tensor(name)
-    if weights.device.type != "cpu":
-        table = table.new_empty(
-            (0, *table.shape[1:]), dtype=slot.empty.dtype, device=weights.device
-        )
-    standing = nn.Parameter(table, requires_grad=False)
-
-    def forward(ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        used, places = torch.unique(ids, return_inverse=True)
-        table = weights.mapped.tensor(name)
-        rows = table[used.cpu()].to(weights.device, slot.empty.dtype)
-        weights.mapped.bytes_read += rows.shape[0] * table[0].nbytes
-        weights.mapped.forget([name])
-        padding, module.padding_idx = module.padding_idx, None  # type: ignore[assignment]
-        module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-        try:
-            return plain(places, *args, **kwargs)
-        finally:
-            module.padding_idx = padding  # type: ignore[assignment]
-            module._parameters["weight"] = standing
-
-    module._parameters["weight"] = standing
-    _replace_forward(module, forward)
-
-
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    module.__dict__["forward"] = forward
-
-
-def _load_on_use(module: nn.Module, weights: Weights, slots: Sequence[Slot]) -> None:
-    def load(*_: Any) -> None:
-        handle.remove()
-        weights.load(slots, keep=True)
-
-    handle = module.register_forward_pre_hook(load)
+        if name is not None:
+            self.weights.mapped.forget([name])

@@ -32,7 +32,7 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
-from abliterate.errors import CheckpointError
+from abliterate.errors import CheckpointError, UsageError
 from abliterate.models import Checkpoint, build_model
 from abliterate.offload.mapped import Mapped
 from abliterate.shards import read_shards
@@ -201,6 +201,11 @@ class Weights:
         tensors = {name: self.mapped.tensor(name) for name in names}
         with _one_by_one():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._config)
+        if any("allocate memory" in str(text) for text in info.conversion_errors.values()):
+            raise UsageError(
+                f"a block of {self.checkpoint.name} and what it is converted from do not fit into "
+                "memory beside what waits there: use a smaller --activation-memory or --dtype"
+            )
         wrong = sorted(map(str, info.mismatched_keys)) or sorted(map(str, info.conversion_errors))
         if wrong:
             raise CheckpointError(
