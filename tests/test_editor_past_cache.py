@@ -127,6 +127,17 @@ def test_the_bytes_are_those_that_go_through_the_cache(
     assert len(offsets) > 10
 
 
+def test_blocks_may_be_longer_than_a_run(edit, monkeypatch) -> None:
+    monkeypatch.setattr(buffers, "RUN_BYTES", 100)
+    monkeypatch.setattr(project, "_BLOCK_ELEMENTS", 50_000)
+    monkeypatch.setattr(units, "_EDIT_BYTES", 1 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "_open_direct", lambda path: None)
+        patch.setattr(buffers, "RUN_BYTES", 1 << 20)
+        expected = edit()
+    assert edit() == expected
+
+
 def test_elements_that_are_not_aligned_in_the_file(edit, through_cache: bytes) -> None:
     length = 8 + int.from_bytes(through_cache[:8], "little")
     assert edit(odd=True)[length + 3 :] == through_cache[length:]

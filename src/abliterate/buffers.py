@@ -68,11 +68,12 @@ def _like_in_file(offset: int, least: int, alignment: int) -> Tensor:
 
     Only where elements are not aligned in the file is it elsewhere: they must be in memory.
     """
-    memory = scratch.tensor("run", (max(RUN_BYTES, least) + 2 * PAGE,), torch.uint8)
+    size = max(RUN_BYTES, least)
+    memory = scratch.tensor("run", (size + 2 * PAGE,), torch.uint8)
     begin = -memory.data_ptr() % PAGE
     if offset % alignment == 0:
         begin += offset % PAGE
-    return memory[begin : len(memory) - PAGE]
+    return memory[begin : begin + size]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
