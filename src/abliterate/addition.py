@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abliterate.buffers import as_bytes
 from abliterate.direction import Direction
 from abliterate.errors import CheckpointError, InputError
-from abliterate.grid import as_bytes
 from abliterate.interventions import unit_direction
 from abliterate.layout import Changes, NewTensor
 from abliterate.planning import EditPlan, TensorEdit

@@ -24,6 +24,7 @@ from abliterate.transfer import TargetFile, clone_file
 from abliterate.units import Files, Unit, Work, units_of
 
 _MOST_SHARDS = 4  # in flight: what a kill may cost
+_MOST_JOBS = 16  # each thread has a run's memory, and no disk keeps up with more
 _MORE_THREADS = 2  # than cores: while some wait for the disk, the others compute
 
 
@@ -34,7 +35,7 @@ def write_shards(
     finished: Callable[[str, Mapping[int, Sums]], None],
     advance: Callable[[int], object],
 ) -> None:
-    """Write shards, a few at a time: a file takes one thread's writes at once.
+    """Write shards, a few at a time: through the page cache a file takes one thread's at once.
 
     Args:
         layouts: what to write.
@@ -48,9 +49,9 @@ def write_shards(
         CheckpointError: a tensor cannot be edited.
         OSError: a file cannot be read or written.
     """
-    stop = Event()
-    count = max(1, min(len(layouts), work.jobs, _MOST_SHARDS))
-    threads = -(-(work.jobs + _MORE_THREADS) // count)
+    stop, jobs = Event(), min(work.jobs, _MOST_JOBS)
+    count = max(1, min(len(layouts), jobs, _MOST_SHARDS))
+    threads = -(-(jobs + _MORE_THREADS) // count)
     one_thread = partial(torch.set_num_threads, 1)
     queue = deque(layouts)
     with (

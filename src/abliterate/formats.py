@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from abliterate.buffers import as_bytes
 from abliterate.errors import CheckpointError
-from abliterate.grid import Grid, Strip, as_bytes
+from abliterate.grid import Grid, Strip
 from abliterate.shards import ShardSet, TensorEntry
 from abliterate.transfer import SourceFile, TargetFile
 
@@ -197,6 +198,9 @@ class _BlockGrid:
         self._scales: Tensor | None = None
         self._fresh: Tensor | None = None
         self._plain: Tensor | None = None
+
+    def part(self) -> Grid:
+        return self  # it is edited in one
 
     def load(self, first: int, last: int) -> Tensor:
         values = self._read_values(first, last)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from abliterate.buffers import Outgoing, as_bytes, scratch
 from abliterate.transfer import SourceFile, TargetFile
 
 # Columns of a matrix that is edited along its rows; wider ones are cut into strips.
@@ -122,27 +122,11 @@ class Grid(Protocol):
     def store(self, first: int, block: Tensor) -> Tensor:
         """Write a block that starts at row ``first``; returns it as it was rounded."""
 
+    def part(self) -> Grid:
+        """The same for a thread that edits a block of its rows; to be closed after the last."""
+
     def close(self) -> None:
-        """Write what belongs to the whole matrix."""
-
-
-class _Scratch(threading.local):
-    """Memory that a thread uses for one block after another: fresh memory costs as much time as
-    the arithmetic on it."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
-
-    def tensor(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Uninitialised, on the CPU; valid until the thread's next call for that use."""
-        size = math.prod(shape) * dtype.itemsize
-        memory = self._memory.get(use)
-        if memory is None or len(memory) < size:
-            memory = self._memory[use] = torch.empty(size, dtype=torch.uint8)
-        return memory[:size].view(dtype).view(list(shape))
-
-
-_scratch = _Scratch()
+        """Write what has not been written yet."""
 
 
 @dataclass
@@ -157,6 +141,9 @@ class PlainGrid:
         dtype: what it is stored as.
         strip: which matrix of the tensor.
         device: where to compute.
+        past_cache: nothing else is written where the matrix lies, so that long runs of it need not
+            pass through the page cache.
+        outgoing: gathers what a part of it writes.
     """
 
     source: SourceFile
@@ -168,6 +155,8 @@ class PlainGrid:
     device: torch.device
     row_step: int = 1
     splits: bool = True
+    past_cache: bool = True
+    outgoing: Outgoing | None = None
 
     @property
     def rows(self) -> int:
@@ -179,7 +168,7 @@ class PlainGrid:
 
     def load(self, first: int, last: int) -> Tensor:
         size, strip = self.dtype.itemsize, self.strip
-        raw = _scratch.tensor("raw", (last - first, strip.columns), self.dtype)
+        raw = scratch.tensor("raw", (last - first, strip.columns), self.dtype)
         view = as_bytes(raw)
         begin = self.start + (strip.offset + first * strip.stride) * size
         self.source.expect(begin + _AHEAD, (last - first) * strip.stride * size)
@@ -189,18 +178,22 @@ class PlainGrid:
         wide = torch.float32 if size == 2 else torch.float64
         if self.device.type != "cpu":
             return raw.to(self.device).to(wide)  # one by one: the narrow bytes travel
-        return _scratch.tensor("wide", raw.shape, wide).copy_(raw)
+        return scratch.tensor("wide", raw.shape, wide).copy_(raw)
 
     def store(self, first: int, block: Tensor) -> Tensor:
         size, strip = self.dtype.itemsize, self.strip
         assert self.target is not None
-        raw = _scratch.tensor("raw", block.shape, self.dtype)
+        begin = self.to + (strip.offset + first * strip.stride) * size
+        if self.outgoing is not None:
+            raw = self.outgoing.room(begin, block.shape, self.dtype)
+        else:
+            raw = scratch.tensor("raw", block.shape, self.dtype)
         rounded = raw if block.device.type == "cpu" else block.to(self.dtype)
         raw.copy_(block if rounded is raw else rounded)
-        view = as_bytes(raw)
-        begin = self.to + (strip.offset + first * strip.stride) * size
-        for at, length, row in self._pieces(len(block)):
-            self.target.write(view[at : at + length], begin + row * strip.stride * size)
+        if self.outgoing is None:
+            view = as_bytes(raw)
+            for at, length, row in self._pieces(len(block)):
+                self.target.write(view[at : at + length], begin + row * strip.stride * size)
         return block.copy_(rounded)
 
     def _pieces(self, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -212,10 +205,12 @@ class PlainGrid:
             for row in range(rows):
                 yield row * width, width, row
 
+    def part(self) -> PlainGrid:
+        together = self.strip.stride == self.strip.columns and self.past_cache
+        if self.target is None or not together:
+            return self
+        return replace(self, outgoing=Outgoing(self.target))
+
     def close(self) -> None:
-        pass
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data).cast("B")
+        if self.outgoing is not None:
+            self.outgoing.flush()

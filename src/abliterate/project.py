@@ -78,21 +78,21 @@ def _along_columns(
     stopped: Callable[[], bool],
 ) -> Sums:
     """d_model is the columns: every row stands alone."""
-    total = Sums()
+    energy, along, left = 0.0, list[Tensor](), list[Tensor]()
     for first, last in _blocks(grid, *rows):
         if stopped():
             break
         block = grid.load(first, last)
         basis = basis.to(block)
-        energy = _energy(block)
+        energy += _energy(block)
         weight = block @ basis.T
         norms = _row_norms(block) if recipe.keep_norms else None
         _subtract(block, weight, basis, recipe.scale)
         if norms is not None:
             _restore(block, norms)
-        stored = grid.store(first, block)
-        total += Sums(energy, _square(weight), _left(stored @ basis.T))
-    return total
+        along.append(weight)
+        left.append(grid.store(first, block) @ basis.T)
+    return Sums(energy, _square(torch.cat(along)), _left(torch.cat(left))) if along else Sums()
 
 
 def _along_rows(

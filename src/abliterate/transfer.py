@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from threading import Lock
 
+PAGE = mmap.PAGESIZE
 _CHUNK = 8 << 20
+_LEAST_DIRECT = 1 << 20  # below, waiting for the disk costs more than the page cache
 _FICLONE = 0x40049409  # Linux: share a whole file's blocks (btrfs, XFS, bcachefs, overlayfs)
 _SYNC_FILE_RANGE_WRITE = 2
 _RENAME_EXCHANGE = 2
@@ -74,14 +77,22 @@ class TargetFile:
     Attributes:
         path: the file.
         descriptor: open for reading and writing.
-        lock: held while something is written.
+        lock: held while something is written through the page cache.
     """
 
     def __init__(self, path: Path, keep: bool = False) -> None:
+        """Open it.
+
+        Args:
+            path: the file.
+            keep: what it holds already.
+        """
         self.path = path
         flags = os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC)
         self.descriptor = os.open(path, flags, 0o666)
         self.lock = Lock()
+        # Where the same file is being read, the page cache stays in between.
+        self._direct = None if keep else _open_direct(path)
 
     def write(self, content: memoryview, offset: int) -> None:
         """Write ``content`` at byte ``offset``."""
@@ -89,6 +100,49 @@ class TargetFile:
             while content:
                 written = os.pwrite(self.descriptor, content, offset)
                 content, offset = content[written:], offset + written
+
+    def write_past_cache(self, content: memoryview, offset: int) -> None:
+        """Write ``content`` at byte ``offset``, whole pages of it straight to the disk.
+
+        That spares the copy into the page cache and the memory for it, and several threads can do
+        it at once. Where the filesystem cannot, it is :meth:`write`.
+
+        Args:
+            content: lies in memory as far behind the start of a page as ``offset`` in the file.
+            offset: in bytes.
+        """
+        first = -offset % PAGE
+        last = len(content) - (offset + len(content)) % PAGE
+        if self._direct is not None and last - first >= _LEAST_DIRECT:
+            # A page is written one way or the other: the two do not see each other's bytes.
+            self.write(content[:first], offset)
+            first += self._write_direct(content[first:last], offset + first)
+            content, offset = content[first:], offset + first
+        self.write(content, offset)
+
+    def _write_direct(self, content: memoryview, offset: int) -> int:
+        """How much could be written that way."""
+        assert self._direct is not None
+        try:
+            return os.pwrite(self._direct, content, offset)
+        except OSError as error:
+            if error.errno in _CANNOT:
+                return 0
+            raise
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Ask for the disk's blocks of a range: then threads need not take turns at getting them.
+
+        It is advice only: where it cannot be had, each write gets its own.
+        """
+        operation = _libc("fallocate")
+        if operation is not None and self._direct is not None and length >= _LEAST_DIRECT:
+            operation(
+                ctypes.c_int(self.descriptor),
+                ctypes.c_int(0),
+                ctypes.c_int64(offset),
+                ctypes.c_int64(length),
+            )
 
     def begin_writeback(self, offset: int, length: int) -> None:
         """Start bringing a range to disk without waiting: the flush at the end finds little."""
@@ -103,6 +157,17 @@ class TargetFile:
 
     def close(self) -> None:
         os.close(self.descriptor)
+        if self._direct is not None:
+            os.close(self._direct)
+
+
+def _open_direct(path: Path) -> int | None:
+    """For writing past the page cache, if system and filesystem can."""
+    flag = getattr(os, "O_DIRECT", None)  # Linux
+    try:
+        return None if flag is None else os.open(path, os.O_WRONLY | flag)
+    except OSError:
+        return None
 
 
 def clone_file(source: SourceFile, target: TargetFile) -> bool:

@@ -12,6 +12,7 @@ from threading import Event
 import torch
 from torch import Tensor
 
+from abliterate.buffers import RUN_BYTES
 from abliterate.errors import CheckpointError
 from abliterate.formats import Quantized, open_quantized
 from abliterate.grid import Grid, PlainGrid, Strip, strips
@@ -22,7 +23,7 @@ from abliterate.shards import DTYPES, TensorEntry
 from abliterate.transfer import SourceFile, TargetFile, copy_range
 
 _COPY_BYTES = 32 << 20
-_EDIT_BYTES = 8 << 20
+_EDIT_BYTES = RUN_BYTES
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def units_of(
         elif placed.origin is None:
             whole += _dense_units(placed, own, work, files, target)
         elif own and not boxed and placed.replaces is None:
+            if not cloned:
+                target.reserve(placed.start, placed.size)
             whole += _edit_units(placed, own, places, work, files, target)
         else:
             origin = placed.origin
@@ -184,7 +187,14 @@ def _edit_units(
             if stored is None:
                 source, dtype = files.open(entry.file), _dtype(entry)
                 grid: Grid = PlainGrid(
-                    source, entry.start, target, placed.start, dtype, strip, work.device
+                    source,
+                    entry.start,
+                    target,
+                    placed.start,
+                    dtype,
+                    strip,
+                    work.device,
+                    past_cache=edit.region is None,
                 )
             else:
                 scales = places[stored.scales.name].start
@@ -251,13 +261,14 @@ class _Piece:
         start, end = (self._byte(row) for row in rows)
 
         def run(stop: Event) -> tuple[int, Sums] | None:
+            grid = self.grid.part()
             try:
-                sums = project(self.grid, basis, recipe, self.strip.across, rows, stop.is_set)
+                sums = project(grid, basis, recipe, self.strip.across, rows, stop.is_set)
             except CheckpointError as error:
                 where = f"tensor '{self.entry.name}' in {self.entry.file}"
                 raise CheckpointError(f"{where} {error}") from None
             if not stop.is_set():
-                self.grid.close()
+                grid.close()
                 target.begin_writeback(start, end - start)
             return None if index < 0 else (index, sums)
 

@@ -76,15 +76,19 @@ def _breaks(traced: Traced, axis: int, shapes: Sequence[tuple[int, ...]]) -> lis
     numbers, offsets = traced.at(index)
     same = numbers[1:] == numbers[:-1]
     steps = offsets[1:] - offsets[:-1]
+    new = (same[1:] != same[:-1]) | (steps[1:] != steps[:-1])
+    runs = [1, *((new.nonzero().flatten() + 2).tolist()), size]
     # Successive along one axis of the source: the offset grows by that axis's stride each time.
     starts = [0]
     stride: int | None = None
-    for i, (together, step) in enumerate(zip(same.tolist(), steps.tolist(), strict=True), 1):
-        if together and (
-            stride == step or (stride is None and _is_stride(step, numbers, i, shapes))
-        ):
-            stride = step
-        else:
+    for first, behind in pairwise(runs if size > 1 else ()):
+        together, step = bool(same[first - 1]), int(steps[first - 1])
+        for i in range(first, behind):
+            if together and (
+                stride == step or (stride is None and _is_stride(step, numbers, i, shapes))
+            ):
+                stride = step
+                break  # so does the rest of the run
             starts.append(i)
             stride = None
     return [*starts, size]
