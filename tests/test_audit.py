@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
 from abliterate.audit import cells, spectra
 from abliterate.audit.statistic import Emptiness, gap, of_matrix, p_agreement
@@ -287,7 +287,7 @@ def _whole(unit: Emptiness) -> Tensor:
     return unit.times(torch.eye(len(unit.matrix), dtype=torch.float64))
 
 
-def test_pruned_and_dead_channels_are_no_edit(cli: Cli, tmp_path: Path) -> None:
+def test_pruned_and_dead_channels_are_no_edit(cli: Cli, direction: Path, tmp_path: Path) -> None:
     copy = tmp_path / "pruned"
     shutil.copytree(demo_model_dir(), copy)
     tensors = load_file(copy / "model.safetensors")
@@ -304,6 +304,11 @@ def test_pruned_and_dead_channels_are_no_edit(cli: Cli, tmp_path: Path) -> None:
     result = cli("audit", copy, "--json")
     assert result.code == 0
     assert result.json["writers"]["set_aside"][0]["channels"] == [5, 77]
+    # Nor do they hide one: after it the dead channels write a little, against the direction.
+    edited = _anonymous(_edit(cli, copy, direction, tmp_path / "edited"))
+    found = tmp_path / "found.safetensors"
+    assert cli("audit", edited, "-o", found).code == 7
+    assert _cosine(found) > 0.999
 
 
 def test_centred_writers_are_no_edit(cli: Cli, tmp_path: Path) -> None:
@@ -323,6 +328,58 @@ def test_centred_writers_are_no_edit(cli: Cli, tmp_path: Path) -> None:
     assert "the mean of all channels" in result.json["writers"]["set_aside"][0]["reason"]
 
 
+def test_what_is_set_aside_is_no_edit_where_nothing_else_can_be_told(
+    cli: Cli, tmp_path: Path
+) -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=300,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, value in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            value.data -= value.data.mean(dim=0)
+    model.model.embed_tokens.weight.data -= model.model.embed_tokens.weight.data.mean(1, True)
+    model.save_pretrained(tmp_path / "narrow")
+    result = cli("audit", tmp_path / "narrow", "--json")
+    assert (result.code, result.json["verdict"]) == (8, "undecided")
+    assert "31 channels are too few" in result.json["reason"]
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e24])
+def test_wide_models_of_any_scale(
+    cli: Cli, direction: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float
+) -> None:
+    """Squares of such weights leave float32, in which wide models are judged."""
+    monkeypatch.setattr(spectra, "WIDE", 64)
+    copy = tmp_path / "scaled"
+    shutil.copytree(demo_model_dir(), copy)
+    tensors = load_file(copy / "model.safetensors")
+    for name, value in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            value *= size
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    edited = _anonymous(_edit(cli, copy, direction, tmp_path / "edited"))
+    found = tmp_path / "found.safetensors"
+    result = cli("audit", edited, "--json", "-o", found)
+    assert result.code == 7
+    assert result.json["style"] == "all writers"
+    assert _cosine(found) > 0.999
+
+
+def test_copies_of_experts_leave_most_directions_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled at the same columns they are of low rank: the shift ends where float32 can go."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(256, 64, generator=generator)
+    monkeypatch.setattr(spectra, "WIDE", 64)
+    found, _ = spectra.emptiness(columns @ columns.T, 0, 0.2)
+    values = torch.linalg.eigvalsh(found.double())
+    assert float(values[64:].min()) > 0.9
+    assert float(values.max()) < 1.1
+    assert float(values[:64].max()) < 0.1
+
+
 def test_one_block_is_undecided(cli: Cli, tmp_path: Path) -> None:
     config = GPT2Config(n_embd=24, n_layer=1, n_head=2, vocab_size=300, n_positions=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
@@ -339,6 +396,18 @@ def test_errors_are_one_line(
     assert "--device nonsense" in fails("audit", demo_model_dir(), "--device", "nonsense", code=2)
     assert "no tensor in common" in fails("diff", demo_model_dir(), _renamed(tmp_path), code=4)
     broken = tmp_path / "broken"
+    AutoModelForCausalLM.from_config(
+        Gemma2Config(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=16, vocab_size=300,
+        )
+    ).save_pretrained(broken)  # fmt: skip
+    tensors = load_file(broken / "model.safetensors")
+    gain = "model.layers.2.post_feedforward_layernorm.weight"
+    tensors[gain][7] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    assert f"'{gain}' holds NaN" in fails("audit", broken, code=4)
+    shutil.rmtree(broken)
     shutil.copytree(demo_model_dir(), broken)
     (broken / "abliterate.json").write_text('{"tensors": 3}')
     assert "no record" in fails("audit", broken, code=3)

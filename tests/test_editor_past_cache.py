@@ -124,7 +124,7 @@ def test_the_bytes_are_those_that_go_through_the_cache(
 ) -> None:
     offsets = patch_direct_writes(monkeypatch, tmp_path, change)
     assert edit("--jobs", jobs) == through_cache
-    assert len(offsets) > 10
+    assert offsets
 
 
 def test_blocks_may_be_longer_than_a_run(edit, monkeypatch) -> None:

@@ -165,9 +165,13 @@ def test_a_checkpoint_four_times_the_memory_limit(large: Path, tmp_path: Path) -
     stream = _start(
         large, tmp_path / "streamed", limit, "--offload", "--activation-memory", str(budget)
     )
-    wanted = _in_memory(large, tmp_path / "whole")
-    assert _end(plain)[0]["code"] != 0, "the limit does not bind"
-    streamed, error = _end(stream)
+    try:
+        wanted = _in_memory(large, tmp_path / "whole")
+        assert _end(plain)[0]["code"] != 0, "the limit does not bind"
+        streamed, error = _end(stream)
+    finally:
+        plain.kill()
+        stream.kill()
     assert streamed["code"] == 0, error
     block = (size // LAYERS) + (1 << 20)
     rows = 512 * WIDTH * 4

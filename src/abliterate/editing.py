@@ -32,7 +32,7 @@ from abliterate.changes import plan_changes, resolve_edits
 from abliterate.console import log, progress_bar
 from abliterate.direction import Direction
 from abliterate.edit_options import EditOptions, apply_options, promise
-from abliterate.engine import write_shards
+from abliterate.engine import usable_cores, write_shards
 from abliterate.errors import (
     CheckpointError,
     DiskSpaceError,
@@ -280,7 +280,7 @@ def _prepare(
         stamps |= {shard.path: shard.stamp for shard in shards.values()}
     stamps |= {source.folder / path: stamp for path, stamp in carried.files.items()}
     recipe = Recipe(options.scale, options.norm_preserve)
-    jobs = options.jobs or len(os.sched_getaffinity(0))
+    jobs = options.jobs or usable_cores()
     work = Work(plan.edits, recipe, quantized, device, jobs)
     untied = tuple(sorted(plan.copies))
     return _Job(

@@ -28,6 +28,13 @@ _MOST_JOBS = 16  # each thread has a run's memory, and no disk keeps up with mor
 _MORE_THREADS = 2  # than cores: while some wait for the disk, the others compute
 
 
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def write_shards(
     layouts: Sequence[ShardLayout],
     work: Work,

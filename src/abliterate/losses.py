@@ -116,7 +116,7 @@ def measure_loss(
         ids = [ids for ids, _ in own]
         for_each_batch(loaded.model, ids, run, batch_size, description, grow=False)
     found = torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
-    # Added in the order of the texts, so that neither batches nor ranks change the last digits.
+    # Added in the order of the texts, whichever batch or rank they ran in.
     total = sum(team.gather_rows(found).tolist())
     count = sum(len(ids) - start for ids, start in rows)
     return Loss(total / count, count, len(rows))

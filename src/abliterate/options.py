@@ -365,7 +365,9 @@ EditDevice = Annotated[
 ]
 Jobs = Annotated[
     int | None,
-    setting_option("orthogonalize.jobs", ("--jobs",), "Cores to use. Default: all.", _STORAGE),
+    setting_option(
+        "orthogonalize.jobs", ("--jobs",), "Cores to use, up to 16. Default: all.", _STORAGE
+    ),
 ]
 LowDisk = Annotated[
     bool | None,

@@ -26,6 +26,8 @@ from abliterate.writers import decoder_blocks, find_writers
 TOKENS, POSITIONS, N_TRAIN, N_VAL, N_TEST, ANSWER = 32, 5, 128, 32, 100, 512
 # Of the candidates, those that induce leaves over for KL and bypass; half is usual.
 _PASSING = 0.5
+# What orthogonalize keeps beyond the libraries, at most: its goal, and that of its tests.
+_EDIT_MEMORY = 512 << 20
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 
 
@@ -284,7 +286,7 @@ def _select(shape: Shape, machine: Machine, work: Workload, fits: bool) -> Stage
 
 
 def _orthogonalize(shape: Shape, machine: Machine, work: Workload) -> StageEstimate:
-    memory = work.libraries + (1 << 28)
+    memory = work.libraries + _EDIT_MEMORY
     seconds = 2 * shape.stored / machine.disk
     return StageEstimate(
         "orthogonalize", "streamed edit", 1, shape.stored, 4.0 * shape.parameters, memory, seconds

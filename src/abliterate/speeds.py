@@ -77,16 +77,16 @@ def layer_speed(width: int, dtype: torch.dtype, device: torch.device) -> float:
     rows, inner = Budget(device).tokens, 4 * width
     size = 2 * width * inner * dtype.itemsize
     n = min(_MOST_LAYERS, -(-_WEIGHTS // size))
-    up = [torch.randn(inner, width).to(device, dtype) / width**0.5 for _ in range(n)]
-    down = [torch.randn(width, inner).to(device, dtype) / inner**0.5 for _ in range(n)]
-    hidden = torch.randn(rows, width).to(device, dtype)
+    up = [torch.randn(inner, width, device=device, dtype=dtype) / width**0.5 for _ in range(n)]
+    down = [torch.randn(width, inner, device=device, dtype=dtype) / inner**0.5 for _ in range(n)]
+    hidden = torch.randn(rows, width, device=device, dtype=dtype)
 
     def run(stream: Tensor) -> float:
         begun = time.perf_counter()
         for one, other in zip(up, down, strict=True):
             stream = stream + linear(silu(linear(rms_norm(stream, (width,)), one)), other)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter() - begun
 
     run(hidden)

@@ -96,6 +96,8 @@ class TargetFile:
 
     def write(self, content: memoryview, offset: int) -> None:
         """Write ``content`` at byte ``offset``."""
+        if not content:
+            return  # without waiting for the lock
         with self.lock:
             while content:
                 written = os.pwrite(self.descriptor, content, offset)

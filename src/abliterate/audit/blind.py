@@ -76,7 +76,8 @@ def look(reading: Reading, device: torch.device = CPU) -> Blind:
         return first
     # Tools that do not know of norms behind a writer edit the matrices with the plain direction.
     plain = _judge(reading, False, device)
-    return plain if plain.verdict == "edited" else first
+    doubtful = first.verdict == "clean" and plain.p_value <= DOUBT
+    return plain if plain.verdict == "edited" or doubtful else first
 
 
 def _judge(reading: Reading, gains: bool, device: torch.device) -> Blind:
@@ -86,15 +87,17 @@ def _judge(reading: Reading, gains: bool, device: torch.device) -> Blind:
     dead = tuple(int(i) for i in frame.silent)
     aside = [SetAside("channels that a quarter of the writers leave", dead)] if dead else []
     width = frame.width
-    if len(cells) < LEAST_CELLS or width < LEAST_WIDTH:
-        reason = (
-            f"{len(cells)} writers are too few to compare"
-            if len(cells) < LEAST_CELLS
-            else f"{width} channels are too few for a direction to stand out"
-        )
+
+    def cannot_tell(reason: str) -> Blind:
         return Blind(
             "undecided", reason, 1.0, "", {}, None, gains, tuple(aside), None, None, len(cells)
         )
+
+    few = "channels are too few for a direction to stand out"
+    if len(cells) < LEAST_CELLS:
+        return cannot_tell(f"{len(cells)} writers are too few to compare")
+    if width < LEAST_WIDTH:
+        return cannot_tell(f"{width} {few}")
     units = read_emptiness(reading, cells, frame, gains, device)
     groups = groups_of(cells)
     for _ in range(_ROUNDS):
@@ -113,7 +116,9 @@ def _judge(reading: Reading, gains: bool, device: torch.device) -> Blind:
         width -= inside.shape[1]
         units = [unit.without(inside) for unit in units]
         if width < LEAST_WIDTH:
-            break
+            return cannot_tell(f"{width} {few}")
+    else:
+        return cannot_tell("too many directions stand out that are no edit's")
     done = tuple(aside)
     if p_value <= CLAIM:
         refined = frame.outwards(_refined(units, gaps[name].direction))

@@ -12,8 +12,9 @@ from torch import Tensor
 from abliterate.audit.cells import Cell
 from abliterate.audit.spectra import FINE_GRAM, emptiness, is_wide, precision, storage
 from abliterate.audit.statistic import Emptiness, of_matrix
-from abliterate.audit.units import Reading, read_columns
+from abliterate.audit.units import Reading, Unit, read_columns
 from abliterate.console import progress
+from abliterate.errors import CheckpointError
 
 # Sampled columns of a cell, per channel of the stream.
 _COLUMNS, _WIDE_COLUMNS = 4, 2
@@ -79,8 +80,9 @@ def make_frame(reading: Reading, cells: Sequence[Cell], gains: bool) -> tuple[Fr
         energy = torch.zeros(reading.d_model, dtype=torch.float64)
         for unit in cell.units[::step]:
             columns = read_columns(reading, unit, most, _SEED, gains, precision(reading.d_model))
-            own = columns.square().sum(dim=1).double()
-            energy += own / own.sum() if float(own.sum()) > 0 else own
+            own = columns.double().square_().sum(dim=1)
+            whole = _finite(float(own.sum()), unit)
+            energy += own / whole if whole > 0 else own
         if float(energy.sum()) > 0:
             rows.append(energy)
             present.append(cell)
@@ -127,9 +129,9 @@ def _gram(
     step = -(-width // _BLOCKS) if is_wide(width) else width
     for unit in cell.units:
         columns = read_columns(reading, unit, _most(reading, cell), _SEED, gains, dtype)
-        norm = float(torch.linalg.vector_norm(columns))
+        norm = _finite(float(torch.linalg.vector_norm(columns, dtype=torch.float64)), unit)
         if norm > 0:
-            # Scaled first: the product of small numbers leaves float32.
+            # Scaled first: products of very small or large numbers leave float32.
             here = columns.div_(norm).to(device)
             count += here.shape[1]
             for begin in range(0, width, step):
@@ -141,3 +143,9 @@ def _gram(
 def _most(reading: Reading, cell: Cell) -> int:
     share = _WIDE_COLUMNS if is_wide(reading.d_model) else _COLUMNS
     return max(64, math.ceil(share * reading.d_model / len(cell.units)))
+
+
+def _finite(energy: float, unit: Unit) -> float:
+    if not math.isfinite(energy):
+        raise CheckpointError(f"{unit.label}: the gain of its norm makes its weights infinite")
+    return energy

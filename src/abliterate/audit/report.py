@@ -134,7 +134,7 @@ def audit(
         checkpoint: what to judge.
         base: what it is said to be made from; the difference then decides.
         direction: the direction that its record is said to mean.
-        device: where the writers' grams are made and decomposed; the rest is on the CPU.
+        device: where the writers' grams are made and inverted; the rest is on the CPU.
 
     Raises:
         CheckpointError: a checkpoint is damaged or in a format that cannot be read.

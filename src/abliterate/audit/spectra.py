@@ -85,24 +85,31 @@ def _probed_shift(gram: Tensor, unwritten: int, shift: float, mean: float) -> tu
     generator = torch.Generator().manual_seed(0)
     probes = torch.randint(0, 2, (width, _PROBES), generator=generator).to(gram) * 2 - 1
     diagonal = gram.diagonal().clone()
-    for trial in range(_TRIALS):
+    # Below this rounding decides. Writers of low rank leave so much unwritten that they get here.
+    least = mean * (_NOTHING if gram.dtype == torch.float64 else FINE_GRAM / 10)
+    shift, trial = max(shift, least), 0
+    while True:
         fine = gram.double() if shift < _FINE_FACTOR * mean else gram
         fine.diagonal().copy_(diagonal.to(fine) + shift)
         factor, failed = torch.linalg.cholesky_ex(fine)
         if int(failed):  # rounding left the gram indefinite
-            shift *= 4
+            least = shift = 4 * shift  # and no smaller one is tried again
             continue
+        trial += 1
         solved = torch.cholesky_solve(probes.to(fine), factor) * shift
         share = float((probes.to(fine) * solved).sum()) / _PROBES - unwritten
         share = min(max(share / (width - unwritten), 1e-6), 1 - 1e-6)
-        if abs(share - SHARE) < _NEAR or trial == _TRIALS - 1:
+        if abs(share - SHARE) < _NEAR or trial == _TRIALS:
             break
         # The share grows with log t at the mean of K (1 - K) over the directions that are written.
         squared = float(solved.square().sum()) / _PROBES - unwritten
         slope = share - squared / (width - unwritten)
         slope = max(slope / (share * (1 - share)), 0.1)
         step = (math.log(SHARE / (1 - SHARE)) - math.log(share / (1 - share))) / slope
-        shift *= math.exp(max(-5.0, min(5.0, step)))
+        wanted = max(least, shift * math.exp(max(-5.0, min(5.0, step))))
+        if wanted == shift:
+            break
+        shift = wanted
     return factor, shift
 
 

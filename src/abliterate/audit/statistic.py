@@ -24,6 +24,7 @@ _WITHIN = 8  # spacings below the largest that its distance is compared with
 # 30,000 each of width 64 to 1000); its tail falls faster than this exponential through both.
 _TAIL_START, _TAIL_RATE, _TAIL_AT_START = 0.5, 12.0, 0.04
 LEAST_WIDTH = 4 * _WITHIN
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ class Emptiness:
         """
         image = self.times(directions)
         inner = directions.to(image).T @ image
-        factor = torch.linalg.cholesky((inner + inner.T) / 2)
+        inner = (inner + inner.T) / 2
+        if self.matrix.dtype == torch.float16:
+            # What is written thousands of times more strongly than most is lost in rounding.
+            inner.diagonal().add_(_ROUNDING)
+        factor = torch.linalg.cholesky(inner)
         vectors = torch.linalg.solve_triangular(factor, image.T, upper=False).T
         return self._changed(vectors, [-1.0] * vectors.shape[1])
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from abliterate.audit.compare import Comparison
-from abliterate.audit.spectra import is_wide, precision
+from abliterate.audit.spectra import is_wide
 from abliterate.audit.units import Reading, Unit, read_bias, read_columns
 
 _SAMPLE = 4  # columns of a unit, per channel
@@ -50,9 +50,8 @@ def strengths(
         exact = {t.name: t.scale for t in comparison.projected if t.scale is not None}
     measured = []
     for unit in reading.units:
-        width = reading.d_model
-        most = min(_SAMPLE * width, _MOST)
-        columns = read_columns(reading, unit, most, _SEED, gains, precision(width))
+        most = min(_SAMPLE * reading.d_model, _MOST)
+        columns = read_columns(reading, unit, most, _SEED, gains)
         typical = _typical(columns)
         along = float((direction.to(columns.dtype) @ columns).square().sum())
         measured.append((unit, along / typical if typical > 0 else 1.0))

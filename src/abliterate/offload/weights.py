@@ -201,10 +201,13 @@ class Weights:
         tensors = {name: self.mapped.tensor(name) for name in names}
         with _one_by_one():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._config)
-        if any("allocate memory" in str(text) for text in info.conversion_errors.values()):
+        texts = [str(text) for text in info.conversion_errors.values()]
+        # As the allocators of a CPU and of an accelerator say it.
+        if any(words in text for text in texts for words in ("allocate memory", "out of memory")):
+            smaller = "--activation-memory or --dtype" if self.device.type == "cpu" else "--dtype"
             raise UsageError(
                 f"a block of {self.checkpoint.name} and what it is converted from do not fit into "
-                "memory beside what waits there: use a smaller --activation-memory or --dtype"
+                f"memory beside what waits there: use a smaller {smaller}"
             )
         wrong = sorted(map(str, info.mismatched_keys)) or sorted(map(str, info.conversion_errors))
         if wrong:
