@@ -174,5 +174,6 @@ def p_agreement(squared: float, width: int) -> float:
     """Chance that two random directions have a squared cosine of at least this.
 
     It is Beta(1/2, (d - 1)/2); the bound ``(1 - c)^((d - 1)/2)`` holds for every c in [0, 1].
+    Never 0: below 1e-300 it is that.
     """
-    return float((1 - min(squared, 1.0)) ** ((width - 1) / 2))
+    return max(1e-300, float((1 - min(squared, 1.0)) ** ((width - 1) / 2)))
