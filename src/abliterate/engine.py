@@ -18,6 +18,7 @@ from threading import Event
 
 import torch
 
+from abliterate.buffers import RUN_BYTES
 from abliterate.layout import ShardLayout
 from abliterate.project import Sums
 from abliterate.transfer import TargetFile, clone_file
@@ -33,6 +34,12 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def edit_memory(jobs: int) -> int:
+    """Bytes that :func:`write_shards` takes, about: a run and three blocks for each thread."""
+    threads = min(jobs, _MOST_JOBS) + _MORE_THREADS + _MOST_SHARDS // 2
+    return threads * (RUN_BYTES + (8 << 20))
 
 
 def write_shards(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from abliterate.batching import Budget
+from abliterate.engine import edit_memory, usable_cores
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.models import DTYPES, empty_model, text_config
 from abliterate.offload.passes import CPU_TOKENS
@@ -26,8 +27,6 @@ from abliterate.writers import decoder_blocks, find_writers
 TOKENS, POSITIONS, N_TRAIN, N_VAL, N_TEST, ANSWER = 32, 5, 128, 32, 100, 512
 # Of the candidates, those that induce leaves over for KL and bypass; half is usual.
 _PASSING = 0.5
-# What orthogonalize keeps beyond the libraries, at most: its goal, and that of its tests.
-_EDIT_MEMORY = 512 << 20
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 
 
@@ -286,7 +285,7 @@ def _select(shape: Shape, machine: Machine, work: Workload, fits: bool) -> Stage
 
 
 def _orthogonalize(shape: Shape, machine: Machine, work: Workload) -> StageEstimate:
-    memory = work.libraries + _EDIT_MEMORY
+    memory = work.libraries + edit_memory(usable_cores())
     seconds = 2 * shape.stored / machine.disk
     return StageEstimate(
         "orthogonalize", "streamed edit", 1, shape.stored, 4.0 * shape.parameters, memory, seconds
