@@ -407,6 +407,10 @@ def test_errors_are_one_line(
     tensors[gain][7] = torch.nan
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     assert f"'{gain}' holds NaN" in fails("audit", broken, code=4)
+    save_file({"direction": _vector(64)}, tmp_path / "narrow.safetensors")
+    edit = ("orthogonalize", broken, "--direction", tmp_path / "narrow.safetensors")
+    assert f"'{gain}' holds NaN" in fails(*edit, "-o", tmp_path / "out", code=4)
+    assert not (tmp_path / "out").exists()
     shutil.rmtree(broken)
     shutil.copytree(demo_model_dir(), broken)
     (broken / "abliterate.json").write_text('{"tensors": 3}')

@@ -26,6 +26,7 @@ from abliterate.units import Files, Unit, Work, units_of
 
 _MOST_SHARDS = 4  # in flight: what a kill may cost
 _MOST_JOBS = 16  # each thread has a run's memory, and no disk keeps up with more
+_BLOCKS_BYTES, _BEGUN_BYTES = 8 << 20, 48 << 20  # of a thread beside its run; of all before it
 _MORE_THREADS = 2  # than cores: while some wait for the disk, the others compute
 
 
@@ -37,9 +38,8 @@ def usable_cores() -> int:
 
 
 def edit_memory(jobs: int) -> int:
-    """Bytes that :func:`write_shards` takes, about: a run and three blocks for each thread."""
-    threads = min(jobs, _MOST_JOBS) + _MORE_THREADS + _MOST_SHARDS // 2
-    return threads * (RUN_BYTES + (8 << 20))
+    """Bytes that :func:`write_shards` takes, about: a run and some blocks for each thread."""
+    return (min(jobs, _MOST_JOBS) + _MORE_THREADS) * (RUN_BYTES + _BLOCKS_BYTES) + _BEGUN_BYTES
 
 
 def write_shards(

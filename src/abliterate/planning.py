@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from abliterate.console import log
-from abliterate.errors import PlanError, UnsupportedArchitectureError
+from abliterate.errors import CheckpointError, PlanError, UnsupportedArchitectureError
 from abliterate.formats import dense_shapes, find_quantized, read_config
 from abliterate.hub import read_remote_shards
 from abliterate.interventions import unit_direction
@@ -232,11 +232,19 @@ def _require_exact(config: Any, proof: Proof, allow_leak: float | None) -> None:
 
 
 def _read_parameter(name: str, disk: DiskMap, shards: ShardSet) -> Tensor:
-    """A gain's values, from the one tensor on disk that holds it."""
+    """A gain's values, from the one tensor on disk that holds it.
+
+    Raises:
+        CheckpointError: they are not finite.
+        PlanError: there is no such tensor.
+    """
     held = [tensor for tensor in disk.tensors if tensor.parameter == name]
     if len(held) != 1 or held[0].part is not None or held[0].region is not None:
         raise PlanError(f"the gain {name} is not one whole tensor on disk")
-    return shards.values(held[0].name).double()
+    values = shards.values(held[0].name).double()
+    if not bool(values.isfinite().all()):
+        raise CheckpointError(f"the gain '{name}' holds NaN or infinity")
+    return values
 
 
 def _tied_head(model: PreTrainedModel) -> str | None:

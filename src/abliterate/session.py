@@ -17,10 +17,7 @@ from typing import Any
 
 import torch
 
-from abliterate.artifacts import (
-    hash_file,
-    versions,
-)
+from abliterate.artifacts import hash_file, versions
 from abliterate.chat import ChatFormat
 from abliterate.console import log
 from abliterate.errors import InputError, UsageError

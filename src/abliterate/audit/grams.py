@@ -79,8 +79,7 @@ def make_frame(reading: Reading, cells: Sequence[Cell], gains: bool) -> tuple[Fr
         most = _ROW_COLUMNS if wide else _most(reading, cell)
         energy = torch.zeros(reading.d_model, dtype=torch.float64)
         for unit in cell.units[::step]:
-            columns = read_columns(reading, unit, most, _SEED, gains, precision(reading.d_model))
-            own = columns.double().square_().sum(dim=1)
+            own = read_columns(reading, unit, most, _SEED, gains).square().sum(dim=1)
             whole = _finite(float(own.sum()), unit)
             energy += own / whole if whole > 0 else own
         if float(energy.sum()) > 0:

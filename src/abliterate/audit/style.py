@@ -53,7 +53,7 @@ def strengths(
         most = min(_SAMPLE * reading.d_model, _MOST)
         columns = read_columns(reading, unit, most, _SEED, gains)
         typical = _typical(columns)
-        along = float((direction.to(columns.dtype) @ columns).square().sum())
+        along = float((direction @ columns).square().sum())
         measured.append((unit, along / typical if typical > 0 else 1.0))
     limit = _limit([energy for _, energy in measured])
     found = []
@@ -71,7 +71,7 @@ def strengths(
 def _typical(columns: Tensor) -> float:
     generator = torch.Generator().manual_seed(_SEED)
     tries = torch.randn(len(columns), 64, generator=generator, dtype=torch.float64)
-    tries = (tries / tries.norm(dim=0)).to(columns.dtype)
+    tries = tries / tries.norm(dim=0)
     return float((tries.T @ columns).square().sum(dim=1).median())
 
 
