@@ -20,7 +20,7 @@ import transformers
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/support"))
 
 from architectures.roundtrip import Outcome, round_trip  # noqa: E402
 from architectures.zoo import (  # noqa: E402
@@ -35,7 +35,7 @@ HEADER = """\
 Every decoder-only text model type that `AutoModelForCausalLM` of transformers {version} knows, as a
 tiny random model (all parameters random, norm gains and biases too) taken through the command line:
 `orthogonalize`, reload, measure. Made by `scripts/architectures.py`; the test suite
-(`tests/test_architectures.py`) asserts the same.
+(`tests/writers/test_architectures.py`) asserts the same.
 
 **{exact} of {total} types are exact**: the *leak*, the largest share `|h . r| / ||h||` of the
 residual stream along the direction over every block boundary and token, falls from the first figure

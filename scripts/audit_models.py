@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from abliterate.models import find_checkpoint
-from abliterate.planning import make_plan
-from abliterate.sources import read_source
+from abliterate.editing.edit_plan import make_plan
+from abliterate.models.loading import find_checkpoint
+from abliterate.prompts.sources import read_source
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 320  # bytes, and a few that are never seen

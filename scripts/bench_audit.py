@@ -40,12 +40,12 @@ from audit_models import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abliterate.audit import cells, spectra
-from abliterate.audit.report import audit
-from abliterate.edit_options import EditOptions
-from abliterate.editing import orthogonalize
-from abliterate.models import find_checkpoint
-from abliterate.planning import make_plan
+from abliterate.auditing import cells, spectra
+from abliterate.auditing.report import audit
+from abliterate.editing.edit_plan import make_plan
+from abliterate.editing.options import EditOptions
+from abliterate.editing.orthogonalize import orthogonalize
+from abliterate.models.loading import find_checkpoint
 
 WEIGHTS = "model.safetensors"
 TRAINED = ("llama", "gpt2", "gemma2", "qwen2", "qwen3_moe", "gpt_neox", "olmo2", "mamba")

@@ -147,7 +147,7 @@ def dig(file: Path) -> None:
 COMMAND = """
 import sys
 from pathlib import Path
-from abliterate.cli import main
+from abliterate.cli.app import main
 code = main()
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 print(status["VmHWM"].split()[0], file=sys.stderr)

@@ -167,11 +167,11 @@ def extract(
     mode: str, folder: Path, ids: list[list[int]], size: int | str, budget: int, spare: str
 ) -> tuple[float, torch.Tensor]:
     """When the model was open, and the means."""
-    from abliterate import extraction
-    from abliterate.forward import stand_in
-    from abliterate.models import Checkpoint, load_weights
+    from abliterate.extraction import means
+    from abliterate.inference.forward import stand_in
+    from abliterate.models.loading import Checkpoint, load_weights
     from abliterate.offload import open_stream, opening
-    from abliterate.offload.passes import look
+    from abliterate.offload.weight_passes import look
 
     if mode == "stream":
         opening.load_tokenizer = lambda *_: None  # the prompts are token ids
@@ -192,7 +192,7 @@ def extract(
         )  # fmt: skip
         stand_in(model, torch.device("cpu"), True)
     opened = time.perf_counter()
-    mean, _ = extraction.mean_resid_pre(model, ids, _POSITIONS, batch_size=size)
+    mean, _ = means.mean_resid_pre(model, ids, _POSITIONS, batch_size=size)
     return opened, mean
 
 

@@ -40,9 +40,9 @@ _HIDDEN, _INNER, _VOCABULARY = 4096, 14336, 32000
 _TOOL = """
 import json, sys, time
 from pathlib import Path
-import abliterate.editing, transformers, torch
+import abliterate.editing.orthogonalize, transformers, torch
 from abliterate.direction import load_direction
-from abliterate.edit_options import EditOptions
+from abliterate.editing.options import EditOptions
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 def status(key):
@@ -56,7 +56,7 @@ Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 begun = time.perf_counter()
 options = EditOptions(jobs=int(jobs) or None, tied_embeddings=tied)
-abliterate.editing.orthogonalize(source, load_direction(direction), out, options=options)
+abliterate.orthogonalize(source, load_direction(direction), out, options=options)
 print(json.dumps({"seconds": time.perf_counter() - begun, "memory": status("VmHWM") - before}))
 """
 

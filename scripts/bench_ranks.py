@@ -28,8 +28,8 @@ CHOICE = ("--no-filter", "--kl-threshold", "1000", "--induce-threshold=-1000")
 
 def worker(args: list[str]) -> int:
     """One rank: the command line, with its stage measured into ``$BENCH/RANK.json``."""
-    from abliterate import stages
-    from abliterate.cli import main
+    from abliterate.cli.app import main
+    from abliterate.pipeline import stages
 
     def measured(work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any, **more: Any) -> Any:

@@ -22,8 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from abliterate.cli import main
-from abliterate.prompts import load_prompts
+from abliterate.cli.app import main
+from abliterate.prompts.sampling import load_prompts
 from abliterate.resources import demo_model_dir
 
 NAMES = ("baseline", "ablate", "add", "subtract", "orthogonalized")

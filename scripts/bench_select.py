@@ -33,13 +33,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from abliterate import load_model, load_prompts
-from abliterate.chat import ChatFormat, encode, parse_positions
-from abliterate.choice import Score, Thresholds, choose, judge
-from abliterate.extraction import find_refusal_tokens, mean_resid_pre
-from abliterate.forward import all_last_logits
-from abliterate.refusal import refusal_score
-from abliterate.scoring import Scorer
-from abliterate.search_task import Task
+from abliterate.extraction.means import find_refusal_tokens, mean_resid_pre
+from abliterate.inference.forward import all_last_logits
+from abliterate.metrics.refusal import refusal_score
+from abliterate.prompts.chat_template import ChatFormat, encode, parse_positions
+from abliterate.selection.candidate_filters import Score, Thresholds, choose, judge
+from abliterate.selection.candidate_search import Scorer
+from abliterate.selection.search_inputs import Task
 from abliterate.writers import decoder_blocks
 
 ROOT = Path(__file__).resolve().parents[1]

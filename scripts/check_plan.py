@@ -22,8 +22,8 @@ import psutil
 import torch
 from bench_offload import _POSITIONS, build, build_tiny, prompts
 
-from abliterate import scaling, speeds
-from abliterate.models import Checkpoint, load_config
+from abliterate.capacity import machine_benchmark, resource_estimate
+from abliterate.models.loading import Checkpoint, load_config
 
 
 def main() -> None:
@@ -45,28 +45,28 @@ def main() -> None:
             build(folder, args)
             build_tiny(folder, args)
             config = load_config(Checkpoint(str(folder), folder))
-            shape = scaling.shape_of(config, torch.float32)
+            shape = resource_estimate.shape_of(config, torch.float32)
             for mode in ("memory", "stream"):
                 row(folder, args, mode, shape)
 
 
-def row(folder: Path, args: argparse.Namespace, mode: str, shape: scaling.Shape) -> None:
+def row(folder: Path, args: argparse.Namespace, mode: str, shape: resource_estimate.Shape) -> None:
     lengths = [len(ids) for ids in prompts(args.prompts)]
-    work = scaling.Workload(
+    work = resource_estimate.Workload(
         n_train=args.prompts // 2,
         tokens=round(sum(lengths) / len(lengths)),
         positions=len(_POSITIONS),
         activation_memory=1 << 30,
         libraries=psutil.Process().memory_info().rss,
     )
-    machine = scaling.Machine(
+    machine = resource_estimate.Machine(
         1 << 40 if mode == "memory" else 1,
         0,
-        speeds.disk_speed(folder),
-        speeds.layer_speed(shape.width, torch.float32, torch.device("cpu")),
-        speeds.copy_speed(),
+        machine_benchmark.disk_speed(folder),
+        machine_benchmark.layer_speed(shape.width, torch.float32, torch.device("cpu")),
+        machine_benchmark.copy_speed(),
     )
-    expected = scaling.estimate(shape, machine, work)[0]
+    expected = resource_estimate.estimate(shape, machine, work)[0]
     for path in folder.glob("*.safetensors"):  # cold, as the estimate assumes
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/support"))
 
 from architectures.zoo import (  # noqa: E402
     decoder_only_types,
@@ -29,11 +29,11 @@ from architectures.zoo import (  # noqa: E402
 )
 
 from abliterate.errors import AbliterateError  # noqa: E402
-from abliterate.extraction import Seen  # noqa: E402
-from abliterate.extraction import look as look_in_memory  # noqa: E402
-from abliterate.models import Checkpoint, load_weights  # noqa: E402
+from abliterate.extraction.means import Seen  # noqa: E402
+from abliterate.extraction.means import look as look_in_memory  # noqa: E402
+from abliterate.models.loading import Checkpoint, load_weights  # noqa: E402
 from abliterate.offload import opening  # noqa: E402
-from abliterate.offload.passes import look  # noqa: E402
+from abliterate.offload.weight_passes import look  # noqa: E402
 
 VISION_LANGUAGE = (
     "aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "llava", "mistral3", "paligemma",

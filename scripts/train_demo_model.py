@@ -33,9 +33,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from abliterate import ChatFormat, Selection, evaluate, extract, load_model, load_prompts, select
-from abliterate.chat import encode
-from abliterate.evaluation import Outcome
-from abliterate.sources import read_source
+from abliterate.evaluation.compare import Outcome
+from abliterate.prompts.chat_template import encode
+from abliterate.prompts.sources import read_source
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL = ("<|pad|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

@@ -25,8 +25,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from abliterate.cli import main
-from abliterate.sources import read_source
+from abliterate.cli.app import main
+from abliterate.prompts.sources import read_source
 
 torch.set_num_threads(1)
 

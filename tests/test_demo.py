@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abliterate import ablate
-from abliterate.refusal import is_refusal
+from abliterate.metrics.refusal import is_refusal
+from abliterate.prompts.sources import read_source
 from abliterate.resources import demo_model_dir
-from abliterate.sources import read_source
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,38 +11,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from abliterate.chat import ChatFormat
     from abliterate.direction import Direction, load_direction
-    from abliterate.edit_options import EditOptions
-    from abliterate.editing import orthogonalize
+    from abliterate.editing.options import EditOptions
+    from abliterate.editing.orthogonalize import orthogonalize
     from abliterate.errors import AbliterateError
-    from abliterate.evaluation import evaluate
-    from abliterate.extraction import Extraction, extract
-    from abliterate.interventions import ablate, add
-    from abliterate.models import Loaded, load_model
-    from abliterate.prompts import load_prompts
-    from abliterate.selection import Selection, Thresholds, select
-    from abliterate.sources import Prompt
+    from abliterate.evaluation.compare import evaluate
+    from abliterate.extraction.means import Extraction, extract
+    from abliterate.inference.interventions import ablate, add
+    from abliterate.models.loading import Loaded, load_model
+    from abliterate.prompts.chat_template import ChatFormat
+    from abliterate.prompts.sampling import load_prompts
+    from abliterate.prompts.sources import Prompt
+    from abliterate.selection.search import Selection, Thresholds, select
 
 _HOME = {
     "AbliterateError": "errors",
-    "ChatFormat": "chat",
+    "ChatFormat": "prompts.chat_template",
     "Direction": "direction",
-    "EditOptions": "edit_options",
-    "Extraction": "extraction",
-    "Loaded": "models",
-    "Prompt": "sources",
-    "Selection": "selection",
-    "Thresholds": "selection",
-    "ablate": "interventions",
-    "add": "interventions",
-    "evaluate": "evaluation",
-    "extract": "extraction",
+    "EditOptions": "editing.options",
+    "Extraction": "extraction.means",
+    "Loaded": "models.loading",
+    "Prompt": "prompts.sources",
+    "Selection": "selection.search",
+    "Thresholds": "selection.search",
+    "ablate": "inference.interventions",
+    "add": "inference.interventions",
+    "evaluate": "evaluation.compare",
+    "extract": "extraction.means",
     "load_direction": "direction",
-    "load_model": "models",
-    "load_prompts": "prompts",
-    "orthogonalize": "editing",
-    "select": "selection",
+    "load_model": "models.loading",
+    "load_prompts": "prompts.sampling",
+    "orthogonalize": "editing.orthogonalize",
+    "select": "selection.search",
 }
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from abliterate.cli import main
+from abliterate.cli.app import main
 
 sys.exit(main())

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from abliterate.artifacts import finite
+from abliterate.storage.artifacts import finite
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.artifacts import hash_file, read_tensors, tensor_metadata, write_tensors
 from abliterate.errors import InputError
+from abliterate.storage.artifacts import hash_file, read_tensors, tensor_metadata, write_tensors
 
 FILE_NAME = "direction.safetensors"
 

@@ -85,7 +85,7 @@ class SelectSettings(_Section):
 
 
 class OrthogonalizeSettings(_Section):
-    """The edited checkpoint; see ``abliterate.edit_options.EditOptions``."""
+    """The edited checkpoint; see ``abliterate.editing.options.EditOptions``."""
 
     overwrite: bool = False
     allow_leak: float | None = Field(default=None, ge=0)

@@ -17,16 +17,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from abliterate.artifacts import read_json
+from abliterate.checkpoints.shards import DTYPES, ShardSet, TensorEntry, read_shards, same_bytes
 from abliterate.console import progress
 from abliterate.direction import Direction
-from abliterate.editing import RECORD
+from abliterate.editing.edit_plan import EditPlan, TensorEdit, make_plan
+from abliterate.editing.orthogonalize import RECORD
 from abliterate.errors import CheckpointError
-from abliterate.models import Checkpoint, Loaded
-from abliterate.planning import EditPlan, TensorEdit, make_plan
-from abliterate.shards import DTYPES, ShardSet, TensorEntry, read_shards, same_bytes
+from abliterate.models.loading import Checkpoint, Loaded
+from abliterate.storage.artifacts import read_json
 from abliterate.writers import find_writers
-from abliterate.writers.stream import leak
+from abliterate.writers.residual_stream import leak
 
 # What float32 arithmetic on float32 matrices may leave, relative to the same norm.
 _FLOOR = 1e-5
@@ -201,7 +201,7 @@ def measure_leak(loaded: Loaded, direction: Direction, prompts: Sequence[Sequenc
         prompts: token ids.
     """
     if loaded.stream is not None:
-        from abliterate.offload.changed import leak_of
+        from abliterate.offload.streamed_interventions import leak_of
 
         return leak_of(loaded.stream, direction.vector, prompts)
     blocks = find_writers(loaded.model).blocks

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abliterate.offload.opening import (
+from abliterate.offload.layer_streaming import Job, Stream
+from abliterate.offload.open_model import (
     free_memory,
     load_or_stream,
     must_stream,
     open_stream,
     parse_memory,
 )
-from abliterate.offload.stream import Job, Stream
 
 __all__ = [
     "Job",

@@ -32,10 +32,10 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
+from abliterate.checkpoints.shards import read_shards
 from abliterate.errors import CheckpointError, UsageError
-from abliterate.models import Checkpoint, build_model
-from abliterate.offload.mapped import Mapped
-from abliterate.shards import read_shards
+from abliterate.models.loading import Checkpoint, build_model
+from abliterate.offload.mmap_weights import Mapped
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.artifacts import read_json
-from abliterate.editing import RECORD
+from abliterate.analysis.direction_trace import TRACE
+from abliterate.analysis.inspection import INSPECT
+from abliterate.editing.orthogonalize import RECORD
 from abliterate.errors import InputError
-from abliterate.inspection import INSPECT
-from abliterate.session import COMPLETIONS, EVALUATION, EXTRACT, MODEL, SELECTION
-from abliterate.tracing import TRACE
+from abliterate.run_folder import COMPLETIONS, EVALUATION, EXTRACT, MODEL, SELECTION
+from abliterate.storage.artifacts import read_json
 
 Document = Mapping[str, Any]
 

@@ -20,13 +20,13 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 
-from abliterate.artifacts import finite, versions
 from abliterate.errors import InputError
 from abliterate.report import facts, geometry_figures, outcome_figures, selection_figures
 from abliterate.report.collect import Completions, Run, read_completions
 from abliterate.report.reproduce import commands
 from abliterate.report.selection_figures import METRICS, Table
 from abliterate.report.style import plotly
+from abliterate.storage.artifacts import finite, versions
 
 Figures = dict[str, Any]
 

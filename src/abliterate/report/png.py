@@ -9,9 +9,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from abliterate.artifacts import check_writable
 from abliterate.console import debugging
 from abliterate.errors import UsageError
+from abliterate.storage.artifacts import check_writable
 
 # Wide enough for a column at 300 dpi.
 _WIDTH, _SCALE = 900, 2

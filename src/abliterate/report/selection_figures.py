@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.choice import Thresholds, first_pruned_layer
 from abliterate.report.collect import Document
 from abliterate.report.style import (
     COLOURS,
@@ -19,6 +18,7 @@ from abliterate.report.style import (
     layer_axis,
     plotly,
 )
+from abliterate.selection.candidate_filters import Thresholds, first_pruned_layer
 
 _REASONS = {
     "kl": ("x", "KL above {kl:g}"),

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from abliterate.errors import PlanError, UnsupportedArchitectureError
-from abliterate.writers.discover import DiscoveryError, discover
+from abliterate.writers.discovery import DiscoveryError, discover
 from abliterate.writers.plan import Gain, Obstacle, Site, Writer, WriterPlan
 from abliterate.writers.proof import Proof, prove, prove_in_place
-from abliterate.writers.shrink import ShrinkError
+from abliterate.writers.tiny_model import ShrinkError
 
 __all__ = [
     "Gain",

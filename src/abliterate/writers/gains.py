@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .plan import Gain
-from .trace import Trace, storage_of
+from abliterate.writers.op_trace import Trace, storage_of
+from abliterate.writers.plan import Gain
 
 #: More rows than this in a per-channel map means that it is not one (a table, an activation).
 MAX_GAIN_ROWS = 16

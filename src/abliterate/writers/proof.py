@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .discover import discover, project
-from .plan import WriterPlan
-from .shrink import shrunken
-from .stream import leak
+from abliterate.writers.discovery import discover, project
+from abliterate.writers.plan import WriterPlan
+from abliterate.writers.residual_stream import leak
+from abliterate.writers.tiny_model import shrunken
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -1,0 +1,330 @@
+"""trace: how prompts, with and without a suffix, move along the direction (paper, section 5).
+
+-> ``RUN/trace.json``: the cosine of the last token's ``resid_pre`` with the direction at every
+layer, and the attention heads whose contribution along it changes most with the suffix.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from abliterate.console import log
+from abliterate.direction import Direction, load_direction
+from abliterate.errors import UsageError
+from abliterate.inference.attention_heads import (
+    HeadsUnknown,
+    HeadView,
+    OutProjection,
+    out_projections,
+    watch_heads,
+)
+from abliterate.inference.forward import Batch, capture_resid_pre, for_each_batch, last_logits
+from abliterate.inference.interventions import unit_direction
+from abliterate.models.loading import Loaded
+from abliterate.prompts.sampling import load_prompts
+from abliterate.prompts.suffixes import Marked, Marker, Span
+from abliterate.run_folder import EXTRACT, SELECTION, Session
+from abliterate.storage.artifacts import hash_json, read_json, versions, write_json
+
+TRACE = "trace.json"
+CONDITIONS = ("harmful", "harmless", "suffix", "random")
+
+
+@dataclass
+class Seen:
+    """What one condition's prompts showed, in their order.
+
+    Attributes:
+        cosines: float64 ``[n, n_layers]``.
+        heads: ``[n, n_attention_layers, n_heads]``, or None.
+        mass: ``[n, n_attention_layers, n_heads, 2]``: attention of the last token to instruction
+            and suffix, NaN where a layer's weights are not known; or None.
+        error: the worst :attr:`HeadView.error`.
+    """
+
+    cosines: Tensor
+    heads: Tensor | None = None
+    mass: Tensor | None = None
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to trace.
+
+    Attributes:
+        harmful: prompt source, or None for the run's own test prompts.
+        harmless: likewise.
+        n_prompts: how many of each, or None for as many as there are.
+        suffix: what is put after the harmful prompts, or None.
+        n_heads: how many heads are listed.
+    """
+
+    harmful: str | None = None
+    harmless: str | None = None
+    n_prompts: int | None = None
+    suffix: str | None = None
+    n_heads: int = 10
+
+
+def trace_stage(session: Session, run: Path, request: Request) -> dict[str, Any]:
+    """Trace prompts along the direction of a run; returns the record ``trace.json``.
+
+    Raises:
+        InputError: an artifact or prompt source cannot be used.
+        UsageError: the suffix does not reach the prompt.
+    """
+    direction = load_direction(run)
+    texts, sources = _prompts(session, run, request)
+    started = time.perf_counter()
+    loaded = session.whole()
+    marker = Marker(loaded.tokenizer, session.chat)
+    prompts = {kind: marker.plain(texts[kind]) for kind in ("harmful", "harmless")}
+    if request.suffix is not None:
+        prompts["suffix"] = marker.suffixed(texts["harmful"], request.suffix)
+        seed = session.settings.model.seed
+        prompts["random"] = marker.randomised(prompts["suffix"], seed)
+    tracer = Tracer(loaded, direction, session.settings.model.batch_size)
+    if request.suffix is not None:
+        tracer.find_heads()
+    seen = {kind: tracer.run(rows, kind) for kind, rows in prompts.items()}
+    for note in tracer.notes:
+        log.info("%s", note)
+    record = {
+        "model": session.identity,
+        "direction": direction.summary(),
+        "prompts": sources,
+        "request": asdict(request),
+        "suffix": _suffix_record(request.suffix, prompts.get("suffix", [])),
+        "cosines": {kind: _curve(one.cosines) for kind, one in seen.items()},
+        "heads": _head_record(tracer, seen, request.n_heads) if request.suffix else None,
+        "notes": tracer.notes,
+        "settings": session.settings.model_dump(include={"model", "chat"}),
+        "seed": session.settings.model.seed,
+        "versions": versions(),
+        "seconds": time.perf_counter() - started,
+        "inputs": hash_json(
+            session.base_inputs()
+            | {"direction": direction.sha256, "suffix": request.suffix, "prompts": texts}
+            | {"n_heads": request.n_heads}
+        ),
+    }
+    write_json(run / TRACE, record)
+    return record
+
+
+def _prompts(
+    session: Session, run: Path, request: Request
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """The texts of each kind, and what the record says of them.
+
+    A source that is named is taken as it is; the run's own are less what it has used already.
+    """
+    extracted = read_json(run / EXTRACT, f"extract MODEL -o {run}")
+    used = [extracted]
+    if (run / SELECTION).is_file():
+        used.append(read_json(run / SELECTION, f"select {run}"))
+    seed = session.settings.model.seed
+    texts: dict[str, list[str]] = {}
+    sources: dict[str, Any] = {}
+    count = request.n_prompts
+    for kind in ("harmful", "harmless"):
+        named = getattr(request, kind)
+        source = named or getattr(session.settings.extract, kind)
+        taken = [] if named else [key for record in used for key in record["prompts"][kind]]
+        chosen = load_prompts(source, "test", count, seed, taken, "--n-prompts")
+        texts[kind] = [prompt.text for prompt in chosen]
+        sources[kind] = {"source": source, "n": len(chosen)}
+    return texts, sources
+
+
+def _suffix_record(suffix: str | None, prompts: Sequence[Marked]) -> dict[str, Any] | None:
+    if suffix is None:
+        return None
+    lengths = [p.suffix.stop - p.suffix.start for p in prompts if p.suffix is not None]
+    return {"text": suffix, "n_tokens": {"min": min(lengths), "max": max(lengths)}}
+
+
+def _curve(cosines: Tensor) -> dict[str, Any]:
+    """Mean and standard deviation over prompts, by layer."""
+    spread = cosines.std(0) if len(cosines) > 1 else torch.zeros_like(cosines[0])
+    return {"n": len(cosines), "mean": cosines.mean(0).tolist(), "std": spread.tolist()}
+
+
+@dataclass
+class Tracer:
+    """Runs prompts and looks at their last token.
+
+    Attributes:
+        loaded: model and tokenizer.
+        direction: along which.
+        batch_size: prompts per forward pass, or ``auto``.
+        projections: the attention layers watched; empty until :meth:`find_heads`.
+        notes: what could not be seen, and why.
+    """
+
+    loaded: Loaded
+    direction: Direction
+    batch_size: int | str = "auto"
+    projections: list[OutProjection] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        width = self.direction.vector.shape[0]
+        self.unit = unit_direction(self.direction.vector, width)
+
+    def find_heads(self) -> None:
+        """Watch the attention heads too, from now on, if they can be told apart."""
+        try:
+            self.projections = out_projections(self.loaded.model, self.unit)
+        except HeadsUnknown as error:
+            self._no_heads(error)
+
+    def _no_heads(self, error: HeadsUnknown) -> None:
+        kind = self.loaded.model.config.model_type
+        self.notes.append(f"no head table: the heads of a '{kind}' cannot be told apart: {error}")
+        self.projections = []
+
+    def run(self, prompts: Sequence[Marked], description: str) -> Seen:
+        """Cosines and, where heads are watched, what each of them writes and where it looks."""
+        model = self.loaded.model
+        cosines: list[Tensor | None] = [None] * len(prompts)
+        views: list[tuple[tuple[int, ...], HeadView]] = []
+        with torch.inference_mode(), ExitStack() as stack:
+            captured = stack.enter_context(capture_resid_pre(model, [-1]))
+            heads = None
+            if self.projections:
+                stack.enter_context(_eager(model))
+                heads = stack.enter_context(watch_heads(model, self.projections, self.unit))
+
+            def look(batch: Batch) -> None:
+                nonlocal heads
+                last_logits(model, batch)
+                hidden = captured()[:, 0].double().cpu()
+                along = (hidden @ self.unit) / hidden.norm(dim=-1).clamp_min(1e-30)
+                for row, values in zip(batch.rows, along, strict=True):
+                    cosines[row] = values
+                if heads is not None:
+                    try:
+                        views.append((batch.rows, heads()))
+                    except HeadsUnknown as error:
+                        heads = None
+                        self._no_heads(error)
+
+            ids = [prompt.ids for prompt in prompts]
+            for_each_batch(model, ids, look, self.batch_size, f"trace: {description}")
+        seen = Seen(torch.stack([values for values in cosines if values is not None]))
+        if heads is not None and self.projections:
+            self._gather(seen, prompts, views)
+        return seen
+
+    def _gather(
+        self,
+        seen: Seen,
+        prompts: Sequence[Marked],
+        views: Sequence[tuple[tuple[int, ...], HeadView]],
+    ) -> None:
+        first = views[0][1].contributions
+        seen.heads = torch.zeros(len(prompts), *first.shape[1:])
+        seen.mass = torch.full((*seen.heads.shape, 2), float("nan"))
+        for rows, view in views:
+            seen.heads[list(rows)] = view.contributions
+            seen.error = max(seen.error, view.error)
+            for at, weights in enumerate(view.attention):
+                for index, row in enumerate(rows if weights is not None else ()):
+                    assert weights is not None
+                    seen.mass[row, at] = _mass(weights[index], prompts[row])
+
+
+def _mass(weights: Tensor, prompt: Marked) -> Tensor:
+    """Attention ``[n_heads, 2]`` to instruction and suffix, of weights ``[n_heads, keys]``."""
+
+    def on(span: Span | None) -> Tensor:
+        if span is None:
+            return torch.full((len(weights),), float("nan"))
+        if weights.shape[1] < -span.start:  # a sliding window: the rest is out of sight
+            return weights[:, : weights.shape[1] + span.stop].sum(1)
+        return weights[:, span.start : span.stop].sum(1)
+
+    return torch.stack([on(prompt.instruction), on(prompt.suffix)], dim=1)
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Attention that hands out its weights, where the architecture has it."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("eager")
+    except Exception as error:  # architectures refuse in their own ways; they show no weights then
+        log.debug("no eager attention: %s", error)
+        yield
+        return
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _head_record(tracer: Tracer, seen: Mapping[str, Seen], count: int) -> dict[str, Any] | None:
+    """The heads whose contribution along the direction changes most with the suffix."""
+    parts = {kind: seen[kind].heads for kind in ("harmful", "suffix", "random")}
+    harmful, suffixed = parts["harmful"], parts["suffix"]
+    if harmful is None or suffixed is None or parts["random"] is None:
+        return None
+    change = (suffixed - harmful).double()
+    means = change.mean(0)
+    order = means.abs().flatten().argsort(descending=True, stable=True)[:count]
+    n_heads = means.shape[1]
+    rows = []
+    for flat in order.tolist():
+        at, head = divmod(flat, n_heads)
+        own = change[:, at, head]
+        rows.append(
+            {
+                "layer": tracer.projections[at].layer,
+                "head": head,
+                "change": float(means[at, head]),
+                "change_std": float(own.std()) if len(own) > 1 else 0.0,
+                "contribution": {
+                    kind: float(part[:, at, head].double().mean())
+                    for kind, part in parts.items()
+                    if part is not None
+                },
+                "attention": {kind: _masses(seen[kind].mass, at, head) for kind in parts},
+            }
+        )
+    return {
+        "rows": rows,
+        "n_heads": n_heads,
+        "layers": [projection.layer for projection in tracer.projections],
+        "largest_error": max(seen[kind].error for kind in parts),
+    }
+
+
+def _masses(mass: Tensor | None, at: int, head: int) -> dict[str, float | None]:
+    assert mass is not None
+    values = mass[:, at, head].double().mean(0).tolist()
+    return {
+        name: None if value != value else value
+        for name, value in zip(("instruction", "suffix"), values, strict=True)
+    }
+
+
+def check_request(request: Request) -> None:
+    """Refuse counts below one.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for option, count in (("--n-prompts", request.n_prompts), ("--heads", request.n_heads)):
+        if count is not None and count < 1:
+            raise UsageError(f"{option} must be at least 1, not {count}")

@@ -1,0 +1,87 @@
+"""The picture of fragility.json: refusal rate, refusal score and KL against the share removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from abliterate.errors import UsageError
+from abliterate.storage.artifacts import write_atomically
+
+_NEEDS = "needs plotly and kaleido: pip install 'abliterate[report]'"
+
+
+def require_plotly() -> None:
+    """Fail before any work is done if the picture cannot be drawn.
+
+    Raises:
+        UsageError: plotly is missing.
+    """
+    try:
+        import plotly.graph_objects  # noqa: F401
+    except ImportError:
+        raise UsageError(f"the picture {_NEEDS}, or pass --no-picture") from None
+
+
+def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) -> list[Path]:
+    """Write ``fragility.html``, which needs no network, and images on request.
+
+    Args:
+        record: the document ``fragility.json``.
+        folder: where to.
+        images: ``png`` and ``svg``, drawn by kaleido in a Chrome.
+
+    Raises:
+        UsageError: plotly or kaleido is missing, or there is no Chrome.
+    """
+    require_plotly()
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    points = record["points"]
+    fractions = [point["fraction"] for point in points]
+    figure = make_subplots(
+        rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.6, 0.4],
+        specs=[[{"secondary_y": True}], [{}]],
+    )  # fmt: skip
+
+    def line(key: str, name: str, dash: str = "solid") -> Any:
+        values = [point[key] for point in points]
+        return go.Scatter(x=fractions, y=values, name=name, mode="lines+markers",
+                          line={"dash": dash})  # fmt: skip
+
+    figure.add_trace(line("refusal_rate", "refusal rate, harmful"), row=1, col=1)
+    figure.add_trace(line("harmless_refusal_rate", "refusal rate, harmless", "dot"), row=1, col=1)
+    figure.add_trace(
+        line("bypass_score", "refusal score, harmful", "dash"), row=1, col=1, secondary_y=True
+    )
+    figure.add_trace(line("kl_divergence", "KL, harmless"), row=2, col=1)
+    number, half = record["fragility"], record["half_fraction"]
+    if half is not None:
+        figure.add_vline(x=half, line_dash="dot", line_color="grey")
+    said = "nothing is refused" if number is None else f"fragility {number:.2f}"
+    said += "" if half is None else f", half of the refusals gone at {half:.2f}"
+    figure.update_layout(
+        title=f"{record['model']['id']}: {said}", template="plotly_white", width=860, height=640,
+        legend={"orientation": "h", "y": -0.12},
+    )  # fmt: skip
+    figure.update_yaxes(title_text="refusal rate", range=[-0.03, 1.03], row=1, col=1,
+                        secondary_y=False)  # fmt: skip
+    figure.update_yaxes(title_text="refusal score", row=1, col=1, secondary_y=True, showgrid=False)
+    figure.update_yaxes(title_text="KL (nats)", row=2, col=1)
+    figure.update_xaxes(title_text="share of the direction removed", row=2, col=1)
+    html = figure.to_html(include_plotlyjs=True, full_html=True, div_id="fragility")
+    written = [folder / "fragility.html"]
+    write_atomically(written[0], html.encode())
+    for kind in images:
+        try:
+            content = figure.to_image(format=kind, scale=2)
+        except Exception as error:  # kaleido raises many kinds; all mean that no image can be had
+            short = " ".join(str(error).split())[:160]
+            raise UsageError(
+                f"--image {kind} {_NEEDS}, and a Chrome or Chromium ({short})"
+            ) from None
+        written.append(folder / f"fragility.{kind}")
+        write_atomically(written[-1], content)
+    return written

@@ -1,0 +1,229 @@
+"""inspect: what the candidate directions look like, layer by layer -> ``RUN/inspect.json``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.console import log
+from abliterate.direction import Direction, load_direction
+from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
+from abliterate.extraction.kept_activations import FILE_NAME as ACTIVATIONS
+from abliterate.extraction.kept_activations import Activations
+from abliterate.extraction.means import Extraction
+from abliterate.inference.interventions import check_direction
+from abliterate.inference.logit_lens import Promoted, extremes, logit_lens
+from abliterate.metrics.geometry import Geometry, measure
+from abliterate.run_folder import DIRECTIONS, EXTRACT, Session
+from abliterate.storage.artifacts import hash_file, hash_json, read_json, versions, write_json
+
+INSPECT = "inspect.json"
+# Tokens listed for the selected direction, and for every layer's own.
+_TOKENS, _LAYER_TOKENS = 20, 5
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run folder holds for ``inspect``.
+
+    Attributes:
+        extraction: the candidates.
+        direction: the selected one.
+        activations: per-prompt vectors, or None if they were not kept.
+        position: whose activations and candidates are looked at.
+    """
+
+    extraction: Extraction
+    direction: Direction
+    activations: Activations | None
+    position: int
+
+    @property
+    def candidates(self) -> Tensor:
+        """The directions at the position, float64 ``[n_layers, d_model]``."""
+        return self.extraction.directions[self.extraction.positions.index(self.position)]
+
+
+def inspect_stage(session: Session, run: Path, position: int | None = None) -> dict[str, Any]:
+    """Describe the geometry of a run's directions; returns the record ``inspect.json``.
+
+    Args:
+        session: the model of the run, for the logit lens.
+        run: the run folder, selected.
+        position: whose activations to look at, counted from the prompt's end; the last kept one.
+
+    Raises:
+        InputError: an artifact is missing, damaged, or not of this extraction.
+        UsageError: the position was not kept, or scikit-learn is missing.
+    """
+    started = time.perf_counter()
+    extracted = read_json(run / EXTRACT, f"extract MODEL -o {run}")
+    materials = _materials(run, extracted, position)
+    geometry, notes = _geometry(materials)
+    lens, problem = _lens(session, materials)
+    notes += problem
+    for note in notes:
+        log.info("%s", note)
+    record = {
+        "model": session.identity,
+        "direction": materials.direction.summary(),
+        "position": materials.position,
+        "cosines": _cosines(materials),
+        "layers": [
+            row | {"geometry": geometry.get(row["layer"])} | lens["layers"].get(row["layer"], {})
+            for row in _layers(materials)
+        ],
+        "lens": lens["direction"],
+        "projections": geometry.pop("projections"),
+        "notes": notes,
+        "settings": session.settings.model_dump(include={"model", "chat"}),
+        "seed": session.settings.model.seed,
+        "versions": versions(),
+        "seconds": time.perf_counter() - started,
+        "inputs": hash_json(
+            session.base_inputs()
+            | {"extract": extracted["inputs"], "direction": materials.direction.sha256}
+            | {"position": materials.position}
+        ),
+    }
+    write_json(run / INSPECT, record)
+    return record
+
+
+def _materials(run: Path, extracted: Mapping[str, Any], position: int | None) -> Materials:
+    extraction = Extraction.load(run / DIRECTIONS, extracted)
+    direction = load_direction(run)
+    check_direction(direction.vector, extraction.mean_harmful.shape[-1])
+    path = run / ACTIVATIONS
+    activations = Activations.open(path) if path.is_file() else None
+    if activations and extracted["outputs"].get(ACTIVATIONS) != hash_file(path):
+        raise InputError(
+            f"{path} is not what {run / EXTRACT} records: run `abliterate extract` with "
+            "--save-activations again"
+        )
+    held = activations.positions if activations else extraction.positions
+    usual = held[-1] if activations or direction.position is None else direction.position
+    chosen = usual if position is None else position
+    if chosen not in held:
+        hint = (
+            ""
+            if chosen not in extraction.positions
+            else (
+                "; keep it with `abliterate extract --save-activations --activation-positions all`"
+            )
+        )
+        raise UsageError(f"--position {chosen}: {run} holds {', '.join(map(str, held))}{hint}")
+    return Materials(extraction, direction, activations, chosen)
+
+
+def _layers(materials: Materials) -> list[dict[str, Any]]:
+    """Norms and cosines of each layer's candidate."""
+    row = materials.extraction.positions.index(materials.position)
+    selected = materials.direction.vector
+    return [
+        {
+            "layer": layer,
+            "cosine_with_selected": _cosine(candidate, selected),
+            "norm": float(candidate.norm()),
+            "norm_mean_harmful": float(materials.extraction.mean_harmful[row, layer].norm()),
+            "norm_mean_harmless": float(materials.extraction.mean_harmless[row, layer].norm()),
+        }
+        for layer, candidate in enumerate(materials.candidates)
+    ]
+
+
+def _cosines(materials: Materials) -> dict[str, Any]:
+    """Cosine of every candidate with the selected direction, positions x layers."""
+    selected = materials.direction.vector
+    return {
+        "positions": list(materials.extraction.positions),
+        "tokens": list(materials.extraction.tokens),
+        "values": [
+            [_cosine(candidate, selected) for candidate in layers]
+            for layers in materials.extraction.directions
+        ],
+    }
+
+
+def _cosine(one: Tensor, other: Tensor) -> float | None:
+    """None where a candidate is zero: layer 0 of a template token is the same for every prompt."""
+    length = float(one.norm() * other.norm())
+    return float(one @ other) / length if length > 0 else None
+
+
+def _geometry(materials: Materials) -> tuple[dict[Any, Any], list[str]]:
+    """By layer what :func:`measure` says; under ``projections`` the points of the plots."""
+    projections: dict[str, Any] = {}
+    found: dict[Any, Any] = {"projections": projections}
+    activations = materials.activations
+    if activations is None:
+        return found, [
+            "no activations were kept: PCA and separation are left out (run extract again with "
+            "--save-activations)"
+        ]
+    flat = []
+    for layer in activations.layers:
+        pair = activations.at(layer, materials.position)
+        result = measure(*pair, materials.direction.vector)
+        if result is None:
+            flat.append(layer)
+            continue
+        found[layer] = _geometry_record(result)
+        projections[str(layer)] = {
+            "harmful": _rounded(result.harmful.tolist()),
+            "harmless": _rounded(result.harmless.tolist()),
+        }
+    notes = [f"layer {', '.join(map(str, flat))}: the vectors are the same for every prompt"]
+    return found, notes if flat else []
+
+
+def _geometry_record(result: Geometry) -> dict[str, Any]:
+    return {
+        "pc1_share": result.pc_shares[0],
+        "pc2_share": result.pc_shares[1],
+        "cos_pc1": result.cos_pc1,
+        "auc": result.auc,
+        "silhouette": result.silhouette,
+        "auc_selected": result.auc_selected,
+        "silhouette_selected": result.silhouette_selected,
+        "n_harmful": len(result.harmful),
+        "n_harmless": len(result.harmless),
+    }
+
+
+def _rounded(points: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Enough digits for a plot."""
+    return [[float(f"{value:.5g}") for value in point] for point in points]
+
+
+def _lens(session: Session, materials: Materials) -> tuple[dict[str, Any], list[str]]:
+    """Tokens of the selected direction, and of each layer's candidate that is not zero."""
+    loaded = session.whole()
+    chosen = [
+        layer for layer, candidate in enumerate(materials.candidates) if float(candidate.norm()) > 0
+    ]
+    vectors = torch.stack([materials.direction.vector, *materials.candidates[chosen]])
+    try:
+        logits = logit_lens(loaded.model, vectors)
+    except UnsupportedArchitectureError as error:
+        kind = loaded.model.config.model_type
+        return {"direction": None, "layers": {}}, [f"no logit lens of a '{kind}': {error}"]
+
+    def record(row: Tensor, count: int) -> dict[str, Any]:
+        promotes, suppresses = extremes(row, count)
+        return {"promotes": listed(promotes), "suppresses": listed(suppresses)}
+
+    def listed(tokens: Sequence[Promoted]) -> list[dict[str, Any]]:
+        decode = loaded.tokenizer.decode
+        return [{"id": t.id, "token": decode([t.id]), "logit": t.logit} for t in tokens]
+
+    layers = {
+        layer: record(row, _LAYER_TOKENS) for layer, row in zip(chosen, logits[1:], strict=True)
+    }
+    return {"direction": record(logits[0], _TOKENS), "layers": layers}, []

@@ -1,0 +1,4 @@
+"""Was a checkpoint abliterated, and along what: told from its files, with or without a base.
+
+Uses ``writers``, ``checkpoints`` and what lies below; runs no model.
+"""

@@ -1,0 +1,76 @@
+"""Writers that are compared with each other: cells of units, and the groups an edit may hide in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from abliterate.auditing.components import Unit
+from abliterate.auditing.soft_null_space import storage
+
+LEAST_CELLS = 4
+# What is kept of all cells, and the work on them that still takes minutes on two cores.
+_MOST_BYTES, _MOST_FLOPS = 2.1e9, 4e13
+_FLOPS = 5  # of one cell, about, as a multiple of the cube of the width
+_FEWEST_CELLS = 12  # in a wide model: two of each kind in each third of the depth
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Units whose grams are added up: one each, or neighbouring layers in a wide model."""
+
+    kind: str
+    layers: tuple[int | None, ...]
+    units: tuple[Unit, ...]
+
+
+def make_cells(units: Sequence[Unit], width: int) -> list[Cell]:
+    """One cell for each unit, or as few for each kind as memory and time allow."""
+    room = _MOST_BYTES / (width**2 * storage(width).itemsize)
+    most = int(max(_FEWEST_CELLS, min(room, _MOST_FLOPS / (_FLOPS * width**3))))
+    if len(units) <= most:
+        return [Cell(u.kind, (u.layer,), (u,)) for u in units]
+    kinds = dict.fromkeys(u.kind for u in units)
+    cells = []
+    for kind in kinds:
+        own = [u for u in units if u.kind == kind]
+        number = max(1, min(len(own), round(most * len(own) / len(units))))
+        if 1 < number < len(own):  # so that none reaches over the thirds of the depth by much
+            number = min(len(own), 3 * max(1, round(number / 3)))
+        for index in range(number):
+            some = own[len(own) * index // number : len(own) * (index + 1) // number]
+            cells.append(Cell(kind, tuple(u.layer for u in some), tuple(some)))
+    return cells
+
+
+def groups_of(cells: Sequence[Cell]) -> dict[str, list[int]]:
+    """The groups of cells in which an edit may hide: all, by kind, by third of the depth."""
+    every = range(len(cells))
+    kinds = {"attention": ("attention", "mixer"), "mlp": ("mlp", "expert")}
+    layers = [layer for cell in cells for layer in cell.layers if layer is not None]
+    depth = max(layers, default=-1) + 1
+    inner = [i for i in every if cells[i].layers[0] is not None]
+    groups = {"all": list(every), "blocks": inner}
+    groups |= {n: [i for i in inner if cells[i].kind in kinds[n]] for n in kinds}
+    for index, name in enumerate(("first third", "middle third", "last third")):
+        low, high = depth * index / 3, depth * (index + 1) / 3
+        groups[name] = [i for i in inner if low <= _middle(cells[i]) + 0.5 <= high]
+    unique = {tuple(chosen): name for name, chosen in reversed(groups.items())}
+    return {
+        name: chosen
+        for name, chosen in groups.items()
+        if len(chosen) >= LEAST_CELLS and unique[tuple(chosen)] == name
+    }
+
+
+def _middle(cell: Cell) -> float:
+    inside = [layer for layer in cell.layers if layer is not None]
+    return sum(inside) / len(inside)
+
+
+def halves_of(cells: Sequence[Cell], chosen: Sequence[int]) -> tuple[list[int], list[bool]]:
+    """A group's cells, and which half each is in: by turns within each kind, so that each half has
+    its share of all depths and kinds."""
+    kinds = dict.fromkeys(cells[i].kind for i in chosen)
+    ordered = [i for kind in kinds for i in chosen if cells[i].kind == kind]
+    return ordered, [position % 2 == 1 for position in range(len(ordered))]

@@ -1,0 +1,323 @@
+"""What writes to the residual stream, read from the files as matrices of output columns.
+
+A *unit* is all that one component of one block writes: the attention of block 3, the experts of
+block 5, the embedding. Its matrix ``A`` ``[d_model, columns]`` holds what the stream receives:
+behind a norm ``A = diag(g) C W`` (the gain, and the centring where the norm subtracts the mean), so
+that the left null direction of every edited unit is the stream direction itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from abliterate.checkpoints.disk_matrix import Grid, PlainGrid, Strip, strips
+from abliterate.checkpoints.quantized_formats import (
+    Quantized,
+    find_quantized,
+    open_quantized,
+    read_config,
+)
+from abliterate.checkpoints.shards import DTYPES, ShardSet, TensorEntry
+from abliterate.editing.edit_plan import Located, TensorEdit, locate_writers
+from abliterate.editing.shard_tasks import Files
+from abliterate.editing.tensor_changes import resolve_edits
+from abliterate.errors import CheckpointError
+from abliterate.models.loading import Checkpoint
+from abliterate.writers import Gain, stream_width
+
+_RUNS = 8  # neighbouring columns are read together: so many runs, spread over the matrix
+_MOST_STRIPS = 16  # of a stack of experts
+_AT_ONCE = 4096  # columns, where all are read
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor on disk (or a box of it) that writes to the stream.
+
+    Attributes:
+        edit: where it lies; its basis is empty.
+        ways: the gains that its product passes, one tuple for each way to the stream.
+        bias: it is added as it is.
+        channels: the channels that it writes, or None for all.
+    """
+
+    edit: TensorEdit
+    ways: tuple[tuple[Gain, ...], ...]
+    bias: bool
+    channels: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """All matrices of one kind in one block.
+
+    Attributes:
+        kind: ``embedding``, ``attention``, ``mlp``, ``expert``, ...
+        layer: decoder block, or None.
+        parts: its matrices.
+    """
+
+    kind: str
+    layer: int | None
+    parts: tuple[Part, ...]
+
+    @property
+    def label(self) -> str:
+        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A checkpoint whose writers are known.
+
+    Attributes:
+        checkpoint: the folder.
+        located: writers and shards.
+        quantized: tensors stored in blocks with scales.
+        units: all matrices.
+        biases: all vectors.
+        d_model: width of the stream.
+    """
+
+    checkpoint: Checkpoint
+    located: Located
+    quantized: Mapping[str, Quantized]
+    units: tuple[Unit, ...]
+    biases: tuple[Part, ...]
+    d_model: int
+
+    @property
+    def has_gains(self) -> bool:
+        """Whether a gain or a centring stands between a writer and the stream."""
+        return any(any(part.ways) for unit in self.units for part in unit.parts)
+
+
+def open_checkpoint(checkpoint: Checkpoint) -> Reading:
+    """Find the writers from config and headers; runs no code of the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or stored in a format that cannot be read.
+        UnsupportedArchitectureError: the writers cannot be found.
+    """
+    located = locate_writers(checkpoint)
+    quantized = find_quantized(located.shards, read_config(checkpoint.folder))
+    width = stream_width(located.model, located.plan)
+    nothing = torch.zeros(0, width, dtype=torch.float64)
+    parts: list[Part] = []
+    for tensor in located.disk.tensors:
+        ways = [w for w in located.plan.writers if w.parameter == tensor.parameter]
+        if not ways or tensor.loads_as == located.head:
+            continue
+        first = ways[0]
+        edit = TensorEdit(tensor.name, tensor.axis, nothing, first.kind, first.layer, tensor.region)
+        edit = resolve_edits([edit], located.shards, quantized)[0]
+        gains = tuple(dict.fromkeys(w.gains for w in ways))
+        parts.append(Part(edit, gains, first.bias, first.part))
+    grouped: dict[tuple[str, int | None], list[Part]] = {}
+    for part in parts:
+        if not part.bias:
+            grouped.setdefault((part.edit.kind, part.edit.layer), []).append(part)
+    order = sorted(grouped, key=lambda key: (-1 if key[1] is None else key[1], key[0]))
+    units = tuple(Unit(kind, layer, tuple(grouped[kind, layer])) for kind, layer in order)
+    biases = tuple(part for part in parts if part.bias)
+    return Reading(checkpoint, located, quantized, units, biases, width)
+
+
+def read_columns(
+    reading: Reading,
+    unit: Unit,
+    most: int,
+    seed: int,
+    gains: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The unit's columns, or a fixed sample of them.
+
+    Args:
+        reading: the checkpoint.
+        unit: which.
+        most: about how many columns at most.
+        seed: of the sample.
+        gains: as the stream receives them; False for the matrices as they are stored.
+        dtype: of the result.
+
+    Returns:
+        ``[d_model, columns]``.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity, or is stored in an unknown format.
+    """
+    share = max(1, most // len(unit.parts))
+    found = [
+        passed
+        for part in unit.parts
+        for passed in _stream_columns(reading, part, share, seed, gains, dtype)
+    ]
+    return _joined(found)
+
+
+def _joined(columns: Sequence[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(list(columns), dim=1)
+
+
+def read_bias(reading: Reading, part: Part) -> Tensor:
+    """A bias as the stream receives it, float64 ``[d_model, vectors]``."""
+    return torch.cat(list(_stream_columns(reading, part, 1 << 12, 0, True)), dim=1)
+
+
+def _stream_columns(
+    reading: Reading,
+    part: Part,
+    most: int,
+    seed: int,
+    gains: bool,
+    dtype: torch.dtype = torch.float64,
+) -> Iterator[Tensor]:
+    raw = read_tensor(reading.located.shards, reading.quantized, part.edit, most, seed, dtype)
+    if part.channels is not None:
+        whole = raw.new_zeros(reading.d_model, raw.shape[1])
+        whole[slice(*part.channels)] = raw
+        raw = whole
+    if not gains:
+        yield raw
+        return
+    for way in part.ways:
+        yield _pass(raw, way, reading.located.gains)
+
+
+def _pass(columns: Tensor, way: Sequence[Gain], values: Mapping[str, Tensor]) -> Tensor:
+    """What the stream receives of columns ``[d_model, m]``."""
+    for gain in way:
+        if gain.centred:
+            columns = columns - columns.mean(dim=0)
+        if gain.parameter is not None:
+            value = values[gain.parameter].double()
+            if gain.index:
+                value = value[tuple(slice(None) if i is None else i for i in gain.index)]
+            columns = (value.reshape(-1, 1) + gain.offset).to(columns.dtype) * columns
+    return columns
+
+
+def read_tensor(
+    shards: ShardSet,
+    quantized: Mapping[str, Quantized],
+    edit: TensorEdit,
+    most: int,
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """A tensor as ``[d_model, columns]``; a sample of its columns if it is large.
+
+    The sample depends on the seed and the tensor's shape alone, so that two checkpoints of one
+    architecture are sampled at the same places.
+    """
+    entry, stored = shards.tensors[edit.name], quantized.get(edit.name)
+    shape = entry.shape if stored is None else stored.shape
+    if not shape or 0 in shape:
+        raise CheckpointError(f"tensor '{edit.name}' in {entry.file} is empty")
+    pieces = list(strips(shape, edit.axis, edit.region))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(pieces), generator=generator)[:_MOST_STRIPS].sort().values
+    share = max(1, most // len(chosen))
+    with ExitStack() as stack:
+        files = Files(stack, {})
+        found = [
+            _load(entry, stored, piece, _runs(_count(piece), share, generator), files, dtype)
+            for piece in (pieces[index] for index in chosen.tolist())
+        ]
+    return _finite(entry, _joined(found))
+
+
+def every_column(
+    shards: ShardSet, quantized: Mapping[str, Quantized], edit: TensorEdit
+) -> Iterator[Tensor]:
+    """All of a tensor as float64 ``[d_model, columns]``, some thousand columns at a time.
+
+    Only what is stored in blocks with scales across its columns comes in one piece.
+    """
+    entry, stored = shards.tensors[edit.name], quantized.get(edit.name)
+    shape = entry.shape if stored is None else stored.shape
+    with ExitStack() as stack:
+        files = Files(stack, {})
+        for piece in strips(shape, edit.axis, edit.region):
+            count = _count(piece)
+            size = _AT_ONCE if stored is None or piece.across else count
+            for begin in range(0, count, size):
+                run = (begin, min(begin + size, count))
+                yield _finite(entry, _load(entry, stored, piece, [run], files, torch.float64))
+
+
+def _finite(entry: TensorEntry, columns: Tensor) -> Tensor:
+    if not bool(torch.isfinite(columns).all()):
+        raise CheckpointError(f"tensor '{entry.name}' in {entry.file} holds NaN or infinity")
+    return columns
+
+
+def _count(strip: Strip) -> int:
+    return strip.rows if strip.across else strip.columns
+
+
+def _load(
+    entry: TensorEntry,
+    stored: Quantized | None,
+    strip: Strip,
+    runs: Sequence[tuple[int, int]],
+    files: Files,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Runs of neighbouring columns (of neighbouring rows, where rows lie along the stream)."""
+    if strip.across:
+        grid = _grid(entry, stored, strip, files)
+        step = grid.row_step
+        return torch.cat(
+            [
+                grid.load(low, high)[first - low : last - low].T.to(dtype, copy=True)
+                for first, last in runs
+                for low, high in [(first // step * step, min(-(-last // step) * step, grid.rows))]
+            ],
+            dim=1,
+        )
+    if stored is not None:  # blocks of scales: whole rows, then the columns
+        grid = _grid(entry, stored, strip, files)
+        step = max(grid.row_step, (1 << 22) // strip.columns // grid.row_step * grid.row_step)
+        rows = []
+        for row in range(0, strip.rows, step):
+            block = grid.load(row, min(row + step, strip.rows))
+            rows.append(torch.cat([block[:, a:b] for a, b in runs], dim=1).to(dtype))
+        return torch.cat(rows)
+    narrow = [replace(strip, offset=strip.offset + a, columns=b - a) for a, b in runs]
+    # Copies: what is loaded is valid until the next load.
+    parts = (_grid(entry, None, s, files).load(0, s.rows) for s in narrow)
+    return _joined([part.to(dtype, copy=True) for part in parts])
+
+
+def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    if count <= most:
+        return [(0, count)]
+    number = min(_RUNS, most)
+    room, length = count // number, most // number
+    return [
+        (begin, begin + length)
+        for index in range(number)
+        for begin in [
+            index * room + int(torch.randint(0, room - length + 1, (1,), generator=generator))
+        ]
+    ]
+
+
+def _grid(entry: TensorEntry, stored: Quantized | None, strip: Strip, files: Files) -> Grid:
+    device = torch.device("cpu")
+    if stored is not None:
+        return open_quantized(stored, strip, files.open, None, 0, None, device)
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(
+            f"tensor '{entry.name}' is stored as {entry.dtype}, which cannot be read as floats: "
+            "audit the checkpoint in bfloat16, float16 or float32 that it was made from"
+        )
+    source = files.open(entry.file)
+    return PlainGrid(source, entry.start, None, 0, DTYPES[entry.dtype], strip, device)

@@ -1,0 +1,179 @@
+"""Is there one direction that the writers avoid together, far beyond what chance explains?
+
+Each writer has directions of little energy, in places of its own. The mean over writers of their
+emptiness ``K = t (G + t)^-1`` levels those out (its bulk narrows as ``1 / sqrt(n)``), while an edit
+``A <- (I - s r r^T) A`` raises ``r^T K r`` from ``c`` to ``c / (c + (1 - s)^2 (1 - c))``, whatever
+the spectra are. So the test asks whether the largest eigenvalue of the mean stands apart from the
+ones below it, and whether two disjoint halves of the writers name the same direction. What the
+probabilities rest on is in docs/audit.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from abliterate.auditing.soft_null_space import upper_edge
+
+_WITHIN = 8  # spacings below the largest that its distance is compared with
+# Largest of a Gaussian orthogonal ensemble: P(ratio > 0.5) = 0.04, P(ratio > 1) = 7e-5 (measured on
+# 30,000 each of width 64 to 1000); its tail falls faster than this exponential through both.
+_TAIL_START, _TAIL_RATE, _TAIL_AT_START = 0.5, 12.0, 0.04
+LEAST_WIDTH = 4 * _WITHIN
+_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class Emptiness:
+    """Where a writer has little energy: ``matrix + vectors diag(signs) vectors^T``.
+
+    Attributes:
+        matrix: ``[d, d]``, symmetric, eigenvalues in 0 ... 1.
+        vectors: ``[d, m]``, changes to it that need no new inverse.
+        signs: ``[m]``.
+    """
+
+    matrix: Tensor = field(repr=False)
+    vectors: Tensor = field(repr=False)
+    signs: Tensor = field(repr=False)
+
+    def times(self, columns: Tensor) -> Tensor:
+        """``K x`` for columns ``[d, m]``, on the matrix's device."""
+        here = columns.to(self.vectors)
+        changes = self.vectors @ (self.signs.unsqueeze(1) * (self.vectors.T @ here))
+        out: Tensor = self.matrix.to(here.dtype) @ here + changes
+        return out
+
+    def along(self, direction: Tensor) -> float:
+        """``r^T K r``."""
+        column = direction.unsqueeze(1)
+        return float((column.to(self.vectors) * self.times(column)).sum())
+
+    def add_to(self, total: Tensor) -> None:
+        """``total += K``."""
+        total.add_(self.matrix.to(total.dtype))  # slow between dtypes
+        if len(self.signs):
+            total.addmm_((self.vectors * self.signs).to(total), self.vectors.T.to(total))
+
+    def without(self, directions: Tensor) -> Emptiness:
+        """As if ``A`` ran in the complement of orthonormal columns ``[d, m]`` alone.
+
+        That is the Schur complement of ``G + t``; along the columns themselves nothing is empty.
+        """
+        image = self.times(directions)
+        inner = directions.to(image).T @ image
+        inner = (inner + inner.T) / 2
+        if self.matrix.dtype == torch.float16:
+            # What is written thousands of times more strongly than most is lost in rounding.
+            inner.diagonal().add_(_ROUNDING)
+        factor = torch.linalg.cholesky(inner)
+        vectors = torch.linalg.solve_triangular(factor, image.T, upper=False).T
+        return self._changed(vectors, [-1.0] * vectors.shape[1])
+
+    def edited(self, direction: Tensor, scale: float) -> Emptiness:
+        """After an edit ``A <- (I - s r r^T) A``, at the same shift.
+
+        Args:
+            direction: unit ``r``, ``[d]``.
+            scale: ``s``.
+        """
+        unit = direction.to(self.vectors)
+        image = self.times(unit.unsqueeze(1))[:, 0]
+        own = float(unit @ image)
+        kept = (1 - scale) ** 2 * (1 / own - 1)
+        moved = (unit + (1 - scale) * (image / own - unit)) / math.sqrt(1 + kept)
+        return self._changed(torch.stack([image / math.sqrt(own), moved], dim=1), [-1.0, 1.0])
+
+    def _changed(self, vectors: Tensor, signs: Sequence[float]) -> Emptiness:
+        return Emptiness(
+            self.matrix,
+            torch.cat([self.vectors, vectors], dim=1),
+            torch.cat([self.signs, torch.tensor(signs).to(self.signs)]),
+        )
+
+
+def of_matrix(matrix: Tensor) -> Emptiness:
+    """An emptiness without changes; products with it are float32 at least."""
+    dtype = torch.float32 if matrix.dtype == torch.float16 else matrix.dtype
+    nothing = torch.zeros(len(matrix), 0, dtype=dtype, device=matrix.device)
+    return Emptiness(matrix, nothing, nothing[0])
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How a group of units stands at the upper edge of its mean emptiness.
+
+    Attributes:
+        ratio: distance of the largest eigenvalue from the next, over the spread of those below.
+        distance: that distance itself, in units of emptiness.
+        agreement: squared cosine of the first directions of two disjoint halves of the units.
+        p_gap: chance of such a ratio at the edge of a random symmetric matrix.
+        p_agreement: chance of such a cosine between random directions.
+        direction: the emptiest direction, unit, ``[width]``.
+    """
+
+    ratio: float
+    distance: float
+    agreement: float
+    p_gap: float
+    p_agreement: float
+    direction: Tensor = field(repr=False)
+
+    @property
+    def p_value(self) -> float:
+        """The larger of the two: both have to be beyond chance."""
+        return max(self.p_gap, self.p_agreement)
+
+
+def gap(units: Sequence[Emptiness], halves: Sequence[bool]) -> Gap:
+    """Test a group of units.
+
+    Args:
+        units: their emptiness.
+        halves: which half each belongs to.
+    """
+    sums, ends = [], []
+    for half in (False, True):
+        own = [one for one, which in zip(units, halves, strict=True) if which is half]
+        if own:
+            sums.append(_sum(own))
+            ends.append(upper_edge(sums[-1], 1, 1 + half)[1])
+    total = sums[0]
+    if len(sums) == 2:
+        total += sums[1]
+    del sums
+    values, first = upper_edge(total, _WITHIN + 2, 0)
+    values = values / len(units)
+    within = min(_WITHIN, len(values) - 2)
+    distance = float(values[0] - values[1])
+    spread = float(values[1] - values[within + 1])
+    ratio = distance / spread if spread > 0 else 0.0
+    agreement = float(ends[0] @ ends[1]) ** 2 if len(ends) == 2 else 0.0
+    p_gap = min(1.0, _TAIL_AT_START * math.exp(-_TAIL_RATE * (ratio - _TAIL_START)))
+    return Gap(ratio, distance, agreement, p_gap, p_agreement(agreement, len(total)), first)
+
+
+def emptiest(units: Sequence[Emptiness]) -> Tensor:
+    """The first direction of a group's mean, unit, float64 ``[d]`` on the CPU."""
+    return upper_edge(_sum(units), 1, 0, 1e-3)[1]
+
+
+def _sum(units: Sequence[Emptiness]) -> Tensor:
+    matrix = units[0].matrix
+    total = torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device)
+    for one in units:
+        one.add_to(total)
+    return total
+
+
+def p_agreement(squared: float, width: int) -> float:
+    """Chance that two random directions have a squared cosine of at least this.
+
+    It is Beta(1/2, (d - 1)/2); the bound ``(1 - c)^((d - 1)/2)`` holds for every c in [0, 1].
+    Never 0: below 1e-300 it is that.
+    """
+    return max(1e-300, float((1 - min(squared, 1.0)) ** ((width - 1) / 2)))

@@ -1,0 +1,150 @@
+"""From the files to the emptiness of each cell, in coordinates in which channels are alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from abliterate.auditing.component_pools import Cell
+from abliterate.auditing.components import Reading, Unit, read_columns
+from abliterate.auditing.eigengap_test import Emptiness, of_matrix
+from abliterate.auditing.soft_null_space import FINE_GRAM, emptiness, is_wide, precision, storage
+from abliterate.console import progress
+from abliterate.errors import CheckpointError
+
+# Sampled columns of a cell, per channel of the stream.
+_COLUMNS, _WIDE_COLUMNS = 4, 2
+_ROW_UNITS = 4  # of a cell whose rows' norms are measured, in a wide model
+_ROW_COLUMNS = 256  # of each of them
+_DEAD = 1e-4
+_USUAL = 1.5  # rows whose norm is within this factor of the median are left as they are
+_BLOCKS = 4
+_SEED = 0
+_GUESS = 0.2  # of the first shift, as a multiple of the mean energy
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Coordinates of the channels that are written at all, unusual ones scaled to the rest.
+
+    What all writers share in the norms of their rows widens the spectrum's edge and says nothing;
+    a direction survives the scaling, its coordinates change by known factors.
+
+    Attributes:
+        live: the channels, ``[k]``.
+        silent: the others.
+        factors: float64 ``[k]``.
+        d_model: width of the stream.
+    """
+
+    live: Tensor = field(repr=False)
+    silent: Tensor = field(repr=False)
+    factors: Tensor = field(repr=False)
+    d_model: int
+
+    @property
+    def width(self) -> int:
+        return len(self.live)
+
+    def outwards(self, inside: Tensor) -> Tensor:
+        """A direction ``[k]`` as one of the stream, unit, ``[d_model]``."""
+        out = inside.new_zeros(self.d_model)
+        out[self.live] = self.factors * inside
+        out /= out.norm()
+        return out
+
+    def inwards(self, directions: Tensor) -> Tensor:
+        """What is orthogonal to these in here is so to ``directions`` ``[d_model, m]`` outside."""
+        return self.factors.unsqueeze(1) * directions[self.live]
+
+    def cut(self, gram: Tensor) -> Tensor:
+        """A gram in these coordinates; the given one may be changed."""
+        if self.width < self.d_model:
+            live = self.live.to(gram.device)
+            gram = gram[live][:, live]
+        factors = self.factors.to(gram)
+        return gram.mul_(factors.unsqueeze(1)).mul_(factors)
+
+
+def make_frame(reading: Reading, cells: Sequence[Cell], gains: bool) -> tuple[Frame, list[Cell]]:
+    """The frame of all cells, and those of them that are not zero."""
+    wide = is_wide(reading.d_model)
+    rows, present = [], []
+    for cell in cells:
+        step = max(1, math.ceil(len(cell.units) / _ROW_UNITS)) if wide else 1
+        most = _ROW_COLUMNS if wide else _most(reading, cell)
+        energy = torch.zeros(reading.d_model, dtype=torch.float64)
+        for unit in cell.units[::step]:
+            own = read_columns(reading, unit, most, _SEED, gains).square().sum(dim=1)
+            whole = _finite(float(own.sum()), unit)
+            energy += own / whole if whole > 0 else own
+        if float(energy.sum()) > 0:
+            rows.append(energy)
+            present.append(cell)
+    if not rows:
+        every = torch.arange(reading.d_model)
+        return Frame(every, every[:0], torch.ones(len(every), dtype=torch.float64), len(every)), []
+    stacked = torch.stack(rows)
+    relative = stacked / stacked.median(dim=1, keepdim=True).values.clamp(min=1e-300)
+    silent = (relative < _DEAD).double().mean(dim=0) > 0.25
+    norms = torch.exp(torch.log(relative.clamp(_DEAD, 1 / _DEAD)).mean(dim=0) / 2)
+    norms = norms / norms.clamp(1 / _USUAL, _USUAL)
+    live = (~silent).nonzero()[:, 0]
+    frame = Frame(live, silent.nonzero()[:, 0], 1 / norms[live], reading.d_model)
+    return frame, present
+
+
+def read_emptiness(
+    reading: Reading, cells: Sequence[Cell], frame: Frame, gains: bool, device: torch.device
+) -> list[Emptiness]:
+    """The emptiness of each cell, each unit in it with the same weight, on the device."""
+    found, guess = [], _GUESS
+    for cell in progress(cells, "audit: writers", total=len(cells)):
+        for dtype in (precision(reading.d_model), torch.float64):
+            gram, columns = _gram(reading, cell, gains, device, dtype)
+            gram = frame.cut(gram)
+            rows = gram.diagonal()
+            zero = int((rows <= 1e-12 * rows.max()).sum())
+            matrix, guess = emptiness(gram, max(zero, frame.width - columns), guess)
+            del gram, rows
+            if dtype == torch.float64 or guess > FINE_GRAM:
+                break  # else the spectrum is too steep for float32
+        found.append(of_matrix(matrix.to(storage(reading.d_model))))
+        del matrix
+    return found
+
+
+def _gram(
+    reading: Reading, cell: Cell, gains: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, int]:
+    """The lower triangle of a cell's gram ``[d, d]`` (in blocks), and its number of columns."""
+    width = reading.d_model
+    total = torch.zeros(width, width, dtype=dtype, device=device)
+    count = 0
+    step = -(-width // _BLOCKS) if is_wide(width) else width
+    for unit in cell.units:
+        columns = read_columns(reading, unit, _most(reading, cell), _SEED, gains, dtype)
+        norm = _finite(float(torch.linalg.vector_norm(columns, dtype=torch.float64)), unit)
+        if norm > 0:
+            # Scaled first: products of very small or large numbers leave float32.
+            here = columns.div_(norm).to(device)
+            count += here.shape[1]
+            for begin in range(0, width, step):
+                end = min(begin + step, width)
+                total[begin:end, :end].addmm_(here[begin:end], here[:end].T)
+    return total, count
+
+
+def _most(reading: Reading, cell: Cell) -> int:
+    share = _WIDE_COLUMNS if is_wide(reading.d_model) else _COLUMNS
+    return max(64, math.ceil(share * reading.d_model / len(cell.units)))
+
+
+def _finite(energy: float, unit: Unit) -> float:
+    if not math.isfinite(energy):
+        raise CheckpointError(f"{unit.label}: the gain of its norm makes its weights infinite")
+    return energy

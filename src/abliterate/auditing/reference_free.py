@@ -1,0 +1,194 @@
+"""audit without a base: how empty the writers are, the candidate direction, the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from abliterate.auditing.component_pools import LEAST_CELLS, Cell, groups_of, halves_of, make_cells
+from abliterate.auditing.components import Reading
+from abliterate.auditing.eigengap_test import LEAST_WIDTH, Emptiness, Gap, emptiest, gap
+from abliterate.auditing.gram_matrices import make_frame, read_emptiness
+from abliterate.auditing.readers import reading_energy
+from abliterate.auditing.soft_null_space import SHARE
+
+CPU = torch.device("cpu")
+#: An edit is claimed below this, nothing between the two is.
+CLAIM, DOUBT = 1e-7, 1e-3
+LADDER = (1.0, 0.8, 0.5, 0.3)
+_ROUNDS = 8
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A direction that no writer writes for another reason than an edit."""
+
+    reason: str
+    channels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Blind:
+    """What the writers alone tell.
+
+    Attributes:
+        verdict: ``clean``, ``edited`` or ``undecided``.
+        reason: why undecided, else empty.
+        p_value: of the best group, corrected for the number of groups that were tried.
+        group: the group of units in which the direction stands out most.
+        gaps: every group.
+        direction: float64 ``[d_model]``, unit, or None.
+        gains: the direction is that of the stream behind the gains; False: of the matrices as
+            they are stored (an edit that overlooked the norms).
+        set_aside: directions that were left out.
+        detectable: the smallest scale of an edit of all writers that this test would have seen
+            here, or None.
+        reading: energy with which the other matrices read the direction, 1 for a typical one.
+        cells: how many groups of matrices were compared.
+    """
+
+    verdict: str
+    reason: str
+    p_value: float
+    group: str
+    gaps: Mapping[str, Gap] = field(repr=False)
+    direction: Tensor | None
+    gains: bool
+    set_aside: tuple[SetAside, ...]
+    detectable: float | None
+    reading: float | None
+    cells: int
+
+
+def look(reading: Reading, device: torch.device = CPU) -> Blind:
+    """Judge a checkpoint from its writers alone.
+
+    Args:
+        reading: the checkpoint.
+        device: where grams are made and inverted.
+    """
+    first = _judge(reading, True, device)
+    if first.verdict == "edited" or not reading.has_gains:
+        return first
+    # Tools that do not know of norms behind a writer edit the matrices with the plain direction.
+    plain = _judge(reading, False, device)
+    doubtful = first.verdict == "clean" and plain.p_value <= DOUBT
+    return plain if plain.verdict == "edited" or doubtful else first
+
+
+def _judge(reading: Reading, gains: bool, device: torch.device) -> Blind:
+    hypotheses = 2 if reading.has_gains else 1
+    cells = make_cells(reading.units, reading.d_model)
+    frame, cells = make_frame(reading, cells, gains)
+    dead = tuple(int(i) for i in frame.silent)
+    aside = [SetAside("channels that a quarter of the writers leave", dead)] if dead else []
+    width = frame.width
+
+    def cannot_tell(reason: str) -> Blind:
+        return Blind(
+            "undecided", reason, 1.0, "", {}, None, gains, tuple(aside), None, None, len(cells)
+        )
+
+    few = "channels are too few for a direction to stand out"
+    if len(cells) < LEAST_CELLS:
+        return cannot_tell(f"{len(cells)} writers are too few to compare")
+    if width < LEAST_WIDTH:
+        return cannot_tell(f"{width} {few}")
+    units = read_emptiness(reading, cells, frame, gains, device)
+    groups = groups_of(cells)
+    for _ in range(_ROUNDS):
+        gaps = {name: _test(units, cells, chosen) for name, chosen in groups.items()}
+        name = min(gaps, key=lambda key: (gaps[key].p_value, -gaps[key].ratio))
+        p_value = min(1.0, gaps[name].p_value * len(gaps) * hypotheses)
+        direction = frame.outwards(gaps[name].direction)
+        read = None
+        if p_value > DOUBT:
+            break
+        read = reading_energy(reading, direction)
+        gone = _no_edit(direction, read, aside)
+        if gone is None:
+            break
+        inside = torch.linalg.qr(frame.inwards(gone))[0]
+        width -= inside.shape[1]
+        units = [unit.without(inside) for unit in units]
+        if width < LEAST_WIDTH:
+            return cannot_tell(f"{width} {few}")
+    else:
+        return cannot_tell("too many directions stand out that are no edit's")
+    done = tuple(aside)
+    if p_value <= CLAIM:
+        refined = frame.outwards(_refined(units, gaps[name].direction))
+        return Blind(
+            "edited", "", p_value, name, gaps, refined, gains, done, None, read, len(cells)
+        )
+    if p_value <= DOUBT:
+        reason = "a direction stands out, but not far enough beyond chance to claim an edit"
+        return Blind(
+            "undecided", reason, p_value, name, gaps, direction, gains, done, None, read, len(cells)
+        )
+    detectable = _power(units, cells, groups["all"], CLAIM / len(groups) / hypotheses)
+    reason = "" if detectable is not None else "even a whole edit would not stand out here"
+    return Blind(
+        "clean" if detectable is not None else "undecided",
+        reason, p_value, name, gaps, None, gains, done, detectable, None, len(cells),
+    )  # fmt: skip
+
+
+def _test(units: Sequence[Emptiness], cells: Sequence[Cell], chosen: Sequence[int]) -> Gap:
+    ordered, halves = halves_of(cells, chosen)
+    return gap([units[i] for i in ordered], halves)
+
+
+def _refined(units: Sequence[Emptiness], direction: Tensor) -> Tensor:
+    """The direction that the carrying cells name, whichever group it was found in."""
+    current = direction
+    for _ in range(2):
+        along = [unit.along(current) for unit in units]
+        bound = (SHARE + max(along)) / 2
+        carrying = [unit for unit, value in zip(units, along, strict=True) if value >= bound]
+        if len(carrying) < 2:
+            break
+        found = emptiest(carrying)
+        if float(found @ direction) ** 2 < 0.5:
+            break  # it left for another
+        current = found
+    return current
+
+
+def _no_edit(direction: Tensor, read: float | None, aside: list[SetAside]) -> Tensor | None:
+    """What has to be left out if a direction is no edit's, ``[d_model, m]``; None if it may be."""
+    largest = direction.square().sort(descending=True)
+    few = int((largest.values.cumsum(0) < 0.7).sum()) + 1
+    if few <= 4:
+        channels = tuple(sorted(int(i) for i in largest.indices[:few]))
+        aside.append(SetAside("a few channels alone", channels))
+        gone = torch.zeros(len(direction), few, dtype=torch.float64)
+        gone[list(channels), range(few)] = 1.0
+        return gone
+    if float(direction.mean()) ** 2 * len(direction) > 0.5:
+        aside.append(SetAside("the mean of all channels, which LayerNorm does not see"))
+        return torch.ones(len(direction), 1, dtype=torch.float64)
+    if read is not None and read < 0.02:
+        aside.append(SetAside("a direction that nothing reads either"))
+        return direction.unsqueeze(1)
+    return None
+
+
+def _power(
+    units: Sequence[Emptiness], cells: Sequence[Cell], chosen: Sequence[int], claim: float
+) -> float | None:
+    """The smallest scale of a planted edit of all writers that the same test claims."""
+    generator = torch.Generator().manual_seed(_SEED + 1)
+    vector = torch.randn(len(units[0].matrix), generator=generator, dtype=torch.float64)
+    vector = vector / vector.norm()
+    smallest = None
+    for scale in LADDER:
+        planted = [unit.edited(vector, scale) for unit in units]
+        if _test(planted, cells, chosen).p_value > claim:
+            break
+        smallest = scale
+    return smallest

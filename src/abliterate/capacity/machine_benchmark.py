@@ -1,0 +1,94 @@
+"""How fast this machine reads, copies and computes, measured in a second or two."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, silu
+
+from abliterate.inference.token_batches import Budget
+
+_SAMPLE = 256 << 20
+_COPIED = 64 << 20
+# Weights of the layers that are measured, so that they come from memory and not from a cache.
+_WEIGHTS = 128 << 20
+_MOST_LAYERS = 8
+# Wider layers are no faster, only longer to measure.
+_WIDEST = {"cpu": 2048}
+_WIDEST_ACCELERATOR = 8192
+
+
+def disk_speed(folder: Path | None) -> float:
+    """Bytes per second that come from the disk under ``folder``, past the page cache.
+
+    Args:
+        folder: a checkpoint; without weights (or without any) a file is written and read.
+    """
+    files = [] if folder is None else sorted(folder.glob("*.safetensors"))
+    largest = max(files, key=lambda path: path.stat().st_size, default=None)
+    if largest is not None and largest.stat().st_size >= 1 << 20:
+        return _read_speed(largest)
+    with tempfile.NamedTemporaryFile(prefix="abliterate-speed-") as file:
+        file.write(os.urandom(1 << 20) * 64)
+        file.flush()
+        os.fsync(file.fileno())
+        return _read_speed(Path(file.name))
+
+
+def _read_speed(path: Path) -> float:
+    size = min(path.stat().st_size, _SAMPLE)
+    buffer = memoryview(bytearray(4 << 20))
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        begun = time.perf_counter()
+        left = size
+        while left > 0 and (got := file.readinto(buffer[: min(len(buffer), left)])):
+            left -= got
+        return size / max(time.perf_counter() - begun, 1e-9)
+
+
+def copy_speed() -> float:
+    """Bytes per second copied within main memory, into pages that are new to the process."""
+    source = torch.ones(_COPIED, dtype=torch.uint8)
+    begun = time.perf_counter()
+    for _ in range(3):
+        source.clone()
+    return 3 * _COPIED / max(time.perf_counter() - begun, 1e-9)
+
+
+@torch.inference_mode()
+def layer_speed(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of feed-forward layers, norm and activation included.
+
+    A matrix product alone, over and over with the same weights, is faster than any model.
+
+    Args:
+        width: d_model.
+        dtype: of the computation.
+        device: where it runs.
+    """
+    width = min(width, _WIDEST.get(device.type, _WIDEST_ACCELERATOR))
+    rows, inner = Budget(device).tokens, 4 * width
+    size = 2 * width * inner * dtype.itemsize
+    n = min(_MOST_LAYERS, -(-_WEIGHTS // size))
+    up = [torch.randn(inner, width, device=device, dtype=dtype) / width**0.5 for _ in range(n)]
+    down = [torch.randn(width, inner, device=device, dtype=dtype) / inner**0.5 for _ in range(n)]
+    hidden = torch.randn(rows, width, device=device, dtype=dtype)
+
+    def run(stream: Tensor) -> float:
+        begun = time.perf_counter()
+        for one, other in zip(up, down, strict=True):
+            stream = stream + linear(silu(linear(rms_norm(stream, (width,)), one)), other)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - begun
+
+    run(hidden)
+    seconds = sum(run(hidden) for _ in range(2))
+    return 2 * n * 4 * rows * width * inner / max(seconds, 1e-9)

@@ -1,0 +1,164 @@
+"""The commands that look at a run folder: inspect, trace and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from abliterate.cli import options as opt
+from abliterate.cli.commands import later_session, model_options
+from abliterate.console import print_json, print_line, set_up
+from abliterate.errors import UsageError
+
+_Run = Annotated[Path, typer.Argument(help="Run folder of select.", show_default=False)]
+_Moved = Annotated[
+    str | None,
+    typer.Option("--model", help="Checkpoint, if it has moved since extract.", show_default=False),
+]
+
+
+def inspect(
+    run: _Run,
+    model: _Moved = None,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            "--position",
+            help="Whose activations, counted from the prompt's end. Default: the last kept.",
+            show_default=False,
+        ),
+    ] = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Describe the directions: PCA, separation, cosines, norms and logit lens, layer by layer."""
+    set_up(quiet, debug)
+    from abliterate.analysis.inspection import inspect_stage
+    from abliterate.cli.analysis_tables import show_inspection
+
+    given = {"model": model_options(None, device, dtype, None, trust_remote_code, None)}
+    session = later_session(run, model, None, given)
+    record = inspect_stage(session, run, position)
+    print_json(record) if as_json else show_inspection(record, run)
+
+
+def trace(
+    run: _Run,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            help="Harmful prompts: set name, file or hub dataset. Default: the run's test prompts.",
+            show_default=False,
+        ),
+    ] = None,
+    harmless: Annotated[
+        str | None,
+        typer.Option(
+            "--harmless",
+            help="Harmless prompts. Default: the run's test prompts.",
+            show_default=False,
+        ),
+    ] = None,
+    suffix: Annotated[
+        str | None,
+        typer.Option(
+            "--suffix",
+            help="Text (or a file of it) to put after each harmful prompt; compared with random "
+            "tokens of the same number.",
+            show_default=False,
+        ),
+    ] = None,
+    n_prompts: Annotated[
+        int | None,
+        typer.Option("--n-prompts", help="Prompts per kind. Default: all.", show_default=False),
+    ] = None,
+    heads: Annotated[int, typer.Option("--heads", help="Attention heads to list.")] = 10,
+    model: _Moved = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    batch_size: opt.BatchSize = None,
+    seed: opt.Seed = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Follow prompts along the direction, with and without a suffix of yours."""
+    set_up(quiet, debug)
+    from abliterate.analysis.direction_trace import Request, check_request, trace_stage
+    from abliterate.cli.analysis_tables import show_trace
+    from abliterate.prompts.suffixes import read_suffix
+
+    text = None if suffix is None else read_suffix(suffix)
+    request = Request(prompts, harmless, n_prompts, text, heads)
+    check_request(request)
+    given = {"model": model_options(None, device, dtype, batch_size, trust_remote_code, seed)}
+    session = later_session(run, model, None, given)
+    record = trace_stage(session, run, request)
+    print_json(record) if as_json else show_trace(record, run)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="File to write. Default: RUN/report.html.", show_default=False
+        ),
+    ] = None,
+    completions: Annotated[
+        bool,
+        typer.Option(
+            "--completions/--no-completions", help="Put prompts and answers into the file."
+        ),
+    ] = True,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", help="Also write the figures as PNG here.", show_default=False),
+    ] = None,
+    edited: Annotated[
+        Path | None,
+        typer.Option(
+            "--edited", help="The edited checkpoint, if not RUN/model.", show_default=False
+        ),
+    ] = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write one self-contained page of everything that a run folder holds."""
+    set_up(quiet, debug)
+    from abliterate.report import build_report, read_run, write_pngs
+    from abliterate.storage.artifacts import check_writable, write_atomically
+
+    path = output or run / "report.html"
+    if path.is_dir():
+        raise UsageError(f"-o {path} is a folder: name the file to write")
+    held = read_run(run, edited)
+    check_writable(path.parent)
+    page = build_report(held, completions, edited)
+    # Pictures first: what can fail there must not leave a page behind.
+    pictures = [] if png is None else write_pngs(page.figures, png)
+    content = page.html.encode()
+    write_atomically(path, content)
+    if as_json:
+        return print_json(
+            {
+                "report": str(path),
+                "bytes": len(content),
+                "sections": list(page.sections),
+                "figures": list(page.figures),
+                "png": [str(picture) for picture in pictures],
+            }
+        )
+    print_line(f"wrote {path} ({len(content) / 1e6:.1f} MB; {', '.join(page.sections)})")
+    for picture in pictures:
+        print_line(f"wrote {picture}")
+    return None

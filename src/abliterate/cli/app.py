@@ -1,0 +1,244 @@
+"""The command line. Results go to stdout, progress and logs to stderr.
+
+Exit codes: 0 done; 1 unexpected failure; 2 wrong option or configuration; 3 unusable prompts or
+artifact; 4 unusable model or checkpoint; 5 no direction passes the filters; 6 verify says no;
+7 audit says edited; 8 audit cannot tell; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from abliterate.cli import (
+    analysis,
+    audit_commands,
+    chat,
+    checks,
+    commands,
+    evaluate_commands,
+    fragility_command,
+    plan_command,
+)
+from abliterate.cli import options as opt
+from abliterate.cli.commands import open_session
+from abliterate.console import debugging, print_json, print_line, set_up
+from abliterate.distributed import rank_process
+from abliterate.errors import AbliterateError
+from abliterate.settings import load_settings
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    help="Find, test and remove the refusal direction of a language model "
+    "(Arditi et al. 2024, arXiv 2406.11717).",
+    epilog="Exit codes: 0 done, 1 unexpected failure, 2 wrong option, 3 unusable prompts or "
+    "artifact, 4 unusable model, 5 no direction passes, 6 verify says no, 7 audit says edited, "
+    "8 audit cannot tell, 130 interrupted.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors become one line on stderr."""
+    set_up(quiet=False, debug=False)
+    try:
+        rank_process.begin()
+        code = _run(argv)
+        rank_process.settle()
+    except AbliterateError as error:  # the launcher stopped this rank while it was ending
+        code = _fail(str(error), error.exit_code, error)
+    return rank_process.end(code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        result = typer.main.get_command(app)(
+            args=opt.spell_out(sys.argv[1:] if argv is None else argv),
+            prog_name="abliterate",
+            standalone_mode=False,
+        )
+        if result == 130:  # typer turns Ctrl-C into this value
+            return _fail("interrupted", 130)
+        return result if isinstance(result, int) else 0
+    except AbliterateError as error:
+        return _fail(str(error), error.exit_code, error)
+    except TyperException as error:
+        message = error.format_message()
+        return _fail(message, 2, error) if message else 2  # no message: the help was shown
+    except typer.Abort:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away: nothing is left to say
+        return 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 3, error)
+    except Exception as error:
+        if (known := rank_process.explained(error)) is not None:
+            return _fail(str(known), known.exit_code, error)
+        short = " ".join(str(error).split()) or "no message"
+        text = f"unexpected {type(error).__name__}: {short[:300]} (--debug shows the traceback)"
+        return _fail(text, 1, error)
+
+
+def _fail(message: str, code: int, error: BaseException | None = None) -> int:
+    if debugging() and error is not None:
+        import traceback
+
+        traceback.print_exception(error)
+    sys.stderr.write(f"error: {rank_process.name()}{' '.join(message.split())}\n")
+    return code
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        print_line(f"abliterate {version('abliterate')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def prompts(
+    source: Annotated[
+        str, typer.Argument(help="Set name, preset, file or hub dataset.", show_default=False)
+    ],
+    examples: Annotated[int, typer.Option(help="How many examples to show.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Show what a prompt source holds: counts, splits, categories and examples."""
+    from abliterate.cli.tables import describe_source, show_source
+
+    set_up(quiet, debug)
+    document = describe_source(source, examples, seed)
+    print_json(document) if as_json else show_source(document)
+
+
+app.command()(commands.extract)
+app.command()(commands.select)
+
+
+@app.command()
+def orthogonalize(
+    model: opt.Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder to write.", show_default=False)
+    ],
+    direction: Annotated[
+        str,
+        typer.Option("--direction", help="Run folder or safetensors file.", show_default=False),
+    ],
+    overwrite: opt.Overwrite = None,
+    allow_leak: opt.AllowLeak = None,
+    layers: opt.Layers = None,
+    components: opt.Components = None,
+    scale: opt.Scale = None,
+    norm_preserve: opt.NormPreserve = None,
+    tied_embeddings: opt.TiedEmbeddings = None,
+    add: opt.Add = None,
+    as_lora: opt.AsLora = None,
+    requantize: opt.Requantize = None,
+    dequantize: opt.Dequantize = None,
+    device: opt.EditDevice = None,
+    jobs: opt.Jobs = None,
+    low_disk: opt.LowDisk = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    config: opt.Config = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write a checkpoint that cannot write along the direction."""
+    set_up(quiet, debug)
+    settings = load_settings(
+        config,
+        {
+            "model": {"revision": revision, "trust_remote_code": trust_remote_code},
+            "orthogonalize": {
+                "overwrite": overwrite,
+                "allow_leak": allow_leak,
+                "layers": layers,
+                "components": components,
+                "scale": scale,
+                "norm_preserve": norm_preserve,
+                "tied_embeddings": tied_embeddings,
+                "add": add,
+                "as_lora": as_lora,
+                "requantize": requantize,
+                "dequantize": dequantize,
+                "device": device,
+                "jobs": jobs,
+                "low_disk": low_disk,
+            },
+        },
+    )
+    from abliterate.cli.tables import show_edit
+    from abliterate.direction import load_direction
+    from abliterate.pipeline.stages import orthogonalize_stage
+
+    vector = load_direction(direction)
+    session = open_session(model, settings, settings.orthogonalize.low_disk)
+    record = orthogonalize_stage(session, vector, output)
+    print_json(record) if as_json else show_edit(record, output)
+
+
+app.command()(checks.verify)
+app.command()(evaluate_commands.evaluate)
+app.command()(evaluate_commands.score)
+app.command()(commands.run)
+app.command()(checks.writers)
+app.command()(analysis.inspect)
+app.command()(analysis.trace)
+app.command()(analysis.report)
+app.command()(audit_commands.audit)
+app.command()(audit_commands.diff)
+app.command()(fragility_command.fragility)
+app.command()(chat.chat)
+app.command()(plan_command.plan)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")] = Path(
+        "runs/demo"
+    ),
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Run the whole pipeline on the bundled model and show what changed."""
+    set_up(quiet, debug)
+    from abliterate.cli.tables import show_examples, show_run
+    from abliterate.pipeline.run import run_pipeline
+    from abliterate.resources import config_dir, demo_model_dir
+
+    settings = load_settings(config_dir() / "demo.toml")
+    record = run_pipeline(open_session(str(demo_model_dir()), settings), output)
+    if as_json:
+        return print_json(record)
+    show_run(record, output)
+    return show_examples(output)

@@ -1,0 +1,280 @@
+"""The command ``chat``: a conversation in the terminal, or a line per turn from a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from abliterate.cli import options as opt
+from abliterate.console import print_json, set_up
+from abliterate.errors import AbliterateError, InputError, UsageError
+from abliterate.settings import load_settings
+
+if TYPE_CHECKING:
+    from abliterate.inference.dialogue import Conversation, Steering
+
+_HELP = """\
+/ablate      nothing writes along the direction
+/add [A]     add A times the direction at its layer (1 if not given; -1 subtracts)
+/off         no intervention
+/reset       forget the conversation
+/help        this list
+/quit        leave, as Ctrl-D does; Ctrl-C ends an answer
+//...        a message that starts with a slash"""
+
+
+@dataclass
+class _Talk:
+    """What the loop over the user's lines keeps.
+
+    Attributes:
+        plain: the conversation without intervention, where two are compared.
+        steered: the other, or the only one.
+        steering: the present intervention.
+        screen: both ends are a terminal.
+        as_json: keep answers for the end.
+        record: every turn.
+    """
+
+    plain: Conversation | None
+    steered: Conversation
+    steering: Steering
+    screen: bool
+    as_json: bool
+    record: list[dict[str, Any]] = field(default_factory=list)
+
+    def line(self, line: str) -> bool:
+        """Deal with a line of the user's; False ends the conversation."""
+        text = line.strip()
+        if text.startswith("/") and not text.startswith("//"):
+            return self.command(*text[1:].split())
+        if text:
+            self.turn(text.removeprefix("/") if text.startswith("//") else text)
+        return True
+
+    def command(self, name: str = "", *arguments: str) -> bool:
+        from abliterate.inference.dialogue import Steering
+
+        if arguments and (name != "add" or len(arguments) > 1):
+            raise UsageError(f"/{name} takes {'one number' if name == 'add' else 'no argument'}")
+        if name in ("quit", "exit"):
+            return False
+        if name == "help":
+            self.note(_HELP)
+        elif name == "reset":
+            for conversation in (self.plain, self.steered):
+                if conversation is not None:
+                    conversation.turns = []
+            self.note("(a new conversation)")
+        elif name == "off":
+            self.steer(Steering())
+        elif name == "ablate":
+            self.steer(Steering("ablate"))
+        elif name == "add":
+            self.steer(Steering("add", _number("/add", *arguments)))
+        else:
+            raise UsageError(f"unknown command '/{name}': /help lists them")
+        return True
+
+    def steer(self, steering: Steering) -> None:
+        with self.steered.steered(steering):  # raises where it cannot be done
+            self.steering = steering
+        self.note(f"({steering})")
+
+    def turn(self, text: str) -> None:
+        entry: dict[str, Any] = {"user": text, "intervention": str(self.steering)}
+        if self.as_json:
+            if self.plain is not None:
+                entry["baseline"] = self.plain.answer(text, _off())
+            entry["answer"] = self.steered.answer(text, self.steering)
+            self.record.append(entry)
+        elif self.plain is None:
+            self.alone(text)
+        elif self.screen:
+            self.side_by_side(text, self.plain)
+        else:
+            for label, conversation, steering in self.both(self.plain):
+                _say(f"[{label}] {conversation.answer(text, steering)}\n")
+
+    def both(self, plain: Conversation) -> list[tuple[str, Conversation, Steering]]:
+        steered = str(self.steering)
+        return [("baseline", plain, _off()), (steered, self.steered, self.steering)]
+
+    def alone(self, text: str) -> None:
+        try:
+            self.steered.answer(text, self.steering, _say)
+        finally:
+            _say("\n")
+
+    def side_by_side(self, text: str, plain: Conversation) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.table import Table
+        from rich.text import Text
+
+        pairs = self.both(plain)
+        columns = [Text() for _ in pairs]
+        table = Table(expand=True, show_lines=False)
+        for label, _, _ in pairs:
+            table.add_column(label, ratio=1)
+        table.add_row(*columns)
+        with Live(table, console=Console(file=sys.stdout), vertical_overflow="visible") as live:
+            for column, (_, conversation, steering) in zip(columns, pairs, strict=True):
+
+                def heard(piece: str, column: Text = column) -> None:
+                    column.append(piece)
+                    live.refresh()
+
+                conversation.answer(text, steering, heard)
+
+    def note(self, text: str) -> None:
+        """Something about the conversation, beside it."""
+        if self.screen:
+            sys.stderr.write(text + "\n")
+
+
+def _off() -> Steering:
+    from abliterate.inference.dialogue import Steering
+
+    return Steering()
+
+
+def _number(option: str, text: str = "1") -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise UsageError(f"{option} takes a number, not '{text}'")
+    return value
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _typed() -> Iterator[str]:
+    """Lines typed at a terminal, until Ctrl-D."""
+    import readline  # arrow keys and history for input()
+
+    assert readline
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            _say("\n")
+            return
+        except KeyboardInterrupt:
+            sys.stderr.write("\n(Ctrl-D or /quit leaves)\n")
+
+
+def _piped() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not UTF-8 ({error.reason})") from None
+
+
+def _loop(lines: Iterator[str], line: Callable[[str], bool], forgiving: bool) -> None:
+    """Deal with line after line; at a terminal a mistake or Ctrl-C ends no more than its line."""
+    for one in lines:
+        try:
+            if not line(one):
+                return
+        except KeyboardInterrupt:
+            if not forgiving:
+                raise
+            sys.stderr.write("(stopped)\n")
+        except AbliterateError as error:
+            if not forgiving:
+                raise
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+
+
+def chat(
+    model: opt.Model,
+    direction: opt.DirectionFrom = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Begin with the ablation.")] = False,
+    add: Annotated[
+        float | None,
+        typer.Option(
+            "--add", help="Begin with this multiple of the direction added.", show_default=False
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="The unchanged model's answers beside.")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Of sampling; 0: greedy.")
+    ] = 0.0,
+    max_new_tokens: opt.MaxNewTokens = None,
+    system: opt.System = None,
+    chat_template_kwargs: opt.TemplateKwargs = None,
+    response_prefix: opt.ResponsePrefix = None,
+    revision: opt.Revision = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    seed: opt.Seed = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    config: opt.Config = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Talk to a model, and switch the intervention in mid-conversation.
+
+    At a terminal /help lists the commands. From a pipe every line is a turn or a command, and each
+    answer goes to stdout; --json prints all turns at the end.
+    """
+    set_up(quiet, debug)
+    if ablate and add is not None:
+        raise UsageError("--ablate and --add exclude each other")
+    coeff = None if add is None else _number("--add", str(add))
+    if direction is None and (ablate or add is not None or compare):
+        wanted = "--ablate" if ablate else "--compare" if add is None else "--add"
+        raise UsageError(f"{wanted} needs --direction")
+    settings = load_settings(
+        config,
+        {
+            "model": {
+                "revision": revision,
+                "device": device,
+                "dtype": dtype,
+                "seed": seed,
+                "trust_remote_code": trust_remote_code,
+            },
+            "chat": {
+                "system": system,
+                "template_kwargs": chat_template_kwargs,
+                "response_prefix": response_prefix,
+            },
+            "evaluate": {"max_new_tokens": max_new_tokens},
+        },
+    )
+    from abliterate.cli.commands import open_session
+    from abliterate.direction import load_direction
+    from abliterate.inference.dialogue import Conversation, Decoding, Steering
+
+    decoding = Decoding(settings.evaluate.max_new_tokens, temperature, settings.model.seed)
+    vector = None if direction is None else load_direction(direction)
+    session = open_session(model, settings)
+
+    def conversation() -> Conversation:
+        return Conversation(session.whole(), vector, session.chat, decoding)
+
+    first = Steering("ablate") if ablate else Steering()
+    first = first if coeff is None else Steering("add", coeff)
+    screen = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
+    talk = _Talk(conversation() if compare else None, conversation(), first, screen, as_json)
+    talk.steered.check()
+    if screen:
+        talk.note(f"{model}: /help lists the commands, Ctrl-D leaves")
+    talk.steer(first)
+    _loop(_typed() if screen else _piped(), talk.line, screen)
+    if as_json:
+        print_json({"model": model, "turns": talk.record})

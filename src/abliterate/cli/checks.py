@@ -1,0 +1,158 @@
+"""The commands that look at checkpoints without changing them: verify and writers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from abliterate.cli import options as opt
+from abliterate.console import print_json, print_line, print_table, set_up
+from abliterate.errors import UsageError
+
+
+def verify(
+    edited: Annotated[str, typer.Argument(help="The edited checkpoint.", show_default=False)],
+    direction: Annotated[
+        str,
+        typer.Option("--direction", help="Run folder or safetensors file.", show_default=False),
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source",
+            help="What it was made from: all else must be its bytes.",
+            show_default=False,
+        ),
+    ] = None,
+    forward: Annotated[
+        bool, typer.Option("--forward", help="Also measure the leak on real prompts.")
+    ] = False,
+    harmful: opt.Harmful = None,
+    harmless: opt.Harmless = None,
+    n_prompts: Annotated[int, typer.Option(help="Prompts per kind for --forward.")] = 16,
+    device: opt.Device = None,
+    offload: opt.Offload = None,
+    activation_memory: opt.ActivationMemory = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> int:
+    """Prove from its files that a checkpoint cannot write along the direction.
+
+    Exit code 0 if every check holds, 6 if one fails.
+    """
+    set_up(quiet, debug)
+    if n_prompts < 1:
+        raise UsageError(f"--n-prompts must be at least 1, not {n_prompts}")
+    from dataclasses import replace
+
+    from abliterate.checkpoints.shards import read_shards
+    from abliterate.direction import load_direction
+    from abliterate.models.loading import find_checkpoint
+    from abliterate.offload import load_or_stream
+    from abliterate.prompts.chat_template import ChatFormat, encode
+    from abliterate.prompts.sampling import load_prompts
+    from abliterate.verification import leak_bound, measure_leak
+    from abliterate.verification import verify as check
+
+    trust = bool(trust_remote_code)
+    checkpoint = find_checkpoint(edited)
+    vector = load_direction(direction)
+    base = None if source is None else find_checkpoint(source, revision)
+    result = check(checkpoint, vector, base, trust)
+    if forward:
+        where = (device or "auto", "float32", trust)
+        loaded = load_or_stream(checkpoint, *where, offload, activation_memory)
+        texts = [
+            prompt.text
+            for kind in (harmful or "harmful", harmless or "harmless")
+            for prompt in load_prompts(kind, "test", n_prompts, option="--n-prompts")
+        ]
+        result = replace(
+            result,
+            leak=measure_leak(loaded, vector, encode(loaded.tokenizer, texts, ChatFormat())),
+            leak_bound=leak_bound(read_shards(checkpoint.folder)),
+        )
+    if as_json:
+        print_json({"passed": result.passed} | asdict(result))
+    else:
+        _show_verification(edited, result, base is not None)
+    return 0 if result.passed else 6
+
+
+def _show_verification(edited: str, result: Any, compared: bool) -> None:
+    dirty = [writer for writer in result.writers if not writer.clean]
+    worst = max(writer.residual for writer in result.writers)
+    rows = [
+        ["writers clean", f"{len(result.writers) - len(dirty)} of {len(result.writers)}"],
+        ["largest share along the direction", f"{worst:.1e}"],
+    ]
+    rows += [
+        [f"other tensors {label}", str(len(getattr(result, label)))]
+        for label in (("changed", "missing", "added") if compared else ())
+    ]
+    if result.leak is not None:
+        rows.append(["leak on prompts", f"{result.leak:.1e} (bound {result.leak_bound:.0e})"])
+    print_table(edited, ["check", "result"], rows)
+    for writer in dirty[:20]:
+        print_line(
+            f"still writes: {writer.name} ({writer.residual:.1e}, rounding explains "
+            f"{writer.bound:.1e})"
+        )
+    for label in ("changed", "missing", "added"):
+        for name in getattr(result, label)[:20]:
+            print_line(f"{label}: {name}")
+    for limit in result.limits:
+        print_line(f"the edit's own record: {limit}")
+    print_line("passed" if result.passed else "FAILED")
+
+
+def writers(
+    model: opt.Model,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """List what writes to the residual stream, from config and index alone."""
+    set_up(quiet, debug)
+    from abliterate.editing.edit_plan import describe_writers
+    from abliterate.models.loading import find_checkpoint
+
+    document = describe_writers(find_checkpoint(model, revision), bool(trust_remote_code))
+    if as_json:
+        return print_json(document)
+    rows = [
+        [
+            "-" if row["layer"] is None else str(row["layer"]),
+            row["kind"],
+            _disk_names(row["tensors"] or [row["parameter"]]),
+            "x".join(map(str, row["shape"])),
+            str(row["axis"]),
+            row["direction"],
+        ]
+        for row in document["writers"]
+    ]
+    print_table(
+        f"{document['model_type']}: {len(rows)} writers, d_model {document['d_model']}",
+        ["block", "kind", "tensor", "shape", "axis", "direction"],
+        rows,
+        left=6,
+    )
+    if document["untouched"]:
+        print_line(f"no part of the language model: {', '.join(document['untouched'])}")
+    verdict = "exact" if document["exact"] else f"not exact: {document['reason']}"
+    print_line(f"{verdict} (leak on a shrunken random copy: {document['leak']:.1e})")
+    return None
+
+
+def _disk_names(names: list[str]) -> str:
+    if len(names) <= 2:
+        return ", ".join(names)
+    return f"{names[0]} ... {Path(names[-1]).name} ({len(names)})"

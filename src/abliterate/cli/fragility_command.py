@@ -1,0 +1,100 @@
+"""The command fragility: how much of refusal hangs on one direction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from abliterate.cli import options as opt
+from abliterate.cli.commands import later_session
+from abliterate.console import print_json, print_line, print_table, set_up
+from abliterate.errors import UsageError
+
+
+def fragility(
+    run: Annotated[Path, typer.Argument(help="Run folder of select.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="Checkpoint, if it has moved since extract.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder to write. Default: the run folder.", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Fractions from 0 to 1.")] = 11,
+    n_test: Annotated[int, typer.Option(help="Test prompts per kind.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    picture: Annotated[
+        bool, typer.Option("--picture/--no-picture", help="Draw fragility.html.")
+    ] = True,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image", help="Also png or svg (needs a Chrome); repeatable.", show_default=False
+        ),
+    ] = None,
+    harmful: opt.LaterHarmful = None,
+    harmless: opt.LaterHarmless = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    batch_size: opt.BatchSize = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    config: opt.Config = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure how much of refusal hangs on one direction: remove it by and by."""
+    set_up(quiet, debug)
+    for kind in image or ():
+        if kind not in ("png", "svg"):
+            raise UsageError(f"--image must be png or svg, not '{kind}'")
+    if image and not picture:
+        raise UsageError("--image and --no-picture exclude each other")
+    from abliterate.analysis.fragility import FRAGILITY, fragility_stage
+    from abliterate.analysis.fragility_plot import draw, require_plotly
+
+    if picture:
+        require_plotly()
+    given: dict[str, Any] = {
+        "model": {
+            "device": device,
+            "dtype": dtype,
+            "batch_size": batch_size,
+            "trust_remote_code": trust_remote_code,
+        },
+        "evaluate": {"harmful": harmful, "harmless": harmless},
+    }
+    session = later_session(run, model, config, given)
+    out = output or run
+    record = fragility_stage(session, run, out, steps, n_test, max_new_tokens)
+    written = [out / FRAGILITY, *(draw(record, out, image or ()) if picture else [])]
+    if as_json:
+        return print_json(record)
+    print_table(
+        record["model"]["id"],
+        ["removed", "refusal rate", "refusal score", "harmless refused", "KL"],
+        [
+            [
+                f"{p['fraction']:.2f}",
+                f"{p['refusal_rate']:.2f}",
+                f"{p['bypass_score']:.2f}",
+                f"{p['harmless_refusal_rate']:.2f}",
+                f"{p['kl_divergence']:.3f}",
+            ]
+            for p in record["points"]
+        ],
+    )
+    number, half = record["fragility"], record["half_fraction"]
+    if number is None:
+        print_line("fragility: the model refuses none of these prompts to begin with")
+    else:
+        where = "never" if half is None else f"at {half:.2f}"
+        print_line(f"fragility {number:.3f}; half of the refusals are gone {where}")
+    return print_line(f"written: {', '.join(map(str, written))}")

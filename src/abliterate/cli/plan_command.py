@@ -1,0 +1,140 @@
+"""The command plan: what the stages would take, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from abliterate.cli import options as opt
+from abliterate.console import print_json, print_line, print_table, set_up
+from abliterate.errors import UsageError
+
+
+def plan(
+    model: opt.Model,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="Main memory. Default: what is free.", show_default=False),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu-memory",
+            help="Memory of one accelerator, 0 for none. Default: what is there.",
+            show_default=False,
+        ),
+    ] = None,
+    activation_memory: opt.ActivationMemory = None,
+    dtype: opt.Dtype = None,
+    n_train: Annotated[int, typer.Option(help="Training prompts per kind.")] = 128,
+    n_val: Annotated[int, typer.Option(help="Validation prompts per kind.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens of a prompt, template included.")] = 32,
+    positions: Annotated[int, typer.Option(help="Positions that are looked at.")] = 5,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Estimate memory, time and passes of each stage from config.json alone."""
+    set_up(quiet, debug)
+    if min(n_train, n_val, tokens, positions) < 1:
+        raise UsageError("--n-train, --n-val, --tokens and --positions must be at least 1")
+    import psutil
+    import torch
+
+    from abliterate.capacity import machine_benchmark, resource_estimate
+    from abliterate.models.loading import Checkpoint, load_config, pick_device
+    from abliterate.offload import free_memory, parse_memory
+
+    folder = resource_estimate.config_folder(model, revision)
+    trust = bool(trust_remote_code)
+    config = load_config(Checkpoint(model, folder), trust)
+    here = pick_device("auto")
+    main = parse_memory(memory, "--memory") if memory else free_memory(torch.device("cpu"))
+    if gpu_memory is None:
+        gpu = free_memory(here) if here.type == "cuda" else 0
+    else:
+        gpu = 0 if gpu_memory.strip() == "0" else parse_memory(gpu_memory, "--gpu-memory")
+    number = resource_estimate.dtype_of(dtype or "auto", config, gpu > 0)
+    shape = resource_estimate.shape_of(config, number, trust)
+    speed: float | None = None
+    if not gpu or here.type != "cpu":
+        place = here if gpu else torch.device("cpu")
+        speed = machine_benchmark.layer_speed(shape.width, number, place)
+    machine = resource_estimate.Machine(
+        main, gpu, machine_benchmark.disk_speed(folder), speed, machine_benchmark.copy_speed()
+    )
+    work = resource_estimate.Workload(
+        n_train,
+        n_val,
+        tokens,
+        positions,
+        parse_memory(activation_memory, "--activation-memory") if activation_memory else None,
+        psutil.Process().memory_info().rss,
+    )
+    document = resource_estimate.as_document(model, config, shape, machine, work)
+    if as_json:
+        return print_json(document)
+    return _show(document)
+
+
+def _show(document: Any) -> None:
+    machine = document["machine"]
+    print_table(
+        f"{document['model']} ({document['model_type']})",
+        ["", "value"],
+        [
+            ["parameters", f"{document['parameters']:,}"],
+            ["of which a token passes, in blocks", f"{document['active_parameters']:,}"],
+            ["weights in memory / on disk",
+             f"{_size(document['bytes'])} / {_size(document['bytes_on_disk'])}"],
+            ["largest of the blocks",
+             f"{_size(document['largest_block'])} of {document['n_layers']}"],
+            ["memory / accelerator",
+             f"{_size(machine['memory'])} / {_size(machine['gpu_memory'])}"],
+            ["disk / copy in memory",
+             f"{_size(machine['disk'])}/s / {_size(machine['copy'])}/s"],
+            ["arithmetic of layers",
+             "not measured" if machine["matmul"] is None else f"{machine['matmul']:.2e} FLOP/s"],
+            ["mode", document["mode"]],
+        ],
+    )  # fmt: skip
+    print_table(
+        "stages",
+        ["stage", "mode", "passes", "read", "FLOPs", "peak memory", "time"],
+        [
+            [
+                stage["name"],
+                stage["mode"],
+                str(stage["passes"]),
+                _size(stage["bytes_read"]),
+                f"{stage['flops']:.1e}",
+                _size(stage["memory"]),
+                _time(stage["seconds"]),
+            ]
+            for stage in document["stages"]
+        ],
+        left=2,
+    )
+    if any(s["name"] == "evaluate" and s["mode"] == "in memory" for s in document["stages"]):
+        print_line(
+            "evaluate: FLOPs of answers of 512 tokens at most; time hangs on how long they are"
+        )
+    if machine["matmul"] is None:
+        print_line("times: run plan on a machine with the accelerator, whose speed is measured")
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,195 @@
+"""Records as people read them: tables and a few lines on stdout."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from abliterate.cli.evaluation_tables import show_evaluation
+from abliterate.console import print_line, print_table
+from abliterate.evaluation.completions import read_lines
+from abliterate.pipeline.run import EDITED
+from abliterate.prompts.sampling import split_pool
+from abliterate.prompts.sources import read_source
+from abliterate.run_folder import COMPLETIONS, MODEL
+from abliterate.selection.score_table import choose_again as choose_among
+from abliterate.selection.score_table import read_scores, score_record
+from abliterate.selection.search import Thresholds
+from abliterate.settings import Settings
+from abliterate.storage.artifacts import read_json
+
+
+def describe_source(spec: str, examples: int, seed: int) -> dict[str, Any]:
+    """Counts, splits, categories and examples of a prompt source."""
+    source = read_source(spec)
+    splits = {}
+    for name, held in source.splits.items():
+        pool = split_pool(source, name)
+        splits[name] = {
+            "prompts": len(held),
+            "distinct": len(pool),
+            "categories": dict(Counter(p.category for p in pool if p.category is not None)),
+        }
+    pool = [p for name in source.splits for p in split_pool(source, name)]
+    chosen = random.Random(seed).sample(pool, min(max(examples, 0), len(pool)))
+    return {
+        "source": spec,
+        "origin": source.origin,
+        "splits": splits,
+        "examples": [asdict(prompt) for prompt in chosen],
+    }
+
+
+def show_source(document: Mapping[str, Any]) -> None:
+    splits = document["splits"]
+    categories = list(dict.fromkeys(c for split in splits.values() for c in split["categories"]))
+    rows = [["prompts", *(str(s["prompts"]) for s in splits.values())]]
+    rows.append(["distinct", *(str(s["distinct"]) for s in splits.values())])
+    rows += [
+        [f"  {category}", *(str(s["categories"].get(category, 0)) for s in splits.values())]
+        for category in categories
+    ]
+    print_table(f"{document['source']} ({document['origin']})", ["", *splits], rows)
+    for example in document["examples"]:
+        print_line(f"- {example['text']}")
+
+
+def show_extraction(record: Mapping[str, Any], run: Path) -> None:
+    print_table(
+        "Candidate directions",
+        ["", "value"],
+        [
+            ["model", record["model"]["id"]],
+            ["positions", " ".join(f"{p['position']}:{p['token']!r}" for p in record["positions"])],
+            ["layers x d_model", f"{record['n_layers']} x {record['d_model']}"],
+            ["refusal tokens", " ".join(repr(t["token"]) for t in record["refusal_tokens"])],
+            *(
+                [f"{kind} prompts", f"{count['used']} of {count['given']}"]
+                for kind, count in record["counts"].items()
+            ),
+            ["seconds", f"{record['seconds']:.1f}"],
+        ],
+    )
+    print_line(f"next: abliterate select {run}")
+
+
+def show_selection(record: Mapping[str, Any], run: Path) -> None:
+    _candidates(record)
+    print_line(f"next: abliterate orthogonalize {record['model']['id']} --direction {run} -o OUT")
+
+
+def _candidates(record: Mapping[str, Any], shown: int = 8) -> None:
+    kept = sorted(
+        (c for c in record["candidates"] if c["kept"] or c["reason"] == "bypass"),
+        key=lambda c: float(c["bypass_score"]),
+    )
+    rows = [
+        [
+            f"{c['position']}",
+            f"{c['layer']}",
+            f"{c['bypass_score']:.3f}",
+            "" if c["induce_score"] is None else f"{c['induce_score']:.3f}",
+            "not needed" if c["kl_divergence"] is None else f"{c['kl_divergence']:.4f}",
+            "selected" if _is_winner(c, record["winner"]) else "",
+        ]
+        for c in kept[:shown]
+    ]
+    dropped = Counter(c["reason"] for c in record["candidates"] if c not in kept)
+    reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items()) or "none"
+    lost = sum(not c["kept"] for c in kept)
+    print_table(
+        f"{len(kept)} of {len(record['candidates'])} candidates pass"
+        + f" what was measured, {lost} of them without KL, as they cannot win" * bool(lost)
+        + f" (dropped: {reasons})",
+        ["position", "layer", "bypass", "induce", "KL", ""],
+        rows,
+        left=0,
+    )
+
+
+def _is_winner(candidate: Mapping[str, Any], winner: Mapping[str, Any] | None) -> bool:
+    return winner is not None and all(candidate[key] == winner[key] for key in winner)
+
+
+def choose_again(file: Path, n_layers: int | None, settings: Settings) -> dict[str, Any]:
+    """Re-run the choice on a saved score table."""
+    document = read_json(file, "select RUN")
+    scores, layers = read_scores(document, n_layers, str(file))
+    chosen = settings.select
+    thresholds = Thresholds(chosen.kl_threshold, chosen.induce_threshold, chosen.prune_layers)
+    winner, judged = choose_among(scores, layers, thresholds, str(file))
+    return {
+        "winner": {"position": winner.position, "layer": winner.layer},
+        "n_layers": layers,
+        "thresholds": asdict(thresholds),
+        "candidates": [score_record(score) for score in judged],
+    }
+
+
+def show_choice(choice: Mapping[str, Any]) -> None:
+    _candidates(choice)
+    winner = choice["winner"]
+    print_line(f"winner: position {winner['position']}, layer {winner['layer']}")
+
+
+def show_edit(record: Mapping[str, Any], out: Path) -> None:
+    tensors = record["tensors"]
+    rows = []
+    for kind in dict.fromkeys(t["kind"] for t in tensors):
+        of_kind = [t for t in tensors if t["kind"] == kind]
+        rows.append(
+            [
+                kind,
+                str(len(of_kind)),
+                f"{max(t['before'] for t in of_kind):.2e}",
+                f"{max(t['after'] for t in of_kind):.2e}",
+            ]
+        )
+    print_table(
+        f"{len(tensors)} tensors edited", ["kind", "tensors", "|r'W|/|W| before", "after"], rows
+    )
+    if record["untied"]:
+        print_line(f"untied, with the original matrix: {', '.join(record['untied'])}")
+    if record["untouched"]:
+        print_line(f"no part of the language model, untouched: {', '.join(record['untouched'])}")
+    for limit in record["promise"]["limits"]:
+        print_line(f"note: {limit}")
+    print_line(f"wrote {out}")
+
+
+def show_run(record: Mapping[str, Any], run: Path) -> None:
+    winner = record["select"]["winner"]
+    tokens = {p["position"]: p["token"] for p in record["extract"]["positions"]}
+    print_line(
+        f"direction: layer {winner['layer']} of {record['extract']['n_layers']}, position "
+        f"{winner['position']} ({tokens[winner['position']]!r})"
+    )
+    show_evaluation(record["evaluate"])
+    tensors = record["orthogonalize"]["tensors"]
+    before, after = (max(t[key] for t in tensors) for key in ("before", "after"))
+    print_line(
+        f"edited checkpoint: {run / MODEL} ({len(tensors)} tensors; largest share along the "
+        f"direction {before:.1e} -> {after:.1e})"
+    )
+
+
+def show_examples(run: Path, count: int = 3) -> None:
+    """Answers to harmless prompts before and after, and what became of the harmful ones."""
+    before = _completions(run, "baseline", "harmless")
+    after = {c["prompt"]: c["response"] for c in _completions(run, EDITED, "harmless")}
+    rows = [[c["prompt"], c["response"], after[c["prompt"]]] for c in before[:count]]
+    print_table("Harmless prompts", ["prompt", "before", "after"], rows, left=3)
+    counts = [
+        sum(c["refused"] for c in _completions(run, name, "harmful"))
+        for name in ("baseline", EDITED)
+    ]
+    total = len(_completions(run, EDITED, "harmful"))
+    print_line(f"Harmful prompts refused: {counts[0]} of {total} before, {counts[1]} after.")
+
+
+def _completions(run: Path, name: str, kind: str) -> list[dict[str, Any]]:
+    return read_lines(run / COMPLETIONS / f"{name}-{kind}.jsonl")

@@ -1,0 +1,294 @@
+"""Several processes on one job (``torchrun``, ``accelerate launch``), on one machine or more.
+
+Every rank runs the same program. Where work splits, each does its share of the items and then all
+exchange what they found, so that all go on with the same; rank 0 alone writes and prints. Without
+such a launcher a process is a team of one, and none of this does anything.
+
+What is exchanged is small and lies in host memory (float64 sums, scores, answers), so it always
+goes over gloo, whatever backend the model's own tensors use.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from abliterate.distributed.rank_process import launched
+from abliterate.errors import TeamError, UsageError
+
+T = TypeVar("T")
+
+TIMEOUT = "ABLITERATE_TIMEOUT"
+_DEFAULT_TIMEOUT = 1800.0
+# Ranks start at different times: a short timeout is for work, not for this.
+_LEAST_START = 600.0
+# Between two exchanges a rank that dies takes the others' work since the last one along.
+_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share a job.
+
+    Attributes:
+        rank: number of this one.
+        size: how many there are.
+        on_this_machine: how many of them share this machine's cores.
+        owned: this package opened the connection, and closes it.
+        splits: each rank does its share. False where all hold parts of one model (tensor
+            parallel): they compute the same, in step.
+        group: the gloo group that they talk over.
+    """
+
+    rank: int = 0
+    size: int = 1
+    on_this_machine: int = 1
+    owned: bool = False
+    splits: bool = True
+    group: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to split the work with."""
+        return self.size == 1 or not self.splits
+
+    def together(self) -> Team:
+        """The same ranks, each of which holds a part of the model."""
+        return replace(self, splits=False)
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """The items that this process deals with."""
+        return list(items) if self.alone else list(items[self.rank :: self.size])
+
+    def rounds(self, items: Sequence[T]) -> list[list[T]]:
+        """``items`` in turns, after each of which results are to be exchanged."""
+        if self.alone:
+            return [list(items)]
+        most = max(1, -(-len(items) // (_ROUNDS * self.size))) * self.size
+        return [list(items[first : first + most]) for first in range(0, len(items), most)]
+
+    def gather(self, own: Sequence[T]) -> list[T]:
+        """All ranks' results, in the order of the items that :meth:`share` dealt out."""
+        if self.alone:
+            return list(own)
+        parts = self.every(list(own))
+        result: list[Any] = [None] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            result[rank :: self.size] = part
+        return result
+
+    def gather_rows(self, own: Tensor) -> Tensor:
+        """:meth:`gather` of a tensor's rows (its first axis), on the CPU; of no rows, any shape."""
+        if self.alone:
+            return own.cpu()
+        parts = self.every(own.cpu().contiguous())
+        whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+        for rank, part in enumerate(parts):
+            if len(part):
+                whole[rank :: self.size] = part
+        return whole
+
+    def every(self, value: T) -> list[T]:
+        """The values of all ranks that do their share, by rank."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        self._talk(lambda: dist.all_gather_object(values, value, group=self.group))
+        return values
+
+    def total(self, part: Tensor) -> Tensor:
+        """The ranks' sums, added up in float64 by an all-reduce, on the CPU."""
+        result = part.detach().to("cpu", torch.float64, copy=True).contiguous()
+        if not self.alone:
+            self._talk(lambda: dist.all_reduce(result, group=self.group))
+        return result
+
+    def tell(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        self._talk(lambda: dist.broadcast_object_list(box, src=0, group=self.group))
+        return box[0]
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """What rank 0 alone does, and every rank learns the result of.
+
+        Raises:
+            TeamError: rank 0 failed; on rank 0, whatever ``work`` raises.
+        """
+        if self.size == 1:
+            return work()
+        result: Any = None
+        with self._agreeing():
+            if self.leads:
+                result = work()
+        return self.tell(result)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """This rank's share of the work: if one rank fails in it, every rank fails after it.
+
+        Ranks that hold parts of one model cannot agree: when one leaves a forward pass, the others
+        wait in it, until they find its connection closed.
+        """
+        if self.alone:
+            yield
+            return
+        with self._agreeing():
+            yield
+
+    def same(self, value: str, what: str) -> None:
+        """Refuse to go on if ranks have come to different values.
+
+        Raises:
+            UsageError: they have; the message names ``what``.
+        """
+        if self.size == 1:
+            return
+        if self.tell(value) != value:
+            raise UsageError(
+                f"rank {self.rank} sees another {what} than rank 0: give all machines the same "
+                "files, packages and options"
+            )
+
+    def agree(self, failure: BaseException | None) -> None:
+        """Wait for all; if any failed, every rank fails.
+
+        Raises:
+            TeamError: another rank failed, or is gone.
+        """
+        if self.size == 1:
+            return
+        messages: list[str | None] = [None] * self.size
+        own = None if failure is None else str(failure) or type(failure).__name__
+        self._talk(lambda: dist.all_gather_object(messages, own, group=self.group))
+        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        if failed:  # none goes before all have heard
+            with suppress(RuntimeError):
+                dist.barrier(group=self.group)
+        if failed and failure is None:
+            raise TeamError(f"rank {failed[0]} failed: {messages[failed[0]]}")
+
+    @contextmanager
+    def _agreeing(self) -> Iterator[None]:
+        try:
+            yield
+        except TeamError:  # the others know, or are gone
+            raise
+        except BaseException as error:
+            with suppress(TeamError):  # what went wrong here says more
+                self.agree(error)
+            raise
+        self.agree(None)
+
+    def leave(self) -> None:
+        """Part in good order: gloo's threads abort a process whose peer goes first."""
+        if self.owned and dist.is_initialized():
+            dist.barrier(group=self.group)
+            dist.destroy_process_group()
+
+    def _talk(self, exchange: Callable[[], Any]) -> None:
+        """Exchange something once all are there; whoever does not come is named."""
+        try:
+            dist.monitored_barrier(self.group, timedelta(seconds=timeout()), wait_all_ranks=True)
+            exchange()
+        except RuntimeError as error:
+            raise _lost(error) from None
+
+
+ALONE = Team()
+
+
+def _lost(error: RuntimeError) -> TeamError:
+    text = " ".join(str(error).split())
+    late = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier in (\d+) ms", text)
+    if late:
+        reason = (
+            f"rank {late[1].strip()} is dead, or was not there within {int(late[2]) / 1000:g} "
+            f"seconds ({TIMEOUT} sets how long to wait)"
+        )
+    else:
+        reason = f"another rank is gone ({text[:120]})"
+    return TeamError(f"{reason}: run the same command again to go on")
+
+
+def timeout() -> float:
+    """Seconds that ranks wait for each other, ``ABLITERATE_TIMEOUT`` or half an hour.
+
+    Raises:
+        UsageError: it is no positive number.
+    """
+    given = os.environ.get(TIMEOUT, "")
+    try:
+        seconds = float(given or _DEFAULT_TIMEOUT)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e7:
+        raise UsageError(f"{TIMEOUT} must be a positive number of seconds, not '{given}'")
+    return seconds
+
+
+_joined: dict[int, Team] = {}
+
+
+def join_team() -> Team:
+    """The team that a launcher started, or a team of one.
+
+    Only the first call's team ``owned`` the connection and may close it.
+
+    Raises:
+        TeamError: the other ranks cannot be reached.
+        UsageError: the timeout is no number.
+    """
+    if not launched():
+        return Team()
+    if dist.is_initialized() and os.getpid() in _joined:
+        return replace(_joined[os.getpid()], owned=False)
+    wait = timedelta(seconds=timeout())
+    start = max(wait, timedelta(seconds=_LEAST_START))
+    owned = not dist.is_initialized()
+    try:
+        if owned:
+            # Tensor parallel models on GPUs exchange activations over nccl.
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=start)
+        group = dist.new_group(backend="gloo", timeout=start)
+        _set_pg_timeout(wait, group)
+        if owned:
+            _set_pg_timeout(wait)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TeamError(f"the other ranks cannot be reached: {reason}") from None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    team = Team(dist.get_rank(), dist.get_world_size(), local, owned, group=group)
+    _joined.clear()
+    _joined[os.getpid()] = team
+    return team
+
+
+def leave_team() -> None:
+    """Part from the others, if this process has joined them."""
+    if os.getpid() in _joined:
+        _joined.pop(os.getpid()).leave()
+
+
+def lost_connection(error: BaseException) -> TeamError | None:
+    """What to say of an error that a model's own collectives raise when a rank is gone."""
+    text = " ".join(str(error).split())
+    of_network = isinstance(error, dist.DistError) or "gloo/transport" in text
+    return _lost(RuntimeError(text)) if isinstance(error, RuntimeError) and of_network else None

@@ -1,0 +1,145 @@
+"""The files beside the weights: which are carried over, what they need, and where OUT may lie."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from abliterate.checkpoints.shards import Stamp, inside
+from abliterate.editing.workspace import partial_of
+from abliterate.errors import CheckpointError, DiskSpaceError, UsageError
+from abliterate.storage.file_io import SourceFile, TargetFile, copy_range
+
+# Weights in other formats would still hold the unedited model.
+_OTHER_WEIGHTS = {
+    *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".msgpack", ".h5", ".ot"),
+    *(".pkl", ".pickle", ".npz", ".tflite", ".mlmodel", ".safetensors"),
+}
+# Of version control and of downloads, not of the checkpoint.
+_SKIPPED_FOLDERS = {".git", ".cache"}
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Files that come along as they are.
+
+    Attributes:
+        files: paths relative to the source, with how each stood.
+        left_behind: weights in other files, and what is no file.
+    """
+
+    files: Mapping[Path, Stamp]
+    left_behind: tuple[str, ...]
+
+
+def check_target(source: Path, out: Path, overwrite: bool) -> None:
+    """Refuse an output that would harm the source or something else.
+
+    Raises:
+        UsageError: it overlaps the source, exists or cannot be a folder.
+    """
+    real = source.resolve()
+    for target in (out.resolve(), partial_of(out).resolve()):
+        if target == real or real in target.parents or target in real.parents:
+            raise UsageError(f"--output {out} overlaps the source {source}: choose another folder")
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise UsageError(f"{out} exists already: choose another folder or pass --overwrite")
+        if out.is_symlink() or not out.is_dir():
+            raise UsageError(f"{out} is no folder: choose another name")
+
+
+def find_carried(source: Path, shards: Collection[str], replaced: Collection[str]) -> Carried:
+    """What to carry over from the source.
+
+    Args:
+        source: the checkpoint.
+        shards: its weights.
+        replaced: further files of its top folder that are written anew.
+
+    Raises:
+        CheckpointError: a symlink leaves the checkpoint.
+    """
+    files, left = {}, []
+    for path in _walk(source):
+        relative = path.relative_to(source)
+        if len(relative.parts) == 1 and relative.name in (*shards, *replaced):
+            continue
+        status = inside(source, path).stat()
+        if path.suffix.lower() in _OTHER_WEIGHTS or not stat.S_ISREG(status.st_mode):
+            left.append(str(relative))
+        else:
+            files[relative] = Stamp.of(status)
+    return Carried(files, tuple(left))
+
+
+def _walk(source: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
+        for name in list(folders):
+            if Path(folder, name).is_symlink():  # never followed: it may lead in a circle
+                folders.remove(name)
+                names.append(name)
+        yield from (Path(folder, name) for name in sorted(names))
+
+
+def copy_carried(source: Path, carried: Carried, target: Path) -> None:
+    """Copy the files, with their permission bits."""
+    for relative in carried.files:
+        path = target / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = SourceFile(source / relative)
+        try:
+            copied = TargetFile(path)
+            try:
+                copy_range(file, 0, copied, 0, carried.files[relative].size)
+            finally:
+                copied.close()
+        finally:
+            file.close()
+        shutil.copymode(source / relative, path)
+
+
+def check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
+    """Refuse a source that was written to while it was read.
+
+    Raises:
+        CheckpointError: a file's size or time of change is another.
+    """
+    for path, stamp in stamps.items():
+        try:
+            same = Stamp.of(path.stat()) == stamp
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{path} changed while it was read: run the command again once nothing writes to "
+                "the source"
+            )
+
+
+def check_space(out: Path, sizes: Collection[int], present: int) -> None:
+    """Refuse to begin what cannot fit.
+
+    Args:
+        out: the folder to be made.
+        sizes: of every file it will hold, in bytes.
+        present: bytes of them that are there already.
+
+    Raises:
+        DiskSpaceError: the filesystem has too little room.
+    """
+    parent = next(folder for folder in partial_of(out).absolute().parents if folder.exists())
+    system = os.statvfs(parent)
+    unit = system.f_frsize
+    needed = sum(-(-size // unit) * unit for size in sizes) - present
+    free = system.f_bavail * unit
+    if needed > free:
+        raise DiskSpaceError(
+            f"{out} needs {needed:,} bytes of disk space, {parent} has {free:,}: free "
+            f"{needed - free:,} bytes or choose a folder on another disk"
+        )

@@ -1,0 +1,119 @@
+"""--as-lora: the same edit as a PEFT adapter, which holds its rank-1 updates exactly.
+
+``W - s r r^T W`` is ``W + B A`` with ``B = -s r`` and ``A = r^T W``, so an adapter of the
+direction's rank is the whole edit; the base checkpoint stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.checkpoints.disk_matrix import PlainGrid, strips
+from abliterate.checkpoints.shards import DTYPES, ShardSet
+from abliterate.editing.edit_plan import TensorEdit
+from abliterate.editing.matrix_orthogonalization import Sums, apply_in_blocks
+from abliterate.errors import CheckpointError
+from abliterate.storage.artifacts import write_json, write_tensors
+from abliterate.storage.file_io import SourceFile
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def check_targets(edits: Sequence[TensorEdit], shards: ShardSet) -> None:
+    """Refuse what an adapter cannot hold.
+
+    Raises:
+        CheckpointError: a writer is no weight of a Linear or Embedding.
+    """
+    for edit in edits:
+        entry = shards.tensors[edit.name]
+        linear = edit.axis == 0 or edit.kind == "embedding"
+        if (
+            not edit.name.endswith(".weight")
+            or len(entry.shape) != 2
+            or edit.region is not None
+            or entry.dtype not in DTYPES
+            or not linear
+        ):
+            raise CheckpointError(
+                f"'{edit.name}' ({entry.dtype}, {list(entry.shape)}) is no Linear or Embedding "
+                "weight that a PEFT adapter can target: write a full checkpoint, without --as-lora"
+            )
+
+
+def write_adapter(
+    folder: Path, edits: Sequence[TensorEdit], shards: ShardSet, scale: float, base: str
+) -> list[Sums]:
+    """Write the adapter's two files; returns what each tensor had along its directions.
+
+    Args:
+        folder: where to.
+        edits: those that :func:`check_targets` accepts.
+        shards: the base checkpoint.
+        scale: share of the direction to remove.
+        base: its name.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity.
+    """
+    tensors: dict[str, Tensor] = {}
+    sums = []
+    for edit in edits:
+        down, part = _coefficients(edit, shards)
+        module = f"base_model.model.{edit.name.removesuffix('.weight')}"
+        up = (-scale * edit.basis.T).to(torch.float32)
+        if edit.kind == "embedding":
+            tensors[f"{module}.lora_embedding_A"] = down
+            tensors[f"{module}.lora_embedding_B"] = up
+        else:
+            tensors[f"{module}.lora_A.weight"] = down
+            tensors[f"{module}.lora_B.weight"] = up
+        sums.append(part)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_json(folder / CONFIG, _config(edits, base))
+    return sums
+
+
+def _config(edits: Sequence[TensorEdit], base: str) -> Mapping[str, Any]:
+    ranks = {edit.name.removesuffix(".weight"): len(edit.basis) for edit in edits}
+    common = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != common}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,  # alpha / r scales the update: by one
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted(ranks),
+    }
+
+
+def _coefficients(edit: TensorEdit, shards: ShardSet) -> tuple[Tensor, Sums]:
+    """``B W`` ``[k, columns]`` (for an embedding ``B W^T``) in float32."""
+    entry = shards.tensors[edit.name]
+    source = SourceFile(entry.file)
+    try:
+        parts, total = [], Sums()
+        for strip in strips(entry.shape, edit.axis):
+            dtype = DTYPES[entry.dtype]
+            grid = PlainGrid(source, entry.start, None, 0, dtype, strip, torch.device("cpu"))
+            try:
+                weight, energy = apply_in_blocks(grid, edit.basis, strip.across)
+            except CheckpointError as error:
+                raise CheckpointError(f"tensor '{entry.name}' in {entry.file} {error}") from None
+            parts.append(weight)
+            total += Sums(energy, float(weight.double().square().sum()), 0.0)
+        return torch.cat(parts, dim=1).to(torch.float32), total
+    finally:
+        source.close()

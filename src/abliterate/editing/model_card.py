@@ -1,0 +1,109 @@
+"""The model card of an edited checkpoint: it says plainly what was removed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from abliterate.direction import Direction
+from abliterate.models.loading import Checkpoint
+from abliterate.storage.artifacts import write_atomically
+
+if TYPE_CHECKING:
+    from abliterate.editing.orthogonalize import EditedTensor
+
+_ADDED = """\
+# {name}, with its refusal direction added
+
+**This model was made to refuse more, or less, by a constant.** It is `{base}` with {coeff:g} times
+the one direction of its residual stream that mediates refusal (Arditi et al. 2024,
+[arXiv 2406.11717](https://arxiv.org/abs/2406.11717)) added as a bias.
+
+- Direction: source layer {layer}, position {position}, sha256 `{sha256}`
+- Changed: {count} ({kinds}); the full list is in `abliterate.json`
+- {rest}
+{limits}
+Made with [abliterate](https://pypi.org/project/abliterate/).
+"""
+
+_TEXT = """\
+# {name}, with its refusal direction removed
+
+**Safety refusals were removed from this model.** It is `{base}` with one direction of its residual
+stream, the one that mediates refusal (Arditi et al. 2024,
+[arXiv 2406.11717](https://arxiv.org/abs/2406.11717)), projected out of every matrix that writes to
+the stream. It answers requests that the original declines. Whoever deploys it is responsible for
+the safeguards that the original brought along.
+
+- Direction: source layer {layer}, position {position}, sha256 `{sha256}`
+- Edited tensors: {count} ({kinds}); the full list is in `abliterate.json`
+- {rest}
+{limits}
+Made with [abliterate](https://pypi.org/project/abliterate/).
+"""
+
+
+def write_model_card(
+    path: Path,
+    base: Checkpoint,
+    direction: Direction,
+    edited: Sequence[EditedTensor],
+    limits: Sequence[str] = (),
+    adapter: bool = False,
+    added: float | None = None,
+) -> None:
+    """Write ``README.md``; licence and languages are taken over from the source's card.
+
+    Args:
+        path: the file.
+        base: the source.
+        direction: what was removed or added.
+        edited: the tensors.
+        limits: what the edit does not promise, a sentence each.
+        adapter: it is a PEFT adapter.
+        added: the coefficient, if the direction was added instead.
+    """
+    name = base.folder.name if base.revision is None else base.name
+    inherited = _inherited(base.folder / "README.md")
+    data = ModelCardData(
+        base_model=name,
+        base_model_relation="adapter" if adapter else "finetune",
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["abliterated", "refusal-removed" if added is None else "refusal-steered"],
+        **inherited,
+    )
+    kinds = Counter(tensor.kind for tensor in edited)
+    rest = (
+        "Everything else is byte for byte the original's (an output head that was tied to the "
+        "embedding now\n  holds the original matrix itself)."
+    )
+    text = (_TEXT if added is None else _ADDED).format(
+        coeff=added,
+        rest="It is an adapter: load it onto the original with PEFT." if adapter else rest,
+        limits="".join(f"- Limit: {limit}.\n" for limit in limits),
+        name=name,
+        base=name,
+        layer=direction.layer,
+        position=direction.position,
+        sha256=direction.sha256,
+        count=len(edited),
+        kinds=", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+    )
+    write_atomically(path, f"---\n{data.to_yaml()}\n---\n\n{text}".encode())
+
+
+def _inherited(path: Path) -> dict[str, Any]:
+    try:
+        source = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a card is free text; without one that can be read there is nothing to take
+        return {}
+    return {
+        key: source[key]
+        for key in ("license", "license_name", "license_link", "language")
+        if source.get(key)
+    }

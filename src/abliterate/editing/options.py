@@ -1,0 +1,228 @@
+"""What an edit does beyond the paper's: which tensors, how much, and what it then promises."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from abliterate.editing.edit_plan import EditPlan, TensorEdit
+from abliterate.errors import UsageError
+from abliterate.models.loading import pick_device
+from abliterate.settings import OrthogonalizeSettings
+
+_GROUPS = {
+    "attention": {"attention", "mixer"},
+    "mlp": {"mlp", "expert"},
+    "embedding": {"embedding", "position"},
+    "mixer": {"mixer"},
+    "expert": {"expert"},
+    "position": {"position"},
+    "other": {"other"},
+}
+Tied = Literal["untie", "share", "skip"]
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """Departures from the paper's edit, and how to carry it out.
+
+    Attributes:
+        layers: decoder blocks to edit such as ``10-25`` or ``3,5-7``, or None for all. What lies
+            outside the blocks is then edited only if ``components`` names it.
+        components: ``attention``, ``mlp``, ``embedding`` (comma-separated), or None for all.
+        scale: 1 removes all of the direction, 0.5 half of it.
+        norm_preserve: every row of an edited matrix keeps its norm.
+        tied_embeddings: of an embedding that is the output head too: ``untie`` gives the head a
+            copy of the original, ``share`` edits both, ``skip`` neither.
+        quantized: what to do with FP8 and MXFP4 tensors: ``requantize``, ``dequantize`` or nothing.
+        add: bake in the addition of this multiple of the direction instead of its removal.
+        as_lora: write a PEFT adapter instead of a checkpoint.
+        device: where to compute.
+        jobs: cores to use, or None for all.
+    """
+
+    layers: str | None = None
+    components: str | None = None
+    scale: float = 1.0
+    norm_preserve: bool = False
+    tied_embeddings: Tied = "untie"
+    quantized: Literal["requantize", "dequantize"] | None = None
+    add: float | None = None
+    as_lora: bool = False
+    device: str = "cpu"
+    jobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise UsageError(f"--scale must be a number other than zero, not {self.scale}")
+        if self.jobs is not None and self.jobs < 1:
+            raise UsageError(f"--jobs must be at least 1, not {self.jobs}")
+        if self.tied_embeddings not in ("untie", "share", "skip"):
+            raise UsageError(
+                f"--tied-embeddings must be untie, share or skip, not '{self.tied_embeddings}'"
+            )
+        removal = (
+            self.layers,
+            self.components,
+            self.scale,
+            self.norm_preserve,
+            self.tied_embeddings,
+            self.quantized,
+            self.as_lora,
+        )
+        if self.add is not None and removal != (None, None, 1.0, False, "untie", None, False):
+            raise UsageError("--add goes with none of the options that shape the removal")
+        if self.add is not None and (not math.isfinite(self.add) or self.add == 0):
+            raise UsageError(f"--add must be a number other than zero, not {self.add}")
+        if self.as_lora and self.norm_preserve:
+            raise UsageError("--as-lora cannot hold --norm-preserve: it is no low-rank update")
+        parse_layers(self.layers)
+        parse_components(self.components)
+
+    def summary(self) -> dict[str, Any]:
+        """What the record keeps of them: all on which the bytes depend."""
+        return {
+            "layers": self.layers,
+            "components": self.components,
+            "scale": self.scale,
+            "norm_preserve": self.norm_preserve,
+            "tied_embeddings": self.tied_embeddings,
+            "quantized": self.quantized,
+            "add": self.add,
+            "as_lora": self.as_lora,
+            "device": str(pick_device(self.device)),
+        }
+
+
+def edit_options(settings: OrthogonalizeSettings) -> EditOptions:
+    """The options that settings ask for.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    if settings.requantize and settings.dequantize:
+        raise UsageError("--requantize and --dequantize exclude each other")
+    return EditOptions(
+        settings.layers,
+        settings.components,
+        settings.scale,
+        settings.norm_preserve,
+        settings.tied_embeddings,
+        "requantize" if settings.requantize else "dequantize" if settings.dequantize else None,
+        settings.add,
+        settings.as_lora,
+        settings.device,
+        settings.jobs,
+    )
+
+
+def parse_layers(text: str | None) -> frozenset[int] | None:
+    """The layers that ``10-25`` or ``3,5-7`` names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+        first, last = (int(end or ends[1]) for end in ends.groups()) if ends else (1, 0)
+        if last < first:
+            raise UsageError(f"--layers must be such as 10-25 or 3,5-7, not '{text}'")
+        layers.update(range(first, last + 1))
+    return frozenset(layers)
+
+
+def parse_components(text: str | None) -> frozenset[str] | None:
+    """The kinds of tensors that a list of components names.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    if text is None:
+        return None
+    kinds: set[str] = set()
+    for part in text.split(","):
+        if part.strip() not in _GROUPS:
+            raise UsageError(f"--components knows {', '.join(_GROUPS)}, not '{part.strip()}'")
+        kinds |= _GROUPS[part.strip()]
+    return frozenset(kinds)
+
+
+def apply_options(plan: EditPlan, options: EditOptions) -> EditPlan:
+    """The part of the plan that the options leave.
+
+    Raises:
+        UsageError: nothing is left, or a layer does not exist.
+    """
+    layers, kinds = parse_layers(options.layers), parse_components(options.components)
+    last = max((edit.layer for edit in plan.edits if edit.layer is not None), default=-1)
+    if layers is not None and max(layers) > last:
+        raise UsageError(f"--layers {options.layers}: the model has layers 0 to {last}")
+
+    def wanted(edit: TensorEdit) -> bool:
+        if kinds is not None and edit.kind not in kinds:
+            return False
+        if edit.layer is None:
+            return layers is None or kinds is not None
+        return layers is None or edit.layer in layers
+
+    edits = tuple(edit for edit in plan.edits if wanted(edit))
+    copies, tied = plan.copies, set(plan.copies.values())
+    if options.tied_embeddings == "skip":
+        edits = tuple(edit for edit in edits if edit.name not in tied)
+    if options.tied_embeddings != "untie" or all(edit.name not in tied for edit in edits):
+        copies = {}
+    if not edits:
+        raise UsageError("no tensor is left to edit: widen --layers and --components")
+    return replace(plan, edits=edits, copies=copies)
+
+
+def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -> dict[str, Any]:
+    """What a check of the edited checkpoint may expect, and why it is less than the paper's edit.
+
+    Args:
+        plan: of the whole edit.
+        edits: those that were carried out.
+        options: which led to them.
+    """
+    if options.add is not None:
+        return {
+            "tensors_orthogonal": False,
+            "stream_orthogonal": False,
+            "remaining_share": None,
+            "limits": [f"{options.add:g} times the direction is added, nothing is removed"],
+        }
+    less = []
+    if len(edits) < len(plan.edits):
+        less.append(
+            f"{len(plan.edits) - len(edits)} of {len(plan.edits)} writers are as they were: the "
+            "stream still holds what they write along the direction"
+        )
+    if options.scale != 1:
+        less.append(
+            f"scale {options.scale:g}: each edited tensor keeps {1 - options.scale:g} of what it "
+            "had along the direction"
+        )
+    if options.norm_preserve:
+        less.append(
+            "rows keep their norm: a matrix whose rows do not lie along the stream is rescaled "
+            "after the projection and writes along the direction again, by 'after' of its entry"
+        )
+    if plan.copies and options.tied_embeddings == "share":
+        less.append("the output head is edited with the embedding: logits differ from ablation's")
+    if options.quantized == "requantize":
+        less.append(
+            "requantized tensors are rounded again: 'after' of each entry is what that left"
+        )
+    clean = not options.norm_preserve and options.quantized != "requantize"
+    return {
+        "tensors_orthogonal": clean and options.scale == 1,
+        "stream_orthogonal": not less,
+        "remaining_share": 1 - options.scale,
+        "limits": less,
+    }

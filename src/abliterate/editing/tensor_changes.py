@@ -1,0 +1,112 @@
+"""Which tensors an edited checkpoint holds in another form, and the configuration that says so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from abliterate.checkpoints.quantized_formats import Quantized
+from abliterate.checkpoints.shards import ShardSet
+from abliterate.editing.edit_plan import EditPlan, TensorEdit
+from abliterate.editing.shard_layout import Changes, NewTensor
+from abliterate.errors import CheckpointError
+
+
+def resolve_edits(
+    edits: Sequence[TensorEdit], shards: ShardSet, quantized: Mapping[str, Quantized]
+) -> tuple[TensorEdit, ...]:
+    """The edits by the tensors on disk: MXFP4 matrices lie there transposed, under two names."""
+    resolved = []
+    for edit in edits:
+        stored = quantized.get(f"{edit.name}_blocks")
+        if edit.name not in shards.tensors and stored is not None:
+            if edit.region is not None or edit.axis not in (1, 2):
+                raise CheckpointError(f"tensor '{edit.name}' cannot be edited in part")
+            edit = replace(edit, name=stored.values.name, axis=3 - edit.axis)
+        resolved.append(edit)
+    counts = Counter(edit.name for edit in resolved)
+    for edit in resolved:
+        if counts[edit.name] > 1 and edit.region is None:
+            raise CheckpointError(f"the plan edits tensor '{edit.name}' twice over")
+    return tuple(resolved)
+
+
+def plan_changes(
+    plan: EditPlan,
+    quantized: Mapping[str, Quantized],
+    choice: str | None,
+    config: Mapping[str, Any],
+) -> tuple[Changes, dict[str, Any] | None]:
+    """What the edit adds, replaces and removes, and the configuration if that changes.
+
+    Args:
+        plan: the edits, by tensors on disk.
+        quantized: the tensors stored in blocks with scales.
+        choice: ``requantize``, ``dequantize`` or None.
+        config: of the source.
+
+    Raises:
+        CheckpointError: an edit needs a choice that was not made.
+    """
+    added: dict[str, dict[str, NewTensor]] = {}
+    replaced: dict[str, tuple[str, NewTensor]] = {}
+    removed: set[str] = set()
+    fresh: dict[str, Any] = dict(config)
+    for name, source in plan.copies.items():
+        entry = plan.shards.tensors[source]
+        if source in quantized:
+            raise CheckpointError(
+                f"tensor '{source}' is quantized and tied to {name}: pass --tied-embeddings skip"
+            )
+        copy = NewTensor(entry.dtype, entry.shape, entry)
+        added.setdefault(entry.file.name, {})[name] = copy
+    if plan.copies:
+        # The text part of a multimodal configuration is the one with a vocabulary.
+        parts = {k: v for k, v in fresh.items() if isinstance(v, Mapping) and "vocab_size" in v}
+        fresh |= {key: {**part, "tie_word_embeddings": False} for key, part in parts.items()}
+        fresh["tie_word_embeddings"] = False
+    touched = [quantized[edit.name] for edit in plan.edits if edit.name in quantized]
+    if touched and choice is None:
+        name = touched[0].values.name
+        raise CheckpointError(
+            f"tensor '{name}' is stored as {touched[0].scheme.upper()} with scales: pass "
+            "--requantize to store it so again, or --dequantize to write it as bfloat16"
+        )
+    if touched and choice == "requantize":
+        for stored in touched:
+            if stored.scales.file != stored.values.file:  # they are written together
+                scales = stored.scales
+                removed.add(scales.name)
+                moved = NewTensor(scales.dtype, scales.shape, scales)
+                added.setdefault(stored.values.file.name, {})[scales.name] = moved
+    if touched and choice == "dequantize":
+        modules = {_module(stored) for stored in touched}
+        dense = [stored for stored in quantized.values() if _module(stored) in modules]
+        if any(edit.region is not None for edit in plan.edits if edit.name in quantized):
+            raise CheckpointError("a box of a quantized tensor cannot be dequantized alone")
+        for stored in dense:
+            name, shape = stored.dense
+            replaced[stored.values.name] = (name, NewTensor("BF16", shape))
+            removed.add(stored.scales.name)
+        fresh = _dequantized_config(fresh, sorted(modules), len(dense) == len(quantized))
+    return Changes(added, replaced, frozenset(removed)), fresh if fresh != config else None
+
+
+def _module(stored: Quantized) -> str:
+    """The module a tensor belongs to: it is loaded as one format or the other."""
+    return stored.values.name.rpartition(".")[0]
+
+
+def _dequantized_config(
+    config: dict[str, Any], modules: list[str], all_of_them: bool
+) -> dict[str, Any]:
+    settings = config.get("quantization_config")
+    if not isinstance(settings, Mapping):
+        return config
+    if all_of_them:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+    kept = list(settings.get("modules_to_not_convert") or [])
+    kept += [module for module in modules if module not in kept]
+    return {**config, "quantization_config": {**settings, "modules_to_not_convert": kept}}

@@ -1,0 +1,332 @@
+"""evaluate: what interventions do to refusal and to harmless answers (paper, sections 3 and 4)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.console import bars_hidden, log
+from abliterate.direction import Direction
+from abliterate.errors import InputError, UsageError
+from abliterate.evaluation.completions import Completion, CompletionFile, no_scores, scores
+from abliterate.inference.forward import all_last_logits
+from abliterate.inference.generation import greedy_answers
+from abliterate.inference.interventions import ablate, add
+from abliterate.metrics.refusal import is_refusal, kl_divergence, refusal_score
+from abliterate.models.loading import Loaded
+from abliterate.prompts.chat_template import ChatFormat, encode
+from abliterate.prompts.sources import Prompt
+
+INTERVENTIONS = ("baseline", "ablate", "add", "subtract")
+KINDS = ("harmful", "harmless")
+
+# Logits that are scored in float64 at once.
+_CHUNK = 1 << 22
+
+# Seconds between two lines of progress where no bar is shown.
+_EVERY = 60.0
+
+Context = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What the logits at the last prompt token say.
+
+    Attributes:
+        harmful: mean refusal metric of the harmful prompts: log-odds that the first token starts a
+            refusal (paper, section 2.3 and appendix B).
+        harmless: the same of the harmless prompts.
+        kl: mean last-token KL(baseline || intervention) on harmless prompts, in nats.
+    """
+
+    harmful: float
+    harmless: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one intervention did.
+
+    Attributes:
+        harmful: completions of the harmful test prompts; None of a streamed model.
+        harmless: completions of the harmless ones.
+        metrics: from the logits.
+        losses: cross-entropy by corpus, as records hold it.
+        tasks: lm-eval's figures by task.
+        seed: of the bootstrap.
+    """
+
+    harmful: tuple[Completion, ...] | None
+    harmless: tuple[Completion, ...] | None
+    metrics: Metrics
+    losses: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[str, Mapping[str, float]]
+    seed: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """The figures, without texts."""
+
+        def counted(completions: tuple[Completion, ...] | None) -> dict[str, Any]:
+            return no_scores() if completions is None else scores(completions, self.seed)
+
+        return {
+            "harmful": counted(self.harmful) | {"refusal_metric": self.metrics.harmful},
+            "harmless": counted(self.harmless) | {"refusal_metric": self.metrics.harmless},
+            "kl_divergence": self.metrics.kl,
+            "losses": {name: dict(loss) for name, loss in self.losses.items()},
+            "tasks": {name: dict(found) for name, found in self.tasks.items()},
+        }
+
+
+def intervention(loaded: Loaded, name: str, direction: Direction | None) -> Context:
+    """A factory of the context manager for ``baseline``, ``ablate``, ``add`` or ``subtract``.
+
+    Raises:
+        UsageError: the name is unknown, or it needs a direction or a source layer it lacks.
+    """
+    check_intervention(name, direction)
+    if direction is None or name == "baseline":
+        return nullcontext
+    if name == "ablate":
+        return lambda: ablate(loaded.model, direction.vector)
+    layer = direction.layer
+    assert layer is not None
+    coeff = 1.0 if name == "add" else -1.0
+    return lambda: add(loaded.model, direction.vector, layer, coeff)
+
+
+def check_intervention(name: str, direction: Direction | None) -> None:
+    """Raise as :func:`intervention` does, without a model."""
+    if name not in INTERVENTIONS:
+        raise UsageError(
+            f"--intervention must be one of {', '.join(INTERVENTIONS)}, checkpoint, not '{name}'"
+        )
+    if name == "baseline":
+        return
+    if direction is None:
+        raise UsageError(f"--intervention {name} needs --direction")
+    if name != "ablate" and direction.layer is None:
+        raise UsageError(f"--intervention {name} needs a direction file that records its layer")
+
+
+def evaluate(
+    loaded: Loaded,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    refusal_tokens: Sequence[int],
+    direction: Direction | None = None,
+    interventions: Sequence[str] = ("baseline", "ablate", "add"),
+    edited: Mapping[str, Loaded] | None = None,
+    chat: ChatFormat | None = None,
+    max_new_tokens: int = 512,
+    batch_size: int | str = "auto",
+    seed: int = 0,
+) -> dict[str, Outcome]:
+    """Greedy completions and scores of test prompts under each intervention.
+
+    Args:
+        loaded: the model that is intervened on.
+        harmful: harmful test prompts, each text once.
+        harmless: harmless test prompts.
+        refusal_tokens: ids of the first tokens that count as refusing.
+        direction: what ``ablate``, ``add`` and ``subtract`` use.
+        interventions: which to run, in this order.
+        edited: further models to compare, by name (an orthogonalized checkpoint); they see the
+            same token ids.
+        chat: system message and template variables.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: prompts per forward pass, or ``auto``.
+        seed: of the bootstrap.
+
+    Returns:
+        Outcomes by intervention or name of the edited model.
+    """
+    chat = chat or ChatFormat()
+    runs: list[tuple[str, Loaded, Context]] = [
+        (name, loaded, intervention(loaded, name, direction)) for name in interventions
+    ]
+    runs += [(name, other, nullcontext) for name, other in (edited or {}).items()]
+    prompts = {"harmful": harmful, "harmless": harmless}
+    ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in KINDS}
+    baseline = all_last_logits(loaded.model, ids["harmless"], batch_size, team=loaded.team)
+    outcomes = {}
+    for name, subject, context in runs:
+        done = []
+        for kind in KINDS:
+            file = CompletionFile(None, prompts[kind], "")
+            complete(
+                subject, ids[kind], file, context, max_new_tokens, batch_size, (name, kind), chat
+            )
+            done.append(file.completions)
+        metrics = measure(subject, ids, baseline, refusal_tokens, context, batch_size)
+        outcomes[name] = Outcome(done[0], done[1], metrics, {}, {}, seed)
+    return outcomes
+
+
+def encode_prompts(loaded: Loaded, prompts: Sequence[Prompt], chat: ChatFormat) -> list[list[int]]:
+    """Token ids of each prompt's conversation."""
+    return encode(loaded.tokenizer, [prompt.text for prompt in prompts], chat)
+
+
+def measure(
+    subject: Loaded,
+    ids: Mapping[str, Sequence[Sequence[int]]],
+    baseline: Tensor,
+    refusal_tokens: Sequence[int],
+    context: Context = nullcontext,
+    batch_size: int | str = "auto",
+) -> Metrics:
+    """Refusal metrics and KL of a model under an intervention.
+
+    Args:
+        subject: the model.
+        ids: token ids of the prompts, by kind.
+        baseline: last-token logits ``[n, vocabulary]`` of the unmodified model on harmless prompts.
+        refusal_tokens: ids of the first tokens that count as refusing.
+        context: the intervention.
+        batch_size: prompts per forward pass, or ``auto``.
+
+    Raises:
+        InputError: the model has another vocabulary than the baseline.
+    """
+    harmful, harmless = (
+        all_last_logits(subject.model, ids[kind], batch_size, context(), team=subject.team)
+        for kind in KINDS
+    )
+    return metrics_of(harmful, harmless, baseline, refusal_tokens, subject.checkpoint.name)
+
+
+def metrics_of(
+    harmful: Tensor,
+    harmless: Tensor,
+    baseline: Tensor,
+    refusal_tokens: Sequence[int],
+    name: str,
+) -> Metrics:
+    """Refusal metrics and KL from last-token logits ``[prompts, vocabulary]``.
+
+    Args:
+        harmful: logits on harmful prompts.
+        harmless: logits on harmless prompts.
+        baseline: those of the unmodified model on harmless prompts.
+        refusal_tokens: ids of the first tokens that count as refusing.
+        name: of the model, for the error message.
+
+    Raises:
+        InputError: the model has another vocabulary than the baseline.
+    """
+    if harmless.shape != baseline.shape:
+        raise InputError(
+            f"{name} has a vocabulary of {harmless.shape[1]}, the model that it "
+            f"is compared with {baseline.shape[1]}: give a checkpoint made from that model"
+        )
+    size = max(1, _CHUNK // baseline.shape[1])
+
+    def mean(score: Callable[..., Tensor], *logits: Tensor) -> float:
+        # Some rows at a time: the scores take float64 copies of what they look at.
+        parts = [score(*rows) for rows in zip(*(torch.split(t, size) for t in logits), strict=True)]
+        return float(torch.cat(parts).mean())
+
+    def refusal(rows: Tensor) -> Tensor:
+        return refusal_score(rows, refusal_tokens)
+
+    return Metrics(
+        mean(refusal, harmful), mean(refusal, harmless), mean(kl_divergence, baseline, harmless)
+    )
+
+
+def complete(
+    subject: Loaded,
+    ids: Sequence[Sequence[int]],
+    file: CompletionFile,
+    context: Context = nullcontext,
+    max_new_tokens: int = 512,
+    batch_size: int | str = "auto",
+    label: tuple[str, str] = ("", ""),
+    chat: ChatFormat | None = None,
+) -> None:
+    """Complete the prompts of ``file`` that have no completion yet, each up to its end of turn.
+
+    Args:
+        subject: model and tokenizer.
+        ids: token ids of the file's prompts.
+        file: what gets each completion as soon as it ends.
+        context: the intervention.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: prompts per batch, or ``auto``.
+        label: intervention and kind, for the progress bar and the log.
+        chat: how the prompts were formatted.
+    """
+    prompts = list(file.prompts.values())
+    done = [row for row, prompt in enumerate(prompts) if file.done(prompt.text)]
+    refused = sum(completion.refused for completion in file.completions)
+    count, spoke = len(done), time.monotonic()
+    where = f"evaluate: {label[0]}, {label[1]}"
+    if done and len(done) < len(prompts):
+        log.info("%s: %d of %d completions are there already", where, len(done), len(prompts))
+
+    def answered(row: int, answer: list[int]) -> str:
+        nonlocal refused, count, spoke
+        text = subject.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        prompt = prompts[row]
+        file.put(Completion(prompt.text, prompt.category, text, is_refusal(text)))
+        refused += is_refusal(text)
+        count += 1
+        note = f"{refused} of {count} refused"
+        if bars_hidden() and time.monotonic() - spoke > _EVERY:
+            spoke = time.monotonic()
+            log.info("%s: %s (%d prompts)", where, note, len(prompts))
+        return note
+
+    if len(done) < len(prompts):
+        with context(), file.writing():
+            greedy_answers(subject, ids, max_new_tokens, batch_size, where, answered, done, chat)
+    log.info("%s: %d of %d refused", where, refused, len(prompts))
+
+
+def deltas(interventions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Each intervention's figures less the baseline's; empty without a baseline."""
+    baseline = interventions.get("baseline")
+    if baseline is None:
+        return {}
+    return {
+        name: {
+            kind: {
+                score: _less(found[kind][score], baseline[kind][score])
+                for score in ("refusal_score", "safety_score", "refusal_metric")
+            }
+            for kind in KINDS
+        }
+        | {
+            "kl_divergence": _less(found["kl_divergence"], baseline["kl_divergence"]),
+            "losses": {
+                corpus: {
+                    key: _less(loss[key], baseline["losses"][corpus][key])
+                    for key in ("loss", "perplexity")
+                }
+                for corpus, loss in found["losses"].items()
+            },
+            "tasks": {
+                task: {
+                    key: _less(value, baseline["tasks"].get(task, {}).get(key))
+                    for key, value in figures.items()
+                    if "_stderr," not in key
+                }
+                for task, figures in found["tasks"].items()
+            },
+        }
+        for name, found in interventions.items()
+        if name != "baseline"
+    }
+
+
+def _less(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other

@@ -1,0 +1,215 @@
+"""Completions: one line of JSON each, streamed to a file that an interrupted run goes on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from abliterate.metrics.intervals import interval
+from abliterate.metrics.refusal import is_refusal
+from abliterate.prompts.sources import Prompt
+from abliterate.storage.artifacts import write_atomically, write_json
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer, whether it holds a refusal substring, and what a judge said of it.
+
+    Attributes:
+        prompt: the user's text.
+        category: of the prompt, where its source has one.
+        response: the model's answer.
+        refused: it holds one of the paper's substrings.
+        safe: the judge's verdict; None without one.
+        judge: the judge's own words.
+        judge_error: why there is no verdict, if a judge was asked.
+    """
+
+    prompt: str
+    category: str | None
+    response: str
+    refused: bool
+    safe: bool | None = None
+    judge: str | None = None
+    judge_error: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Its line: the judge's fields only if one was asked."""
+        line: dict[str, Any] = {
+            "prompt": self.prompt,
+            "category": self.category,
+            "response": self.response,
+            "refused": self.refused,
+        }
+        if self.safe is not None or self.judge_error is not None:
+            line |= {"safe": self.safe, "judge": self.judge}
+        if self.judge_error is not None:
+            line["judge_error"] = self.judge_error
+        return line
+
+
+class CompletionFile:
+    """The completions of one intervention on one kind of prompts, in memory and on disk.
+
+    Lines are appended as answers end, in whatever order; a later line of the same prompt wins.
+    :meth:`finish` puts them in the order of the prompts.
+    """
+
+    def __init__(
+        self, path: Path | None, prompts: Sequence[Prompt], key: str, judge_key: str | None = None
+    ) -> None:
+        """Take over what an earlier run left, if it was made with the same ``key``.
+
+        Args:
+            path: the file, or None to keep completions in memory only.
+            prompts: what is to be completed; each text once.
+            key: hash of all that the answers depend on.
+            judge_key: hash of the judge; verdicts of another one are dropped.
+        """
+        self.path = path
+        self.prompts = {prompt.text: prompt for prompt in prompts}
+        self._kept: dict[str, Completion] = {}
+        self._file: IO[str] | None = None
+        if path is None:
+            return
+        manifest = _read_manifest(path.parent)
+        made = manifest.get(path.name)
+        made = made if isinstance(made, dict) else {}
+        same = made.get("completions") == key
+        if same:
+            verdicts = judge_key is None or made.get("judge") == judge_key
+            for line in read_lines(path):
+                self._take(line, verdicts)
+        # A judge that is not asked now keeps its verdicts.
+        judged_by = judge_key or (made.get("judge") if same else None)
+        manifest[path.name] = {"completions": key, "judge": judged_by}
+        if not same:
+            path.unlink(missing_ok=True)
+        write_json(path.parent / MANIFEST, manifest)
+        if path.exists() and path.read_bytes() != self._content():
+            self._write()  # torn or double lines, the order of finishing
+
+    def _take(self, line: Mapping[str, Any], verdicts: bool) -> None:
+        prompt = self.prompts.get(line.get("prompt", ""))
+        response = line.get("response")
+        if prompt is None or not isinstance(response, str):
+            return
+        held = Completion(prompt.text, prompt.category, response, is_refusal(response))
+        safe, judge = line.get("safe"), line.get("judge")
+        if verdicts and isinstance(safe, bool):
+            held = replace(held, safe=safe, judge=judge if isinstance(judge, str) else None)
+        self._kept[prompt.text] = held
+
+    def adopt(self, completions: Sequence[Completion]) -> None:
+        """Take over what another rank has read from the file."""
+        self._kept = {completion.prompt: completion for completion in completions}
+
+    def done(self, text: str) -> bool:
+        """Whether the prompt ``text`` has its completion."""
+        return text in self._kept
+
+    @property
+    def completions(self) -> tuple[Completion, ...]:
+        """What there is so far, in the order of the prompts."""
+        return tuple(self._kept[text] for text in self.prompts if text in self._kept)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the context, :meth:`put` also appends to the file, whose lines are whole."""
+        if self.path is None:
+            yield
+            return
+        with self.path.open("a", encoding="utf-8") as self._file:
+            try:
+                yield
+            finally:
+                self._file = None
+        self._write()
+
+    def put(self, completion: Completion) -> None:
+        """Keep a completion, in place of an earlier one of the same prompt."""
+        self._kept[completion.prompt] = completion
+        if self._file is not None:
+            self._file.write(_line(completion))
+            self._file.flush()
+
+    def _write(self) -> None:
+        assert self.path is not None
+        write_atomically(self.path, self._content())
+
+    def _content(self) -> bytes:
+        return "".join(map(_line, self.completions)).encode()
+
+
+def _line(completion: Completion) -> str:
+    return json.dumps(completion.record(), ensure_ascii=False) + "\n"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, without lines that a kill has torn; none if it is missing."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return []
+    lines = []
+    for line in raw.split(b"\n"):
+        try:
+            document = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(document, dict):
+            lines.append(document)
+    return lines
+
+
+def no_scores() -> dict[str, Any]:
+    """What :func:`scores` gives, of completions that nobody made: no count, no share."""
+    shares = ("refused", "refusal_rate", "refusal_score", "refusal_score_ci")
+    judged = {"safety_score": None, "safety_score_ci": None, "judged": 0, "judge_failed": 0}
+    return {"n": 0} | dict.fromkeys(shares) | judged | {"categories": {}}
+
+
+def rates(completions: Sequence[Completion], seed: int = 0) -> dict[str, Any]:
+    """Refusal and safety scores with bootstrap intervals (paper, section 2.2 and appendix D).
+
+    ``refusal_score`` is the share that holds a refusal substring, ``safety_score`` the share that
+    the judge calls safe among those it judged. ``refusal_rate`` repeats ``refusal_score``.
+    """
+    refused = [float(completion.refused) for completion in completions]
+    safe = [float(c.safe) for c in completions if c.safe is not None]
+    score = sum(refused) / len(refused)
+    return {
+        "n": len(completions),
+        "refused": int(sum(refused)),
+        "refusal_rate": score,
+        "refusal_score": score,
+        "refusal_score_ci": interval(refused, seed),
+        "safety_score": sum(safe) / len(safe) if safe else None,
+        "safety_score_ci": interval(safe, seed) if safe else None,
+        "judged": len(safe),
+        "judge_failed": sum(c.judge_error is not None for c in completions),
+    }
+
+
+def scores(completions: Sequence[Completion], seed: int = 0) -> dict[str, Any]:
+    """:func:`rates` of all completions, and of each category under ``categories``."""
+    names = sorted({c.category for c in completions if c.category is not None})
+    return rates(completions, seed) | {
+        "categories": {
+            name: rates([c for c in completions if c.category == name], seed) for name in names
+        }
+    }

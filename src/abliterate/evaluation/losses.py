@@ -1,0 +1,135 @@
+"""Cross-entropy and perplexity on a corpus (paper, appendix on model coherence)."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.errors import InputError
+from abliterate.inference.forward import Batch, for_each_batch, last_logits
+from abliterate.models.loading import Loaded
+from abliterate.prompts.chat_template import ChatFormat, render
+from abliterate.prompts.corpora import Corpus, Example
+
+# Logits of this many tokens are turned to log-probabilities at once: they are wide.
+_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Cross-entropy over all measured tokens of a corpus.
+
+    Attributes:
+        loss: nats per token.
+        n_tokens: how many were predicted.
+        n_texts: how many texts they stand in.
+    """
+
+    loss: float
+    n_tokens: int
+    n_texts: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def summary(self) -> dict[str, Any]:
+        """As records hold it."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "n_tokens": self.n_tokens,
+            "n_texts": self.n_texts,
+        }
+
+
+def tokenize(
+    tokenizer: Any, example: Example, chat: ChatFormat, max_tokens: int
+) -> tuple[list[int], int]:
+    """Token ids of an example, and how many of them come before what is measured.
+
+    A plain text is cut to ``max_tokens``, its first token predicted by none. An answer follows its
+    conversation and is measured whole, from its first token on.
+    """
+    if example.instruction is None:
+        ids = list(tokenizer(example.text, truncation=True, max_length=max_tokens)["input_ids"])
+        return ids, 1
+    before = render(tokenizer, example.instruction, chat)
+    both = tokenizer([before, before + example.text], add_special_tokens=False)["input_ids"]
+    ids = list(both[1])
+    # A token that spans the border belongs to the answer.
+    shared = 0
+    while shared < min(len(both[0]), len(ids)) and both[0][shared] == ids[shared]:
+        shared += 1
+    return ids, max(1, shared)
+
+
+def measure_loss(
+    loaded: Loaded,
+    corpus: Corpus,
+    context: AbstractContextManager[None] | None = None,
+    chat: ChatFormat | None = None,
+    max_tokens: int = 256,
+    batch_size: int | str = "auto",
+    description: str = "loss",
+) -> Loss:
+    """Mean cross-entropy over the tokens of a corpus, each counted once.
+
+    Args:
+        loaded: model and tokenizer; the ranks of its team measure some texts each.
+        corpus: the texts.
+        context: an intervention.
+        chat: how instructions become conversations.
+        max_tokens: where plain texts are cut.
+        batch_size: texts per forward pass, or ``auto``.
+        description: shown beside the progress bar.
+
+    Raises:
+        InputError: no text has a token to predict.
+    """
+    chat = chat or ChatFormat()
+    rows = [tokenize(loaded.tokenizer, e, chat, max_tokens) for e in corpus.examples]
+    rows = [(ids, start) for ids, start in rows if len(ids) > start]
+    if not rows:
+        raise InputError(f"corpus {corpus.name} ({corpus.source}) has no text of two tokens")
+    team = loaded.team
+    own = team.share(rows)
+    sums: list[Tensor] = [torch.empty(0)] * len(own)
+
+    def run(batch: Batch) -> None:
+        width = batch.input_ids.shape[1]
+        logits = last_logits(loaded.model, batch, width)
+        for index, row in enumerate(batch.rows):
+            ids, start = own[row]
+            first = width - len(ids) + start
+            sums[row] = _negative_log(
+                logits[index, first - 1 : -1], batch.input_ids[index, first:]
+            ).cpu()
+
+    with team.working(), torch.inference_mode(), context or nullcontext():
+        ids = [ids for ids, _ in own]
+        for_each_batch(loaded.model, ids, run, batch_size, description, grow=False)
+    found = torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
+    # Added in the order of the texts, whichever batch or rank they ran in.
+    total = sum(team.gather_rows(found).tolist())
+    count = sum(len(ids) - start for ids, start in rows)
+    return Loss(total / count, count, len(rows))
+
+
+def _negative_log(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed ``-log p`` of ``targets [n]`` under ``logits [n, vocabulary]``, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for start in range(0, len(logits), _TOKENS):
+        part = logits[start : start + _TOKENS].float()
+        total += torch.nn.functional.cross_entropy(
+            part,
+            targets[start : start + _TOKENS],
+            reduction="sum",
+        ).double()
+    return total

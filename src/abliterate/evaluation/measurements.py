@@ -1,0 +1,282 @@
+"""What an evaluation measures, row by row, and what of it is known already.
+
+Whatever costs time is kept as it is made, under a hash of what it depends on: completions and
+verdicts line by line, the other figures in ``completions/measured.json``. An interrupted evaluation
+goes on from there, and one with a further judge, corpus or task computes that alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from abliterate.direction import Direction
+from abliterate.evaluation.compare import (
+    KINDS,
+    Context,
+    Metrics,
+    Outcome,
+    complete,
+    encode_prompts,
+    intervention,
+    measure,
+    metrics_of,
+)
+from abliterate.evaluation.completions import Completion, CompletionFile
+from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
+from abliterate.evaluation.losses import measure_loss
+from abliterate.evaluation.streamed import StreamedLogits
+from abliterate.extraction.means import find_refusal_tokens, refusal_tokens_shown
+from abliterate.inference.forward import all_last_logits
+from abliterate.models.loading import Checkpoint, Loaded
+from abliterate.prompts.corpora import Corpus, Example
+from abliterate.prompts.sources import Prompt
+from abliterate.run_folder import COMPLETIONS, Session, prompt_keys
+from abliterate.storage.artifacts import hash_json, write_json
+
+MEASURED = "measured.json"
+
+
+@dataclass
+class Work:
+    """One evaluation: what is asked, and what has been measured; models are loaded on demand."""
+
+    session: Session
+    direction: Direction | None
+    edited: Mapping[str, Checkpoint]
+    rows: Sequence[str]
+    prompts: Mapping[str, tuple[Prompt, ...]]
+    named_tokens: Sequence[str]
+    corpora: dict[str, Corpus | None]
+    tasks: Tasks | None
+    tasks_hash: str | None
+    out: Path | None
+    judge_key: str | None
+    files: dict[tuple[str, str], CompletionFile] = field(default_factory=dict)
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    _loaded: dict[str, Loaded] = field(default_factory=dict)
+
+    def run(self, name: str) -> None:
+        """Complete, measure and benchmark one row."""
+        for kind in KINDS if not self.session.offload else ():
+            self.complete(name, kind)
+        key: dict[str, Any] = {
+            "prompts": prompt_keys(self.prompts, keep_text=True),
+            "tokens": self.named_tokens,
+        }
+        found = self.memo.get(self._key(name, "metrics", key), lambda: asdict(self._measure(name)))
+        self.metrics[name] = Metrics(**found)
+        self.losses[name] = {corpus: self._loss(name, corpus) for corpus in self.corpora}
+        self.figures[name] = {}
+        if (tasks := self.tasks) is not None:
+            key = {"tasks": tasks.summary(), "folder": self.tasks_hash}
+            self.figures[name] = self.memo.get(
+                self._key(name, "tasks", key), lambda: self._run_tasks(name, tasks)
+            )
+
+    def complete(self, name: str, kind: str) -> CompletionFile:
+        """The completions of one row on one kind of prompts."""
+        if (name, kind) in self.files:
+            return self.files[name, kind]
+        settings = self.session.settings.evaluate
+        prompts = self.prompts[kind]
+        path, team = None, self.session.placement.team
+        if self.out is not None and team.leads:
+            path = self.out / COMPLETIONS / f"{name}-{kind}.jsonl"
+        key = {"prompts": [p.text for p in prompts], "max_new_tokens": settings.max_new_tokens}
+        file = CompletionFile(path, prompts, self._key(name, "completions", key), self.judge_key)
+        file.adopt(team.tell(file.completions))
+        if len(file.completions) < len(prompts):
+            subject, context = self._subject(name)
+            complete(
+                subject,
+                self.ids[kind],
+                file,
+                context,
+                settings.max_new_tokens,
+                self._batch_size,
+                (name, kind),
+                self.session.chat,
+            )
+        self.files[name, kind] = file
+        return file
+
+    def outcome(self, name: str, judged: bool) -> Outcome:
+        """All that is known of one row; verdicts only if a judge was asked this time."""
+        harmful, harmless = (self._made(name, kind, judged) for kind in KINDS)
+        return Outcome(
+            harmful,
+            harmless,
+            self.metrics[name],
+            self.losses[name],
+            self.figures[name],
+            self.session.settings.model.seed,
+        )
+
+    def _made(self, name: str, kind: str, judged: bool) -> tuple[Completion, ...] | None:
+        if self.session.offload:
+            return None
+        completions = self.files[name, kind].completions
+        return completions if judged else _unjudged(completions)
+
+    @cached_property
+    def memo(self) -> _Memo:
+        team = self.session.placement.team
+        here = self.out is not None and team.leads
+        memo = _Memo(self.out / COMPLETIONS / MEASURED if self.out and here else None)
+        memo.known = team.tell(memo.known)
+        return memo
+
+    @cached_property
+    def ids(self) -> dict[str, list[list[int]]]:
+        base, chat = self.session.loaded, self.session.chat
+        return {kind: encode_prompts(base, self.prompts[kind], chat) for kind in KINDS}
+
+    @cached_property
+    def baseline(self) -> Tensor:
+        """Last-token logits of the unmodified model on harmless prompts."""
+        base = self.session.loaded
+        if base.stream is not None:
+            return self.streamed.of("baseline")["harmless"]
+        return all_last_logits(base.model, self.ids["harmless"], self._batch_size, team=base.team)
+
+    @cached_property
+    def refusal_tokens(self) -> list[dict[str, Any]]:
+        def find() -> list[dict[str, Any]]:
+            base = self.session.loaded
+            harmful, harmless = (self.ids[kind] for kind in KINDS)
+            if base.stream is not None and not self.named_tokens:
+                found = refusal_tokens_shown(*self.streamed.of("baseline").values())
+            else:
+                found = find_refusal_tokens(
+                    base, harmful, harmless, list(self.named_tokens), self._batch_size
+                )
+            return [{"id": i, "token": base.tokenizer.decode([i])} for i in found]
+
+        key = {"prompts": prompt_keys(self.prompts, keep_text=True), "tokens": self.named_tokens}
+        found: list[dict[str, Any]] = self.memo.get(self._key("baseline", "refusal", key), find)
+        return found
+
+    @cached_property
+    def streamed(self) -> StreamedLogits:
+        """First-token logits of a streamed model."""
+
+        def load(name: str) -> Loaded:
+            return self._subject(name)[0] if name in self.edited else self.session.loaded
+
+        rows = [name for name in self.rows if name not in self.edited]
+        return StreamedLogits(load, rows, self.direction, self.ids, self._batch_size)
+
+    @property
+    def _batch_size(self) -> int | str:
+        return self.session.settings.model.batch_size
+
+    def _measure(self, name: str) -> Metrics:
+        tokens = [token["id"] for token in self.refusal_tokens]
+        baseline = self.baseline  # before another model takes the base's place
+        if self.session.offload:
+            seen = self.streamed.of(name)
+            who = self.edited[name].name if name in self.edited else self.session.checkpoint.name
+            return metrics_of(seen["harmful"], seen["harmless"], baseline, tokens, who)
+        subject, context = self._subject(name)
+        return measure(subject, self.ids, baseline, tokens, context, self._batch_size)
+
+    def _loss(self, name: str, corpus: str) -> dict[str, Any]:
+        settings = self.session.settings.evaluate
+        texts = self.corpora[corpus]
+        if texts is None:  # the model's own baseline completions, harmless prompts
+            own = self.complete("baseline", "harmless").completions
+            examples = tuple(Example(c.response, c.prompt) for c in own if c.response)
+            texts = self.corpora[corpus] = Corpus(corpus, "baseline completions", examples)
+        chosen = texts
+
+        def find() -> dict[str, Any]:
+            subject, context = self._subject(name)
+            where = f"evaluate: {name}, loss on {corpus}"
+            return measure_loss(
+                subject,
+                chosen,
+                context(),
+                self.session.chat,
+                settings.corpus_tokens,
+                self._batch_size,
+                where,
+            ).summary()
+
+        key = {"corpus": chosen.summary(), "tokens": settings.corpus_tokens}
+        found: dict[str, Any] = self.memo.get(self._key(name, "loss", key), find)
+        return found
+
+    def _run_tasks(self, name: str, tasks: Tasks) -> dict[str, Any]:
+        subject, context = self._subject(name)
+        with context():
+            return dict(
+                run_tasks(subject, tasks, self._batch_size, self.session.settings.model.seed)
+            )
+
+    def _key(self, name: str, what: str, more: Mapping[str, Any]) -> str:
+        """The hash of all that a figure of a row depends on."""
+        direction = self.direction and self.direction.sha256
+        subject: Any = {
+            "intervention": name,
+            "direction": None if name == "baseline" else direction,
+        }
+        if name in self.edited:
+            subject = {"checkpoint": self.edited[name].identity()}
+        return hash_json(
+            self.session.base_inputs() | {"subject": subject, "what": what, "more": more}
+        )
+
+    def _subject(self, name: str) -> tuple[Loaded, Context]:
+        """The model of a row and its intervention; one checkpoint at a time beside the base."""
+        if name not in self.edited:
+            base = self.session.loaded
+            return base, intervention(base, name, self.direction)
+        if name not in self._loaded:
+            _ = self.ids, self.baseline  # the base's share, before it goes
+            self.release()
+            self._loaded[name] = self.session.load(self.edited[name])
+        return self._loaded[name], nullcontext
+
+    def release(self) -> None:
+        """Let go of all models."""
+        for loaded in self._loaded.values():
+            if loaded.stream is not None:
+                loaded.stream.close()
+        self._loaded.clear()
+        self.session.release()
+
+
+def _unjudged(completions: Sequence[Completion]) -> tuple[Completion, ...]:
+    return tuple(replace(c, safe=None, judge=None, judge_error=None) for c in completions)
+
+
+class _Memo:
+    """Figures by the hash of what they depend on, kept in a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {}
+        if path is not None:
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                document = None
+            self.known = document if isinstance(document, dict) else {}
+
+    def get(self, key: str, find: Callable[[], Any]) -> Any:
+        """The figure, found now if it is not known."""
+        if key not in self.known:
+            self.known[key] = find()
+            if self.path is not None:
+                write_json(self.path, self.known)
+        return self.known[key]

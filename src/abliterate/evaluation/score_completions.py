@@ -1,0 +1,154 @@
+"""score: completions made elsewhere, without a model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from abliterate.console import progress_bar
+from abliterate.errors import InputError, InterruptedWorkError, UsageError
+from abliterate.evaluation.completions import Completion, read_lines, scores
+from abliterate.evaluation.judge_completions import judged, warn
+from abliterate.evaluation.judges import Judge, Verdict, find_judge
+from abliterate.metrics import intervals
+from abliterate.metrics.refusal import is_refusal
+from abliterate.prompts.sources import CATEGORY_COLUMNS, read_rows
+from abliterate.settings import Settings
+from abliterate.storage.artifacts import check_writable, hash_json, versions, write_atomically
+
+
+def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[str, Any]:
+    """Refusal and, with a judge, safety scores of a file of completions.
+
+    Args:
+        file: JSON list or JSONL of objects with ``prompt``, ``response`` and optional ``category``.
+        settings: which judge, if any, and the seed of the bootstrap.
+        out: JSONL file for each completion with its scores. Verdicts of the same judge that it
+            holds already are kept, so that only missing ones are asked for.
+
+    Raises:
+        InputError: the file is unusable.
+        UsageError: the judge's options or the output are wrong.
+    """
+    completions = read_completions(file)
+    model, seed = settings.model, settings.model.seed
+    judge = find_judge(
+        settings.evaluate,
+        {
+            "device": model.device,
+            "dtype": model.dtype,
+            "batch_size": model.batch_size,
+            "trust_remote_code": model.trust_remote_code,
+        },
+    )
+    if out is not None:
+        if out.is_dir():
+            raise UsageError(f"output {out} is a folder: name a file")
+        if out.exists() and out.samefile(file):
+            raise UsageError(f"output {out} is the input: name another file")
+        check_writable(out.parent)
+    if judge is not None:
+        completions = _judge(judge, completions, out)
+    elif out is not None:
+        _write(out, completions, None)
+    return {
+        "file": str(file),
+        "scores": scores(completions, seed),
+        "completions": [
+            {"index": index}
+            | {k: v for k, v in c.record().items() if k not in ("prompt", "response", "judge")}
+            for index, c in enumerate(completions)
+        ],
+        "judge": judge and judge.summary(),
+        "judge_failures": [
+            {"index": index, "error": c.judge_error}
+            for index, c in enumerate(completions)
+            if c.judge_error is not None
+        ],
+        "bootstrap": intervals.summary(seed),
+        "versions": versions(),
+    }
+
+
+def read_completions(file: Path) -> list[Completion]:
+    """The completions of a JSON or JSONL file.
+
+    Raises:
+        InputError: it is missing, damaged or empty, or an entry lacks its prompt or response.
+    """
+    if file.suffix.lower() not in (".json", ".jsonl"):
+        raise InputError(f"{file}: give a .json list or a .jsonl file of completions")
+    found = []
+    for number, row in enumerate(read_rows(file, "completions file"), 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{file}, entry {number}: expected an object, not {row!r:.40}")
+        prompt, response = (_text(row, key, file, number) for key in ("prompt", "response"))
+        named = next((row[key] for key in CATEGORY_COLUMNS if row.get(key) is not None), None)
+        category = None if named is None else str(named)
+        found.append(Completion(prompt, category, response, is_refusal(response)))
+    if not found:
+        raise InputError(f"{file} holds no completions")
+    return found
+
+
+def _text(row: dict[str, Any], key: str, file: Path, number: int) -> str:
+    text = row.get(key)
+    if not isinstance(text, str):
+        raise InputError(f"{file}, entry {number}: no text under '{key}'")
+    return text
+
+
+def _judge(judge: Judge, completions: list[Completion], out: Path | None) -> list[Completion]:
+    key = hash_json(judge.summary())
+    known = {
+        (line.get("prompt"), line.get("response")): Verdict(line["safe"], line.get("judge"))
+        for line in (read_lines(out) if out is not None else [])
+        if line.get("judged_by") == key and isinstance(line.get("safe"), bool)
+    }
+    scored = [
+        judged(c, known[c.prompt, c.response]) if (c.prompt, c.response) in known else c
+        for c in completions
+    ]
+    todo = [index for index, completion in enumerate(scored) if completion.safe is None]
+    failed: Counter[str] = Counter()
+    with progress_bar("judge", len(todo)) as bar:
+        if out is not None:
+            _write(out, [c for c in scored if c.safe is not None], key)
+
+        def keep(place: int, verdict: Verdict) -> None:
+            index = todo[place]
+            scored[index] = judged(scored[index], verdict)
+            if verdict.error:
+                failed[verdict.error] += 1
+            if out is not None:  # each verdict at once: an interruption loses none
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(_line(scored[index], key))
+            bar.update(1)
+
+        try:
+            judge.judge([(scored[index].prompt, scored[index].response) for index in todo], keep)
+        except KeyboardInterrupt:
+            if out is None:
+                raise
+            raise InterruptedWorkError(
+                f"interrupted: the verdicts so far are in {out}, and the same command goes on from "
+                "there"
+            ) from None
+    if out is not None:
+        _write(out, scored, key)
+    warn(failed, len(todo))
+    return scored
+
+
+def _write(out: Path, completions: Sequence[Completion], key: str | None) -> None:
+    write_atomically(out, "".join(_line(c, key) for c in completions).encode())
+
+
+def _line(completion: Completion, key: str | None) -> str:
+    line = completion.record()
+    if completion.safe is not None and key is not None:
+        line["judged_by"] = key
+    return json.dumps(line, ensure_ascii=False) + "\n"

@@ -1,0 +1,274 @@
+"""Running the same prompts under many interventions, at little more than the cost of what changes.
+
+Some things are not done again and again, each only where it leaves the result as it is (checked
+once per model against plain full passes): several candidates share a batch, one direction per row;
+the opening tokens that all prompts share run once per candidate, and their keys and values are
+reused; ``add`` at layer ``l`` starts from the unmodified model's ``resid_pre`` at ``l``, so that
+candidates of several layers join a batch one after the other; and only the last tokens' logits are
+computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from abliterate.errors import UsageError
+from abliterate.inference.candidate_batches import (
+    Cache,
+    Candidates,
+    Piece,
+    Tricks,
+    expanded,
+    shared_prefix,
+)
+from abliterate.inference.forward import Batch, can_pad, in_step, input_device, last_logits, pad
+from abliterate.inference.interventions import ablate_units, add_vectors, shifted
+from abliterate.inference.partial_forward import joining, last_token_only, recorded
+from abliterate.inference.token_batches import Budget, attempt
+from abliterate.metrics.logit_metrics import Measure
+from abliterate.writers import WriterPlan, decoder_blocks, find_writers
+
+_CACHE_BYTES = 1 << 30
+# Further logits of a row, with their scores, take the memory of about this many tokens.
+_TOKENS_PER_LOGITS = 16
+
+
+class Replay:
+    """A model, and what its prompts have in common.
+
+    Attributes:
+        model: the model.
+        prefix: how many opening tokens all prompts share and a cache holds.
+        budget: tokens per forward pass.
+        tricks: what is saved.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        batch_size: int | str = "auto",
+        tricks: Tricks | None = None,
+    ) -> None:
+        self.model = model
+        self.tricks = tricks or Tricks()
+        self.budget = Budget(input_device(model), batch_size, in_step=in_step(model))
+        self.prefix = shared_prefix(prompts) if self.tricks.prefix and can_pad(model) else 0
+        self._opening = list(prompts[0][: self.prefix])
+        self._blocks = decoder_blocks(model)
+        plan = find_writers(model)
+        self._sites = plan.sites
+        self._final = self._last_writers(plan)
+        self._as_tuple = False
+        self._base: Cache | None = None
+        self._base_streams: tuple[Tensor, ...] = ()
+        if self.prefix:
+            cache = DynamicCache()
+            with recorded(self._blocks) as recording:
+                self._run(self._opening_batch(1), cache)
+            self._base_streams = tuple(recording.streams)
+            self._as_tuple = recording.as_tuple
+            self._base = tuple((layer.keys, layer.values) for layer in cache.layers)
+
+    def piece(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], keep: int = 1) -> Piece:
+        """A batch of the prompts ``rows``."""
+        return Piece(pad(self.model, prompts, rows, self.prefix), keep)
+
+    def baseline(self, piece: Piece) -> tuple[Piece, Tensor]:
+        """Run the unmodified model.
+
+        Returns:
+            ``piece`` with the ``resid_pre`` from which ``add`` can start, and the logits
+            ``[prompts, kept tokens, vocabulary]``.
+        """
+        cache = self._base and expanded(self._base, len(piece.batch.rows))
+        with recorded(self._blocks) as recording:
+            logits = self._run(piece.batch, cache, piece.keep)
+        if not self.tricks.resume:
+            return piece, logits
+        self._as_tuple = recording.as_tuple
+        return replace(piece, streams=tuple(recording.streams)), logits
+
+    def baselines(self, piece: Piece) -> list[tuple[Piece, Tensor]]:
+        """The same in one batch, or in several where memory needs it."""
+        runs: list[tuple[Piece, Tensor]] = []
+        if not attempt(lambda: runs.append(self.baseline(piece))):
+            self._shrink(*piece.batch.input_ids.shape)
+            return [run for half in piece.halves() for run in self.baselines(half)]
+        return runs
+
+    def prepare(self, vectors: Tensor, layers: Sequence[int] | None = None) -> Candidates:
+        """Candidates ``[candidates, d_model]`` with their opening tokens run, if they are shared.
+
+        Args:
+            vectors: unit vectors to ablate, or vectors to add.
+            layers: None to ablate, else where to add each, ascending.
+        """
+        where = None if layers is None else tuple(layers)
+        candidates = Candidates(vectors, where, resumed=self.tricks.resume)
+        if self._base is None:
+            return candidates
+        parts: list[tuple[Candidates, Cache]] = []
+        done = 0
+        while done < len(vectors):
+            limit = self.budget.share(1, self.prefix) if self.tricks.rows else 1
+            some = candidates.pick(slice(done, done + limit))
+            batch = self._opening_batch(len(some))
+            cache = DynamicCache()
+
+            def run(some: Candidates = some, batch: Batch = batch, cache: Any = cache) -> None:
+                with self._changed(some, 1, self._base_streams):
+                    self._run(batch, cache)
+
+            if not attempt(run):
+                self._shrink(len(some), self.prefix)
+                continue
+            found = {
+                index: (layer.keys, layer.values)
+                for index, layer in enumerate(cache.layers)
+                if some.active(index)
+            }
+            base = enumerate(self._base)
+            parts.append((some, tuple(found.get(index, same) for index, same in base)))
+            done += len(some)
+        return replace(candidates, cache=self._joined(parts))
+
+    @staticmethod
+    def _joined(parts: Sequence[tuple[Candidates, Cache]]) -> Cache:
+        """The caches of candidates one after the other."""
+        if len(parts) == 1:
+            return parts[0][1]
+        joined = []
+        for index in range(len(parts[0][1])):
+            own = [cache[index] for some, cache in parts if some.active(index)]
+            keys, values = zip(*(own or [parts[0][1][index]]), strict=True)
+            joined.append((torch.cat(keys), torch.cat(values)))
+        return tuple(joined)
+
+    def most_cached(self) -> int:
+        """How many candidates' caches fit into a memory that is small beside a model's."""
+        if self._base is None:
+            return 1 << 20
+        each = sum(t.numel() * t.element_size() for layer in self._base for t in layer)
+        return max(1, _CACHE_BYTES // each)
+
+    def measure(self, candidates: Candidates, piece: Piece, measure: Measure) -> Tensor:
+        """``measure`` of every candidate on every prompt of ``piece``.
+
+        Returns:
+            float64 ``[candidates, prompts]`` on the CPU.
+        """
+        n_prompts, width = piece.batch.input_ids.shape
+        width += (piece.keep - 1) * _TOKENS_PER_LOGITS
+        found: list[Tensor] = []
+        done = 0
+        while done < len(candidates):
+            limit = self.budget.share(n_prompts, width) if self.tricks.rows else 1
+            some = candidates.pick(slice(done, done + limit))
+            result: list[Tensor] = []
+
+            def run(some: Candidates = some, result: list[Tensor] = result) -> None:
+                logits = self.logits(some, piece)
+                result.append(measure(logits, piece.batch.rows).cpu())
+
+            started = time.perf_counter()
+            if attempt(run):
+                self.budget.ran(len(some) * n_prompts * width, time.perf_counter() - started)
+            elif len(some) == 1 and n_prompts > 1:
+                result = [
+                    torch.cat([self.measure(some, half, measure) for half in piece.halves()], dim=1)
+                ]
+            else:
+                self._shrink(len(some) * n_prompts, width)
+                continue
+            found += result
+            done += len(some)
+        return torch.cat(found)
+
+    def _last_writers(self, plan: WriterPlan) -> list[nn.Module]:
+        """Modules of the last block whose output is added to the stream, token by token.
+
+        Attention has to see all tokens up to its own last projection; an MLP, with or without
+        experts, is a child of the block and sees each token alone.
+        """
+        names = {id(module): name for name, module in self.model.named_modules()}
+        inside = names[id(self._blocks[-1])] + "."
+        found = {}
+        for writer in plan.writers:
+            owner = writer.parameter.rpartition(".")[0]
+            if writer.bias or not owner.startswith(inside):
+                continue
+            if writer.kind in ("mlp", "expert"):
+                owner = inside + owner.removeprefix(inside).split(".")[0]
+            elif writer.kind != "attention":
+                continue
+            found[owner] = self.model.get_submodule(owner)
+        return list(found.values())
+
+    def _shrink(self, rows: int, width: int) -> None:
+        if rows == 1:
+            raise UsageError(
+                f"a single prompt of {self.prefix + width} tokens does not fit into the memory of "
+                f"{self.budget.device.type}: use a smaller --dtype or another --device"
+            )
+        self.budget.failed(rows, rows * width)
+
+    def logits(self, candidates: Candidates, piece: Piece) -> Tensor:
+        """Logits ``[candidates, prompts, kept tokens, vocabulary]`` in one forward pass."""
+        n, k = len(candidates), len(piece.batch.rows)
+        b = piece.batch
+        batch = Batch(
+            b.rows * n,
+            b.input_ids.repeat(n, 1),
+            b.attention_mask.repeat(n, 1),
+            b.position_ids.repeat(n, 1),
+        )
+        cache = candidates.cache and expanded(candidates.cache, k)
+        with ExitStack() as stack:
+            stack.enter_context(self._changed(candidates, k, piece.streams))
+            if self.tricks.last and piece.keep == 1:
+                stack.enter_context(last_token_only(self._final))
+            logits = self._run(batch, cache, piece.keep)
+        return logits.view(n, k, *logits.shape[1:])
+
+    def _run(self, batch: Batch, cache: DynamicCache | None, keep: int = 1) -> Tensor:
+        with torch.inference_mode():
+            logits = last_logits(self.model, batch, keep, cache)
+        return logits.unsqueeze(1) if keep == 1 else logits
+
+    def _opening_batch(self, rows: int) -> Batch:
+        return pad(self.model, [self._opening] * rows, range(rows))
+
+    @contextmanager
+    def _changed(
+        self, candidates: Candidates, prompts: int, streams: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """The model under ``candidates``, each of them for ``prompts`` rows in a row."""
+        n, layers = len(candidates), candidates.layers
+        vectors = candidates.vectors.repeat_interleave(prompts, 0) if n > 1 else candidates.vectors
+        vectors = vectors if n > 1 else vectors[0]
+        change: AbstractContextManager[None]
+        if layers is None:
+            change = ablate_units(self.model, vectors, self._sites)
+        elif self.tricks.resume and streams:
+            starts = {}
+            for layer in set(layers):
+                first, count = layers.index(layer), layers.count(layer)
+                start = streams[layer].repeat(count, *([1] * (streams[layer].ndim - 1)))
+                own = vectors[first * prompts : (first + count) * prompts] if n > 1 else vectors
+                starts[layer] = shifted(start, own)
+            counts = [prompts * candidates.active(index) for index in range(len(self._blocks))]
+            change = joining(self._blocks, counts, starts, self._as_tuple)
+        else:
+            assert len(set(layers)) == 1
+            change = add_vectors(self._blocks[layers[0]], vectors)
+        with change:
+            yield

@@ -1,0 +1,181 @@
+"""A conversation with a model whose residual stream is steered, from one answer to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from abliterate.direction import Direction
+from abliterate.errors import InputError, UsageError
+from abliterate.inference.generation import stop_tokens
+from abliterate.inference.interventions import ablate, add, unit_direction
+from abliterate.models.loading import Loaded, text_config
+from abliterate.prompts.chat_template import ChatFormat, render_turns
+from abliterate.writers import decoder_blocks, find_writers, stream_width
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What is done to the residual stream during an answer.
+
+    Attributes:
+        kind: nothing, the direction's ablation, or its addition at the source layer.
+        coeff: multiple of the direction that is added.
+    """
+
+    kind: Literal["off", "ablate", "add"] = "off"
+    coeff: float = 1.0
+
+    def __str__(self) -> str:
+        return f"add {self.coeff:g}" if self.kind == "add" else self.kind
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: longest answer.
+        temperature: 0 for greedy decoding.
+        seed: of the sampling; the n-th answer of a conversation is the same each time.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"--temperature must be 0 or more, not {self.temperature}")
+
+
+@dataclass
+class Conversation:
+    """The turns so far, and the model that answers.
+
+    Attributes:
+        loaded: model and tokenizer.
+        direction: what to steer along, or None.
+        chat: how turns become a prompt.
+        decoding: how answers are generated.
+        turns: user and assistant in turn, as chat templates take them.
+    """
+
+    loaded: Loaded
+    direction: Direction | None
+    chat: ChatFormat = field(default_factory=ChatFormat)
+    decoding: Decoding = field(default_factory=Decoding)
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def answer(
+        self, text: str, steering: Steering, heard: Callable[[str], object] = lambda piece: None
+    ) -> str:
+        """The model's answer to the user's next turn, which becomes part of the conversation.
+
+        Ctrl-C ends the answer, and what was said by then stays: the exception goes on.
+
+        Args:
+            text: what the user says.
+            steering: during this answer.
+            heard: called with each piece of the answer.
+
+        Raises:
+            CheckpointError: the chat template fails.
+            InputError: the conversation is longer than the model's context.
+            UsageError: there is nothing to steer along.
+        """
+        turns = [*self.turns, {"role": "user", "content": text}]
+        prompt = self._prompt(turns)
+        # TextStreamer prints; what it would print is heard instead.
+        said: list[str] = []
+        streamer = TextStreamer(self.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+        def hear(piece: str, stream_end: bool = False) -> None:
+            said.append(piece)
+            if piece:
+                heard(piece)
+
+        streamer.on_finalized_text = hear
+        torch.manual_seed(self.decoding.seed + len(self.turns))
+        try:
+            with torch.inference_mode(), self.steered(steering):
+                self.loaded.model.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=self._generation(prompt.shape[1]),
+                    streamer=streamer,
+                )
+        except KeyboardInterrupt:
+            streamer.end()
+            raise
+        finally:
+            if said:
+                answer = "".join(said).strip()
+                self.turns = [*turns, {"role": "assistant", "content": answer}]
+        return answer
+
+    @contextmanager
+    def steered(self, steering: Steering) -> Iterator[None]:
+        """Within the context the model's residual stream is steered."""
+        model, direction = self.loaded.model, self.direction
+        context: Any = nullcontext()
+        if steering.kind != "off":
+            if direction is None:
+                raise UsageError("there is no direction to steer along: pass --direction")
+            if steering.kind == "ablate":
+                context = ablate(model, direction.vector)
+            elif direction.layer is None:
+                raise UsageError(
+                    "the direction does not record its layer, which adding it needs: use one that "
+                    "`abliterate select` wrote"
+                )
+            else:
+                context = add(model, direction.vector, direction.layer, steering.coeff)
+        with context:
+            yield
+
+    def check(self) -> None:
+        """Refuse a direction that does not fit before anything is said.
+
+        Raises:
+            InputError: its size or layer is another model's.
+            UnsupportedArchitectureError: the model's writers are not known.
+        """
+        if self.direction is None:
+            return
+        model = self.loaded.model
+        unit_direction(self.direction.vector, stream_width(model, find_writers(model)))
+        layer, count = self.direction.layer, len(decoder_blocks(model))
+        if layer is not None and not 0 <= layer < count:
+            raise InputError(f"the direction is of layer {layer}: the model has 0 to {count - 1}")
+
+    def _prompt(self, turns: list[dict[str, str]]) -> torch.Tensor:
+        rendered = render_turns(self.loaded.tokenizer, turns, self.chat)
+        ids = self.loaded.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        device = self.loaded.model.get_input_embeddings().weight.device
+        return torch.tensor([ids], device=device)
+
+    def _generation(self, length: int) -> GenerationConfig:
+        room = self.decoding.max_new_tokens
+        context = getattr(text_config(self.loaded.model), "max_position_embeddings", None)
+        if isinstance(context, int):
+            room = min(room, context - length)
+        if room < 1:
+            raise InputError(
+                f"the conversation takes {length} tokens and the model's context is {context}: "
+                "/reset begins a new one"
+            )
+        stops = stop_tokens(self.loaded)
+        sampling = self.decoding.temperature > 0
+        return GenerationConfig(
+            max_new_tokens=room,
+            do_sample=sampling,
+            **({"temperature": self.decoding.temperature, "top_k": 0} if sampling else {}),
+            eos_token_id=stops or None,
+            pad_token_id=stops[0] if stops else 0,
+        )

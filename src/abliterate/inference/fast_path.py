@@ -1,0 +1,123 @@
+"""The fastest way to replay prompts that gives what plain full passes give, tried once a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from abliterate.console import log
+from abliterate.inference.batched_interventions import Replay
+from abliterate.inference.candidate_batches import Tricks
+from abliterate.inference.forward import can_pad, last_logits, pad
+from abliterate.inference.interventions import ablate, add
+from abliterate.inference.token_batches import out_of_memory
+from abliterate.writers import decoder_blocks
+
+# Largest difference of logits, relative to their spread, that is rounding in a given dtype.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-4}
+_ROUNDING_HALF = 2e-2
+# A difference that no rounding explains.
+_WRONG = 0.1
+# From the fastest to what any architecture allows that treats the rows of a batch alike.
+_LADDER = (
+    Tricks(),
+    Tricks(join=False),
+    Tricks(prefix=False),
+    Tricks(join=False, prefix=False),
+    Tricks(join=False, last=False),
+    Tricks(join=False, last=False, prefix=False),
+    Tricks(join=False, last=False, resume=False),
+    Tricks(join=False, last=False, prefix=False, resume=False),
+)
+# What an architecture that does not allow a trick may raise.
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
+
+
+def verified_replay(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    vectors: Tensor,
+    batch_size: int | str = "auto",
+) -> Replay:
+    """The fastest way to run ``prompts`` that gives what full passes give.
+
+    Args:
+        model: the model.
+        prompts: token ids of every prompt that will run; the shortest and the longest are tried.
+        vectors: ``[2, d_model]``, two directions to try.
+        batch_size: prompts per forward pass, or ``auto``.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    ends = [prompts[by_length[0]], prompts[by_length[-1]]]
+    # Where the first and where the second vector is added; in one batch where layers may join.
+    layer = len(decoder_blocks(model)) // 2
+    layers = (layer, min(layer + 1, len(decoder_blocks(model)) - 1))
+    full = _full_passes(model, ends, vectors, layers)
+    spread = float(full.double().std()) + 1e-30
+
+    def off(tricks: Tricks) -> float:
+        """How far from full passes, relative to the logits' spread; infinite if it fails."""
+        try:
+            replay = Replay(model, prompts, batch_size, tricks)
+            return _difference(replay, ends, vectors, layers, full) / spread
+        except _FAILURES as error:
+            if out_of_memory(error):
+                raise
+            log.debug("%s cannot be used with this architecture: %s", tricks, error)
+            return float("inf")
+
+    # Rounding, from one candidate and prompt at a time to batches; measured where it matters.
+    rounding = _ROUNDING.get(model.dtype, _ROUNDING_HALF)
+    noise = 0.0
+    for tricks in _LADDER:
+        difference = off(tricks)
+        if rounding < difference < _WRONG and not noise:
+            noise = off(_LADDER[-1])
+        if difference <= max(rounding, 4 * noise):
+            return Replay(model, prompts, batch_size, tricks)
+        log.info("%s differs from full passes by %.1e: not used", tricks, difference)
+    return Replay(model, prompts, batch_size, replace(_LADDER[-1], rows=False))
+
+
+def _full_passes(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    vectors: Tensor,
+    layers: tuple[int, int],
+) -> Tensor:
+    """Logits ``[2, 2, vocabulary]``: each vector ablated, and added, with one of the prompts."""
+    rows = []
+    for added in (False, True):
+        for vector, ids, layer in zip(vectors, prompts, layers, strict=True):
+            change = add(model, vector, layer) if added else ablate(model, vector)
+            with change, torch.inference_mode():
+                rows.append(last_logits(model, pad(model, [ids], [0]))[0])
+    return torch.stack(rows).view(2, 2, -1)
+
+
+def _difference(
+    replay: Replay,
+    prompts: Sequence[Sequence[int]],
+    vectors: Tensor,
+    layers: tuple[int, int],
+    full: Tensor,
+) -> float:
+    """Largest difference of logits from those of full passes."""
+    units = vectors / vectors.norm(dim=1, keepdim=True)
+    off = 0.0
+    both = list(range(len(prompts)))
+    together = [both] if replay.tricks.join else [[at] for at in both]
+    for rows in [both] if can_pad(replay.model) else [[row] for row in both]:
+        piece, _ = replay.baseline(replay.piece(prompts, rows))
+        got = [replay.logits(replay.prepare(units), piece)]
+        parts = [replay.prepare(vectors[which], [layers[at] for at in which]) for which in together]
+        got.append(torch.cat([replay.logits(part, piece) for part in parts]))
+        for at, row in enumerate(rows):
+            for way in (0, 1):
+                error = (got[way][row, at, -1] - full[way, row]).abs().max()
+                off = max(off, float(error.nan_to_num(float("inf"))))
+    return off

@@ -1,0 +1,232 @@
+"""Greedy answers, in left-padded batches under a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from abliterate.console import progress_bar
+from abliterate.distributed.rank_group import ALONE
+from abliterate.errors import UsageError
+from abliterate.inference.forward import Batch, can_pad, in_step, input_device, pad
+from abliterate.inference.token_batches import Budget, attempt, group_rows
+from abliterate.models.loading import Loaded
+from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
+
+# Keys and values of this many tokens, prompt and answer together, are held at once; a batch that
+# runs out of memory all the same halves it.
+_TOKENS = {"cpu": 16384}
+_TOKENS_ACCELERATOR = 65536
+
+OnAnswer = Callable[[int, list[int]], str | None]
+
+
+def greedy_answers(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int | str = "auto",
+    description: str = "complete",
+    on_answer: OnAnswer | None = None,
+    done: Collection[int] = (),
+    chat: ChatFormat | None = None,
+) -> list[list[int]]:
+    """Token ids of greedy answers, each up to and with its end of turn.
+
+    Rows are sorted by length and grouped under a token budget. The grouping does not depend on
+    ``done``: a batch runs again whole if one of its rows is missing, so that answers do not depend
+    on where an earlier run stopped.
+
+    Args:
+        loaded: model and tokenizer; the ranks of its team answer some prompts each, and exchange
+            the answers in a few rounds.
+        prompts: token ids.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: prompts per batch, or ``auto``.
+        description: shown beside the progress bar.
+        on_answer: called with row and token ids as soon as an answer ends, once a row; the text
+            that it returns is shown beside the bar.
+        done: rows whose answers are known; they stay empty in the result.
+        chat: how the prompts were formatted, for the template's own end of turn.
+
+    Raises:
+        UsageError: ``batch_size`` is neither ``auto`` nor a positive number, or a single prompt
+            does not fit into memory.
+    """
+    if loaded.stream is not None:
+        raise UsageError(
+            "--offload would read the whole model for every token of an answer, so it does not "
+            "generate: use --no-offload on a machine with room for the weights"
+        )
+    answers: list[list[int]] = [[] for _ in prompts]
+    team, known = loaded.team, set(done)
+    if not team.alone:
+        left = [row for row in range(len(prompts)) if row not in known]
+        for turn in team.rounds(left):
+            own = [prompts[row] for row in team.share(turn)]
+            alone = replace(loaded, team=ALONE)
+            with team.working():
+                found = greedy_answers(
+                    alone, own, max_new_tokens, batch_size, description, chat=chat
+                )
+            for row, answer in zip(turn, team.gather(found), strict=True):
+                answers[row] = answer
+                if on_answer:
+                    on_answer(row, answer)
+        return answers
+    model = loaded.model
+    budget = Budget(input_device(model), batch_size, grow=False, in_step=in_step(model))
+    budget.tokens = _TOKENS.get(budget.device.type, _TOKENS_ACCELERATOR)
+    mix = can_pad(loaded.model)
+    decoder = _Decoder(loaded, max_new_tokens, mix, stop_tokens(loaded, chat))
+
+    def plan(rows: Sequence[int]) -> list[tuple[int, ...]]:
+        # Each row is as long as its prompt and the answer that it may grow: a batch's width.
+        lengths = [len(prompts[row]) + max_new_tokens for row in rows]
+        return [tuple(rows[index] for index in group) for group in group_rows(lengths, budget, mix)]
+
+    with progress_bar(description, len(prompts)) as bar, torch.inference_mode():
+
+        def keep(row: int, answer: list[int]) -> None:
+            if row in known:
+                return
+            known.add(row)
+            answers[row] = answer
+            note = on_answer(row, answer) if on_answer else None
+            if note:
+                bar.set_postfix_str(note, refresh=False)
+            bar.update(1)
+
+        bar.update(len(known))
+        planned = plan(range(len(prompts)))
+        while planned:
+            rows = planned.pop()  # the longest first: what does not fit shows at once
+            if known.issuperset(rows):
+                continue
+            batch = pad(loaded.model, prompts, rows)
+            if attempt(partial(decoder.run, batch, keep)):
+                continue
+            if len(rows) == 1:
+                raise UsageError(
+                    f"a prompt of {len(prompts[rows[0]])} tokens and an answer of "
+                    f"{max_new_tokens} do not fit into the memory of {budget.device.type}: lower "
+                    "--max-new-tokens, use a smaller --dtype or another --device"
+                )
+            budget.failed(len(rows), len(rows) * (batch.input_ids.shape[1] + max_new_tokens))
+            planned = plan([row for group in [*planned, rows] for row in group])
+    return answers
+
+
+def stop_tokens(loaded: Loaded, chat: ChatFormat | None = None) -> list[int]:
+    """End-of-turn tokens: the generation config's, the tokenizer's and the chat template's own."""
+    configured = getattr(loaded.model.generation_config, "eos_token_id", None)
+    found = configured if isinstance(configured, list) else [configured]
+    ids = [
+        *found,
+        loaded.tokenizer.eos_token_id,
+        *end_of_turn_ids(loaded.tokenizer, chat or ChatFormat()),
+    ]
+    return [token for token in dict.fromkeys(ids) if isinstance(token, int)]
+
+
+class _Decoder:
+    """Greedy decoding of one batch after another."""
+
+    def __init__(self, loaded: Loaded, max_new_tokens: int, mix: bool, stops: list[int]) -> None:
+        self.model: Any = loaded.model
+        self.max_new_tokens = max_new_tokens
+        self.stops = stops
+        self.mix = mix
+
+    def run(self, batch: Batch, keep: Callable[[int, list[int]], None]) -> None:
+        """Answer ``batch``; ``keep`` gets each row as soon as it ends."""
+        ids, mask, rows = batch.input_ids, batch.attention_mask, list(batch.rows)
+        width, cache = ids.shape[1], None
+        while rows:
+            left = self.max_new_tokens - (ids.shape[1] - width)
+            watch = _Watch(self.stops, rows, width, keep, shrink=self.mix)
+            with _plain(self.model):
+                output = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    generation_config=GenerationConfig(
+                        max_new_tokens=left,
+                        do_sample=False,
+                        eos_token_id=self.stops or None,
+                        pad_token_id=self.stops[0] if self.stops else 0,
+                        return_dict_in_generate=True,
+                    ),
+                    stopping_criteria=StoppingCriteriaList([watch]),
+                )
+            ids = output.sequences
+            going = [index for index, row in enumerate(rows) if row not in watch.ended]
+            if not (going and watch.ended) or ids.shape[1] - width >= self.max_new_tokens:
+                for index in going:
+                    keep(rows[index], ids[index, width:].tolist())
+                return
+            # Half of the rows have ended: go on with the others alone.
+            chosen = torch.tensor(going, device=ids.device)
+            cache = _select(getattr(output, "past_key_values", None), chosen)
+            grown = ids.shape[1] - mask.shape[1]
+            mask = torch.cat([mask, mask.new_ones(len(rows), grown)], dim=1)[chosen]
+            ids, rows = ids[chosen], [rows[index] for index in going]
+
+
+@contextmanager
+def _plain(model: Any) -> Iterator[None]:
+    """Hide the checkpoint's own generation config.
+
+    What ours leaves open would be taken from it, and a repetition penalty is not greedy decoding.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+class _Watch(StoppingCriteria):  # type: ignore[misc]
+    """Hands over rows as they end, and stops the batch once few are left."""
+
+    def __init__(
+        self,
+        stops: Sequence[int],
+        rows: Sequence[int],
+        width: int,
+        keep: Callable[[int, list[int]], None],
+        shrink: bool,
+    ) -> None:
+        self.stops, self.rows, self.width, self.keep = set(stops), rows, width, keep
+        self.shrink = shrink
+        self.ended: set[int] = set()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        last = input_ids[:, -1].tolist()
+        for index, row in enumerate(self.rows):
+            if row not in self.ended and last[index] in self.stops:
+                self.ended.add(row)
+                self.keep(row, input_ids[index, self.width :].tolist())
+        stop = self.shrink and 2 * len(self.ended) >= len(self.rows)
+        return torch.full((len(self.rows),), stop, dtype=torch.bool, device=input_ids.device)
+
+
+def _select(cache: Any, rows: Tensor) -> Any:
+    """The cache of some rows, or None where it cannot be cut: the rows are then read again."""
+    if not isinstance(cache, DynamicCache) or not all(
+        type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer")
+        and isinstance(layer, DynamicLayer)
+        for layer in cache.layers
+    ):
+        return None
+    cache.batch_select_indices(rows)
+    return cache

@@ -1,0 +1,241 @@
+"""The two interventions of the paper as context managers (section 2.4).
+
+``ablate``: ``c <- c - (c . r) r`` for every component output ``c`` written to the residual stream,
+at every token and layer. ``add``: ``h[l] <- h[l] + a * r`` at the input of one block, all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
+from abliterate.inference.forward import block_input
+from abliterate.writers import Site, decoder_blocks, find_writers, stream_width
+
+
+def unit_direction(direction: Tensor, width: int) -> Tensor:
+    """``direction`` divided by its norm, float64 ``[d_model]``.
+
+    Raises:
+        InputError: it has another size than ``width``, is zero or is not finite.
+    """
+    checked = check_direction(direction, width)
+    unit: Tensor = checked / checked.norm()
+    return unit
+
+
+def check_direction(direction: Tensor, width: int) -> Tensor:
+    """``direction`` as float64 ``[d_model]``; raises as :func:`unit_direction` does."""
+    if direction.shape != (width,):
+        raise InputError(
+            f"the direction has shape {list(direction.shape)}, the model needs [{width}]: it was "
+            "made for another model"
+        )
+    wide = direction.detach().double().cpu()
+    if not bool(torch.isfinite(wide).all()):
+        raise InputError("the direction holds NaN or infinity")
+    if float(wide.norm()) == 0.0:
+        raise InputError("the direction is zero")
+    return wide
+
+
+@contextmanager
+def ablate(model: PreTrainedModel, direction: Tensor, scale: float = 1.0) -> Iterator[None]:
+    """Within the context, no component of ``model`` writes along ``direction``.
+
+    Args:
+        model: any supported causal language model.
+        direction: ``[d_model]``, of any length but zero.
+        scale: ``s`` of ``c <- c - s (c . r) r``, 0 to 1: 1 removes all, 0.5 half of it.
+
+    Raises:
+        InputError: the direction does not fit.
+        UnsupportedArchitectureError: the model's writers are not known, or it is to lose a part
+            of the direction where the stream itself is projected, block after block.
+        UsageError: the scale is not between 0 and 1.
+    """
+    plan = find_writers(model)
+    unit = unit_direction(direction, stream_width(model, plan))
+    if not 0 <= scale <= 1:
+        raise UsageError(f"the share to ablate must lie between 0 and 1, not {scale}")
+    if scale not in (0, 1) and any(site.at == "input" for site in plan.sites):
+        raise UnsupportedArchitectureError(
+            f"architecture '{model.config.model_type}' writes terms that are no module's output: "
+            "only the whole direction can be ablated"
+        )
+    # c - (c . u) u with u = sqrt(s) r is c - s (c . r) r.
+    with ablate_units(model, unit * math.sqrt(scale), plan.sites if scale else ()):
+        yield
+
+
+@contextmanager
+def ablate_units(
+    model: PreTrainedModel, units: Tensor | Callable[[], Tensor | None], sites: Sequence[Site]
+) -> Iterator[None]:
+    """Project unit directions out of what passes ``sites``.
+
+    Args:
+        model: the model.
+        units: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each; or what
+            gives those of the batch that is running, None to leave it alone.
+        sites: the sites of ``find_writers(model)``.
+    """
+    # Moved once for each device: the hooks then stay there and in the dtype of their modules.
+    moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    if isinstance(units, Tensor):
+        width = units.shape[-1]
+    else:
+        width = stream_width(model, find_writers(model))
+
+    def cleaned(value: Tensor, fresh: bool = False) -> Tensor:
+        key = value.device, value.dtype
+        if not isinstance(units, Tensor):
+            now = units()
+            return value if now is None else project_out(value, now.to(*key), fresh)
+        if key not in moved:
+            moved[key] = units.to(*key)
+        return project_out(value, moved[key], fresh)
+
+    with ExitStack() as stack:
+        for site in sites:
+            module = model.get_submodule(site.module)
+            if site.at == "output":
+                handle = module.register_forward_hook(_output_hook(cleaned, site.index))
+            else:
+                hook = _input_hook(cleaned, width)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def add(
+    model: PreTrainedModel, direction: Tensor, layer: int, coeff: float = 1.0
+) -> Iterator[None]:
+    """Within the context, ``coeff * direction`` is added to ``resid_pre`` of ``layer``.
+
+    Args:
+        model: any causal language model.
+        direction: ``[d_model]``, used as it is (not normalised).
+        layer: the block whose input it is added to, at every token.
+        coeff: +1 induces refusal with a refusal direction, -1 suppresses it.
+
+    Raises:
+        InputError: the direction does not fit or there is no such layer.
+    """
+    vector = coeff * check_direction(direction, stream_width(model, find_writers(model)))
+    blocks = decoder_blocks(model)
+    if not 0 <= layer < len(blocks):
+        raise InputError(
+            f"layer {layer} does not exist: the model has layers 0 to {len(blocks) - 1}"
+        )
+    with add_vectors(blocks[layer], vector):
+        yield
+
+
+@contextmanager
+def add_vectors(block: nn.Module, vectors: Tensor) -> Iterator[None]:
+    """Add vectors to the residual stream that enters ``block``.
+
+    Args:
+        block: a decoder block.
+        vectors: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each.
+    """
+
+    def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        moved = shifted(block_input(args, kwargs), vectors)
+        if args:
+            return (moved, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": moved}
+
+    handle = block.register_forward_pre_hook(shift, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def shifted(hidden: Tensor, vectors: Tensor) -> Tensor:
+    """``hidden`` with vectors added to every token, in its device and dtype.
+
+    Args:
+        hidden: a residual stream, ``[batch, tokens, d_model]``. Of several parallel streams (side
+            by side in the last axis, or on one of their own) each is shifted.
+        vectors: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each.
+    """
+    moved: Tensor = hidden + per_row(vectors.to(hidden.device, hidden.dtype), hidden)
+    return moved
+
+
+def per_row(vectors: Tensor, hidden: Tensor) -> Tensor:
+    """Vectors ``[d_model]`` or ``[batch, d_model]`` in a shape that broadcasts over ``hidden``."""
+    wide = vectors.repeat(*([1] * (vectors.ndim - 1)), hidden.shape[-1] // vectors.shape[-1])
+    if vectors.ndim == 1:
+        return wide
+    return wide.view(len(wide), *([1] * (hidden.ndim - 2)), wide.shape[-1])
+
+
+# Modules whose output is a tensor of its own that no one else holds: it may be overwritten.
+_FRESH = (nn.Linear, nn.Embedding, Conv1D)
+
+
+def project_out(written: Tensor, units: Tensor, fresh: bool = False) -> Tensor:
+    """``written`` less its component along unit directions, by one rank-1 update.
+
+    Args:
+        written: ``[..., d_model]`` (or several streams of that width side by side); with one
+            direction per row its first axis is the batch.
+        units: ``[d_model]`` or ``[batch, d_model]``, in the device and dtype of ``written``.
+        fresh: ``written`` may be overwritten.
+    """
+    width = units.shape[-1]
+    fresh = fresh and not written.requires_grad and written.is_contiguous()
+    if units.dim() == 2:
+        rows = written.reshape(len(units), -1, width)
+        along = torch.bmm(rows, units.unsqueeze(2))
+        batched = rows.baddbmm_ if fresh else rows.baddbmm
+        return batched(along, units.unsqueeze(1), alpha=-1).view(written.shape)
+    flat = written.reshape(-1, width)
+    update = flat.addmm_ if fresh else flat.addmm
+    return update((flat @ units).unsqueeze(1), units.unsqueeze(0), alpha=-1).view(written.shape)
+
+
+def _output_hook(cleaned: Callable[[Tensor, bool], Tensor], index: int) -> Callable[..., Any]:
+    def project(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return cleaned(output, isinstance(module, _FRESH))
+        if isinstance(output, dict):  # a ModelOutput
+            key = list(output)[index]
+            output[key] = cleaned(output[key], False)
+            return output
+        items = [cleaned(v, False) if i == index else v for i, v in enumerate(output)]
+        if hasattr(output, "_fields"):  # a named tuple takes its fields one by one
+            return type(output)(*items)
+        return items if isinstance(output, list) else tuple(items)
+
+    return project
+
+
+def _input_hook(cleaned: Callable[[Tensor, bool], Tensor], width: int) -> Callable[..., Any]:
+    def is_stream(value: Any) -> bool:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return bool(is_float and value.shape[-1] % width == 0)
+
+    def project(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for at, value in enumerate(args):
+            if is_stream(value):
+                return (*args[:at], cleaned(value, False), *args[at + 1 :]), kwargs
+        for key, value in kwargs.items():
+            if is_stream(value):
+                return args, kwargs | {key: cleaned(value, False)}
+        return None
+
+    return project

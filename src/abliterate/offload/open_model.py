@@ -1,0 +1,262 @@
+"""Opening a checkpoint for streaming, and deciding whether it has to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from abliterate.console import log
+from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
+from abliterate.inference.candidate_batches import Tricks
+from abliterate.inference.fast_path import verified_replay
+from abliterate.inference.forward import can_pad, stand_in
+from abliterate.models.device_placement import Placement
+from abliterate.models.loading import (
+    Checkpoint,
+    Loaded,
+    find_checkpoint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    require_safetensors,
+)
+from abliterate.offload.layer_streaming import RESIDENT, Stream
+from abliterate.offload.weights import Weights
+from abliterate.writers import find_writers, stream_width
+from abliterate.writers.tiny_model import ShrinkError, shrunken
+
+#: What activations may take unless ``--activation-memory`` says otherwise: half of what is free.
+ACTIVATION_SHARE = 0.5
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def parse_memory(text: str, option: str) -> int:
+    """Bytes of ``24GB``, ``512MiB`` or a plain number.
+
+    Raises:
+        UsageError: it is none of these, or not positive.
+    """
+    short = text.strip().replace(" ", "")
+    number = short.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = short[len(number) :].upper()
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UsageError(f"{option} must be a size such as 24GB or 512MiB, not '{text}'")
+    return size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device: of an accelerator its own, of a CPU the machine's, or what
+    a control group still allows."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return min(int(psutil.virtual_memory().available), _group_limit())
+
+
+def _group_limit() -> int:
+    """What the control groups of this process may still take, as far as they say so."""
+    left = 1 << 62
+    for folder, version in _groups():
+        limit, usage = (
+            ("memory.max", "memory.current")
+            if version == 2
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        try:
+            most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+            cached = [
+                int(line.split()[1])
+                for line in (folder / "memory.stat").read_text().splitlines()
+                if line.startswith(("inactive_file ", "active_file "))
+            ]
+        except (OSError, ValueError):
+            continue
+        left = min(left, max(0, most - used + sum(cached)))
+    return left
+
+
+def _groups() -> list[tuple[Path, int]]:
+    """The folders of this process's memory groups and their version; in a container, the root's."""
+    top = Path("/sys/fs/cgroup")
+    found = [(top, 2), (top / "memory", 1)]
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            found.append((top / path.lstrip("/"), 2))
+        elif "memory" in controllers.split(","):
+            found.append((top / "memory" / path.lstrip("/"), 1))
+    return found
+
+
+def needed_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's weights in memory, from the headers of its files."""
+    from abliterate.checkpoints.shards import BITS, read_shards
+
+    entries = read_shards(checkpoint.folder).tensors.values()
+    return sum(
+        (e.end - e.start) * 8 // BITS[e.dtype] * dtype.itemsize
+        if e.dtype.startswith(("F", "BF"))
+        else e.end - e.start
+        for e in entries
+    )
+
+
+def must_stream(
+    checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False
+) -> bool:
+    """Whether the weights do not fit into what is free; says so in the log."""
+    lacking = too_large(checkpoint, device, dtype, trust_remote_code)
+    if lacking is None:
+        return False
+    log.info("%s: its layers are streamed from disk (--offload)", lacking)
+    return True
+
+
+def too_large(
+    checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False
+) -> str | None:
+    """What is lacking for the weights in memory, in words; None if they fit."""
+    place = pick_device(device)
+    config = load_config(checkpoint, trust_remote_code)
+    require_safetensors(checkpoint)
+    if getattr(config, "quantization_config", None):
+        return None
+    need = needed_memory(checkpoint, pick_dtype(dtype, config, checkpoint.folder, place))
+    free = free_memory(place)
+    if need <= 0.9 * free:
+        return None
+    return (
+        f"{checkpoint.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB of "
+        f"{place.type} is free"
+    )
+
+
+def load_or_stream(
+    checkpoint: Checkpoint,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    offload: bool | None = None,
+    activation_memory: str | None = None,
+    placement: Placement | None = None,
+) -> Loaded:
+    """The model in memory, or streamed from disk where it is told to or has to be.
+
+    Args:
+        checkpoint: the checkpoint.
+        device: where to compute.
+        dtype: of the computation.
+        trust_remote_code: run the code that comes with the checkpoint.
+        offload: stream; None decides by what is free.
+        activation_memory: a size such as ``8GB``, for a streamed model's activations.
+        placement: the devices and ranks over which the model is spread instead.
+
+    Raises:
+        UsageError: ``activation_memory`` is no size, or a streamed model is to be spread.
+            Else as :func:`open_stream` and ``load_model`` do.
+    """
+    where = (device, dtype, trust_remote_code)
+    budget = parse_memory(activation_memory, "--activation-memory") if activation_memory else None
+    if placement is not None and (placement.is_spread or placement.team.size > 1):
+        if offload:
+            raise UsageError(
+                "--offload streams one model in one process: leave out --device-map, "
+                "--tensor-parallel and the launcher"
+            )
+        return load_model(checkpoint, *where, placement)
+    if must_stream(checkpoint, *where) if offload is None else offload:
+        return open_stream(checkpoint, *where, activation_memory=budget)
+    return load_model(checkpoint, *where, placement)
+
+
+def open_stream(
+    checkpoint: Checkpoint | str,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    activation_memory: int | None = None,
+    resident: int = RESIDENT,
+) -> Loaded:
+    """A model that is read block by block while it runs; the tokenizer as usual.
+
+    Args:
+        checkpoint: safetensors, in a float dtype.
+        device: where to compute.
+        dtype: of the computation; ``auto`` is float32 on a CPU, else the checkpoint's own.
+        trust_remote_code: run the code that comes with the checkpoint.
+        activation_memory: bytes of memory for activations; the rest goes to mapped files in the
+            folder for temporary files. None: half of what is free.
+        resident: embeddings and projections up to this many bytes are kept in memory.
+
+    Raises:
+        CheckpointError: files are missing, damaged, quantised or in another format.
+        UnsupportedArchitectureError: the architecture cannot be streamed.
+    """
+    if isinstance(checkpoint, str):
+        checkpoint = find_checkpoint(checkpoint)
+    place = pick_device(device)
+    config = load_config(checkpoint, trust_remote_code)
+    require_safetensors(checkpoint)
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(
+            f"{checkpoint.name} is quantised, which --offload cannot run: use --no-offload, or the "
+            "checkpoint that it was made from"
+        )
+    if dtype == "auto" and place.type == "cpu":
+        dtype = "float32"  # a block of it always fits, and CPUs are slow in half precision
+    number = pick_dtype(dtype, config, checkpoint.folder, place)
+    free = free_memory(torch.device("cpu"))
+    budget = activation_memory or int(ACTIVATION_SHARE * free)
+    weights = Weights(checkpoint, config, number, place, trust_remote_code)
+    files = {entry.file for entry in weights.mapped.entries.values()}
+    weights.mapped.transient = sum(file.stat().st_size for file in files) > free - budget
+    try:
+        stand_in(weights.model, place, _can_pad(weights.model))
+        stream = Stream(weights, budget, resident=resident)
+    except BaseException:
+        weights.mapped.close()
+        raise
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code)
+    return Loaded(weights.model, tokenizer, checkpoint, stream=stream)
+
+
+def _can_pad(model: PreTrainedModel) -> bool:
+    """Tried on a small random copy of the architecture, as the model itself has no weights yet.
+
+    A text decoder inside a vision-language model has masks and positions of the whole, which the
+    copy does not show.
+    """
+    try:
+        copy = shrunken(model.config)
+    except ShrinkError as error:
+        raise UnsupportedArchitectureError(
+            f"architecture '{model.config.model_type}' cannot be streamed ({error}): use "
+            "--no-offload"
+        ) from None
+    return type(copy) is type(model) and can_pad(copy)
+
+
+def replay_tricks(model: PreTrainedModel) -> Tricks:
+    """What may be saved when candidates replay prompts, tried on a small random copy."""
+    copy = shrunken(model.config)
+    if type(copy) is not type(model):
+        return Tricks(rows=False, prefix=False, resume=False, last=False)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2, stream_width(copy, find_writers(copy)), generator=generator)
+    prompts = [list(range(3, 20)), list(range(5, 14))]
+    with torch.inference_mode():
+        return verified_replay(copy, prompts, vectors.double()).tricks

@@ -1,0 +1,187 @@
+"""Streamed passes under interventions: one reading of the model for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from abliterate.inference.forward import Batch, last_logits, pad
+from abliterate.inference.interventions import (
+    ablate_units,
+    check_direction,
+    per_row,
+    unit_direction,
+)
+from abliterate.offload.layer_streaming import Job, Stream
+from abliterate.offload.weight_passes import Rows, batches, flow, retry, streaming_budget
+from abliterate.writers import find_writers
+from abliterate.writers.op_trace import elements_of
+from abliterate.writers.residual_stream import ratio
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to the model while some rows of prompts run.
+
+    Attributes:
+        vectors: ``[candidates, d_model]``: unit vectors to ablate, or vectors to add.
+        layer: None to ablate, else the block at whose input they are added.
+    """
+
+    vectors: Tensor
+    layer: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+def changed_job(
+    stream: Stream,
+    batch: Batch,
+    change: Change | None,
+    use: Callable[[Tensor], None],
+    entering: Callable[[], Tensor] | None = None,
+) -> Job:
+    """A job that runs a batch of prompts under each direction of a change.
+
+    Args:
+        stream: the model.
+        batch: the prompts.
+        change: None for the model as it is.
+        use: takes logits ``[candidates, prompts, vocabulary]``.
+        entering: gives the unmodified stream that enters the block where vectors are added; the
+            blocks before it are then left out.
+    """
+    n = 1 if change is None else len(change)
+    several = Batch(
+        batch.rows * n,
+        batch.input_ids.repeat(n, 1),
+        batch.attention_mask.repeat(n, 1),
+        batch.position_ids.repeat(n, 1),
+    )
+    rows, tokens = several.input_ids.shape
+    job = Job(
+        partial(last_logits, stream.model, several),
+        lambda logits: use(logits.view(n, len(batch.rows), -1)),
+        (rows, tokens),
+    )
+    if change is None:
+        return job
+    layer = change.layer
+    one_each = change.vectors.repeat_interleave(len(batch.rows), 0) if n > 1 else change.vectors[0]
+    one_each = one_each.to(stream.device, stream.model.dtype)
+    if layer is None:
+        job.units = one_each
+        return job
+
+    def add(at: int, hidden: Tensor) -> Tensor:
+        if at != layer:
+            return hidden
+        if entering is not None:
+            base = entering()
+            hidden = base.repeat(n, *([1] * (base.ndim - 1)))
+        return hidden + per_row(one_each.to(hidden.device, hidden.dtype), hidden)
+
+    job.change = add
+    if entering is not None:
+        job.start = layer
+    return job
+
+
+def logits_under(
+    stream: Stream,
+    prompts: Sequence[Sequence[int]],
+    changes: Mapping[str, tuple[Tensor, int | None] | None],
+    batch_size: int | str = "auto",
+    description: str = "stream",
+) -> dict[str, Tensor]:
+    """Last-token logits under several interventions, in one reading of the model.
+
+    Args:
+        stream: the model.
+        prompts: token ids.
+        changes: by name, None for the model as it is, or a direction ``[d_model]`` with the layer
+            at which it is added (as it is) or None to ablate it.
+        batch_size: prompts per batch, or ``auto``.
+        description: shown beside the progress bar.
+
+    Returns:
+        By name, logits ``[prompts, vocabulary]`` on the CPU.
+
+    Raises:
+        InputError: a direction does not fit the model.
+    """
+    found: dict[str, Tensor] = {}
+    ready: dict[str, Change | None] = {}
+    for name, given in changes.items():
+        if given is None:
+            ready[name] = None
+            continue
+        vector, layer = given
+        check = unit_direction if layer is None else check_direction
+        ready[name] = Change(check(vector, stream.width)[None], layer)
+    budget = streaming_budget(stream, batch_size)
+
+    def jobs() -> list[Job]:
+        made = []
+        for rows in batches(stream, prompts, budget):
+            batch = pad(stream.model, prompts, rows)
+            for name, change in ready.items():
+
+                def use(logits: Tensor, name: str = name, rows: Rows = rows) -> None:
+                    if name not in found:
+                        shape = (len(prompts), logits.shape[-1])
+                        found[name] = stream.activations.empty(shape, logits.dtype)
+                    found[name][list(rows)] = logits[0].cpu()
+
+                made.append(changed_job(stream, batch, change, use))
+        return made
+
+    with ablating(stream):
+        retry(stream, budget, jobs, description)
+    return found
+
+
+def ablating(stream: Stream) -> AbstractContextManager[None]:
+    """Within the context, each job's ``units`` are projected out of what its pass writes."""
+
+    def units() -> Tensor | None:
+        return None if stream.current is None else stream.current.units
+
+    return ablate_units(stream.model, units, find_writers(stream.model).sites)
+
+
+def leak_of(
+    stream: Stream,
+    direction: Tensor,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int | str = "auto",
+) -> float:
+    """Largest ``|h[l, t] . r| / ||h[l, t]||`` over block boundaries, prompts and tokens.
+
+    Args:
+        stream: the model.
+        direction: ``[d_model]``.
+        prompts: token ids.
+        batch_size: prompts per batch, or ``auto``; those of one length share one.
+    """
+    unit = unit_direction(direction, stream.width)
+    worst = 0.0
+
+    def see(layer: int, hidden: Tensor, output: object) -> None:
+        nonlocal worst
+        after = [t for t in elements_of(output) if t is not None and t.shape == hidden.shape]
+        for tensor in (hidden, *after[:1]):
+            worst = max(worst, ratio(tensor, unit))
+
+    def job(rows: Rows) -> Job:
+        batch = pad(stream.model, prompts, rows)
+        shape = (len(rows), batch.input_ids.shape[1])
+        return Job(partial(last_logits, stream.model, batch), lambda _: None, shape, see=see)
+
+    flow(stream, prompts, job, batch_size, "verify: prompts", mix=False)
+    return worst

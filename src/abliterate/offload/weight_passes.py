@@ -1,0 +1,138 @@
+"""What the stages ask of a streamed model, each in as few readings of it as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from abliterate.errors import UsageError
+from abliterate.inference.forward import can_pad, last_logits, logits_needed, pad, token_streams
+from abliterate.inference.token_batches import Budget, group_rows, out_of_memory
+from abliterate.offload.layer_streaming import Job, Stream
+
+Rows = tuple[int, ...]
+
+# Routed experts get few rows of a batch each: twice what a batch in memory starts with was measured
+# to be faster with them, and no slower without.
+CPU_TOKENS = 2048
+
+
+def look(
+    stream: Stream,
+    prompts: Sequence[Sequence[int]],
+    positions: Sequence[int],
+    batch_size: int | str = "auto",
+    description: str = "extract",
+) -> tuple[Tensor, Tensor]:
+    """Last-token logits and ``resid_pre`` of all prompts, in one reading of the model.
+
+    Args:
+        stream: the model.
+        prompts: token ids.
+        positions: where to look, counted from each prompt's end.
+        batch_size: prompts per batch, or ``auto``.
+        description: shown beside the progress bar.
+
+    Returns:
+        Logits ``[prompts, vocabulary]`` and activations ``[prompts, n_positions, n_layers,
+        d_model]``, the mean over streams where an architecture has several; on the CPU, in memory
+        or in a mapped file.
+    """
+    model = stream.model
+    width = stream.width
+    shape = (len(prompts), len(positions), stream.n_blocks, width)
+    seen = stream.activations.empty(shape, model.dtype)
+    needed, where = logits_needed(model, positions), list(positions)
+    logits: list[Tensor] = []
+
+    def job(rows: Rows) -> Job:
+        batch, at = pad(model, prompts, rows), torch.tensor(rows)
+
+        def see(layer: int, hidden: Tensor, output: object) -> None:
+            streams = token_streams(hidden, batch.input_ids.shape, width)[:, where]
+            seen[at, :, layer] = streams.mean(2).cpu()
+
+        def use(found: Tensor) -> None:
+            last = found if needed == 1 else found[:, -1]
+            if not logits:
+                logits.append(stream.activations.empty((len(prompts), last.shape[-1]), last.dtype))
+            logits[0][at] = last.cpu()
+
+        return Job(
+            partial(last_logits, model, batch, needed),
+            use,
+            (len(rows), batch.input_ids.shape[1]),
+            needed,
+            see=see,
+        )
+
+    flow(stream, prompts, job, batch_size, description)
+    return logits[0], seen
+
+
+def flow(
+    stream: Stream,
+    prompts: Sequence[Sequence[int]],
+    job: Callable[[Rows], Job],
+    batch_size: int | str = "auto",
+    description: str = "stream",
+    mix: bool = True,
+) -> None:
+    """Take ``prompts`` through the model together, in batches for which ``job`` makes the jobs.
+
+    Args:
+        stream: the model.
+        prompts: token ids.
+        job: makes the job of the prompts with these numbers.
+        batch_size: prompts per batch, or ``auto``.
+        description: shown beside the progress bar.
+        mix: prompts of different lengths may share a batch, where the architecture allows it.
+
+    Raises:
+        UsageError: a single prompt does not fit into memory.
+    """
+    budget = streaming_budget(stream, batch_size)
+    retry(stream, budget, lambda: [job(rows) for rows in batches(stream, prompts, budget, mix)],
+          description)  # fmt: skip
+
+
+def streaming_budget(stream: Stream, batch_size: int | str = "auto") -> Budget:
+    """Tokens per batch; fixed, as the batches of a pass are made before it starts."""
+    budget = Budget(stream.device, batch_size, grow=False)
+    if stream.device.type == "cpu":
+        budget.tokens = CPU_TOKENS
+    return budget
+
+
+def batches(
+    stream: Stream, prompts: Sequence[Sequence[int]], budget: Budget, mix: bool = True
+) -> list[Rows]:
+    """Which prompts share a batch."""
+    return group_rows(list(map(len, prompts)), budget, mix and can_pad(stream.model))
+
+
+def retry(stream: Stream, budget: Budget, jobs: Callable[[], list[Job]], description: str) -> None:
+    """One reading of the model for the jobs made within ``budget``, halved until they fit.
+
+    Raises:
+        UsageError: a single row does not fit into memory.
+    """
+    while True:
+        some = jobs()
+        try:
+            stream.run(some, description)
+            return
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        # The whole pass starts again: a batch too large shows at the first block.
+        most = max(job.rows for job in some)
+        if most == 1:
+            raise UsageError(
+                f"a single prompt and a block do not fit into the memory of {stream.device.type}: "
+                "use a smaller --dtype, a smaller --activation-memory or another --device"
+            )
+        budget.failed(most, max(job.rows * job.width for job in some))

@@ -1,0 +1,183 @@
+"""A run folder: what its files are called, and the model and settings with which stages fill it.
+
+``RUN/extract.json`` + ``directions.safetensors`` -> ``selection.json`` + ``direction.safetensors``
+-> ``model/`` -> ``evaluation.json`` + ``completions/``. A record holds the hash of everything that
+the stage depended on, so that ``run`` can tell a finished stage from a stale one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate.console import log
+from abliterate.distributed.rank_group import Team, join_team
+from abliterate.errors import InputError, UsageError
+from abliterate.inference.forward import input_device
+from abliterate.models.device_placement import Placement, find_placement
+from abliterate.models.loading import Checkpoint, Loaded
+from abliterate.offload import load_or_stream, must_stream
+from abliterate.offload.open_model import too_large
+from abliterate.prompts.chat_template import ChatFormat
+from abliterate.prompts.sampling import prompt_key
+from abliterate.prompts.sources import Prompt
+from abliterate.settings import Settings
+from abliterate.storage.artifacts import hash_file, versions
+
+EXTRACT, DIRECTIONS = "extract.json", "directions.safetensors"
+SELECTION, EVALUATION, COMPLETIONS = "selection.json", "evaluation.json", "completions"
+PARTIAL = "selection.partial.json"
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A checkpoint and settings; the model itself is loaded when a stage first needs it."""
+
+    checkpoint: Checkpoint
+    settings: Settings
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        return self.load(self.checkpoint)
+
+    @cached_property
+    def team(self) -> Team:
+        return join_team()
+
+    @cached_property
+    def placement(self) -> Placement:
+        model = self.settings.model
+        return find_placement(self.team, model.device, model.device_map, model.tensor_parallel)
+
+    @cached_property
+    def offload(self) -> bool | None:
+        """Whether models are streamed, as told or by what is free now.
+
+        Decided once: a checkpoint that is compared with the model has its size, and figures of the
+        two ways differ in their last digits. None where several devices or processes share them.
+        """
+        model, where = self.settings.model, self.placement
+        if model.offload is not None or where.is_spread or where.team.size > 1:
+            return model.offload
+        return must_stream(self.checkpoint, model.device, model.dtype, model.trust_remote_code)
+
+    def load(self, checkpoint: Checkpoint) -> Loaded:
+        model, where = self.settings.model, self.placement
+        torch.manual_seed(model.seed)
+        with where.team.working():
+            loaded = load_or_stream(
+                checkpoint,
+                model.device,
+                model.dtype,
+                model.trust_remote_code,
+                self.offload,
+                model.activation_memory,
+                where,
+            )
+        verb = "streaming" if loaded.stream else "loaded"
+        place = input_device(loaded.model).type if loaded.stream else where.describe(loaded.model)
+        log.info("%s %s (%s, %s)", verb, checkpoint.name, loaded.model.dtype, place)
+        return loaded
+
+    def whole(self) -> Loaded:
+        """The model in memory, for what does not stream it, whatever ``--offload`` says.
+
+        Raises:
+            UsageError: the weights do not fit.
+        """
+        model, where = self.settings.model, self.placement
+        if "loaded" not in self.__dict__ and not where.is_spread and where.team.size == 1:
+            at = (model.device, model.dtype, model.trust_remote_code)
+            if lacking := too_large(self.checkpoint, *at):
+                raise UsageError(
+                    f"{lacking}: this command needs the model in memory, use a smaller --dtype or "
+                    "a larger machine"
+                )
+            self.__dict__["offload"] = False
+        return self.loaded
+
+    def release(self) -> None:
+        """Let go of the model; it is loaded again when it is next needed."""
+        if (loaded := self.__dict__.pop("loaded", None)) is not None:
+            if loaded.stream is not None:
+                loaded.stream.close()
+            del loaded
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return self.checkpoint.identity()
+
+    @property
+    def chat(self) -> ChatFormat:
+        chat = self.settings.chat
+        return ChatFormat(chat.system, chat.template_kwargs, chat.response_prefix)
+
+    def base_inputs(self) -> dict[str, Any]:
+        """What every stage depends on: the model, how it computes, how prompts are formatted."""
+        model = self.settings.model
+        return {
+            "model": self.identity,
+            "dtype": model.dtype,
+            "device": model.device,
+            "offload": model.offload,
+            "seed": model.seed,
+            "chat": self.settings.chat.model_dump(),
+            "versions": versions(),
+        }
+
+
+def finished(record: Path, inputs: str, outputs: Mapping[str, Path]) -> dict[str, Any] | None:
+    """The record, if the stage ran on the same inputs and its outputs are still as it left them."""
+    try:
+        document: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        if document["inputs"] != inputs:
+            return None
+        if any(document["outputs"][name] != hash_file(path) for name, path in outputs.items()):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    log.info("%s is up to date", record)
+    return document
+
+
+def prompt_sources(settings: Settings, harmful: str | None, harmless: str | None) -> dict[str, str]:
+    """A stage's prompt sources by kind; None for the one of ``extract``."""
+    return {
+        "harmful": harmful or settings.extract.harmful,
+        "harmless": harmless or settings.extract.harmless,
+    }
+
+
+def prompt_keys(
+    prompts: Mapping[str, Sequence[Prompt]], keep_text: bool = False
+) -> dict[str, list[str]]:
+    """Prompts by kind, as their hashes (or, to be hashed themselves, their texts)."""
+    key: Callable[[str], str] = str if keep_text else prompt_key
+    return {kind: [key(prompt.text) for prompt in chosen] for kind, chosen in prompts.items()}
+
+
+def recorded_settings(run: Path, extracted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings that ``extract`` recorded, as the base of a later stage's own.
+
+    Raises:
+        InputError: the record lacks them.
+    """
+    try:
+        settings = dict(extracted["settings"])
+    except KeyError:
+        raise InputError(f"{run / EXTRACT} records no settings: run extract again") from None
+    # Where the weights lie is each command's own affair: it goes with how that was launched.
+    elsewhere = ("device_map", "tensor_parallel")
+    model = {key: value for key, value in settings["model"].items() if key not in elsewhere}
+    return settings | {"model": model}

@@ -1,0 +1,4 @@
+"""Artifacts (JSON, safetensors; written atomically) and bytes between files.
+
+Uses ``errors`` only.
+"""

@@ -1,0 +1,81 @@
+"""fragility: refusal against the share of the direction that is removed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from abliterate import ablate, load_model
+from abliterate.analysis.fragility import Point, summarise
+from abliterate.errors import UsageError
+
+Cli = Callable[..., Any]
+
+
+def _curve(*rates: float) -> list[Point]:
+    last = len(rates) - 1
+    return [Point(i / last, 0.0, rate, 0.0, float(i)) for i, rate in enumerate(rates)]
+
+
+def test_the_number_is_the_mean_share_of_refusals_lost() -> None:
+    assert summarise(_curve(1.0, 1.0, 1.0))["fragility"] == pytest.approx(0.0)
+    assert summarise(_curve(0.8, 0.4, 0.0))["fragility"] == pytest.approx(0.5)
+    sudden = summarise(_curve(1.0, 0.0, 0.0, 0.0, 0.0))
+    assert sudden["fragility"] == pytest.approx(0.875)
+    assert sudden["half_fraction"] == pytest.approx(0.125)
+    assert sudden["kl_at_half"] == pytest.approx(0.5)
+    assert summarise(_curve(1.0, 0.9, 0.8))["half_fraction"] is None
+    assert summarise(_curve(0.0, 0.0))["fragility"] is None
+
+
+def test_partial_ablation_leaves_the_rest_of_the_embedding(tiny: Callable[..., Path]) -> None:
+    loaded = load_model(str(tiny("llama")), device="cpu", dtype="float32")
+    model = loaded.model
+    r = torch.randn(48, generator=torch.Generator().manual_seed(0))
+    unit = r / r.norm()
+    ids = torch.tensor([[5, 9, 11]])
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        before = embedding(ids) @ unit
+        for scale, left in ((0.0, 1.0), (0.3, 0.7), (1.0, 0.0)):
+            with ablate(model, r, scale):
+                after = embedding(ids) @ unit
+            torch.testing.assert_close(after, left * before, atol=1e-5, rtol=1e-4)
+    with pytest.raises(UsageError, match="between 0 and 1"), ablate(model, r, 1.5):
+        pass
+
+
+def test_the_command_writes_numbers_and_a_picture(
+    cli: Cli, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    pytest.importorskip("plotly")
+    from abliterate.resources import demo_model_dir
+
+    run = tmp_path / "run"
+    few = ("--n-train", "16", "--device", "cpu", "-q")
+    assert cli("extract", demo_model_dir(), "-o", run, *few).code == 0
+    assert cli("select", run, "--n-val", "8", "-q").code == 0
+    result = cli(
+        "fragility", run, "--steps", "3", "--n-test", "4", "--max-new-tokens", "8", "--json", "-q"
+    )
+    assert result.code == 0, result.err
+    record = result.json
+    assert record == json.loads((run / "fragility.json").read_text())
+    points = record["points"]
+    assert [p["fraction"] for p in points] == [0.0, 0.5, 1.0]
+    assert points[0]["refusal_rate"] == 1.0
+    assert points[0]["kl_divergence"] == pytest.approx(0.0, abs=1e-3)
+    assert points[2]["refusal_rate"] == 0.0
+    assert points[2]["bypass_score"] < 0 < points[0]["bypass_score"]
+    assert 0.25 <= record["fragility"] <= 0.75
+    page = (run / "fragility.html").read_text()
+    assert 'id="fragility"' in page
+    assert 'src="https://' not in page
+    assert "steps" in fails("fragility", run, "--steps", "1", code=2)
+    assert "png or svg" in fails("fragility", run, "--image", "gif", code=2)
+    fails("fragility", tmp_path / "none", code=3)

@@ -1,0 +1,276 @@
+"""The report in a real browser: no request, no script out of data, and everything that is in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import pytest
+from reporting import BREAKOUT, CHROMIUM, EVIL, make_run
+
+from abliterate.cli.app import main
+
+BUILD = Path(__file__).parents[2] / "build" / "report"
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None or importlib.util.find_spec("playwright") is None,
+    reason="needs Chromium and playwright",
+)
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+    "--disable-component-update", "--no-first-run",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def page_file(run: Path) -> Path:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    path = BUILD / "report.html"
+    assert main(["report", str(run), "-o", str(path), "--quiet", "--json"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+class Opened:
+    """A page with everything it asked for and said."""
+
+    def __init__(self, browser, file: Path, **options) -> None:
+        context = browser.new_context(viewport={"width": 1320, "height": 900}, **options)
+        context.set_default_timeout(120_000)
+        self.page = context.new_page()
+        self.requests: list[str] = []
+        self.said: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
+        self.file = file.resolve().as_uri()
+        self.page.goto(self.file)
+        self.page.wait_for_selector("html[data-ready=yes]", state="attached")
+
+    def wait_for_all(self) -> None:
+        """The plots out of sight are drawn when the browser has time."""
+        self.page.wait_for_selector("html[data-drawn=all]", state="attached")
+
+    def check(self) -> None:
+        """Nothing left the page, nothing complained, and no markup of the data ran."""
+        assert self.requests == [self.file]
+        assert self.said == []
+        assert self.page.evaluate("typeof window.pwned") == "undefined"
+
+
+@pytest.fixture
+def opened(browser, page_file: Path):
+    made = Opened(browser, page_file)
+    yield made
+    made.check()
+    made.page.context.close()
+
+
+@needs_browser
+def test_every_section_is_there_and_every_plot_is_drawn(opened: Opened) -> None:
+    page = opened.page
+    names = ("summary", "selection", "subspace", "trace", "completions", "edit", "provenance")
+    for name in names:
+        assert page.locator(f"section#{name}").is_visible(), name
+    assert page.locator("h1").inner_text().endswith("<script>window.pwned=1</script>model")
+    opened.wait_for_all()
+    plots = page.locator(".canvas")
+    assert plots.count() >= 14
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('.canvas')].map(e => e.querySelectorAll('.main-svg').length)"
+    )
+    assert all(drawn)
+    assert page.locator("#trouble").is_hidden()
+    assert page.title().startswith(str(Path("/")))
+    # Hovering a heatmap shows the value and the verdict.
+    page.locator("#plot-bypass_heatmap .nsewdrag").first.hover()
+    page.wait_for_function(
+        "document.querySelector('#plot-bypass_heatmap .hoverlayer').textContent.includes('Bypass')"
+    )
+    hover = page.locator("#plot-bypass_heatmap .hoverlayer").text_content()
+    assert re.search(r"layer \d, position -\d", hover)
+
+
+@needs_browser
+def test_markup_in_names_prompts_and_answers_is_shown_as_text(opened: Opened) -> None:
+    page = opened.page
+    page.fill("#f-text", "window.pwned")
+    row = page.locator("#answers tbody tr").first
+    assert EVIL in row.locator("td").first.inner_text()
+    assert EVIL in row.locator("td").nth(1).inner_text()
+    page.fill("#f-text", "</script></textarea>")
+    assert BREAKOUT in page.locator("#answers tbody tr td").first.inner_text()
+    page.fill("#f-text", "")
+    page.locator("#answers tbody button").first.click()
+    page.wait_for_selector(".replies p")
+    answer = page.locator(".replies p").first.inner_text()
+    assert answer.startswith("baseline-harmful says")
+    assert EVIL + BREAKOUT in answer
+    assert page.locator("#answers script, #answers img, #answers svg").count() == 0
+    assert BREAKOUT in page.locator("section#trace").inner_text()
+
+
+@needs_browser
+def test_answers_to_harmful_prompts_are_hidden_until_asked_for_one_by_one(opened: Opened) -> None:
+    page = opened.page
+    body = page.locator("#answers tbody")
+    assert page.locator(".replies").count() == 0
+    assert "says" not in body.inner_text()
+    button = page.locator("#answers tbody button").nth(1)
+    button.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".replies p")
+    assert page.locator(".replies").count() == 1
+    assert page.locator(".replies h4").all_inner_texts() == [
+        "baseline", "ablate", "add", "orthogonalized",
+    ]  # fmt: skip
+    assert button.get_attribute("aria-expanded") == "true"
+    page.keyboard.press("Enter")
+    assert page.locator(".replies").count() == 0
+
+
+@needs_browser
+def test_the_filter_and_the_pages_work(opened: Opened, run: Path) -> None:
+    page = opened.page
+    folder = run / "completions"
+    lines = {
+        (kind, name): [
+            json.loads(x) for x in (folder / f"{name}-{kind}.jsonl").read_text().splitlines()
+        ]
+        for kind in ("harmful", "harmless")
+        for name in ("baseline", "ablate")
+    }
+    everything = lines["harmful", "baseline"] + lines["harmless", "baseline"]
+    total = len(everything)
+
+    def count() -> int:
+        return int(page.locator("#count").inner_text().split()[0])
+
+    assert count() == total
+    rows = page.locator("#answers tbody tr")
+    assert rows.count() == min(25, total)
+    page.click("#next")
+    assert rows.count() == total - 25
+    assert page.locator("#next").is_disabled()
+    page.select_option("#f-category", "topic 1")
+    assert count() == sum(line["category"] == "topic 1" for line in everything) > 0
+    page.select_option("#f-category", "")
+    page.select_option("#f-kind", "harmless")
+    assert count() == len(lines["harmless", "baseline"])
+    page.select_option("#f-kind", "harmful")
+    page.select_option("#f-column", label="ablate")
+    page.select_option("#f-outcome", "answered")
+    assert count() == sum(not line["refused"] for line in lines["harmful", "ablate"])
+    page.select_option("#f-outcome", "changed")
+    pairs = zip(lines["harmful", "baseline"], lines["harmful", "ablate"], strict=True)
+    assert count() == sum(one["refused"] != other["refused"] for one, other in pairs) > 0
+
+
+@needs_browser
+def test_the_slider_moves_through_the_layers_by_keyboard(opened: Opened, run: Path) -> None:
+    page = opened.page
+    opened.wait_for_all()
+    inspect = json.loads((run / "inspect.json").read_text())
+    layers = sorted(map(int, inspect["projections"]))
+    slider = page.locator("#layer")
+    slider.focus()
+    page.keyboard.press("Home")
+    for layer in layers:
+        assert page.locator("#layer-name").inner_text() == str(layer)
+        shown = page.evaluate(
+            "document.getElementById('plot-pca_layer').data.map(t => [t.name, t.x])"
+        )
+        for name, values in shown:
+            assert values == [x for x, _ in inspect["projections"][str(layer)][name]]
+        row = next(row for row in inspect["layers"] if row["layer"] == layer)
+        assert f"silhouette {row['geometry']['silhouette']:.3f}" in (
+            page.locator("#layer-numbers").inner_text()
+        )
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#layer-name").inner_text() == str(layers[-1])
+
+
+@needs_browser
+def test_light_dark_toggle_and_print(browser, page_file: Path) -> None:
+    grounds = {}
+    for scheme in ("light", "dark"):
+        made = Opened(browser, page_file, color_scheme=scheme)
+        made.wait_for_all()
+        page = made.page
+        ground = "getComputedStyle(document.body).backgroundColor"
+        grounds[scheme] = page.evaluate(ground)
+        page.screenshot(path=BUILD / f"{scheme}.png", full_page=True)
+        ink = page.evaluate("document.getElementById('plot-trace').layout.font.color")
+        assert ink == page.evaluate(
+            "getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()"
+        )
+        if scheme == "light":
+            page.locator("#theme").focus()
+            page.keyboard.press("Enter")
+            page.keyboard.press("Enter")
+            assert page.locator("#theme").inner_text() == "Theme: dark"
+            toggled = page.evaluate(ground)
+            assert page.evaluate("document.getElementById('plot-trace').layout.font.color") != ink
+            page.emulate_media(media="print")
+            assert page.evaluate(ground) == "rgb(255, 255, 255)"
+            assert page.locator("nav").is_hidden()
+            assert len(page.pdf(format="A4")) > 50_000
+        made.check()
+        page.context.close()
+    assert grounds["light"] != grounds["dark"] == toggled
+    assert (BUILD / "dark.png").stat().st_size > 50_000
+
+
+@needs_browser
+def test_every_control_can_be_reached_by_tab(opened: Opened) -> None:
+    page = opened.page
+    reached = set()
+    for _ in range(120):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        if "commands" in reached:
+            break
+    wanted = {"theme", "layer", "f-text", "f-kind", "f-category", "f-outcome", "next", "commands"}
+    assert wanted <= reached
+
+
+def test_the_file_holds_no_address_and_plotly_once(page_file: Path) -> None:
+    html = page_file.read_text()
+    assert html.count('id="plotly"') == 1
+    outside = re.sub(r'<script type="[^"]*" id="\w+">[^<]*</script>', "", html)
+    assert not re.search(r'(?:src|href)\s*=\s*["\']?(?:https?:)?//', outside)
+    assert "default-src 'none'" in unescape(outside)
+    assert "<script>window" not in html
+    assert len(page_file.read_bytes()) < 4_000_000
+
+
+@needs_browser
+def test_png_writes_the_same_figures(run: Path, cli, tmp_path: Path) -> None:
+    shutil.copy(run / "trace.json", tmp_path)
+    shutil.copy(run / "evaluation.json", tmp_path)
+    result = cli("report", tmp_path, "--no-completions", "--png", tmp_path / "png", "--json")
+    assert result.code == 0, result.err
+    assert {"refusals", "trace"} <= set(result.json["figures"])
+    names = {Path(path).stem for path in result.json["png"]}
+    assert names == set(result.json["figures"])
+    for path in result.json["png"]:
+        assert Path(path).read_bytes().startswith(b"\x89PNG")
+        assert Path(path).stat().st_size > 5_000

@@ -1,0 +1,491 @@
+"""The staged search, its shortcuts and what it leaves out, against the plainest computation."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    MambaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
+
+from abliterate import ablate, add
+from abliterate.inference.batched_interventions import Replay
+from abliterate.inference.candidate_batches import Tricks
+from abliterate.inference.fast_path import verified_replay
+from abliterate.inference.token_batches import Budget, group_rows
+from abliterate.metrics.refusal import MAX_REFUSAL_SCORE, kl_divergence, kl_floor, refusal_score
+from abliterate.selection.candidate_filters import Score, Thresholds, choose, judge
+from abliterate.selection.candidate_search import Scorer
+from abliterate.selection.score_table import score_record
+from abliterate.selection.search_inputs import Task
+
+KINDS = ("llama", "llama-bias", "qwen2", "gemma", "mistral")
+TOKENS = (40, 41)
+POSITIONS = (-3, -1)
+
+
+def _task(folder: Path | PreTrainedModel, **changes) -> Task:
+    """Eight candidates on uneven prompts that share their first six tokens."""
+    model = folder
+    if isinstance(folder, Path):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    numbers = random.Random(3)
+
+    def prompts(count: int) -> list[list[int]]:
+        return [[5, 6, 7, 8, 9, 10, *numbers.choices(range(20, 500), k=numbers.randrange(4, 16)),
+                 11, 12] for _ in range(count)]  # fmt: skip
+
+    generator = torch.Generator().manual_seed(4)
+    directions = torch.randn(2, 4, 48, generator=generator, dtype=torch.float64)
+    # From no effect to a large one, so that filters have something to tell apart.
+    directions *= torch.tensor([0.3, 1.0, 3.0, 6.0]).view(1, 4, 1)
+    directions[0, 0] = 0.0
+    task = Task(model, directions, POSITIONS, prompts(7), prompts(10), TOKENS)
+    return replace(task, **changes)
+
+
+def _logits(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in prompts])
+
+
+def _plain(task: Task) -> dict[tuple[int, int], Score]:
+    """One candidate and prompt at a time."""
+    scores = {}
+    baseline = _logits(task.model, task.harmless)
+    for row, position in enumerate(task.positions):
+        for layer in range(4):
+            vector = task.directions[row, layer]
+            if float(vector.norm()) == 0:
+                scores[position, layer] = Score(position, layer, math.nan, math.nan, math.nan)
+                continue
+            with ablate(task.model, vector):
+                bypass = refusal_score(_logits(task.model, task.harmful), TOKENS).mean()
+                kl = kl_divergence(baseline, _logits(task.model, task.harmless)).mean()
+            with add(task.model, vector, layer):
+                induce = refusal_score(_logits(task.model, task.harmless), TOKENS).mean()
+            scores[position, layer] = Score(
+                position, layer, float(bypass), float(induce), float(kl)
+            )
+    return scores
+
+
+def _agree(one: Score, other: Score) -> None:
+    assert (one.position, one.layer) == (other.position, other.layer)
+    for metric in other.computed:
+        expected = getattr(one, metric)
+        assert getattr(other, metric) == pytest.approx(expected, abs=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_staged_exhaustive_and_plain_choose_the_same(kind: str, tiny) -> None:
+    task = _task(tiny(kind))
+    plain = _plain(task)
+    exhaustive = Scorer(replace(task, search="exhaustive")).run()
+    for score in exhaustive:
+        assert len(score.computed) == 3
+        _agree(plain[score.position, score.layer], score)
+    finite = [s for s in exhaustive if not math.isnan(s.induce_score)]
+    numbers = random.Random(5)
+    winners, spared, stopped = set(), 0, 0
+    for trial in range(25):
+        # Thresholds around the scores themselves, and at them.
+        kl = numbers.choice(finite).kl_divergence * numbers.choice((1.0, 1.0, 0.99, 1.01))
+        induce = numbers.choice(finite).induce_score + numbers.choice((0.0, -0.01, 0.01))
+        if trial % 5 == 0:
+            # A refusal score cannot be this high in a random model: partial sums reject early.
+            induce = 17.0
+        thresholds = Thresholds(kl + 1e-5, induce - 1e-5, numbers.choice((0.0, 0.2, 0.5)))
+        staged = Scorer(
+            replace(task, thresholds=thresholds, all_layers=numbers.random() < 0.3)
+        ).run()
+        judged = judge(staged, 4, thresholds)
+        expected = choose(judge(exhaustive, 4, thresholds))
+        found = choose(judged)
+        assert (found and (found.position, found.layer)) == (
+            expected and (expected.position, expected.layer)
+        )
+        winners.add(expected and (expected.position, expected.layer))
+        assert all(score.reason != "unknown" for score in judged)
+        for one, other in zip(exhaustive, staged, strict=True):
+            _agree(one, other)
+            if other.kl_at_least is not None and not math.isnan(one.kl_divergence):
+                assert thresholds.kl < other.kl_at_least <= one.kl_divergence + 1e-4
+                stopped += 1
+            if other.induce_at_most is not None:
+                assert thresholds.induce > other.induce_at_most >= one.induce_score - 1e-4
+                stopped += 1
+            spared += 3 - len(other.computed)
+    assert len(winners) > 2
+    assert spared > 100
+    assert stopped > 10
+
+
+_SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+          "intermediate_size": 80, "vocab_size": 512, "pad_token_id": 0}  # fmt: skip
+OTHERS = {
+    # Fused attention and learned positions; sliding windows, post-norms and soft caps; experts;
+    # no attention at all.
+    "gpt2": lambda: GPT2Config(vocab_size=512, n_embd=48, n_layer=4, n_head=4, n_positions=64),
+    "gemma2": lambda: Gemma2Config(**_SIZES, num_key_value_heads=2, head_dim=12, sliding_window=16),
+    "mixtral": lambda: MixtralConfig(**_SIZES, num_key_value_heads=2, num_local_experts=4),
+    "mamba": lambda: MambaConfig(vocab_size=512, hidden_size=48, num_hidden_layers=4),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_score_as_full_passes_do(kind: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OTHERS[kind]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    task = _task(model, search="exhaustive")
+    plain = _plain(task)
+    scorer = Scorer(task)
+    for score in scorer.run():
+        _agree(plain[score.position, score.layer], score)
+    assert scorer.replay.tricks.rows
+    assert scorer.replay.tricks.resume
+    assert bool(scorer.replay.prefix) == (kind in ("gpt2", "mixtral"))
+
+
+def test_groupings_and_shortcuts_do_not_change_scores(tiny, monkeypatch) -> None:
+    task = _task(tiny("qwen2"), search="exhaustive")
+    reference = Scorer(task).run()
+    for size in (1, 3, 7, 1000):
+        for one, other in zip(reference, Scorer(replace(task, batch_size=size)).run(), strict=True):
+            _agree(one, other)
+    for tricks in (
+        Tricks(last=False),
+        Tricks(prefix=False),
+        Tricks(resume=False),
+        Tricks(rows=False),
+        Tricks(rows=False, prefix=False, resume=False, last=False),
+    ):
+        scorer = Scorer(task)
+        prompts = [*task.harmful, *task.harmless]
+        scorer.replay = Replay(task.model, prompts, "auto", tricks)
+        for one, other in zip(reference, scorer.run(), strict=True):
+            _agree(one, other)
+
+
+def test_a_batch_that_does_not_fit_is_split(tiny) -> None:
+    task = _task(tiny("llama"), search="exhaustive")
+    reference = Scorer(task).run()
+    largest = 0
+
+    def crowded(module, args) -> None:
+        nonlocal largest
+        if args[0].shape[0] > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 PiB")
+        largest = max(largest, args[0].shape[0])
+
+    scorer = Scorer(task)
+    scorer.replay  # noqa: B018  checked before memory runs short
+    handle = task.model.lm_head.register_forward_pre_hook(crowded)
+    small = scorer.run()
+    handle.remove()
+    for one, other in zip(reference, small, strict=True):
+        _agree(one, other)
+    assert largest > 1
+
+
+def test_shortcuts_are_used_only_where_they_are_exact(tiny) -> None:
+    def chosen(kind: str) -> Tricks:
+        task = _task(tiny(kind))
+        prompts = [*task.harmful, *task.harmless]
+        vectors = task.directions[1, [1, 3]]
+        return verified_replay(task.model, prompts, vectors).tricks
+
+    assert chosen("llama") == Tricks()
+    # Padding between the shared prefix and a short prompt counts in a sliding window of 16.
+    assert not chosen("mistral").prefix
+    assert chosen("mistral").resume
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_in_its_dtype_and_close(dtype: torch.dtype, tiny) -> None:
+    task = _task(tiny("llama"), search="exhaustive")
+    reference = Scorer(task).run()
+    half = replace(task, model=task.model.to(dtype))
+    scorer = Scorer(half)
+    # Which shortcuts pass the trial depends on how the machine rounds; one way or another they do.
+    assert scorer.replay.tricks.rows
+    # Seen: 0.15 in bfloat16, 0.013 in float16; the scores spread over 2.
+    rounding = {torch.bfloat16: 0.5, torch.float16: 0.1}[dtype]
+    for one, other in zip(reference, scorer.run(), strict=True):
+        for metric in one.computed:
+            expected = getattr(one, metric)
+            assert getattr(other, metric) == pytest.approx(expected, abs=rounding, nan_ok=True)
+
+
+def test_no_kl_is_below_its_floor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    deepest = 0.0
+    for size in (3, 1000, 150_000):
+        for scale in (0.0, 1.0, 5.0, 40.0):
+            logits = scale * torch.randn(4, size, generator=generator, dtype=torch.float64)
+            floor = kl_floor(logits)
+            assert bool((floor <= 0).all())
+            others = scale * torch.randn(4, size, generator=generator, dtype=torch.float64)
+            for other in (others, logits, logits + 0.01 * others, 2 * logits, logits / 2):
+                assert bool((kl_divergence(logits, other) >= floor - 1e-12).all())
+    # Dust below the epsilon: moving its mass to the one large probability costs less than it pays.
+    dust = torch.full((1, 150_001), 0.763e-6, dtype=torch.float64)
+    dust[0, 0] = 1 - dust[0, 1:].sum()
+    point = torch.zeros_like(dust)
+    point[0, 0] = 1.0
+    kl = float(kl_divergence(dust.log(), point.log()))
+    assert kl < -0.03
+    assert kl >= float(kl_floor(dust.log()))
+    deepest = float(kl_floor(dust.log()))
+    assert deepest > 1.5 * kl
+    # A usual, peaked distribution: next to nothing.
+    assert float(kl_floor(torch.tensor([[9.0, 5.0, 0.0, -3.0]]))) > -1e-5
+
+
+def test_no_refusal_score_is_above_the_largest() -> None:
+    assert float(refusal_score(torch.tensor([[900.0, 0.0]]), [0])) <= MAX_REFUSAL_SCORE
+
+
+def test_groups_keep_to_the_budget_and_pad_little() -> None:
+    budget = Budget(torch.device("cpu"))
+    lengths = [5, 60, 5, 61, 6, 5, 59, 300]
+    groups = group_rows(lengths, budget)
+    assert sorted(row for group in groups for row in group) == list(range(8))
+    assert {frozenset(group) for group in groups} == {
+        frozenset({0, 2, 4, 5}), frozenset({1, 3, 6}), frozenset({7})
+    }  # fmt: skip
+    budget.tokens = 130
+    assert all(
+        len(group) == 1 or len(group) * max(lengths[row] for row in group) <= 130
+        for group in group_rows(lengths, budget)
+    )
+    assert all(len({lengths[r] for r in g}) == 1 for g in group_rows(lengths, budget, mix=False))
+    assert [len(g) for g in group_rows(lengths, Budget(torch.device("cpu"), 3))] != [8]
+
+
+def test_the_budget_grows_while_that_is_faster_and_halves_without_memory() -> None:
+    budget = Budget(torch.device("cpu"))
+    start = budget.tokens
+    budget.ran(10, 1.0)  # too small to tell
+    assert budget.tokens == start
+    budget.ran(start, 1.0)
+    assert budget.tokens == 2 * start
+    budget.ran(2 * start, 1.99)  # no faster: taken back, for good
+    assert budget.tokens == start
+    budget.ran(start, 0.001)
+    assert budget.tokens == start
+    budget.failed(20, start)
+    assert budget.tokens == start // 2
+    fixed = Budget(torch.device("cpu"), 8)
+    fixed.failed(8, 100)
+    assert fixed.rows == 4
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory) -> Path:
+    from abliterate.cli.app import main
+
+    folder = tmp_path_factory.mktemp("staged") / "run"
+    extract = ["extract", tiny("qwen2"), "-o", folder, "--no-filter", "--refusal-token", "I",
+               "--n-train", "12", "--positions", "-3,-2,-1"]  # fmt: skip
+    assert main([*map(str, extract)]) == 0
+    return folder
+
+
+SELECT = ("--no-filter", "--n-val", "9")
+
+
+def _copy(run: Path, tmp_path: Path, name: str = "run") -> Path:
+    return Path(shutil.copytree(run, tmp_path / name))
+
+
+def _thresholds(exhaustive: dict) -> tuple[str, ...]:
+    """Options under which some candidates fail by induce, and at least two pass."""
+    finite = [c for c in exhaustive["candidates"] if c["bypass_score"] is not None]
+    induce = sorted(c["induce_score"] for c in finite)[2] - 1e-3
+    rest = [c for c in finite if c["induce_score"] >= induce and c["layer"] < 3]  # 3 is pruned
+    kl = sorted(c["kl_divergence"] for c in rest)[-3] + 1e-3
+    return f"--induce-threshold={induce}", "--kl-threshold", str(kl)
+
+
+def test_selection_says_what_was_left_out_and_refuses_looser_thresholds(
+    run: Path, cli, fails, tmp_path: Path
+) -> None:
+    every = cli("select", _copy(run, tmp_path, "e"), *SELECT, "--search", "exhaustive",
+                "--kl-threshold", "1e9", "--induce-threshold=-1e9", "--json").json  # fmt: skip
+    assert all(len(c["computed"]) == 3 and not c["unneeded"] for c in every["candidates"])
+    options = _thresholds(every)
+    folder = _copy(run, tmp_path)
+    staged = cli("select", folder, *SELECT, *options, "--json")
+    assert staged.code == 0, staged.err
+    document = staged.json
+    assert document["search"] == "staged"
+    by_reason: dict = {}
+    for candidate in document["candidates"]:
+        by_reason.setdefault(candidate["reason"], []).append(candidate)
+        assert set(candidate["computed"]) | set(candidate["unneeded"]) == {
+            "bypass_score", "induce_score", "kl_divergence"
+        }  # fmt: skip
+    assert all(c["computed"] == [] for c in by_reason["layer"])
+    assert all(c["unneeded"]["bypass_score"] == "induce" for c in by_reason["induce"])
+    for c in by_reason.get("kl", []):
+        assert "bypass_score" in c["unneeded"] or c["kl_at_least"] or c["kl_divergence"]
+    won = min(c["bypass_score"] for c in by_reason[None])
+    assert all(c["unneeded"] == {"kl_divergence": "bypass"} for c in by_reason["bypass"])
+    assert all(c["bypass_score"] > won for c in by_reason["bypass"])
+    assert all(len(c["computed"]) == 3 for c in by_reason[None])
+
+    table = tmp_path / "e" / "selection.json"
+    both = [cli("select", "--scores", t, *options, "--json").json["winner"]
+            for t in (table, folder / "selection.json")]  # fmt: skip
+    assert both == [document["winner"]] * 2
+    again = cli("select", "--scores", folder / "selection.json", *options, "--json").json
+    assert again["candidates"] == document["candidates"]
+    line = fails("select", "--scores", folder / "selection.json", "--kl-threshold", "1e9",
+                 "--induce-threshold=-1e9", code=3)  # fmt: skip
+    assert "was not computed" in line
+    assert "--search exhaustive" in line
+    looser = (options[0], "--prune-layers", "0", *options[1:])
+    assert "was not computed" in fails(
+        "select", "--scores", folder / "selection.json", *looser, code=3
+    )
+
+
+def test_all_layers_scores_the_pruned_ones_too(run: Path, cli, tmp_path: Path) -> None:
+    open_ = ("--kl-threshold", "1e9", "--induce-threshold=-1e9")
+    pruned = cli("select", _copy(run, tmp_path, "a"), *SELECT, *open_, "--json").json
+    every = cli("select", _copy(run, tmp_path, "b"), *SELECT, *open_, "--all-layers", "--json").json
+    assert pruned["winner"] == every["winner"]
+    last = [[c for c in d["candidates"] if c["layer"] == 3] for d in (pruned, every)]
+    assert all(c["bypass_score"] is None for c in last[0])
+    assert all(c["bypass_score"] is not None and not c["kept"] for c in last[1])
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(
+    run: Path, cli, tmp_path: Path, monkeypatch
+) -> None:
+    from abliterate.pipeline import stages
+
+    open_ = ("--kl-threshold", "1e9", "--induce-threshold=-1e9")
+    expected = cli("select", _copy(run, tmp_path, "whole"), *SELECT, *open_, "--json").json
+    folder = _copy(run, tmp_path)
+    original = stages.save_partial
+
+    def interrupt(times: int):
+        def save(path, inputs, scores) -> None:
+            nonlocal times
+            original(path, inputs, scores)
+            times -= 1
+            if times == 0:
+                raise KeyboardInterrupt
+
+        return save
+
+    for times in (1, 2):
+        monkeypatch.setattr(stages, "save_partial", interrupt(times))
+        result = cli("select", folder, *SELECT, *open_)
+        assert result.code == 130
+        assert not (folder / "selection.json").exists()
+        partial = json.loads((folder / "selection.partial.json").read_text())
+        assert any(candidate["computed"] for candidate in partial["candidates"])
+    monkeypatch.setattr(stages, "save_partial", original)
+    result = cli("select", folder, *SELECT, *open_, "--json")
+    assert result.code == 0
+    assert "going on from" in result.err
+    assert result.json["winner"] == expected["winner"]
+    for one, other in zip(expected["candidates"], result.json["candidates"], strict=True):
+        for key, value in one.items():
+            close = pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
+            assert other[key] == close
+    assert not (folder / "selection.partial.json").exists()
+    # Scores of another search are no use.
+    (folder / "selection.partial.json").write_text(json.dumps(partial | {"inputs": "other"}))
+    result = cli("select", folder, *SELECT, *open_, "--json")
+    assert "going on from" not in result.err
+    (folder / "selection.partial.json").write_text("{")
+    assert cli("select", folder, *SELECT, *open_, "--json").json["winner"] == expected["winner"]
+
+
+def test_kl_on_the_response_averages_over_the_baselines_answer(
+    run: Path, cli, fails, tiny, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    from abliterate.prompts.sampling import load_prompts
+
+    exhaustive = ("--search", "exhaustive", "--kl-threshold", "1e9", "--induce-threshold=-1e9")
+    documents = {
+        on: cli("select", _copy(run, tmp_path, on.replace(":", "")), *SELECT, *exhaustive,
+                "--kl-on", on, "--json").json
+        for on in ("last", "response:1", "response:3")
+    }  # fmt: skip
+    for one, other in zip(
+        documents["last"]["candidates"], documents["response:1"]["candidates"], strict=True
+    ):
+        assert other["kl_divergence"] == pytest.approx(one["kl_divergence"], abs=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(tiny("qwen2"), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny("qwen2"))
+    means = load_file(run / "directions.safetensors")
+    vector = (means["mean_harmful"] - means["mean_harmless"])[1, 2]
+    kls = []
+    for prompt in load_prompts("harmless", "val", 9, 0):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt.text}], add_generation_prompt=True
+        )["input_ids"]
+        terms = []
+        with torch.no_grad():
+            while len(terms) < 3:
+                before = model(torch.tensor([ids])).logits[:, -1]
+                with ablate(model, vector):
+                    after = model(torch.tensor([ids])).logits[:, -1]
+                terms.append(float(kl_divergence(before, after)))
+                ids = [*ids, int(before.argmax())]
+                if ids[-1] == 2:
+                    break
+        kls.append(sum(terms) / len(terms))
+    found = next(c for c in documents["response:3"]["candidates"]
+                 if (c["position"], c["layer"]) == (-2, 2))  # fmt: skip
+    assert found["kl_divergence"] == pytest.approx(sum(kls) / len(kls), abs=1e-4)
+    assert "--kl-on" in fails("select", run, "--kl-on", "response:0", code=2)
+    assert "--search" in fails("select", run, "--search", "random", code=2)
+
+
+def test_a_kl_is_unneeded_only_beside_a_kept_candidate_with_a_lower_bypass() -> None:
+    scores = [
+        Score(-1, 0, -5.0, 1.0, 0.01),
+        Score(-1, 1, -5.0, 1.0),  # a tie goes to the earlier
+        Score(-1, 2, -4.0, 1.0),
+        Score(-1, 3, -6.0, 1.0, 0.5),
+    ]
+    reasons = [score.reason for score in judge(scores, 10, Thresholds())]
+    assert reasons == [None, "bypass", "bypass", "kl"]
+    lower = [*scores, Score(-1, 4, -5.1, 1.0)]
+    assert judge(lower, 10, Thresholds())[-1].reason == "unknown"
+    assert judge(scores[1:], 10, Thresholds())[0].reason == "unknown"
+
+
+def test_records_tell_not_finite_from_not_computed() -> None:
+    nan = score_record(judge([Score(-1, 0, 1.0, math.nan, 0.0)], 4, Thresholds())[0])
+    assert nan["reason"] == "nan"
+    assert not nan["unneeded"]
+    left_out = score_record(judge([Score(-1, 0, induce_at_most=-1.0)], 4, Thresholds())[0])
+    assert left_out["reason"] == "induce"
+    assert left_out["unneeded"] == dict.fromkeys(
+        ("bypass_score", "induce_score", "kl_divergence"), "induce"
+    )

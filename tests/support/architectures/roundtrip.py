@@ -1,0 +1,129 @@
+"""Takes a tiny random model of one architecture through the command line and measures the result.
+
+The test suite asserts on the outcome; ``scripts/architectures.py`` makes the published table of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from abliterate import ablate
+from abliterate.cli.app import main
+from abliterate.writers import find_writers, stream_width
+from abliterate.writers.residual_stream import leak
+
+IDS = torch.randint(3, 100, (2, 13), generator=torch.Generator().manual_seed(3))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one architecture.
+
+    Attributes:
+        writers: parameters that write to the stream.
+        tensors: tensors on disk that were edited.
+        gains: some writers have a direction of their own: behind a gain, or for some channels.
+        before: leak of the unedited model.
+        hooked: leak under ``ablate``.
+        edited: leak of the edited checkpoint, reloaded; None if it was refused.
+        difference: largest difference between logits of the edited and the hooked model.
+        verified: ``verify --source`` passed.
+        refusal: the error, if there is no edited checkpoint.
+    """
+
+    writers: int
+    tensors: int
+    gains: bool
+    before: float
+    hooked: float
+    edited: float | None
+    difference: float | None
+    verified: bool
+    refusal: str
+
+
+def abliterate(*args: str | Path) -> tuple[int, str, str]:
+    """Run the command line in process; exit code, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(arg) for arg in args])
+    return code, out.getvalue(), err.getvalue()
+
+
+def _leak(model: PreTrainedModel, direction: torch.Tensor) -> float:
+    return leak(model, direction, IDS, find_writers(model).blocks)
+
+
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False)[0].double()
+
+
+def round_trip(make: Callable[[], PreTrainedModel], folder: Path) -> Outcome:
+    """Save a model in several shards, edit it through the command line, reload and measure."""
+    model = make()
+    model.save_pretrained(folder / "source", max_shard_size="200KB")
+    plan = find_writers(model)
+    width = stream_width(model, plan)
+    direction = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    save_file({"direction": direction}, folder / "direction.safetensors")
+    before = _leak(model, direction)
+    with ablate(model, direction):
+        hooked = _leak(model, direction)
+        expected = _logits(model)
+
+    from_, to = ("--direction", folder / "direction.safetensors"), folder / "edited"
+    code, out, err = abliterate("orthogonalize", folder / "source", *from_, "-o", to, "--json")
+    common: dict[str, Any] = {
+        "writers": len({writer.parameter for writer in plan.writers}),
+        "gains": any(writer.gains or writer.part for writer in plan.writers),
+        "before": before,
+        "hooked": hooked,
+    }
+    if code != 0:
+        assert not to.exists()
+        reason = err.strip().splitlines()[-1].removeprefix("error: ")
+        return Outcome(
+            **common, tensors=0, edited=None, difference=None, verified=False, refusal=reason
+        )
+    # The edited checkpoint brings its own configuration, untied where the source was tied.
+    edited, info = type(model).from_pretrained(
+        to, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    verified, _, _ = abliterate("verify", to, *from_, "--source", folder / "source", "--json")
+    edited.eval()
+    return Outcome(
+        **common,
+        tensors=len(json.loads(out)["tensors"]),
+        edited=_leak(edited, direction),
+        difference=float((_logits(edited) - expected).abs().max()),
+        verified=verified == 0,
+        refusal="",
+    )
+
+
+def half_precision(make: Callable[[], PreTrainedModel], folder: Path) -> tuple[float, bool]:
+    """The same for a checkpoint stored in bfloat16: the leak that rounding leaves, and verify."""
+    model = make()
+    plan = find_writers(model)
+    width = stream_width(model, plan)
+    direction = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    save_file({"direction": direction}, folder / "direction.safetensors")
+    model.to(torch.bfloat16).save_pretrained(folder / "source")
+    from_, to = ("--direction", folder / "direction.safetensors"), folder / "edited"
+    code, _, err = abliterate("orthogonalize", folder / "source", *from_, "-o", to)
+    assert code == 0, err
+    edited = type(model).from_pretrained(to, dtype=torch.float32, attn_implementation="eager")
+    verified, _, _ = abliterate("verify", to, *from_, "--source", folder / "source")
+    return leak(edited.eval(), direction, IDS, plan.blocks), verified == 0

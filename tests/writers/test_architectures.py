@@ -1,0 +1,108 @@
+"""Every decoder-only architecture of transformers, through the command line.
+
+A type is edited and then exact (leak, verify, and agreement with ``ablate``), or it is refused by
+name with its reason; none is edited in part.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from architectures.roundtrip import Outcome, half_precision, round_trip
+from architectures.zoo import decoder_only_types, tiny_model, tiny_vision_language_model
+
+from abliterate import add
+from abliterate.errors import UnsupportedArchitectureError
+from abliterate.extraction.means import mean_resid_pre
+from abliterate.writers import find_writers, stream_width
+
+# No constant edit of the weights is exact for these: what each refusal has to name.
+REFUSED = {
+    "ctrl": "adds the buffer transformer.pos_encoding",
+    "doge": "per-channel gain model.layers.1.input_residual",
+    "gemma3n_text": "the residual stream, or a normed copy of it, is added",
+    "longcat_flash": "the residual stream, or a normed copy of it, is added",
+    "minimax": "per-channel gain model.layers.1.input_layernorm.weight",
+    "openai-gpt": "per-channel gain transformer.h.1.ln_1.weight",
+    "qwen4_exp": "passes through silu",
+    "qwen4_exp_text": "passes through silu",
+    "rwkv": "rwkv.blocks.0.feed_forward: multiplied per channel by a gate",
+    "xglm": "adds the buffer model.embed_positions.weights",
+    "zaya": "per-channel gain model.layers.1.post_attention_residual_scale.residual_scale",
+}
+VISION_LANGUAGE = (
+    "aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "llava", "mistral3", "paligemma",
+    "qwen2_5_vl", "qwen3_vl_moe",
+)  # fmt: skip
+
+
+# Their blocks see other positions than the prompt's tokens.
+NO_TOKENS = {"blt": "byte patches", "cpmant": "a prefix of the model's own"}
+# Its dynamic mask keeps a fixed number of positions, padding included, of the tiny window here.
+UNEVEN = {"doge"}
+# Runs its blocks several times over; what is seen of a layer is its last run.
+RECURRENT = {"hrm_text"}
+PROMPTS = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40, 16), (60, 8))]
+
+
+def _assert_exact(outcome: Outcome) -> None:
+    assert outcome.edited is not None, outcome.refusal
+    assert outcome.before > 0.03
+    assert outcome.edited <= 1e-5
+    assert outcome.hooked <= 1e-5
+    assert outcome.verified
+    assert outcome.tensors >= outcome.writers > 0
+    if not outcome.gains:
+        assert outcome.difference is not None
+        assert outcome.difference <= 1e-4
+
+
+@pytest.mark.parametrize("model_type", decoder_only_types())
+def test_every_architecture_is_exact_or_refused(model_type: str, tmp_path: Path) -> None:
+    outcome = round_trip(lambda: tiny_model(model_type), tmp_path)
+    if model_type not in REFUSED:
+        return _assert_exact(outcome)
+    assert outcome.edited is None
+    assert outcome.hooked <= 1e-5  # under hooks the stream is clean even there
+    assert "cannot be made exact" in outcome.refusal
+    assert REFUSED[model_type] in outcome.refusal
+    assert "--allow-leak" in outcome.refusal
+    return None
+
+
+@pytest.mark.parametrize("model_type", [t for t in decoder_only_types() if t not in REFUSED])
+def test_in_bfloat16_rounding_bounds_the_leak(model_type: str, tmp_path: Path) -> None:
+    left, verified = half_precision(lambda: tiny_model(model_type), tmp_path)
+    assert left <= 1e-3
+    assert verified
+
+
+@pytest.mark.parametrize("model_type", VISION_LANGUAGE)
+def test_text_decoders_of_vision_language_models(model_type: str, tmp_path: Path) -> None:
+    _assert_exact(round_trip(lambda: tiny_vision_language_model(model_type), tmp_path))
+
+
+@pytest.mark.parametrize("model_type", decoder_only_types())
+def test_means_do_not_depend_on_batching_in_any_architecture(model_type: str) -> None:
+    """Padding where it is masked, batches of one length where it is not; several streams too."""
+    model = tiny_model(model_type)
+    plan = find_writers(model)
+    if model_type in NO_TOKENS:
+        with pytest.raises(UnsupportedArchitectureError, match="no resid_pre of a token"):
+            mean_resid_pre(model, PROMPTS, [-1])
+        return
+    alone, _ = mean_resid_pre(model, PROMPTS, [-2, -1], batch_size=1)
+    together, _ = mean_resid_pre(model, PROMPTS, [-2, -1], batch_size=4)
+    assert alone.shape == (2, len(plan.blocks), stream_width(model, plan))
+    if model_type not in UNEVEN:
+        assert (together - alone).norm() <= 1e-6 * alone.norm()
+    # A vector added at the middle block shows in every stream from there on, and not before.
+    middle = len(plan.blocks) // 2
+    vector = 3 * torch.ones(alone.shape[-1], dtype=torch.float64)
+    with add(model, vector, middle):
+        added, _ = mean_resid_pre(model, PROMPTS, [-2, -1], batch_size=1)
+    if model_type not in RECURRENT:
+        assert (added - alone)[:, :middle].norm() == 0
+    assert (added - alone)[:, middle:].flatten(1).norm(dim=1).min() > 0
