@@ -40,7 +40,7 @@ from audit_models import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abliterate.auditing import cells, spectra
+from abliterate.auditing import component_pools, soft_null_space
 from abliterate.auditing.report import audit
 from abliterate.editing.edit_plan import make_plan
 from abliterate.editing.options import EditOptions
@@ -347,7 +347,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.wide:
-        spectra.WIDE, cells._MOST_BYTES = 0, 0.0
+        soft_null_space.WIDE, component_pools._MOST_BYTES = 0, 0.0
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         work = given.work or Path(folder)

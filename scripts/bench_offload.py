@@ -170,11 +170,11 @@ def extract(
     from abliterate.extraction import means
     from abliterate.inference.forward import stand_in
     from abliterate.models.loading import Checkpoint, load_weights
-    from abliterate.offload import open_stream, opening
+    from abliterate.offload import open_model, open_stream
     from abliterate.offload.weight_passes import look
 
     if mode == "stream":
-        opening.load_tokenizer = lambda *_: None  # the prompts are token ids
+        open_model.load_tokenizer = lambda *_: None  # the prompts are token ids
         loaded = open_stream(str(folder), "cpu", "float32", activation_memory=budget)
         opened = time.perf_counter()
         assert loaded.stream is not None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
-from abliterate.auditing import cells, spectra
+from abliterate.auditing import component_pools, soft_null_space
 from abliterate.auditing.eigengap_test import Emptiness, gap, of_matrix, p_agreement
 from abliterate.resources import demo_model_dir
 
@@ -225,8 +225,8 @@ def test_wide_models_are_judged_by_cheaper_computations(
 ) -> None:
     """What is meant for thousands of channels, on this model: float32, pooled cells, probes,
     half-precision storage, Krylov spaces."""
-    monkeypatch.setattr(spectra, "WIDE", 32)
-    monkeypatch.setattr(cells, "_MOST_BYTES", 0.0)
+    monkeypatch.setattr(soft_null_space, "WIDE", 32)
+    monkeypatch.setattr(component_pools, "_MOST_BYTES", 0.0)
     target = demo_model_dir()
     if options is not None:
         target = _anonymous(_edit(cli, target, direction, tmp_path / "edited", *options))
@@ -248,15 +248,15 @@ def test_wide_emptiness_and_its_edge_are_those_of_dense_solvers(
     tall = torch.linspace(1, 40, 200).unsqueeze(1) * torch.randn(200, 260, generator=generator)
     tall[7] = 0  # a channel that is not written
     gram = (tall @ tall.T).double()
-    dense, shift = spectra.emptiness(gram.clone(), 0, 0.0)
+    dense, shift = soft_null_space.emptiness(gram.clone(), 0, 0.0)
     values = torch.linalg.eigvalsh(dense)
     assert values[-1] == pytest.approx(1, abs=1e-6)
-    assert float(values[:-1].mean()) == pytest.approx(spectra.SHARE, abs=1e-4)
-    monkeypatch.setattr(spectra, "WIDE", 64)
-    wide, found = spectra.emptiness(gram.float(), 1, 50.0)
+    assert float(values[:-1].mean()) == pytest.approx(soft_null_space.SHARE, abs=1e-4)
+    monkeypatch.setattr(soft_null_space, "WIDE", 64)
+    wide, found = soft_null_space.emptiness(gram.float(), 1, 50.0)
     assert found == pytest.approx(shift, rel=0.15)
-    assert float(wide.trace() - 1) / 199 == pytest.approx(spectra.SHARE, abs=0.02)
-    upper, first = spectra.upper_edge(dense.float(), 10, 0)
+    assert float(wide.trace() - 1) / 199 == pytest.approx(soft_null_space.SHARE, abs=0.02)
+    upper, first = soft_null_space.upper_edge(dense.float(), 10, 0)
     torch.testing.assert_close(upper[:10], values.flip(0)[:10], rtol=0, atol=1e-4)
     assert abs(float(first[7])) > 0.9999
 
@@ -352,7 +352,7 @@ def test_wide_models_of_any_scale(
     cli: Cli, direction: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float
 ) -> None:
     """Squares of such weights leave float32, in which wide models are judged."""
-    monkeypatch.setattr(spectra, "WIDE", 64)
+    monkeypatch.setattr(soft_null_space, "WIDE", 64)
     copy = tmp_path / "scaled"
     shutil.copytree(demo_model_dir(), copy)
     tensors = load_file(copy / "model.safetensors")
@@ -372,8 +372,8 @@ def test_copies_of_experts_leave_most_directions_unwritten(monkeypatch: pytest.M
     """Sampled at the same columns they are of low rank: the shift ends where float32 can go."""
     generator = torch.Generator().manual_seed(0)
     columns = torch.randn(256, 64, generator=generator)
-    monkeypatch.setattr(spectra, "WIDE", 64)
-    found, _ = spectra.emptiness(columns @ columns.T, 0, 0.2)
+    monkeypatch.setattr(soft_null_space, "WIDE", 64)
+    found, _ = soft_null_space.emptiness(columns @ columns.T, 0, 0.2)
     values = torch.linalg.eigvalsh(found.double())
     assert float(values[64:].min()) > 0.9
     assert float(values.max()) < 1.1
@@ -432,9 +432,9 @@ def test_chance_levels_of_the_statistic() -> None:
     r /= r.norm()
     for _ in range(12):
         w = torch.randn(64, 128, generator=generator, dtype=torch.float64)
-        grams.append(of_matrix(spectra.emptiness(w @ w.T, 0, 0.0)[0]))
+        grams.append(of_matrix(soft_null_space.emptiness(w @ w.T, 0, 0.0)[0]))
         w = w - torch.outer(r, r @ w)
-        edited.append(of_matrix(spectra.emptiness(w @ w.T, 0, 0.0)[0]))
+        edited.append(of_matrix(soft_null_space.emptiness(w @ w.T, 0, 0.0)[0]))
     halves = [i % 2 == 1 for i in range(12)]
     null, found = gap(grams, halves), gap(edited, halves)
     assert null.p_value > 1e-3

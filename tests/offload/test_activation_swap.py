@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abliterate.models.loading import Checkpoint, load_weights
-from abliterate.offload import activations, opening, parking, stream
+from abliterate.offload import activation_store, activation_swap, layer_streaming, open_model
 from abliterate.offload.weight_passes import look
 
 PROMPTS = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40, 16), (60, 8))]
@@ -19,16 +19,16 @@ PROMPTS = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40,
 def parked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Everything waits elsewhere; gives the bytes that were still there after each wait."""
     left: list[int] = []
-    plain = parking.Parked.put
+    plain = activation_swap.Parked.put
 
-    def put(self: parking.Parked, value: object) -> None:
+    def put(self: activation_swap.Parked, value: object) -> None:
         plain(self, value)
         left.append(sum(t.untyped_storage().nbytes() for t in self._alive()))
 
-    for module in (activations, parking):
+    for module in (activation_store, activation_swap):
         monkeypatch.setattr(module, "SMALL", 256)
-    monkeypatch.setattr(stream, "parking", lambda device: True)
-    monkeypatch.setattr(parking.Parked, "put", put)
+    monkeypatch.setattr(layer_streaming, "parking", lambda device: True)
+    monkeypatch.setattr(activation_swap.Parked, "put", put)
     return left
 
 
@@ -51,11 +51,11 @@ def test_a_pass_finds_its_tensors_as_it_left_them(
 
     from abliterate.extraction.means import mean_resid_pre
 
-    monkeypatch.setattr(opening, "load_tokenizer", lambda *_: None)  # prompts are token ids
+    monkeypatch.setattr(open_model, "load_tokenizer", lambda *_: None)  # prompts are token ids
     tiny_model(model_type).save_pretrained(tmp_path)
     checkpoint = Checkpoint(str(tmp_path), tmp_path)
     plain, _ = mean_resid_pre(load_weights(checkpoint, "cpu", "float32"), PROMPTS, [-2, -1])
-    loaded = opening.open_stream(checkpoint, "cpu", "float32", activation_memory=1 << 30)
+    loaded = open_model.open_stream(checkpoint, "cpu", "float32", activation_memory=1 << 30)
     _, seen = look(loaded.stream, PROMPTS, [-2, -1], 2)
     assert (seen.mean(0, dtype=torch.float64) - plain).norm() <= 1e-5 * plain.norm()
     assert parked
@@ -87,8 +87,8 @@ def test_selection_and_evaluation_are_the_same(parked: list[int], cli, tmp_path:
 def test_storages_that_several_passes_share_come_back_to_each() -> None:
     shared = torch.arange(65536.0)
     views: list[Tensor] = [shared[:100], shared[100:]]
-    lot = parking.Lot(activations.Activations(1 << 30))
-    passes = [parking.Parked(lot, set()) for _ in views]
+    lot = activation_swap.Lot(activation_store.Activations(1 << 30))
+    passes = [activation_swap.Parked(lot, set()) for _ in views]
     for one, view in zip(passes, views, strict=True):
         one.put((view, {"mask": shared}))
     assert shared.untyped_storage().nbytes() == 0
@@ -99,5 +99,5 @@ def test_storages_that_several_passes_share_come_back_to_each() -> None:
     passes[0].bring()
     assert torch.equal(views[0], torch.arange(100.0))
     fixed = {shared.untyped_storage()._cdata}
-    parking.Parked(lot, fixed).put(shared)
+    activation_swap.Parked(lot, fixed).put(shared)
     assert shared.untyped_storage().nbytes() == 65536 * 4

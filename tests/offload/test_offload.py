@@ -163,9 +163,9 @@ def test_wrong_options_and_checkpoints_give_one_line(tiny, fails, tmp_path: Path
 def test_streaming_is_chosen_where_the_weights_do_not_fit(
     tiny, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from abliterate.offload import opening
+    from abliterate.offload import open_model
 
-    monkeypatch.setattr(opening, "free_memory", lambda device: 200_000)
+    monkeypatch.setattr(open_model, "free_memory", lambda device: 200_000)
     result = cli("extract", tiny("llama"), "-o", tmp_path / "run", *COMMON)
     assert result.code == 0, result.err
     assert "its layers are streamed from disk (--offload)" in result.err
@@ -191,15 +191,15 @@ def test_unusual_architectures_stream_as_they_run(
 
     from abliterate.extraction.means import mean_resid_pre
     from abliterate.models.loading import Checkpoint, load_weights
-    from abliterate.offload import opening
+    from abliterate.offload import open_model
     from abliterate.offload.weight_passes import look
 
-    monkeypatch.setattr(opening, "load_tokenizer", lambda *_: None)  # prompts are token ids
+    monkeypatch.setattr(open_model, "load_tokenizer", lambda *_: None)  # prompts are token ids
     tiny_model(model_type).save_pretrained(tmp_path)
     checkpoint = Checkpoint(str(tmp_path), tmp_path)
     prompts = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40, 16), (60, 8))]
     plain, _ = mean_resid_pre(load_weights(checkpoint, "cpu", "float32"), prompts, [-2, -1])
-    loaded = opening.open_stream(
+    loaded = open_model.open_stream(
         checkpoint, "cpu", "float32", activation_memory=1 << 12, resident=0
     )
     _, seen = look(loaded.stream, prompts, [-2, -1], 2)
