@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's second command: lint, types and the whole test suite. Arguments go to pytest.
+# The README's second command: lint, types, the floors of the house and the whole test suite. Arguments go to pytest.
 source "$(dirname "$0")/setup.sh"
 # The report is tested in a real browser. Without one its tests say that they were skipped.
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
@@ -11,5 +11,6 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+.venv/bin/lint-imports --no-cache --no-logo
 # One worker a core and a file a worker (its fixtures run once); each keeps torch to one thread (tests/conftest.py).
 exec .venv/bin/python -m pytest -n "$(nproc 2>/dev/null || echo 2)" --dist loadfile "$@"

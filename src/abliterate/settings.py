@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -174,6 +175,24 @@ def load_settings(
         source = f"--{key.replace('_', '-')}" if given_option else f"{where}: [{table}] {key}"
         message = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{source}: {message}, not {first['input']!r}") from None
+
+
+def parse_layers(text: str | None) -> frozenset[int] | None:
+    """The layers that ``10-25`` or ``3,5-7`` names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+        first, last = (int(end or ends[1]) for end in ends.groups()) if ends else (1, 0)
+        if last < first:
+            raise UsageError(f"--layers must be such as 10-25 or 3,5-7, not '{text}'")
+        layers.update(range(first, last + 1))
+    return frozenset(layers)
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

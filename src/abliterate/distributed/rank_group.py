@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from abliterate.distributed.rank_process import launched
+from abliterate.distributed.launcher import launched
 from abliterate.errors import TeamError, UsageError
 
 T = TypeVar("T")

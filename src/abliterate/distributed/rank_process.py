@@ -10,12 +10,8 @@ from types import FrameType
 from typing import Any
 
 from abliterate.console import log
+from abliterate.distributed.launcher import launched
 from abliterate.errors import AbliterateError, TeamError
-
-
-def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1") not in ("", "1") and "RANK" in os.environ
 
 
 def begin() -> None:

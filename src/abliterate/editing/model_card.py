@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from abliterate.direction import Direction
+from abliterate.editing.edited_tensor import EditedTensor
 from abliterate.models.loading import Checkpoint
 from abliterate.storage.artifacts import write_atomically
-
-if TYPE_CHECKING:
-    from abliterate.editing.orthogonalize import EditedTensor
 
 _ADDED = """\
 # {name}, with its refusal direction added

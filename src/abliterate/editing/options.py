@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.errors import UsageError
 from abliterate.models.loading import pick_device
-from abliterate.settings import OrthogonalizeSettings
+from abliterate.settings import OrthogonalizeSettings, parse_layers
 
 _GROUPS = {
     "attention": {"attention", "mixer"},
@@ -117,24 +116,6 @@ def edit_options(settings: OrthogonalizeSettings) -> EditOptions:
         settings.device,
         settings.jobs,
     )
-
-
-def parse_layers(text: str | None) -> frozenset[int] | None:
-    """The layers that ``10-25`` or ``3,5-7`` names.
-
-    Raises:
-        UsageError: it names none.
-    """
-    if text is None:
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        ends = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
-        first, last = (int(end or ends[1]) for end in ends.groups()) if ends else (1, 0)
-        if last < first:
-            raise UsageError(f"--layers must be such as 10-25 or 3,5-7, not '{text}'")
-        layers.update(range(first, last + 1))
-    return frozenset(layers)
 
 
 def parse_components(text: str | None) -> frozenset[str] | None:

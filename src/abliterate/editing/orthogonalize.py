@@ -32,6 +32,7 @@ from abliterate.editing.auxiliary_files import (
 )
 from abliterate.editing.baked_addition import plan_addition
 from abliterate.editing.edit_plan import EditPlan, TensorEdit, make_plan
+from abliterate.editing.edited_tensor import EditedTensor
 from abliterate.editing.lora import check_targets, write_adapter
 from abliterate.editing.low_disk import Step, plan_steps, write_from_hub
 from abliterate.editing.matrix_orthogonalization import Recipe, Sums
@@ -61,29 +62,6 @@ from abliterate.storage.artifacts import hash_json, hash_text, read_json, versio
 from abliterate.writers.tensor_slices import Ranges
 
 RECORD, CARD, CONFIG = "abliterate.json", "README.md", "config.json"
-
-
-@dataclass(frozen=True)
-class EditedTensor:
-    """One tensor that was edited.
-
-    Attributes:
-        name: on disk.
-        kind: what it belongs to (``embedding``, ``attention``, ``mlp``, ...).
-        layer: decoder block, or None.
-        axis: its d_model axis.
-        before: ``|r^T W|_F / |W|_F`` before the edit.
-        after: the same after it, of what was stored, rounding included.
-        region: the box that was edited, or None for the whole tensor.
-    """
-
-    name: str
-    kind: str
-    layer: int | None
-    axis: int
-    before: float
-    after: float
-    region: Ranges | None = None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
-from abliterate.editing.options import parse_layers
 from abliterate.errors import InputError, UsageError
+from abliterate.settings import parse_layers
 from abliterate.storage.artifacts import read_tensors, tensor_metadata
 
 FILE_NAME = "activations.safetensors"
