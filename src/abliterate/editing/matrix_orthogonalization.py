@@ -1,7 +1,9 @@
-"""The edit ``W <- W - s B^T B W`` of one matrix on disk, in blocks of rows.
+"""Weight orthogonalization ``W <- W - s B^T B W`` of one matrix on disk (paper, equation 5).
 
-``B`` ``[k, d_model]`` has orthonormal rows and ``s`` is the scale, 1 for the paper's edit. No
-matrix is ever held whole: memory is a block and ``k`` vectors, whatever its size.
+``B`` ``[k, d_model]`` has orthonormal rows (``r^T`` for one direction) and ``s`` is the scale, 1
+for the paper's edit. It goes block by block: memory is a block and ``k`` vectors, whatever the
+matrix. One stored with d_model as its rows has blocks ``W[first:last, :]``; one stored with d_model
+as its columns is the transpose, with blocks ``W^T[first:last, :]``.
 """
 
 from __future__ import annotations
@@ -35,14 +37,24 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Sums:
-    """Squared norms of a matrix: all of it, and along the directions before and after."""
+    """Squared norms: of a matrix, ``|W|^2``, and of what it has along the directions, ``|B W|^2``.
+
+    Attributes:
+        energy: ``|W|^2`` before the edit.
+        along_before: ``|B W|^2``.
+        along_after: ``|B W'|^2`` of what was stored, rounding included.
+    """
 
     energy: float = 0.0
-    along: float = 0.0
-    left: float = 0.0
+    along_before: float = 0.0
+    along_after: float = 0.0
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(self.energy + other.energy, self.along + other.along, self.left + other.left)
+        return Sums(
+            self.energy + other.energy,
+            self.along_before + other.along_before,
+            self.along_after + other.along_after,
+        )
 
 
 def project(
@@ -77,22 +89,24 @@ def _along_columns(
     rows: tuple[int, int],
     stopped: Callable[[], bool],
 ) -> Sums:
-    """d_model is the columns: every row stands alone."""
-    energy, along, left = 0.0, list[Tensor](), list[Tensor]()
+    """d_model is the columns: every stored row stands alone, ``W^T -= s (W^T B^T) B``."""
+    energy, before, after = 0.0, list[Tensor](), list[Tensor]()
     for first, last in _blocks(grid, *rows):
         if stopped():
             break
-        block = grid.load(first, last)
-        basis = basis.to(block)
-        energy += _energy(block)
-        weight = block @ basis.T
-        norms = _row_norms(block) if recipe.keep_norms else None
-        _subtract(block, weight, basis, recipe.scale)
+        W_block = grid.load(first, last)  # [n, d_model]
+        basis = basis.to(W_block)  # [k, d_model]
+        energy += _energy(W_block)
+        coefficients = W_block @ basis.T  # [n, k]
+        norms = _row_norms(W_block) if recipe.keep_norms else None
+        _subtract_product(W_block, coefficients, basis, recipe.scale)
         if norms is not None:
-            _restore(block, norms)
-        along.append(weight)
-        left.append(grid.store(first, block) @ basis.T)
-    return Sums(energy, _square(torch.cat(along)), _left(torch.cat(left))) if along else Sums()
+            _restore_row_norms(W_block, norms)
+        before.append(coefficients)
+        after.append(grid.store(first, W_block) @ basis.T)
+    if not before:
+        return Sums()
+    return Sums(energy, _square(torch.cat(before)), _stored_square(torch.cat(after)))
 
 
 def _along_rows(
@@ -102,30 +116,30 @@ def _along_rows(
     rows: tuple[int, int],
     stopped: Callable[[], bool],
 ) -> Sums:
-    """d_model is the rows: sum over all of them, then subtract."""
-    energy, weight = 0.0, None
+    """d_model is the rows: ``B W`` is a sum over all of them, subtracted in a second pass."""
+    energy, coefficients = 0.0, None
     for first, last in _blocks(grid, *rows):
         if stopped():
             return Sums()
-        block = grid.load(first, last)
-        basis = basis.to(block)
-        part = basis[:, first:last] @ block
-        weight = part if weight is None else weight.add_(part)
-        energy += _energy(block)
-    if weight is None:
+        W_block = grid.load(first, last)  # [n, columns]
+        basis = basis.to(W_block)  # [k, d_model]
+        partial_sum = basis[:, first:last] @ W_block  # [k, columns]
+        coefficients = partial_sum if coefficients is None else coefficients.add_(partial_sum)
+        energy += _energy(W_block)
+    if coefficients is None:
         return Sums()
-    remaining = torch.zeros_like(weight)
+    after = torch.zeros_like(coefficients)
     for first, last in _blocks(grid, *rows):
         if stopped():
             break
-        block = grid.load(first, last)
-        norms = _row_norms(block) if recipe.keep_norms else None
-        part = basis[:, first:last]
-        _subtract(block, part.T, weight, recipe.scale)
+        W_block = grid.load(first, last)
+        norms = _row_norms(W_block) if recipe.keep_norms else None
+        basis_rows = basis[:, first:last]  # [k, n]
+        _subtract_product(W_block, basis_rows.T, coefficients, recipe.scale)
         if norms is not None:
-            _restore(block, norms)
-        remaining += part @ grid.store(first, block)
-    return Sums(energy, _square(weight), _left(remaining))
+            _restore_row_norms(W_block, norms)
+        after += basis_rows @ grid.store(first, W_block)
+    return Sums(energy, _square(coefficients), _stored_square(after))
 
 
 def apply_in_blocks(grid: Grid, basis: Tensor, across: bool) -> tuple[Tensor, float]:
@@ -144,15 +158,15 @@ def apply_in_blocks(grid: Grid, basis: Tensor, across: bool) -> tuple[Tensor, fl
     """
     energy, parts = 0.0, []
     for first, last in _blocks(grid, 0, grid.rows):
-        block = grid.load(first, last)
-        basis = basis.to(block)
-        energy += _energy(block)
+        W_block = grid.load(first, last)
+        basis = basis.to(W_block)
+        energy += _energy(W_block)
         if across:
-            parts.append(basis @ block.T)
+            parts.append(basis @ W_block.T)  # [k, n]
         elif parts:
-            parts[0] += basis[:, first:last] @ block
+            parts[0] += basis[:, first:last] @ W_block  # [k, columns]
         else:
-            parts.append(basis[:, first:last] @ block)
+            parts.append(basis[:, first:last] @ W_block)
     return torch.cat(parts, dim=1), energy
 
 
@@ -163,7 +177,7 @@ def _blocks(grid: Grid, first: int, last: int) -> Iterator[tuple[int, int]]:
         yield row, min(row + step, last)
 
 
-def _subtract(block: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def _subtract_product(block: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """``block -= scale * left @ right`` for ``[n, k]`` and ``[k, m]``."""
     if right.shape[0] == 1:
         block.addr_(left[:, 0], right[0], alpha=-scale)
@@ -176,7 +190,7 @@ def _row_norms(block: Tensor) -> Tensor:
     return norms
 
 
-def _restore(block: Tensor, norms: Tensor) -> None:
+def _restore_row_norms(block: Tensor, norms: Tensor) -> None:
     now = _row_norms(block)
     # A row that lay along the direction alone has nothing left that could carry its norm.
     block.mul_(torch.where(now > 1e-6 * norms, norms / now, torch.ones_like(now)))
@@ -198,8 +212,8 @@ def _square(values: Tensor) -> float:
     return float(values.to(torch.float64).square_().sum())
 
 
-def _left(values: Tensor) -> float:
-    left = _square(values)
-    if not math.isfinite(left):
+def _stored_square(coefficients: Tensor) -> float:
+    square = _square(coefficients)
+    if not math.isfinite(square):
         raise CheckpointError("has values that no longer fit its dtype once it is edited")
-    return left
+    return square

@@ -382,7 +382,7 @@ def _edited(job: _Job, workspace: Workspace) -> list[EditedTensor]:
 
 def _measured(edit: TensorEdit, sums: Sums) -> EditedTensor:
     energy = sums.energy or 1.0
-    before, after = math.sqrt(sums.along / energy), math.sqrt(sums.left / energy)
+    before, after = math.sqrt(sums.along_before / energy), math.sqrt(sums.along_after / energy)
     return EditedTensor(edit.name, edit.kind, edit.layer, edit.axis, before, after, edit.region)
 
 
