@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,54 +63,99 @@ def read_claim(reading: Reading, given: Direction | None, base: Checkpoint | Non
     card = _card_claims(reading.checkpoint)
     if not (folder / RECORD).is_file():
         return Claim(card, False, 0, None, (), None)
-    record = read_json(folder / RECORD, "orthogonalize")
-    try:
-        tensors = [(str(t["name"]), float(t["before"]), float(t["after"]), t["region"])
-                   for t in record["tensors"]]  # fmt: skip
-        kept_norms = bool((record.get("options") or {}).get("norm_preserve"))
-        declared = record["direction"]["sha256"]
-        limits = tuple(map(str, (record.get("promise") or {}).get("limits", ())))
-        vector = record.get("vector")
-        added = (record.get("options") or {}).get("add")
-        source = record["source"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{folder / RECORD} is no record of an edit: remove it") from None
-    wrong = []
-    if given is not None and declared is not None and given.sha256 != declared:
-        wrong.append("the record names another direction file than the one given")
-    if base is not None and "files" in source and base.revision is None:
-        mine = base.identity()["files"]
-        other = sorted(k for k, v in source["files"].items() if mine.get(k) != v)
-        if other:
-            wrong.append(f"the record names another source: {other[0]} of the base differs")
-    unit = _unit(given, vector, reading.d_model)
-    if unit is None or added is not None:
-        reason = "adds the direction" if added is not None else "holds no direction"
-        wrong.append(f"the record {reason}: its tensors cannot be measured")
-        return Claim(card, True, 0, None, tuple(wrong), None, limits)
+    record = _read_record(folder / RECORD)
+    mismatches = _other_inputs(record, given, base)
+    unit = _unit(given, record.vector, reading.d_model)
+    if unit is None or record.adds:
+        reason = "adds the direction" if record.adds else "holds no direction"
+        mismatches.append(f"the record {reason}: its tensors cannot be measured")
+        return Claim(card, True, 0, None, tuple(mismatches), None, record.limits)
     if (folder / "adapter_config.json").is_file():
-        return Claim(card, True, 0, None, tuple(wrong), unit, limits)
+        return Claim(card, True, 0, None, tuple(mismatches), unit, record.limits)
+    checked, differing = _check_tensors(reading, record, unit)
+    mismatches += differing
+    if not any(tensor.after < 0.95 * tensor.before for tensor in record.tensors):
+        mismatches.append("the record declares no tensor that lost the direction")
+    return Claim(card, True, checked, not mismatches, tuple(mismatches), unit, record.limits)
+
+
+@dataclass(frozen=True)
+class _RecordedTensor:
+    """``|r^T W| / |W|`` of a tensor, or of the box ``region`` of it, before and after the edit."""
+
+    name: str
+    before: float
+    after: float
+    region: Any
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What ``abliterate.json`` says, as far as it can be held against the weights."""
+
+    tensors: tuple[_RecordedTensor, ...]
+    keeps_norms: bool
+    adds: bool
+    direction_sha256: str | None
+    vector: Any
+    source_files: Mapping[str, Any] | None
+    limits: tuple[str, ...]
+
+
+def _read_record(path: Path) -> _Record:
+    document = read_json(path, "orthogonalize")
+    try:
+        options = document.get("options") or {}
+        return _Record(
+            tuple(
+                _RecordedTensor(str(t["name"]), float(t["before"]), float(t["after"]), t["region"])
+                for t in document["tensors"]
+            ),
+            bool(options.get("norm_preserve")),
+            options.get("add") is not None,
+            document["direction"]["sha256"],
+            document.get("vector"),
+            document["source"].get("files"),
+            tuple(map(str, (document.get("promise") or {}).get("limits", ()))),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is no record of an edit: remove it") from None
+
+
+def _other_inputs(record: _Record, given: Direction | None, base: Checkpoint | None) -> list[str]:
+    """Where the record means another direction or source than those at hand."""
+    found = []
+    if given is not None and record.direction_sha256 not in (None, given.sha256):
+        found.append("the record names another direction file than the one given")
+    if base is not None and record.source_files is not None and base.revision is None:
+        mine = base.identity()["files"]
+        other = sorted(k for k, v in record.source_files.items() if mine.get(k) != v)
+        if other:
+            found.append(f"the record names another source: {other[0]} of the base differs")
+    return found
+
+
+def _check_tensors(reading: Reading, record: _Record, unit: Tensor) -> tuple[int, list[str]]:
+    """How many recorded tensors were measured, and a sentence for each that is not as recorded."""
     parts: dict[tuple[str, str], list[Part]] = {}
     for part in (*(p for u in reading.units for p in u.parts), *reading.biases):
         parts.setdefault((part.edit.name, str(_box(part.edit.region))), []).append(part)
-    checked = 0
-    for name, before, after, region in tensors:
-        own = parts.get((name, str(_box(region))))
+    checked, found = 0, []
+    for tensor in record.tensors:
+        own = parts.get((tensor.name, str(_box(tensor.region))))
         if own is None:
-            wrong.append(f"tensor '{name}' of the record is no writer of this checkpoint")
+            found.append(f"tensor '{tensor.name}' of the record is no writer of this checkpoint")
             continue
-        left = share_along(reading, own[0], unit)
-        if not kept_norms:  # the record is relative to the norm before the edit
-            left *= math.sqrt(max(0.0, 1 - before**2 + after**2))
+        share = share_along(reading, own[0], unit)
+        if not record.keeps_norms:  # the record is relative to the norm before the edit
+            share *= math.sqrt(max(0.0, 1 - tensor.before**2 + tensor.after**2))
         checked += 1
-        if not math.isclose(left, after, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE):
-            wrong.append(
-                f"tensor '{name}' keeps {left:.2e} of its norm along the direction, the record "
-                f"says {after:.2e}"
+        if not math.isclose(share, tensor.after, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE):
+            found.append(
+                f"tensor '{tensor.name}' keeps {share:.2e} of its norm along the direction, the "
+                f"record says {tensor.after:.2e}"
             )
-    if not any(after < 0.95 * before for _, before, after, _ in tensors):
-        wrong.append("the record declares no tensor that lost the direction")
-    return Claim(card, True, checked, not wrong, tuple(wrong), unit, limits)
+    return checked, found
 
 
 def share_along(reading: Reading, part: Part, direction: Tensor) -> float:
