@@ -15,13 +15,14 @@ from abliterate.direction import Direction
 from abliterate.editing.orthogonalize import CARD, RECORD
 from abliterate.errors import InputError
 from abliterate.models.loading import Checkpoint
-from abliterate.storage.artifacts import read_json
+from abliterate.storage.artifacts import read_record
 from abliterate.writers.discovery import orthonormal, writer_direction
 from abliterate.writers.plan import Writer
 
 _TAGS = ("abliterated", "refusal-removed", "uncensored", "abliteration")
 # The share left along the direction may differ from the recorded one by summation order alone.
 _RELATIVE, _ABSOLUTE = 0.02, 1e-6
+_MOST = 1e100  # whose square is a number still
 
 
 @dataclass(frozen=True)
@@ -62,24 +63,24 @@ def read_claim(reading: Reading, given: Direction | None, base: Checkpoint | Non
     card = _card_claims(reading.checkpoint)
     if not (folder / RECORD).is_file():
         return Claim(card, False, 0, None, (), None)
-    record = read_json(folder / RECORD, "orthogonalize")
+    record = read_record(folder / RECORD, "orthogonalize")
     try:
-        tensors = [(str(t["name"]), float(t["before"]), float(t["after"]), t["region"])
+        tensors = [(str(t["name"]), _share(t["before"]), _share(t["after"]), _box(t["region"]))
                    for t in record["tensors"]]  # fmt: skip
         kept_norms = bool((record.get("options") or {}).get("norm_preserve"))
         declared = record["direction"]["sha256"]
         limits = tuple(map(str, (record.get("promise") or {}).get("limits", ())))
         vector = record.get("vector")
         added = (record.get("options") or {}).get("add")
-        source = record["source"]
-    except (KeyError, TypeError, ValueError):
+        files = dict(record["source"].get("files") or {})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise InputError(f"{folder / RECORD} is no record of an edit: remove it") from None
     wrong = []
     if given is not None and declared is not None and given.sha256 != declared:
         wrong.append("the record names another direction file than the one given")
-    if base is not None and "files" in source and base.revision is None:
+    if base is not None and files and base.revision is None:
         mine = base.identity()["files"]
-        other = sorted(k for k, v in source["files"].items() if mine.get(k) != v)
+        other = sorted(k for k, v in files.items() if mine.get(k) != v)
         if other:
             wrong.append(f"the record names another source: {other[0]} of the base differs")
     unit = _unit(given, vector, reading.d_model)
@@ -94,7 +95,7 @@ def read_claim(reading: Reading, given: Direction | None, base: Checkpoint | Non
         parts.setdefault((part.edit.name, str(_box(part.edit.region))), []).append(part)
     checked = 0
     for name, before, after, region in tensors:
-        own = parts.get((name, str(_box(region))))
+        own = parts.get((name, str(region)))
         if own is None:
             wrong.append(f"tensor '{name}' of the record is no writer of this checkpoint")
             continue
@@ -129,13 +130,24 @@ def _unit(given: Direction | None, recorded: Any, width: int) -> Tensor | None:
     if given is not None:
         vector = given.vector.double()
     elif isinstance(recorded, list) and all(isinstance(v, int | float) for v in recorded):
-        vector = torch.tensor(recorded, dtype=torch.float64)
+        try:
+            vector = torch.tensor(recorded, dtype=torch.float64)
+        except (OverflowError, RuntimeError):  # an integer of any size
+            return None
     else:
         return None
     if vector.shape != (width,) or not bool(torch.isfinite(vector).all()) or not vector.norm() > 0:
         raise InputError(f"the direction has shape {list(vector.shape)}, the model needs [{width}]")
     unit: Tensor = vector / vector.norm()
     return unit
+
+
+def _share(value: Any) -> float:
+    """A share of a tensor's norm, as a record has it; an edit of a large scale leaves many."""
+    share = float(value)
+    if not 0 <= share <= _MOST:
+        raise ValueError("no share")
+    return share
 
 
 def _box(region: Any) -> Any:

@@ -39,6 +39,7 @@ from abliterate.run_folder import (
     prompt_keys,
     prompt_sources,
 )
+from abliterate.run_records import read_extract
 from abliterate.selection.candidate_filters import Score
 from abliterate.selection.score_table import load_partial, save_partial, score_record
 from abliterate.selection.search import Thresholds, select
@@ -47,7 +48,7 @@ from abliterate.storage.artifacts import (
     check_writable,
     hash_file,
     hash_json,
-    read_json,
+    read_record,
     versions,
     write_json,
     write_tensors,
@@ -176,7 +177,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         SelectionError: no candidate passes; ``selection.json`` keeps the scores all the same.
     """
     team = session.placement.team
-    extracted = team.lead(lambda: read_json(run / EXTRACT, f"extract MODEL -o {run}"))
+    extracted = team.lead(lambda: read_extract(run))
     settings, seed = session.settings.select, session.settings.model.seed
     sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
     prompts = {
@@ -249,7 +250,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
                 "harmless": {"given": settings.n_val, "used": result.n_harmless},
             },
             "prompts": prompt_keys(prompts),
-            "settings": session.settings.model_dump(include={"model", "chat", "select"}),
+            "settings": session.settings.model_dump(include={"model", "chat", "extract", "select"}),
             "seed": seed,
             "versions": versions(),
             "seconds": seconds,
@@ -275,7 +276,7 @@ def orthogonalize_stage(
     settings = session.settings
     options = edit_options(settings.orthogonalize)
     if reuse and (out / RECORD).is_file():
-        record: dict[str, Any] = read_json(out / RECORD, "orthogonalize")
+        record = read_record(out / RECORD, "orthogonalize")
         same = record.get("source") == session.identity and record.get("versions") == versions()
         same = same and record.get("options") == options.summary()
         if same and record.get("direction") == direction.summary():
@@ -290,4 +291,4 @@ def orthogonalize_stage(
         allow_leak=settings.orthogonalize.allow_leak,
         options=options,
     )
-    return dict(read_json(out / RECORD, "orthogonalize"))
+    return read_record(out / RECORD, "orthogonalize")
