@@ -21,7 +21,8 @@ from abliterate.storage.artifacts import read_record
 
 def _check_name(value: str) -> str:
     """A name that can be looked up as a folder or hub id without harm."""
-    if not value.strip() or "\0" in value or len(value) > 4096:
+    whole = value.encode(errors="ignore").decode() == value
+    if not whole or not value.strip() or "\0" in value or len(value) > 4096:
         raise ValueError("must name a checkpoint")
     return value
 

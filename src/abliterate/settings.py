@@ -238,6 +238,10 @@ def take_recorded(
         checked = schema.model_validate_json(json.dumps(document), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":  # parsed once already: it is about its characters
+            raise InputError(
+                f"{where}: the settings hold half a character: run extract again"
+            ) from None
         table, *rest = (*map(str, first["loc"]), "")
         name = f"[{table}] {'.'.join(filter(None, rest))}".strip() if table else "the settings"
         message = first["msg"].removeprefix("Value error, ")

@@ -15,7 +15,7 @@ from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, save_direction
 from abliterate.editing.options import edit_options
 from abliterate.editing.orthogonalize import RECORD, orthogonalize
-from abliterate.errors import SelectionError, UsageError
+from abliterate.errors import InputError, SelectionError, UsageError
 from abliterate.extraction.kept_activations import FILE_NAME as ACTIVATIONS
 from abliterate.extraction.kept_activations import (
     ActivationWriter,
@@ -26,6 +26,7 @@ from abliterate.extraction.kept_activations import (
 from abliterate.extraction.means import Extraction, extract
 from abliterate.inference.forward import input_device
 from abliterate.models.device_placement import devices
+from abliterate.models.loading import text_config
 from abliterate.prompts.chat_template import parse_positions
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt
@@ -207,6 +208,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         if team.leads:
             save_partial(partial, inputs, scores)
 
+    _check_refusal_tokens(session, extraction, run)
     started = time.perf_counter()
     result = select(
         session.loaded,
@@ -267,6 +269,16 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     except SelectionError as error:
         raise SelectionError(f"{error}; all scores are in {run / SELECTION}") from None
     return record
+
+
+def _check_refusal_tokens(session: Session, extraction: Extraction, run: Path) -> None:
+    """Refuse a record whose refusal tokens are not the model's."""
+    rows, largest = text_config(session.loaded.model).vocab_size, max(extraction.refusal_tokens)
+    if largest >= rows:
+        raise InputError(
+            f"{run / EXTRACT}: refusal token {largest} is none of the model's {rows} tokens: run "
+            "extract again"
+        )
 
 
 def orthogonalize_stage(
