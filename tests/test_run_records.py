@@ -334,6 +334,15 @@ def test_a_record_of_an_edit_that_is_malformed_is_one_line(
         assert cli("verify", out, "--direction", finished_run).code == 0
 
 
+def test_refusal_tokens_of_the_command_line_win_over_the_records(
+    finished_run: Path, tiny, cli, tmp_path: Path
+) -> None:
+    command = ("evaluate", tiny("llama"), "--direction", finished_run, "-o", tmp_path, *SHORT)
+    assert [t["token"] for t in cli(*command, "--json").json["refusal_tokens"]] == ["I"]
+    named = cli(*command, "--refusal-token", "77", "--json").json
+    assert [t["id"] for t in named["refusal_tokens"]] == [77]
+
+
 def test_the_revision_of_a_model_is_a_name() -> None:
     from abliterate.settings import load_settings
 
