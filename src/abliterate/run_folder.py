@@ -19,7 +19,7 @@ import torch
 
 from abliterate.console import log
 from abliterate.distributed.rank_group import Team, join_team
-from abliterate.errors import InputError, UsageError
+from abliterate.errors import UsageError
 from abliterate.inference.forward import input_device
 from abliterate.models.device_placement import Placement, find_placement
 from abliterate.models.loading import Checkpoint, Loaded
@@ -165,19 +165,3 @@ def prompt_keys(
     """Prompts by kind, as their hashes (or, to be hashed themselves, their texts)."""
     key: Callable[[str], str] = str if keep_text else prompt_key
     return {kind: [key(prompt.text) for prompt in chosen] for kind, chosen in prompts.items()}
-
-
-def recorded_settings(run: Path, extracted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings that ``extract`` recorded, as the base of a later stage's own.
-
-    Raises:
-        InputError: the record lacks them.
-    """
-    try:
-        settings = dict(extracted["settings"])
-    except KeyError:
-        raise InputError(f"{run / EXTRACT} records no settings: run extract again") from None
-    # Where the weights lie is each command's own affair: it goes with how that was launched.
-    elsewhere = ("device_map", "tensor_parallel")
-    model = {key: value for key, value in settings["model"].items() if key not in elsewhere}
-    return settings | {"model": model}

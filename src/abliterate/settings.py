@@ -2,6 +2,11 @@
 
 A configuration file has the tables ``[model]``, ``[chat]``, ``[extract]``, ``[select]``,
 ``[orthogonalize]`` and ``[evaluate]``; options on the command line win over it.
+
+A run folder is data, and may come from a stranger: a later stage takes from its record only the
+settings that are marked :class:`Recorded` here, which name the experiment. What grants something
+(code, addresses, keys, folders to read code from or to write to) or says how a machine is used is
+never marked, so that it stands on the command line or in a configuration file or nowhere.
 """
 
 from __future__ import annotations
@@ -11,12 +16,29 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
-from abliterate.errors import UsageError
+from abliterate.errors import InputError, UsageError
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Marks a setting that later stages take from a run folder's record.
+
+    Without the mark a setting is never taken from there. Mark what names the experiment and can do
+    nothing else: see the docstring of this module.
+    """
 
 
 def _parse_json_object(value: Any) -> Any:
@@ -28,6 +50,19 @@ def _parse_json_object(value: Any) -> Any:
         raise ValueError(f"not a JSON object ({error})") from None
 
 
+def _check_revision(value: str | None) -> str | None:
+    """A name that git allows, so that it can also be part of a path in the hub's cache."""
+    if value is not None and (
+        not value.isprintable()
+        or " " in value
+        or ".." in value
+        or value.startswith(("/", "-"))
+        or not 0 < len(value) <= 255
+    ):
+        raise ValueError("must name a branch, tag or commit")
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,14 +70,17 @@ class _Section(BaseModel):
 class ModelSettings(_Section):
     """Where and how the model runs."""
 
-    revision: str | None = None
+    revision: Annotated[str | None, AfterValidator(_check_revision), Recorded()] = None
     device: str = "auto"
     device_map: str | None = None
     tensor_parallel: bool = False
-    dtype: str = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "float64"], Recorded()] = (
+        "auto"
+    )
     batch_size: int | str = "auto"
     trust_remote_code: bool = False
-    seed: int = 0
+    # Bounds: what numpy, torch and lm-eval all take.
+    seed: Annotated[int, Recorded()] = Field(0, ge=0, le=2**32 - 1)
     offload: bool | None = None
     activation_memory: str | None = None
 
@@ -50,22 +88,22 @@ class ModelSettings(_Section):
 class ChatSettings(_Section):
     """How a prompt becomes a conversation."""
 
-    system: str | None = None
-    template_kwargs: Annotated[dict[str, Any], BeforeValidator(_parse_json_object)] = Field(
-        default_factory=dict
+    system: Annotated[str | None, Recorded()] = None
+    template_kwargs: Annotated[dict[str, Any], BeforeValidator(_parse_json_object), Recorded()] = (
+        Field(default_factory=dict)
     )
-    response_prefix: str = ""
+    response_prefix: Annotated[str, Recorded()] = ""
 
 
 class ExtractSettings(_Section):
     """Training prompts and positions (paper, section 2.3)."""
 
-    harmful: str = "harmful"
-    harmless: str = "harmless"
-    n_train: int = Field(128, ge=1)
-    positions: str = "post-instruction"
-    filter: bool = True
-    refusal_tokens: tuple[str, ...] = ()
+    harmful: Annotated[str, Recorded()] = "harmful"
+    harmless: Annotated[str, Recorded()] = "harmless"
+    n_train: Annotated[int, Recorded()] = Field(128, ge=1)
+    positions: Annotated[str, Recorded()] = "post-instruction"
+    filter: Annotated[bool, Recorded()] = True
+    refusal_tokens: Annotated[tuple[str, ...], Recorded()] = ()
     save_activations: str | None = None
     activation_positions: Literal["last", "all"] = "last"
 
@@ -193,6 +231,51 @@ def parse_layers(text: str | None) -> frozenset[int] | None:
             raise UsageError(f"--layers must be such as 10-25 or 3,5-7, not '{text}'")
         layers.update(range(first, last + 1))
     return frozenset(layers)
+
+
+def is_recorded(section: type[BaseModel], name: str) -> bool:
+    """Whether later stages take this setting of a section from a run folder's record."""
+    return any(isinstance(mark, Recorded) for mark in section.model_fields[name].metadata)
+
+
+def take_recorded(
+    document: Any, where: str, schema: type[BaseModel] = Settings
+) -> dict[str, dict[str, Any]]:
+    """What a record of settings may decide for a later stage: the ``base`` of load_settings.
+
+    All of the record is checked by type; of that, only settings marked :class:`Recorded` are taken.
+
+    Args:
+        document: the record's settings, as parsed JSON.
+        where: the file, for error messages.
+        schema: the settings that there are.
+
+    Raises:
+        InputError: an unknown table or setting, or a value of the wrong type or out of bounds.
+    """
+    try:
+        checked = schema.model_validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":  # parsed once already: it is about its characters
+            raise InputError(
+                f"{where}: the settings hold half a character: run extract again"
+            ) from None
+        table, *rest = (*map(str, first["loc"]), "")
+        name = f"[{table}] {'.'.join(filter(None, rest))}".strip() if table else "the settings"
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(
+            f"{where}: {name}: {message}, not {first['input']!r:.80}: run extract again"
+        ) from None
+    taken: dict[str, dict[str, Any]] = {}
+    for table in schema.model_fields:
+        section: BaseModel = getattr(checked, table)
+        taken[table] = {
+            name: getattr(section, name)
+            for name in type(section).model_fields
+            if name in section.model_fields_set and is_recorded(type(section), name)
+        }
+    return taken
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

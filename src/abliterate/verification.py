@@ -24,7 +24,7 @@ from abliterate.editing.edit_plan import EditPlan, TensorEdit, make_plan
 from abliterate.editing.orthogonalize import RECORD
 from abliterate.errors import CheckpointError
 from abliterate.models.loading import Checkpoint, Loaded
-from abliterate.storage.artifacts import read_json
+from abliterate.storage.artifacts import read_record
 from abliterate.writers import find_writers
 from abliterate.writers.residual_stream import leak
 
@@ -118,8 +118,9 @@ def _declared_limits(edited: Checkpoint) -> tuple[str, ...]:
     record = edited.folder / RECORD
     if not record.is_file():
         return ()
-    promise = read_json(record, "orthogonalize").get("promise")
-    return tuple(map(str, promise["limits"])) if isinstance(promise, dict) else ()
+    promise = read_record(record, "orthogonalize").get("promise")
+    limits = promise.get("limits") if isinstance(promise, dict) else None
+    return tuple(map(str, limits)) if isinstance(limits, list) else ()
 
 
 def _check_writer(entry: TensorEntry, edit: TensorEdit) -> WriterCheck:

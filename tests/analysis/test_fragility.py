@@ -76,6 +76,13 @@ def test_the_command_writes_numbers_and_a_picture(
     page = (run / "fragility.html").read_text()
     assert 'id="fragility"' in page
     assert 'src="https://' not in page
+    config = tmp_path / "few.toml"
+    config.write_text("[evaluate]\nn_test = 2\nmax_new_tokens = 3\n")
+    few = ("--config", config, "--steps", "2", "--no-picture", "--json", "-q")
+    record = cli("fragility", run, *few).json
+    assert (len(record["prompts"]["harmful"]), record["max_new_tokens"]) == (2, 3)
+    record = cli("fragility", run, *few, "--n-test", "3").json
+    assert (len(record["prompts"]["harmful"]), record["max_new_tokens"]) == (3, 3)
     assert "steps" in fails("fragility", run, "--steps", "1", code=2)
     assert "png or svg" in fails("fragility", run, "--image", "gif", code=2)
     fails("fragility", tmp_path / "none", code=3)

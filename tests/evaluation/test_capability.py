@@ -103,10 +103,13 @@ def test_losses_are_those_of_transformers(tiny, cli, corpora, direction, tmp_pat
         assert change == pytest.approx(hooked - found["baseline"]["losses"][corpus]["loss"])
         assert abs(change) > 1e-3
     assert result.json["corpora"]["alpaca"]["n_texts"] == 2
-    table = cli(
-        "evaluate", tiny("llama"), "-o", out, *SMALL, "--corpus", f"pile={corpora / 'pile.jsonl'}"
-    )
+    pile = ("--corpus", f"pile={corpora / 'pile.jsonl'}")
+    table = cli("evaluate", tiny("llama"), "-o", out, *SMALL, *pile)
     assert "pile PPL" in table.out
+    short = cli(
+        "evaluate", tiny("llama"), "-o", out, *SMALL, *pile, "--corpus-tokens", "3", "--json"
+    ).json["interventions"]["baseline"]["losses"]["pile"]
+    assert short["n_tokens"] == 2 * short["n_texts"]  # the first of three is not predicted
 
 
 def test_plain_texts_are_cut_and_batches_do_not_matter(tiny) -> None:

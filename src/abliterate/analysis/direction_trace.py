@@ -32,8 +32,9 @@ from abliterate.inference.interventions import unit_direction
 from abliterate.models.loading import Loaded
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.suffixes import Marked, Marker, Span
-from abliterate.run_folder import EXTRACT, SELECTION, Session
-from abliterate.storage.artifacts import hash_json, read_json, versions, write_json
+from abliterate.run_folder import Session
+from abliterate.run_records import read_used
+from abliterate.storage.artifacts import hash_json, versions, write_json
 
 TRACE = "trace.json"
 CONDITIONS = ("harmful", "harmless", "suffix", "random")
@@ -129,10 +130,7 @@ def _prompts(
 
     A source that is named is taken as it is; the run's own are less what it has used already.
     """
-    extracted = read_json(run / EXTRACT, f"extract MODEL -o {run}")
-    used = [extracted]
-    if (run / SELECTION).is_file():
-        used.append(read_json(run / SELECTION, f"select {run}"))
+    used = read_used(run)
     seed = session.settings.model.seed
     texts: dict[str, list[str]] = {}
     sources: dict[str, Any] = {}

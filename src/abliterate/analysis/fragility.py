@@ -27,8 +27,9 @@ from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.sources import Prompt
-from abliterate.run_folder import EXTRACT, SELECTION, Session
-from abliterate.storage.artifacts import check_writable, hash_file, read_json, versions, write_json
+from abliterate.run_folder import Session
+from abliterate.run_records import read_used
+from abliterate.storage.artifacts import check_writable, hash_file, versions, write_json
 
 FRAGILITY = "fragility.json"
 
@@ -146,9 +147,7 @@ def fragility_stage(
         raise UsageError("--steps must be at least 2, --n-test and --max-new-tokens at least 1")
     check_writable(out)
     direction = load_direction(run)
-    records = [
-        read_json(run / name, "run") for name in (EXTRACT, SELECTION) if (run / name).is_file()
-    ]
+    records = read_used(run)
     settings, seed = session.settings, session.settings.model.seed
     sources = {
         "harmful": settings.evaluate.harmful or settings.extract.harmful,

@@ -21,7 +21,8 @@ from abliterate.inference.interventions import check_direction
 from abliterate.inference.logit_lens import Promoted, extremes, logit_lens
 from abliterate.metrics.geometry import Geometry, measure
 from abliterate.run_folder import DIRECTIONS, EXTRACT, Session
-from abliterate.storage.artifacts import hash_file, hash_json, read_json, versions, write_json
+from abliterate.run_records import read_extract
+from abliterate.storage.artifacts import hash_file, hash_json, versions, write_json
 
 INSPECT = "inspect.json"
 # Tokens listed for the selected direction, and for every layer's own.
@@ -63,7 +64,7 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
         UsageError: the position was not kept, or scikit-learn is missing.
     """
     started = time.perf_counter()
-    extracted = read_json(run / EXTRACT, f"extract MODEL -o {run}")
+    extracted = read_extract(run)
     materials = _materials(run, extracted, position)
     geometry, notes = _geometry(materials)
     lens, problem = _lens(session, materials)

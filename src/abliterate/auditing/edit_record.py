@@ -16,13 +16,14 @@ from abliterate.direction import Direction
 from abliterate.editing.orthogonalize import CARD, RECORD
 from abliterate.errors import InputError
 from abliterate.models.loading import Checkpoint
-from abliterate.storage.artifacts import read_json
+from abliterate.storage.artifacts import read_record
 from abliterate.writers.discovery import orthonormal, writer_direction
 from abliterate.writers.plan import Writer
 
 _TAGS = ("abliterated", "refusal-removed", "uncensored", "abliteration")
 # The share left along the direction may differ from the recorded one by summation order alone.
 _RELATIVE, _ABSOLUTE = 0.02, 1e-6
+_MOST = 1e100  # whose square is a number still
 
 
 @dataclass(frozen=True)
@@ -98,27 +99,29 @@ class _Record:
     adds: bool
     direction_sha256: str | None
     vector: Any
-    source_files: Mapping[str, Any] | None
+    source_files: Mapping[str, Any]
     limits: tuple[str, ...]
 
 
 def _read_record(path: Path) -> _Record:
-    document = read_json(path, "orthogonalize")
+    document = read_record(path, "orthogonalize")
     try:
         options = document.get("options") or {}
         return _Record(
             tuple(
-                _RecordedTensor(str(t["name"]), float(t["before"]), float(t["after"]), t["region"])
+                _RecordedTensor(
+                    str(t["name"]), _share(t["before"]), _share(t["after"]), _box(t["region"])
+                )
                 for t in document["tensors"]
             ),
             bool(options.get("norm_preserve")),
             options.get("add") is not None,
             document["direction"]["sha256"],
             document.get("vector"),
-            document["source"].get("files"),
+            dict(document["source"].get("files") or {}),
             tuple(map(str, (document.get("promise") or {}).get("limits", ()))),
         )
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise InputError(f"{path} is no record of an edit: remove it") from None
 
 
@@ -127,7 +130,7 @@ def _other_inputs(record: _Record, given: Direction | None, base: Checkpoint | N
     found = []
     if given is not None and record.direction_sha256 not in (None, given.sha256):
         found.append("the record names another direction file than the one given")
-    if base is not None and record.source_files is not None and base.revision is None:
+    if base is not None and record.source_files and base.revision is None:
         mine = base.identity()["files"]
         other = sorted(k for k, v in record.source_files.items() if mine.get(k) != v)
         if other:
@@ -142,7 +145,7 @@ def _check_tensors(reading: Reading, record: _Record, unit: Tensor) -> tuple[int
         parts.setdefault((part.edit.name, str(_box(part.edit.region))), []).append(part)
     checked, found = 0, []
     for tensor in record.tensors:
-        own = parts.get((tensor.name, str(_box(tensor.region))))
+        own = parts.get((tensor.name, str(tensor.region)))
         if own is None:
             found.append(f"tensor '{tensor.name}' of the record is no writer of this checkpoint")
             continue
@@ -175,13 +178,24 @@ def _unit(given: Direction | None, recorded: Any, width: int) -> Tensor | None:
     if given is not None:
         vector = given.vector.double()
     elif isinstance(recorded, list) and all(isinstance(v, int | float) for v in recorded):
-        vector = torch.tensor(recorded, dtype=torch.float64)
+        try:
+            vector = torch.tensor(recorded, dtype=torch.float64)
+        except (OverflowError, RuntimeError):  # an integer of any size
+            return None
     else:
         return None
     if vector.shape != (width,) or not bool(torch.isfinite(vector).all()) or not vector.norm() > 0:
         raise InputError(f"the direction has shape {list(vector.shape)}, the model needs [{width}]")
     unit: Tensor = vector / vector.norm()
     return unit
+
+
+def _share(value: Any) -> float:
+    """A share of a tensor's norm, as a record has it; an edit of a large scale leaves many."""
+    share = float(value)
+    if not 0 <= share <= _MOST:
+        raise ValueError("no share")
+    return share
 
 
 def _box(region: Any) -> Any:

@@ -30,6 +30,7 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    revision: opt.Revision = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     trust_remote_code: opt.TrustRemoteCode = None,
@@ -42,7 +43,7 @@ def inspect(
     from abliterate.analysis.inspection import inspect_stage
     from abliterate.cli.analysis_tables import show_inspection
 
-    given = {"model": model_options(None, device, dtype, None, trust_remote_code, None)}
+    given = {"model": model_options(revision, device, dtype, None, trust_remote_code, None)}
     session = later_session(run, model, None, given)
     record = inspect_stage(session, run, position)
     print_json(record) if as_json else show_inspection(record, run)
@@ -81,6 +82,7 @@ def trace(
     ] = None,
     heads: Annotated[int, typer.Option("--heads", help="Attention heads to list.")] = 10,
     model: _Moved = None,
+    revision: opt.Revision = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
@@ -99,7 +101,7 @@ def trace(
     text = None if suffix is None else read_suffix(suffix)
     request = Request(prompts, harmless, n_prompts, text, heads)
     check_request(request)
-    given = {"model": model_options(None, device, dtype, batch_size, trust_remote_code, seed)}
+    given = {"model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)}
     session = later_session(run, model, None, given)
     record = trace_stage(session, run, request)
     print_json(record) if as_json else show_trace(record, run)

@@ -85,6 +85,10 @@ def select(
     search: opt.SearchKind = None,
     all_layers: opt.AllLayers = None,
     kl_on: opt.KlOn = None,
+    system: opt.System = None,
+    chat_template_kwargs: opt.TemplateKwargs = None,
+    response_prefix: opt.ResponsePrefix = None,
+    revision: opt.Revision = None,
     scores: Annotated[
         Path | None,
         typer.Option(
@@ -104,6 +108,7 @@ def select(
     batch_size: opt.BatchSize = None,
     offload: opt.Offload = None,
     activation_memory: opt.ActivationMemory = None,
+    seed: opt.Seed = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
     as_json: opt.Json = False,
@@ -113,9 +118,10 @@ def select(
     """Score every candidate by bypass, induce and KL, and choose the direction."""
     set_up(quiet, debug)
     given: dict[str, Any] = {
-        "model": model_options(None, device, dtype, batch_size, trust_remote_code, None)
+        "model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)
         | {"device_map": device_map, "tensor_parallel": tensor_parallel}
         | _streaming(offload, activation_memory),
+        "chat": chat_options(system, chat_template_kwargs, response_prefix),
         "select": {
             "harmful": harmful,
             "harmless": harmless,
@@ -223,11 +229,12 @@ def open_session(model: str, settings: Settings, leave_shards: bool = False) -> 
 
 def later_session(run: Path, model: str | None, config: Path | None, given: Any) -> Session:
     """A session on what ``extract`` recorded in ``run``; file and options win over it."""
-    from abliterate.run_folder import EXTRACT, recorded_settings
-    from abliterate.storage.artifacts import read_json
+    from abliterate.run_records import check_trust, read_extract, take_base
 
-    extracted = read_json(run / EXTRACT, f"extract MODEL -o {run}")
-    settings = load_settings(config, given, recorded_settings(run, extracted))
+    extracted = read_extract(run)
+    base = take_base(run, extracted, model, load_settings(config, given))
+    settings = load_settings(config, given, base)
+    check_trust(run, extracted, settings)
     return open_session(model or extracted["model"]["id"], settings)
 
 

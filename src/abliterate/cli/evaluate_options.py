@@ -51,6 +51,12 @@ CorpusTexts = Annotated[
     int | None,
     _option("evaluate.corpus_texts", ("--corpus-texts",), "Texts per corpus.", _CAPABILITY),
 ]
+CorpusTokens = Annotated[
+    int | None,
+    _option(
+        "evaluate.corpus_tokens", ("--corpus-tokens",), "Longest text, in tokens.", _CAPABILITY
+    ),
+]
 TaskNames = Annotated[
     str | None,
     _option(

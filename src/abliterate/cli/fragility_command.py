@@ -28,8 +28,14 @@ def fragility(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Fractions from 0 to 1.")] = 11,
-    n_test: Annotated[int, typer.Option(help="Test prompts per kind.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    n_test: Annotated[
+        int | None,
+        typer.Option(help="Test prompts per kind. Default: 32.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest answer, in tokens. Default: 64.", show_default=False),
+    ] = None,
     picture: Annotated[
         bool, typer.Option("--picture/--no-picture", help="Draw fragility.html.")
     ] = True,
@@ -41,6 +47,7 @@ def fragility(
     ] = None,
     harmful: opt.LaterHarmful = None,
     harmless: opt.LaterHarmless = None,
+    revision: opt.Revision = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
@@ -64,16 +71,24 @@ def fragility(
         require_plotly()
     given: dict[str, Any] = {
         "model": {
+            "revision": revision,
             "device": device,
             "dtype": dtype,
             "batch_size": batch_size,
             "trust_remote_code": trust_remote_code,
         },
-        "evaluate": {"harmful": harmful, "harmless": harmless},
+        "evaluate": {
+            "harmful": harmful,
+            "harmless": harmless,
+            "n_test": n_test,
+            "max_new_tokens": max_new_tokens,
+        },
     }
     session = later_session(run, model, config, given)
-    out = output or run
-    record = fragility_stage(session, run, out, steps, n_test, max_new_tokens)
+    chosen, out = session.settings.evaluate, output or run
+    # As many prompts at every fraction: less than evaluate takes, unless somebody says so.
+    longest = chosen.max_new_tokens if "max_new_tokens" in chosen.model_fields_set else 64
+    record = fragility_stage(session, run, out, steps, chosen.n_test or 32, longest)
     written = [out / FRAGILITY, *(draw(record, out, image or ()) if picture else [])]
     if as_json:
         return print_json(record)

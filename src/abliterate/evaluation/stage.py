@@ -16,7 +16,7 @@ from abliterate.evaluation.compare import (
     deltas,
 )
 from abliterate.evaluation.judge_completions import failures, judge_files
-from abliterate.evaluation.judges import find_judge
+from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.evaluation.lm_eval_tasks import find_tasks
 from abliterate.evaluation.measurements import Work
 from abliterate.metrics import intervals
@@ -26,18 +26,16 @@ from abliterate.prompts.sampling import load_prompts
 from abliterate.run_folder import (
     COMPLETIONS,
     EVALUATION,
-    EXTRACT,
-    SELECTION,
     Session,
     finished,
     prompt_keys,
     prompt_sources,
 )
+from abliterate.run_records import read_used
 from abliterate.storage.artifacts import (
     check_writable,
     hash_file,
     hash_json,
-    read_json,
     versions,
     write_json,
 )
@@ -76,47 +74,23 @@ def evaluate_stage(
     settings, seed = session.settings.evaluate, session.settings.model.seed
     rows = order_rows(interventions, edited, direction)
     _check_vocabulary(session, edited)
-    given = {"--judge": settings.judge, "--tasks": settings.tasks}
-    if team.size > 1 and any(given.values()):
-        raise UsageError(
-            f"{next(name for name, value in given.items() if value)} does not run on several "
-            "ranks: leave it out, then run evaluate with it in one process, which finds the "
-            "completions done"
-        )
-    _check_streamed(session)
     # All that can be wrong with the options shows before hours are spent.
-    model = session.settings.model
-    judge = find_judge(
-        settings,
-        {
-            "device": model.device,
-            "dtype": model.dtype,
-            "batch_size": model.batch_size,
-            "trust_remote_code": model.trust_remote_code,
-        },
-    )
+    judge = check_options(session)
     corpora = {
         name: None if name == "own" else read_corpus(name, source, settings.corpus_texts, seed)
         for name, source in parse_corpora(settings.corpus).items()
     }
     folder = None if settings.tasks_dir is None else Path(settings.tasks_dir)
-    if settings.tasks is None and (folder is not None or settings.task_limit is not None):
-        raise UsageError("--tasks-dir and --task-limit need --tasks")
-    records = team.lead(
-        lambda: [
-            read_json(run / name, "run")
-            for name in (EXTRACT, SELECTION)
-            if run is not None and (run / name).is_file()
-        ]
-    )
+    records = team.lead(lambda: [] if run is None else read_used(run))
     sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
     used = {kind: [key for record in records for key in record["prompts"][kind]] for kind in KINDS}
     prompts = {
         kind: load_prompts(sources[kind], "test", settings.n_test, seed, used[kind], "--n-test")
         for kind in KINDS
     }
-    named = [str(token["id"]) for record in records[:1] for token in record["refusal_tokens"]]
-    named = named or list(session.settings.extract.refusal_tokens)
+    named = list(session.settings.extract.refusal_tokens) or [
+        str(token["id"]) for record in records[:1] for token in record["refusal_tokens"]
+    ]
     inputs = hash_json(
         session.base_inputs()
         | {
@@ -195,7 +169,7 @@ def evaluate_stage(
         "bootstrap": intervals.summary(seed),
         "refusal_tokens": work.refusal_tokens,
         "offload": work.streamed.readings if session.offload else None,
-        "settings": session.settings.model_dump(include={"model", "chat", "evaluate"}),
+        "settings": session.settings.model_dump(include={"model", "chat", "extract", "evaluate"}),
         "seed": seed,
         "versions": versions(),
         "seconds": time.perf_counter() - started,
@@ -210,6 +184,40 @@ def evaluate_stage(
         return record
 
     return team.lead(write)
+
+
+def check_options(session: Session) -> Judge | None:
+    """Find what is wrong with the settings of an evaluation before any model is loaded.
+
+    Returns:
+        The judge that they name.
+
+    Raises:
+        UsageError: they contradict each other, or the model, or name what there is not.
+        CheckpointError: there is no such judge.
+    """
+    settings, model = session.settings.evaluate, session.settings.model
+    given = {"--judge": settings.judge, "--tasks": settings.tasks}
+    if session.placement.team.size > 1 and any(given.values()):
+        raise UsageError(
+            f"{next(name for name, value in given.items() if value)} does not run on several "
+            "ranks: leave it out, then run evaluate with it in one process, which finds the "
+            "completions done"
+        )
+    _check_streamed(session)
+    parse_corpora(settings.corpus)
+    further = settings.tasks_dir is not None or settings.task_limit is not None
+    if settings.tasks is None and further:
+        raise UsageError("--tasks-dir and --task-limit need --tasks")
+    return find_judge(
+        settings,
+        {
+            "device": model.device,
+            "dtype": model.dtype,
+            "batch_size": model.batch_size,
+            "trust_remote_code": model.trust_remote_code,
+        },
+    )
 
 
 def order_rows(

@@ -70,8 +70,20 @@ class Extraction:
 
     @classmethod
     def load(cls, tensors: Path, record: Mapping[str, Any]) -> Extraction:
-        """What ``extract`` wrote to ``directions.safetensors`` and ``extract.json``."""
+        """What ``extract`` wrote to ``directions.safetensors`` and ``extract.json``.
+
+        Raises:
+            InputError: the two do not belong together.
+        """
         means = read_tensors(tensors, "mean_harmful", "mean_harmless")
+        wanted = len(record["positions"]), record["n_layers"]
+        shapes = {tuple(mean.shape) for mean in means.values()}
+        if len(shapes) > 1 or any(len(s) != 3 or s[:2] != wanted or not s[2] for s in shapes):
+            found = " and ".join(str(list(mean.shape)) for mean in means.values())
+            raise InputError(
+                f"{tensors} holds means of {found}, extract.json says {wanted[0]} positions of "
+                f"{wanted[1]} layers: run extract again"
+            )
         return cls(
             means["mean_harmful"],
             means["mean_harmless"],

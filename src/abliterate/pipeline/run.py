@@ -7,12 +7,21 @@ from typing import Any
 
 from abliterate.console import log
 from abliterate.direction import load_direction
-from abliterate.evaluation.stage import evaluate_stage
+from abliterate.editing.options import edit_options
+from abliterate.errors import UsageError
+from abliterate.evaluation.lm_eval_tasks import find_tasks
+from abliterate.evaluation.stage import check_options, evaluate_stage
 from abliterate.models.loading import Checkpoint
 from abliterate.pipeline.stages import extract_stage, orthogonalize_stage, select_stage
+from abliterate.prompts.sources import read_source
 from abliterate.run_folder import MODEL, Session
 
 EDITED = "orthogonalized"
+# What orthogonalize does and the chain cannot, and why.
+_ALONE = {
+    "as_lora": "the edited checkpoint is evaluated, and an adapter is none",
+    "low_disk": "the model is loaded whole, so its shards are there",
+}
 
 
 def run_pipeline(session: Session, run: Path) -> dict[str, Any]:
@@ -20,7 +29,12 @@ def run_pipeline(session: Session, run: Path) -> dict[str, Any]:
 
     Returns:
         The four records, by stage.
+
+    Raises:
+        UsageError: before any work, a setting that a later stage would refuse or could not follow.
+        InputError: likewise, a prompt source that a later stage could not read.
     """
+    check_settings(session)
     log.info("extract")
     extracted = extract_stage(session, run, reuse=True)
     log.info("select")
@@ -44,3 +58,30 @@ def run_pipeline(session: Session, run: Path) -> dict[str, Any]:
         "orthogonalize": edit,
         "evaluate": evaluation,
     }
+
+
+def check_settings(session: Session) -> None:
+    """Refuse, before any stage, settings that the chain would ignore or that would end it later.
+
+    Raises:
+        UsageError: an option contradicts another or the chain, or names what there is not.
+        InputError: a prompt source cannot be read.
+        CheckpointError: there is no such judge.
+    """
+    settings = session.settings
+    for name, reason in _ALONE.items():
+        if getattr(settings.orthogonalize, name):
+            raise UsageError(
+                f"[orthogonalize] {name} is nothing for run ({reason}): leave it out, then use "
+                f"`abliterate orthogonalize --{name.replace('_', '-')}` on the run folder"
+            )
+    edit_options(settings.orthogonalize).summary()  # which looks for its device
+    check_options(session)
+    evaluate = settings.evaluate
+    if evaluate.tasks is not None:
+        folder = None if evaluate.tasks_dir is None else Path(evaluate.tasks_dir)
+        find_tasks(evaluate.tasks, folder, evaluate.task_limit)
+    later = (settings.select.harmful, settings.select.harmless)
+    for source in dict.fromkeys((*later, evaluate.harmful, evaluate.harmless)):
+        if source is not None:
+            read_source(source)

@@ -15,7 +15,7 @@ from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, save_direction
 from abliterate.editing.options import edit_options
 from abliterate.editing.orthogonalize import RECORD, orthogonalize
-from abliterate.errors import SelectionError, UsageError
+from abliterate.errors import InputError, SelectionError, UsageError
 from abliterate.extraction.kept_activations import FILE_NAME as ACTIVATIONS
 from abliterate.extraction.kept_activations import (
     ActivationWriter,
@@ -26,6 +26,7 @@ from abliterate.extraction.kept_activations import (
 from abliterate.extraction.means import Extraction, extract
 from abliterate.inference.forward import input_device
 from abliterate.models.device_placement import devices
+from abliterate.models.loading import text_config
 from abliterate.prompts.chat_template import parse_positions
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt
@@ -39,6 +40,7 @@ from abliterate.run_folder import (
     prompt_keys,
     prompt_sources,
 )
+from abliterate.run_records import read_extract
 from abliterate.selection.candidate_filters import Score
 from abliterate.selection.score_table import load_partial, save_partial, score_record
 from abliterate.selection.search import Thresholds, select
@@ -47,7 +49,7 @@ from abliterate.storage.artifacts import (
     check_writable,
     hash_file,
     hash_json,
-    read_json,
+    read_record,
     versions,
     write_json,
     write_tensors,
@@ -176,7 +178,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         SelectionError: no candidate passes; ``selection.json`` keeps the scores all the same.
     """
     team = session.placement.team
-    extracted = team.lead(lambda: read_json(run / EXTRACT, f"extract MODEL -o {run}"))
+    extracted = team.lead(lambda: read_extract(run))
     settings, seed = session.settings.select, session.settings.model.seed
     sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
     prompts = {
@@ -206,6 +208,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         if team.leads:
             save_partial(partial, inputs, scores)
 
+    _check_refusal_tokens(session, extraction, run)
     started = time.perf_counter()
     result = select(
         session.loaded,
@@ -249,7 +252,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
                 "harmless": {"given": settings.n_val, "used": result.n_harmless},
             },
             "prompts": prompt_keys(prompts),
-            "settings": session.settings.model_dump(include={"model", "chat", "select"}),
+            "settings": session.settings.model_dump(include={"model", "chat", "extract", "select"}),
             "seed": seed,
             "versions": versions(),
             "seconds": seconds,
@@ -268,6 +271,16 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     return record
 
 
+def _check_refusal_tokens(session: Session, extraction: Extraction, run: Path) -> None:
+    """Refuse a record whose refusal tokens are not the model's."""
+    rows, largest = text_config(session.loaded.model).vocab_size, max(extraction.refusal_tokens)
+    if largest >= rows:
+        raise InputError(
+            f"{run / EXTRACT}: refusal token {largest} is none of the model's {rows} tokens: run "
+            "extract again"
+        )
+
+
 def orthogonalize_stage(
     session: Session, direction: Direction, out: Path, reuse: bool = False
 ) -> dict[str, Any]:
@@ -275,7 +288,7 @@ def orthogonalize_stage(
     settings = session.settings
     options = edit_options(settings.orthogonalize)
     if reuse and (out / RECORD).is_file():
-        record: dict[str, Any] = read_json(out / RECORD, "orthogonalize")
+        record = read_record(out / RECORD, "orthogonalize")
         same = record.get("source") == session.identity and record.get("versions") == versions()
         same = same and record.get("options") == options.summary()
         if same and record.get("direction") == direction.summary():
@@ -290,4 +303,4 @@ def orthogonalize_stage(
         allow_leak=settings.orthogonalize.allow_leak,
         options=options,
     )
-    return dict(read_json(out / RECORD, "orthogonalize"))
+    return read_record(out / RECORD, "orthogonalize")

@@ -13,7 +13,7 @@ from abliterate.analysis.inspection import INSPECT
 from abliterate.editing.orthogonalize import RECORD
 from abliterate.errors import InputError
 from abliterate.run_folder import COMPLETIONS, EVALUATION, EXTRACT, MODEL, SELECTION
-from abliterate.storage.artifacts import read_json
+from abliterate.storage.artifacts import read_record
 
 Document = Mapping[str, Any]
 
@@ -89,12 +89,7 @@ def read_run(folder: Path, edited: Path | None = None) -> Run:
 
 
 def _record(path: Path, made_by: str) -> Document | None:
-    if not path.is_file():
-        return None
-    document = read_json(path, made_by)
-    if not isinstance(document, dict):
-        raise InputError(f"{path} is no record: make it again with `abliterate {made_by}`")
-    return document
+    return read_record(path, made_by) if path.is_file() else None
 
 
 def read_completions(run: Run) -> Completions | None:

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from abliterate.errors import InputError
 from abliterate.report import facts, geometry_figures, outcome_figures, selection_figures
 from abliterate.report.collect import Completions, Run, read_completions
-from abliterate.report.reproduce import commands
+from abliterate.report.reproduce import commands, notes
 from abliterate.report.selection_figures import METRICS, Table
 from abliterate.report.style import plotly
 from abliterate.storage.artifacts import finite, versions
@@ -71,6 +71,7 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         "slider": _slider(run),
         "provenance": _part("extract.json", lambda: facts.provenance(run)),
         "commands": _part("a record", lambda: commands(run, edited)),
+        "notes": _part("a record", lambda: notes(run)),
         "versions": versions(),
         "number": facts.number,
         "figures": figures,

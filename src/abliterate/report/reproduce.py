@@ -1,24 +1,37 @@
-"""The exact commands that made a run folder, from what its records say."""
+"""The exact commands that made a run folder, from what its records say.
+
+The records may be a stranger's, and commands are there to be pasted: what grants something is not
+repeated from them. A placeholder stands for it, or it is left out, and a note says what it was.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from abliterate.direction import FILE_NAME
 from abliterate.report.collect import Document, Run
-from abliterate.settings import Settings
+from abliterate.settings import Settings, is_recorded
 
 # Settings whose option is called otherwise.
 _FLAGS = {"template_kwargs": "--chat-template-kwargs", "refusal_tokens": "--refusal-token"}
 # No command takes it; it only says whether `--overwrite` was needed.
 _NO_OPTION = {"overwrite"}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    name: field.default.model_dump() for name, field in Settings.model_fields.items()
+# What the reader must grant: a flag that is left out, a value that is named by a placeholder.
+_TRUST = "trust_remote_code"
+_PLACEHOLDERS = {"judge_url": "JUDGE_URL", "tasks_dir": "TASKS_DIR"}
+_DIRECTION = "DIRECTION"
+# Commands that have options for some of the model's settings only, and none for the chat format.
+_OPTIONS_OF = {
+    "inspect": {"device", "dtype"},
+    "trace": {"device", "dtype", "batch_size", "seed"},
 }
+_SECTIONS: dict[str, Any] = {name: field.default for name, field in Settings.model_fields.items()}
 
 
 def commands(run: Run, edited: Path | None = None) -> list[str]:
@@ -28,80 +41,135 @@ def commands(run: Run, edited: Path | None = None) -> list[str]:
         run: the records.
         edited: the edited checkpoint's folder, if it is no part of the run folder.
     """
-    folder = str(run.folder)
+    folder = _argument(run.folder)
     done: list[list[str]] = []
     base: Mapping[str, Any] = {}
     if run.extract is not None:
         base = run.extract["settings"]
-        done.append(
-            [
-                "extract",
-                *_model(run.extract),
-                "-o",
-                folder,
-                *_options(base, ("model", "chat", "extract")),
-            ]
-        )
+        own = _changed(base, {}, ("model", "chat", "extract"))
+        done.append(["extract", *_model(run.extract), "-o", folder, *own])
     if run.selection is not None:
-        done.append(["select", folder, *_later(run.selection, base, "select")])
+        own = _later("select", run.selection, base)
+        done.append(["select", folder, *own, *_changed(run.selection["settings"], {}, ("select",))])
     if run.edit is not None:
-        place = str(edited or run.edit_folder)
+        place = _argument(edited or run.edit_folder or "")
         source = _model(run.edit, "source")
         done.append(
             ["orthogonalize", *source, "--direction", folder, "-o", place, *_edit(run.edit)]
         )
     if run.evaluation is not None:
-        done.append(_evaluate(run, base))
+        done.append(_evaluate(run, run.evaluation, base))
     if run.inspect is not None:
-        extra = ["--position=" + str(run.inspect["position"])]
-        done.append(["inspect", folder, *_later(run.inspect, base), *extra])
+        position = f"--position={run.inspect['position']}"
+        done.append(["inspect", folder, *_later("inspect", run.inspect, base), position])
     if run.trace is not None:
         done.append(_trace(run.trace, folder, base))
-    done.append(["report", folder])
+    done.append(["report", folder, *([] if edited is None else ["--edited", _argument(edited)])])
     return [shlex.join(["abliterate", *command]) for command in done]
+
+
+def notes(run: Run) -> list[str]:
+    """What the commands do not say: what the reader must grant, and what the placeholders are."""
+    records = {
+        "extract": run.extract,
+        "select": run.selection,
+        "evaluate": run.evaluation,
+        "inspect": run.inspect,
+        "trace": run.trace,
+    }
+    found = []
+    trusting = [
+        name
+        for name, record in records.items()
+        if record is not None and record["settings"].get("model", {}).get(_TRUST)
+    ]
+    if trusting:
+        found.append(
+            f"{', '.join(trusting)}: made with the code of {run.model}. Add --trust-remote-code "
+            "yourself if you have read that code and trust it."
+        )
+    if run.evaluation is not None:
+        settings = run.evaluation["settings"].get("evaluate", {})
+        for key, placeholder in _PLACEHOLDERS.items():
+            if settings.get(key) is not None:
+                found.append(f"{placeholder}: {_public(str(settings[key]))}, by the record.")
+        if (direction := run.evaluation.get("direction")) and not _own_direction(run):
+            found.append(f"{_DIRECTION}: the file with {direction['sha256']}.")
+    return found
+
+
+def _public(place: str) -> str:
+    """An address without what may be secret in it: user, password and query."""
+    parts = urlsplit(place)
+    if not parts.scheme:
+        return place
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def _argument(value: Any) -> str:
+    """A name as a positional argument: never read as an option."""
+    text = str(value)
+    return f"./{text}" if text.startswith("-") else text
 
 
 def _model(record: Document, key: str = "model") -> list[str]:
     identity = record[key]
     revision = identity.get("revision")
-    return [str(identity["id"]), *(["--revision", str(revision)] if revision else [])]
+    return [_argument(identity["id"]), *(_option("revision", revision))]
 
 
-def _options(settings: Mapping[str, Any], tables: Sequence[str]) -> list[str]:
-    """The options whose values are not the defaults."""
+def _changed(
+    settings: Mapping[str, Any], base: Mapping[str, Any], tables: Sequence[str]
+) -> list[str]:
+    """The options whose values are not what a command has without them.
+
+    Args:
+        settings: what a stage recorded.
+        base: what the stage took its recorded settings from; empty where it took none.
+        tables: which tables have options of that stage.
+    """
     found: list[str] = []
     for table in tables:
-        for key, value in settings.get(table, {}).items():
-            if key != "revision" and value != _DEFAULTS.get(table, {}).get(key):
-                found += _option(key, value)
+        defaults, held = _SECTIONS[table], settings.get(table, {})
+        for key in type(defaults).model_fields:
+            usual = getattr(defaults, key)
+            if table in base and is_recorded(type(defaults), key):
+                usual = base[table].get(key, usual)
+            # The revision is the commit that the record's model names.
+            if key != "revision" and key in held and held[key] != usual:
+                found += _option(key, held[key])
     return found
 
 
-def _option(key: str, value: Any) -> list[str]:
-    if key in _NO_OPTION or value is None:
-        return []
+def _option(key: str, value: Any) -> Iterator[str]:
+    if key in _NO_OPTION or key == _TRUST or value is None:
+        return
     flag = _FLAGS.get(key, "--" + key.replace("_", "-"))
     if isinstance(value, bool):
-        return [flag if value else flag.replace("--", "--no-", 1)]
-    if isinstance(value, Mapping):
-        return [flag, json.dumps(value)]
-    if isinstance(value, list | tuple):
-        return [part for item in value for part in _option(key, item)]
-    # A value such as -5,-1 would be read as an option of its own.
-    joined = str(value).startswith("-") or key == "save_activations"
-    return [f"{flag}={value}"] if joined else [flag, str(value)]
+        yield flag if value else flag.replace("--", "--no-", 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _option(key, item)
+    else:
+        text = json.dumps(value) if isinstance(value, Mapping) else str(value)
+        text = _PLACEHOLDERS.get(key, text)
+        # A value such as -5,-1 would be read as an option of its own.
+        joined = text.startswith("-") or key == "save_activations"
+        yield from [f"{flag}={text}"] if joined else [flag, text]
 
 
-def _later(record: Document, base: Mapping[str, Any], table: str = "") -> list[str]:
-    """Options of a stage that starts from what extract recorded."""
+def _later(command: str, record: Document, base: Mapping[str, Any]) -> list[str]:
+    """Options for the model and the prompts of a stage that starts from what extract recorded."""
     settings = record["settings"]
-    changed = {
-        key: value
-        for key, value in settings.get("model", {}).items()
-        if value != base.get("model", _DEFAULTS["model"]).get(key) and key != "revision"
-    }
-    found = [part for key, value in changed.items() for part in _option(key, value)]
-    return found + (_options(settings, (table,)) if table else [])
+    if (taken := _OPTIONS_OF.get(command)) is not None:
+        held = settings.get("model", {})
+        return _changed({"model": {k: v for k, v in held.items() if k in taken}}, base, ("model",))
+    own, train = settings.get(command, {}), settings.get("extract", {})
+    # Prompts that no option of the stage names are those of its configuration file's [extract].
+    named = {k: train[k] for k in ("harmful", "harmless") if k in train and own.get(k) is None}
+    if command == "evaluate" and "refusal_tokens" in train:
+        named["refusal_tokens"] = train["refusal_tokens"]
+    return _changed({**settings, "extract": named}, base, ("model", "chat", "extract"))
 
 
 def _edit(record: Document) -> list[str]:
@@ -109,41 +177,58 @@ def _edit(record: Document) -> list[str]:
     quantized = options.pop("quantized", None)
     options |= {} if quantized is None else {quantized.removesuffix("d"): True}
     leak = float(record.get("leak_of_plan") or 0.0)
-    found = _options({"orthogonalize": options}, ("orthogonalize",))
+    found = _changed({"orthogonalize": options}, {}, ("orthogonalize",))
     if leak > 1e-3:  # an architecture that is edited only on request
         found += ["--allow-leak", f"{math.ceil(leak * 1000) / 1000:g}"]
     return found
 
 
-def _evaluate(run: Run, base: Mapping[str, Any]) -> list[str]:
+def _own_direction(run: Run) -> bool:
+    """Whether the evaluation's direction is the one that was selected in this folder."""
     assert run.evaluation is not None
-    record, command = run.evaluation, ["evaluate", *_model(run.evaluation)]
-    if record.get("direction"):
-        command += ["--direction", str(run.folder)]
+    if run.selection is None:
+        return (run.folder / FILE_NAME).is_file()
+    selected = run.selection.get("outputs", {}).get(FILE_NAME)
+    return selected is None or selected == run.evaluation["direction"].get("sha256")
+
+
+def _evaluate(run: Run, record: Document, base: Mapping[str, Any]) -> list[str]:
+    command, folder = ["evaluate", *_model(record)], _argument(run.folder)
+    if record.get("direction") and _own_direction(run):
+        command += ["--direction", folder]
     else:
-        command += ["-o", str(run.folder)]
-    known = [n for n in record["interventions"] if n in ("baseline", "ablate", "add", "subtract")]
-    default = ["baseline", "ablate", "add"] if record.get("direction") else ["baseline"]
-    if known != default:
-        command += [part for name in known for part in ("--intervention", name)]
+        base = {}
+        command += ["--direction", _DIRECTION] if record.get("direction") else []
+        command += ["-o", folder]
     places = record.get("checkpoints") or {}
-    for name in record["interventions"]:
-        if name not in known:
-            found = places.get(name, {}).get("id") or run.edit_folder or name
-            command += ["--checkpoint", str(found)]
-    return command + _later(record, base, "evaluate")
+    rows = list(record["interventions"])
+    known = [name for name in rows if name in ("baseline", "ablate", "add", "subtract")]
+    default = ["baseline", "ablate", "add"] if record.get("direction") else ["baseline"]
+    edited = [name for name in rows if name not in known]
+    asked = list(dict.fromkeys(name if name in known else "checkpoint" for name in rows))
+    if asked != [*default, *(["checkpoint"] if edited else [])]:
+        command += [part for name in asked for part in ("--intervention", name)]
+    for name in edited:
+        place = str(places.get(name, {}).get("id") or run.edit_folder or name)
+        command += _option("checkpoint", _named(name, place))
+    command += _later("evaluate", record, base)
+    return command + _changed(record["settings"], {}, ("evaluate",))
+
+
+def _named(name: str, place: str) -> str:
+    """A checkpoint as ``--checkpoint`` takes it, so that its row has this name."""
+    plain = Path(place).name == name and ("=" not in place or "/" in place.partition("=")[0])
+    return place if plain else f"{name}={place}"
 
 
 def _trace(record: Document, folder: str, base: Mapping[str, Any]) -> list[str]:
     command = ["trace", folder]
     asked = record["request"]
-    for key, flag in (("harmful", "--prompts"), ("harmless", "--harmless")):
-        if asked[key] is not None:
-            command += [flag, str(asked[key])]
-    if asked["n_prompts"] is not None:
-        command += ["--n-prompts", str(asked["n_prompts"])]
+    command += _option("prompts", asked["harmful"])
+    command += _option("harmless", asked["harmless"])
+    command += _option("n_prompts", asked["n_prompts"])
     if record["suffix"]:
-        command += [f"--suffix={record['suffix']['text']}"]
+        command.append(f"--suffix={record['suffix']['text']}")
     if asked["n_heads"] != 10:
-        command += ["--heads", str(asked["n_heads"])]
-    return command + _later(record, base)
+        command += _option("heads", asked["n_heads"])
+    return command + _later("trace", record, base)

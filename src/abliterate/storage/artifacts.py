@@ -16,6 +16,8 @@ from abliterate.errors import InputError, UsageError
 # Files past this size are hashed by sampling: a 140 GB checkpoint must not cost minutes of hashing.
 _WHOLE_FILE_LIMIT = 256 << 20
 _SAMPLES, _SAMPLE_BYTES = 256, 64 << 10
+# Records of the largest models have some tens of megabytes.
+_JSON_LIMIT = 512 << 20
 
 
 def versions() -> dict[str, str]:
@@ -76,16 +78,33 @@ def read_json(path: Path, made_by: str) -> Any:
         made_by: the command that writes it, for the error message.
 
     Raises:
-        InputError: it is missing or no JSON.
+        InputError: it is missing, no JSON, or larger than anything that we write.
     """
     try:
+        size = path.stat().st_size
+        if size > _JSON_LIMIT:
+            raise InputError(f"{path} is no record: it has {size} bytes")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run `abliterate {made_by}` first") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: encoding, JSON, digits
         raise InputError(
             f"{path} cannot be read as JSON ({error}): make it again with `abliterate {made_by}`"
         ) from None
+
+
+def read_record(path: Path, made_by: str) -> dict[str, Any]:
+    """The JSON object at ``path``, as :func:`read_json`.
+
+    Raises:
+        InputError: also if it is no regular file or no object.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file: make it again with `abliterate {made_by}`")
+    document = read_json(path, made_by)
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is no record: make it again with `abliterate {made_by}`")
+    return document
 
 
 def read_tensors(path: Path, *names: str) -> dict[str, Any]:

@@ -1,0 +1,235 @@
+"""The commands that a report prints, read by the real command line: for runs of every option."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from abliterate.cli.app import app
+from abliterate.cli.evaluate_commands import name_checkpoints
+from abliterate.cli.options import spell_out
+from abliterate.models.loading import Checkpoint
+from abliterate.report.collect import Run
+from abliterate.report.reproduce import commands, notes
+from abliterate.settings import Settings, load_settings
+
+# Every setting with a value that is not its default; a new setting must find its place here.
+EVERY: dict[str, dict[str, Any]] = {
+    "model": {
+        "revision": "v2", "device": "cuda:1", "device_map": '{"": 0}', "tensor_parallel": True,
+        "dtype": "bfloat16", "batch_size": "4", "trust_remote_code": True, "seed": 7,
+        "offload": False, "activation_memory": "8GB",
+    },
+    "chat": {
+        "system": "-- 'quoted' & $HOME", "template_kwargs": {"enable_thinking": False, "n": [1]},
+        "response_prefix": "-sure,\nhere",
+    },
+    "extract": {
+        "harmful": "a b.csv[text]", "harmless": "-mine.txt", "n_train": 64,
+        "positions": "-5,-1", "filter": False, "refusal_tokens": ("I", "-1"),
+        "save_activations": "3,5-7", "activation_positions": "all",
+    },
+    "select": {
+        "harmful": "harmbench", "harmless": "alpaca", "n_val": 8, "filter": False,
+        "kl_threshold": 1e9, "induce_threshold": -1e9, "prune_layers": 0.0,
+        "search": "exhaustive", "all_layers": True, "kl_on": "response:4",
+    },
+    "orthogonalize": {
+        "overwrite": True, "allow_leak": 0.25, "layers": "10-25", "components": "mlp,attention",
+        "scale": -1.5, "norm_preserve": True, "tied_embeddings": "share", "requantize": True,
+        "dequantize": True, "add": -2.0, "as_lora": True, "device": "cuda:0", "jobs": 3,
+        "low_disk": True,
+    },
+    "evaluate": {
+        "harmful": "jailbreakbench", "harmless": "-other.txt", "n_test": 10,
+        "max_new_tokens": 64, "corpus": ("own", "pile=-x.txt"), "corpus_texts": 10,
+        "corpus_tokens": 99, "tasks": "mmlu,gsm8k", "tasks_dir": "-my tasks", "task_limit": 5,
+        "judge": "org/guard", "judge_url": "https://me:pass@host:8/v1?key=secret",
+        "judge_model": "guard", "judge_template": "prompt", "judge_timeout": 2.5,
+        "judge_retries": 0, "judge_concurrency": 2,
+    },
+}  # fmt: skip
+ALL = load_settings(options=EVERY)
+# What no command line gives back: placeholders, and what does not shape the result.
+GRANTS = {"judge_url": "JUDGE_URL", "tasks_dir": "TASKS_DIR"}
+NAMES = {"template_kwargs": "chat_template_kwargs", "refusal_tokens": "refusal_token"}
+MODEL = {"id": "org/model", "revision": "abc123"}
+DIRECTION = {"sha256": "sha256:12", "position": -1, "layer": 3, "norm": 1.0}
+
+
+def test_every_setting_is_tried() -> None:
+    for table, field in Settings.model_fields.items():
+        assert set(EVERY[table]) == set(type(field.default).model_fields), table
+        for name, value in EVERY[table].items():
+            assert value != getattr(field.default, name), name
+
+
+def _settings(*tables: str) -> dict[str, Any]:
+    """What a stage records, as it comes back from its file."""
+    return dict(json.loads(ALL.model_dump_json(include=set(tables))))
+
+
+def _run(folder: Path | str = "runs/my run", **records: Any) -> Run:
+    return Run(Path(folder), **records)
+
+
+def _stages() -> dict[str, Any]:
+    options = EVERY["orthogonalize"] | {"quantized": "requantize"}
+    for name in ("overwrite", "allow_leak", "requantize", "dequantize", "jobs", "low_disk"):
+        del options[name]
+    trace = {"harmful": "-a.txt", "harmless": "b.txt", "n_prompts": 3, "suffix": "-x", "n_heads": 4}
+    return {
+        "extract": {"model": MODEL, "settings": _settings("model", "chat", "extract")},
+        "selection": {
+            "model": MODEL, "settings": _settings("model", "chat", "extract", "select"),
+            "outputs": {"direction.safetensors": "sha256:12"},
+        },
+        "edit": {"source": MODEL, "options": options, "leak_of_plan": 0.0402},
+        "edit_folder": Path("-out"),
+        "evaluation": {
+            "model": MODEL, "direction": DIRECTION,
+            "interventions": dict.fromkeys(("add", "mine", "-m", "subtract")),
+            "checkpoints": {"mine": {"id": "x/model"}, "-m": {"id": "some/-m"}},
+            "settings": _settings("model", "chat", "extract", "evaluate"),
+        },
+        "inspect": {"model": MODEL, "position": -2, "settings": _settings("model", "chat")},
+        "trace": {
+            "model": MODEL, "request": trace, "suffix": {"text": "-x y"},
+            "settings": _settings("model", "chat"),
+        },
+    }  # fmt: skip
+
+
+def _parse(line: str) -> tuple[str, dict[str, Any]]:
+    """The command and its parameters, as the command line reads them; nothing runs."""
+    program, name, *args = shlex.split(line)
+    assert program == "abliterate"
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    return name, command.make_context(name, spell_out(args)).params
+
+
+def _given(parsed: dict[str, Any], table: str) -> dict[str, Any]:
+    """The settings of a table that a command was given, as the settings would hold them."""
+    found = {}
+    for key in EVERY[table]:
+        value = parsed.get(NAMES.get(key, key))
+        if value is not None:
+            found[key] = json.loads(value) if key == "template_kwargs" else value
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in found.items()}
+
+
+def _expected(table: str, *without: str) -> dict[str, Any]:
+    held = {key: value for key, value in EVERY[table].items() if key not in without}
+    return {key: GRANTS.get(key, value) for key, value in held.items()}
+
+
+def test_commands_of_a_run_with_every_option_are_read_as_they_were_given() -> None:
+    parsed = dict(map(_parse, commands(_run(**_stages()), Path("-out"))))
+    assert list(parsed) == [
+        "extract", "select", "orthogonalize", "evaluate", "inspect", "trace", "report",
+    ]  # fmt: skip
+    machine = _expected("model", "trust_remote_code", "revision", "seed", "dtype")
+    extract = parsed["extract"]
+    model = _expected("model", "trust_remote_code") | {"revision": "abc123"}
+    assert _given(extract, "model") == model
+    assert _given(extract, "chat") == EVERY["chat"]
+    assert _given(extract, "extract") == EVERY["extract"]
+    assert (extract["model"], extract["output"]) == ("org/model", Path("runs/my run"))
+    # Later stages take from the record what names the experiment, and are told the rest.
+    select = parsed["select"]
+    assert _given(select, "model") == machine
+    assert _given(select, "chat") == {}
+    assert _given(select, "select") == EVERY["select"]
+    edit = parsed["orthogonalize"]
+    assert (edit["model"], edit["revision"], edit["output"]) == (
+        "org/model", "abc123", Path("./-out"),
+    )  # fmt: skip
+    shaped = _expected("orthogonalize", "overwrite", "dequantize", "jobs", "low_disk")
+    assert _given(edit, "orthogonalize") == shaped | {"allow_leak": 0.041}
+    evaluate = parsed["evaluate"]
+    assert _given(evaluate, "evaluate") == _expected("evaluate")
+    assert _given(evaluate, "model") == machine | {"revision": "abc123"}
+    assert evaluate["direction"] == "runs/my run"
+    assert evaluate["intervention"] == ["add", "checkpoint", "subtract"]
+    assert evaluate["checkpoint"] == ["mine=x/model", "some/-m"]
+    assert parsed["inspect"]["position"] == -2
+    assert {"device": "cuda:1"}.items() <= parsed["inspect"].items()
+    trace = parsed["trace"]
+    assert [trace[key] for key in ("prompts", "harmless", "n_prompts", "suffix", "heads")] == [
+        "-a.txt", "b.txt", 3, "-x y", 4,
+    ]  # fmt: skip
+    assert parsed["report"]["edited"] == Path("./-out")
+
+
+@pytest.mark.parametrize("stage", ["selection", "edit", "evaluation", "inspect", "trace"])
+def test_commands_of_one_record_alone_are_read(stage: str) -> None:
+    """Without extract's record nothing is known to come from there."""
+    held = {key: value for key, value in _stages().items() if key in (stage, "edit_folder")}
+    (name, parsed), _ = map(_parse, commands(_run("-run", **held)))
+    if stage == "selection":
+        assert _given(parsed, "chat") == EVERY["chat"]
+        assert _given(parsed, "model") == _expected("model", "trust_remote_code", "revision")
+        assert parsed["run"] == Path("./-run")
+    if stage == "evaluation":
+        assert (parsed["direction"], parsed["output"]) == ("DIRECTION", Path("./-run"))
+        assert _given(parsed, "chat") == EVERY["chat"]
+        assert parsed["refusal_token"] == ["I", "-1"]
+        assert any("sha256:12" in note for note in notes(_run("-run", **held)))
+    assert name
+
+
+def test_prompts_of_a_stages_own_configuration_are_in_its_command() -> None:
+    for stage, table in (("selection", "select"), ("evaluation", "evaluate")):
+        stages = _stages()
+        stages[stage]["settings"][table] |= {"harmful": None, "harmless": None}
+        stages[stage]["settings"]["extract"]["harmful"] = "other.txt"
+        held = {key: stages[key] for key in ("extract", "selection", stage)}
+        parsed = dict(map(_parse, commands(_run(**held))))[table]
+        assert (parsed["harmful"], parsed["harmless"]) == ("other.txt", None)
+
+
+def test_what_grants_is_a_placeholder_and_a_note_and_secrets_are_nowhere() -> None:
+    run = _run(**_stages())
+    lines, said = commands(run), " ".join(notes(run))
+    text = "\n".join([*lines, said])
+    assert "--trust-remote-code" not in "\n".join(lines)
+    for secret in ("pass", "secret", "me:"):
+        assert secret not in text
+    assert "JUDGE_URL: https://host:8/v1, by the record." in said
+    assert "TASKS_DIR: -my tasks, by the record." in said
+    assert "Add --trust-remote-code yourself" in said
+    plain = _stages()["extract"] | {"settings": Settings().model_dump()}
+    assert notes(_run(extract=plain)) == []
+    assert commands(_run(extract=plain))[0].endswith("--revision abc123 -o 'runs/my run'")
+
+
+def test_a_record_with_settings_of_another_version_prints_no_unknown_option() -> None:
+    record = _stages()["extract"]
+    record["settings"]["model"]["of_tomorrow"] = "x"
+    record["settings"]["tomorrow"] = {"x": 1}
+    assert "tomorrow" not in commands(_run(extract=record))[0]
+
+
+def test_the_rows_of_an_evaluation_keep_their_names(monkeypatch, tmp_path: Path) -> None:
+    """What the report prints names the same rows when evaluate reads it."""
+    import abliterate.models.loading as loading
+
+    monkeypatch.setattr(loading, "find_checkpoint", lambda name: Checkpoint(name, Path(name)))
+    places = {
+        "orthogonalized": "runs/x/model", "model": "runs/x/model", "a=b": "c/a=b", "plain": "plain",
+        "org-name": "org/name",
+    }  # fmt: skip
+    record = _stages()["evaluation"] | {
+        "interventions": dict.fromkeys(("baseline", "ablate", "add", *places)),
+        "checkpoints": {name: {"id": place} for name, place in places.items()},
+    }
+    line = next(line for line in commands(_run(evaluation=record)) if " evaluate " in line)
+    _, parsed = _parse(line)
+    assert not parsed["intervention"]
+    found = name_checkpoints(parsed["checkpoint"])
+    assert {name: found[name].name for name in found} == places
