@@ -38,6 +38,12 @@ VISION_LANGUAGE = (
 )  # fmt: skip
 
 
+# Where a bias of the MLP before a layer can hold the addition; all others are refused by name.
+ADDED = {
+    "arcee", "biogpt", "bloom", "codegen", "cwm", "fuyu", "gpt2", "gpt_bigcode", "gpt_neo",
+    "gpt_neox", "gptj", "granite", "granite_swa", "helium", "iquestcoder", "jais2", "llama",
+    "minicpm3", "nemotron", "opt", "persimmon", "phi", "recurrent_gemma", "reformer",
+}  # fmt: skip
 # Their blocks see other positions than the prompt's tokens.
 NO_TOKENS = {"blt": "byte patches", "cpmant": "a prefix of the model's own"}
 # Its dynamic mask keeps a fixed number of positions, padding included, of the tiny window here.
@@ -62,6 +68,12 @@ def _assert_exact(outcome: Outcome) -> None:
 @pytest.mark.parametrize("model_type", decoder_only_types())
 def test_every_architecture_is_exact_or_refused(model_type: str, tmp_path: Path) -> None:
     outcome = round_trip(lambda: tiny_model(model_type), tmp_path)
+    if isinstance(outcome.added, float):
+        assert outcome.added <= 1e-4
+        assert model_type in ADDED
+    else:
+        assert model_type not in ADDED, outcome.added
+        assert f"'{model_type}" in outcome.added or REFUSED.get(model_type, "?") in outcome.added
     if model_type not in REFUSED:
         return _assert_exact(outcome)
     assert outcome.edited is None

@@ -111,7 +111,7 @@ def open_checkpoint(checkpoint: Checkpoint) -> Reading:
     parts: list[Part] = []
     for tensor in located.disk.tensors:
         ways = [w for w in located.plan.writers if w.parameter == tensor.parameter]
-        if not ways or tensor.loads_as == located.head:
+        if not ways or located.is_second(tensor):
             continue
         first = ways[0]
         edit = TensorEdit(tensor.name, tensor.axis, nothing, first.kind, first.layer, tensor.region)

@@ -53,7 +53,9 @@ def head_evidence(reading: Reading) -> HeadEvidence | None:
     located, shards = reading.located, reading.located.shards
     model = located.model
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or located.head is not None or head.weight.shape != embedding.weight.shape:
+    if head is None or head.weight.shape != embedding.weight.shape:
+        return None
+    if located.head is not None and not located.holds_both:
         return None
     tables = [p for u in reading.units if u.kind == "embedding" for p in u.parts]
     name = next(n for n, module in model.named_modules() if module is head) + ".weight"

@@ -86,10 +86,11 @@ def verify(
 
 
 def _show_verification(edited: str, result: Any, compared: bool) -> None:
-    dirty = [writer for writer in result.writers if not writer.clean]
-    worst = max(writer.residual for writer in result.writers)
+    dirty = [writer for writer in result.writers if writer.fails]
+    worst = max((writer.residual for writer in result.writers), default=0.0)
+    checked = "writers edited as declared" if compared else "writers clean"
     rows = [
-        ["writers clean", f"{len(result.writers) - len(dirty)} of {len(result.writers)}"],
+        [checked, f"{len(result.writers) - len(dirty)} of {len(result.writers)}"],
         ["largest share along the direction", f"{worst:.1e}"],
     ]
     rows += [
@@ -99,14 +100,21 @@ def _show_verification(edited: str, result: Any, compared: bool) -> None:
     if result.leak is not None:
         rows.append(["leak on prompts", f"{result.leak:.1e} (bound {result.leak_bound:.0e})"])
     print_table(edited, ["check", "result"], rows)
+    for sentence in result.files[:20]:
+        print_line(f"wrong: {sentence}")
     for writer in dirty[:20]:
-        print_line(
-            f"still writes: {writer.name} ({writer.residual:.1e}, rounding explains "
-            f"{writer.bound:.1e})"
-        )
+        if writer.problem:
+            print_line(f"not the edit: {writer.name} {writer.problem}")
+        else:
+            print_line(
+                f"still writes: {writer.name} ({writer.residual:.1e}, rounding explains "
+                f"{writer.bound:.1e})"
+            )
     for label in ("changed", "missing", "added"):
         for name in getattr(result, label)[:20]:
             print_line(f"{label}: {name}")
+    for note in result.notes:
+        print_line(f"note: {note}")
     for limit in result.limits:
         print_line(f"the edit's own record: {limit}")
     print_line("passed" if result.passed else "FAILED")

@@ -1,7 +1,8 @@
 """--add: the direction's addition baked into the weights, as a bias of the writer before its layer.
 
 As in the paper's code: what the last matrix of block ``l - 1``'s MLP writes gets ``coeff * r``
-added, at every token, which is what ``add`` does to the input of block ``l``.
+added, at every token, which is what ``add`` does to the input of block ``l``. Where a constant lies
+between that matrix and the stream, the bias is divided by it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from abliterate.checkpoints.shards import DTYPES, TensorEntry
 from abliterate.direction import Direction
+from abliterate.editing.addition_scale import addition_scale
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.editing.shard_layout import Changes, NewTensor
 from abliterate.errors import CheckpointError, InputError
@@ -64,26 +66,29 @@ def plan_addition(
     if direction.layer < 1:
         raise InputError("--add needs a block before the direction's layer, which is the first")
     layer = direction.layer - 1
-    weight = _last_writer(plan, layer, direction)
+    weight = _last_writer(plan, layer, direction, str(config.get("model_type")))
     entry = plan.shards.tensors[weight.name]
     if entry.dtype not in DTYPES:
         raise CheckpointError(
             f"tensor '{entry.name}' is stored as {entry.dtype}: --add needs floats"
         )
     name = weight.name.removesuffix("weight") + "bias"
-    vector = coeff * direction.vector.double()
     old = plan.shards.tensors.get(name)
+    if old is None and (
+        config.get("mlp_bias") is not False or not name.endswith(".mlp.down_proj.bias")
+    ):
+        raise CheckpointError(
+            f"a '{config.get('model_type')}' model has no bias at '{name}' that could hold the "
+            "addition: use the add intervention at run time"
+        )
+    scale = addition_scale(plan.config, layer, new_bias=old is None)
+    vector = coeff / scale * direction.vector.double()
     if old is not None:
         before = plan.shards.values(name).double()
         bias = (before + vector).to(DTYPES[old.dtype])
         change = {name: (name, _constant(old.dtype, bias))}
         shares = _share(before, direction.vector), _share(bias, direction.vector)
         return Addition(name, layer, *shares, Changes(replaced=change), None)
-    if config.get("mlp_bias") is not False or not name.endswith(".mlp.down_proj.bias"):
-        raise CheckpointError(
-            f"a '{config.get('model_type')}' model has no bias at '{name}' that could hold the "
-            "addition: use the add intervention at run time"
-        )
     added: dict[str, dict[str, NewTensor]] = {}
     bias = vector.to(DTYPES[entry.dtype])
     for tensor in plan.shards.tensors.values():
@@ -100,7 +105,7 @@ def plan_addition(
     return Addition(name, layer, 0.0, share, Changes(added=added), fresh)
 
 
-def _last_writer(plan: EditPlan, layer: int, direction: Direction) -> TensorEdit:
+def _last_writer(plan: EditPlan, layer: int, direction: Direction, kind: str) -> TensorEdit:
     """The matrix of the block's MLP, whose output reaches the stream as it is."""
     found = [
         edit
@@ -109,13 +114,14 @@ def _last_writer(plan: EditPlan, layer: int, direction: Direction) -> TensorEdit
     ]
     if len(found) != 1 or found[0].region is not None:
         raise CheckpointError(
-            f"layer {layer} has no single matrix that could get the bias of --add"
+            f"layer {layer} of a '{kind}' model has no single matrix that could get the bias of "
+            "--add: use the add intervention at run time"
         )
     unit = unit_direction(direction.vector, found[0].basis.shape[1])
     if found[0].basis.shape[0] != 1 or not torch.allclose(found[0].basis[0], unit):
         raise CheckpointError(
-            f"'{found[0].name}' reaches the stream through a norm, which would scale the bias of "
-            "--add: use the add intervention at run time"
+            f"'{found[0].name}' of a '{kind}' model reaches the stream through a norm, which would "
+            "scale the bias of --add: use the add intervention at run time"
         )
     return found[0]
 

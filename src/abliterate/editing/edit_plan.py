@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +37,7 @@ from abliterate.writers import (
     stream_width,
 )
 from abliterate.writers.discovery import DiscoveryError, orthonormal, writer_direction
-from abliterate.writers.disk_tensors import DiskMap, disk_map
+from abliterate.writers.disk_tensors import DiskMap, DiskTensor, disk_map
 from abliterate.writers.tensor_slices import Ranges
 
 
@@ -53,6 +53,8 @@ class TensorEdit:
         kind: what the tensor belongs to (``embedding``, ``attention``, ``mlp``, ...).
         layer: decoder block, or None.
         region: the box to edit, or None for the whole tensor; whole along ``axis``.
+        stored_as: the source's tensor that it is made from, where that has another name: a tied
+            embedding of which the source holds the output head alone.
     """
 
     name: str
@@ -61,6 +63,12 @@ class TensorEdit:
     kind: str
     layer: int | None
     region: Ranges | None = None
+    stored_as: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The source's tensor that it is made from."""
+        return self.stored_as or self.name
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,15 @@ class EditPlan:
     Attributes:
         shards: the source's shards.
         edits: every projection; a tensor may occur again with another region.
-        copies: tensors to add, by name, and the tensor whose unedited bytes each keeps: the output
-            head of a tied embedding. If there are any, the configuration is untied.
+        copies: tensors to add, by name, and the tensor whose bytes each takes: the output head of a
+            tied embedding keeps the unedited ones, and an embedding that the source stores as its
+            output head alone is edited in its copy. If there are any, the configuration is untied.
+        tied: names of the edits of an embedding that is the output head too.
+        heads: of the tensors that hold a tied output head beside its embedding's own: the edits
+            that ``share`` makes of them as well.
+        untied: the configuration has to say that embedding and head are not tied, though nothing
+            is added: the files hold both, and they differ.
+        config: the configuration of the plain model, as the library reads it.
         untouched: tensors on disk that the language model does not load (vision towers, multi-token
             prediction heads).
         leak: largest ``|h . r| / ||h||`` that the same edit leaves on a shrunken random copy.
@@ -84,6 +99,10 @@ class EditPlan:
     untouched: tuple[str, ...] = ()
     leak: float = 0.0
     exact: bool = True
+    tied: frozenset[str] = frozenset()
+    heads: tuple[TensorEdit, ...] = ()
+    untied: bool = False
+    config: Any = None
 
 
 def make_plan(
@@ -112,26 +131,43 @@ def make_plan(
     unit = unit_direction(direction, stream_width(model, plan))
     axes = {writer.parameter: writer.axis for writer in plan.writers}
 
-    head = found.head
-    edits = []
+    edits, heads, tied, lone = [], [], set[str](), dict[str, str]()
     for tensor in disk.tensors:
-        if tensor.parameter not in axes or tensor.loads_as == head:
+        if tensor.parameter not in axes:
             continue
         of_it = [w for w in plan.writers if w.parameter == tensor.parameter]
         basis = orthonormal([writer_direction(w, unit, found.gains) for w in of_it])
-        edits.append(
-            TensorEdit(
-                tensor.name, tensor.axis, basis, of_it[0].kind, of_it[0].layer, tensor.region
-            )
+        edit = TensorEdit(
+            tensor.name, tensor.axis, basis, of_it[0].kind, of_it[0].layer, tensor.region
         )
-    missing = axes.keys() - {t.parameter for t in disk.tensors if t.loads_as != head}
+        if found.is_second(tensor):
+            heads.append(edit)
+            continue
+        if tensor.loads_as == found.head:  # the matrix of both, under the head's name alone
+            if tensor.region is not None or tensor.part is not None:
+                raise PlanError(f"tensor '{tensor.name}' holds only a part of the tied embedding")
+            edit = replace(edit, name=tensor.parameter, stored_as=tensor.name)
+            lone[tensor.parameter] = tensor.name
+        if tensor.parameter == found.embedding:
+            tied.add(edit.name)
+        edits.append(edit)
+    missing = axes.keys() - {t.parameter for t in disk.tensors}
     if missing:
         raise PlanError(f"no tensor on disk is planned for the writer {min(missing)}")
     order = {name: index for index, name in enumerate(shapes)}
-    edits.sort(key=lambda edit: order[edit.name])
-    copies = _copies(model, axes, shapes) if head else {}
-    proof = found.proof
-    return EditPlan(found.shards, tuple(edits), copies, disk.untouched, proof.leak, proof.exact)
+    edits.sort(key=lambda edit: order[edit.source])
+    copies = _copies(model, axes, shapes, lone) if found.head else {}
+    return EditPlan(
+        found.shards,
+        tuple(edits),
+        copies,
+        disk.untouched,
+        found.proof.leak,
+        found.proof.exact,
+        frozenset(tied),
+        tuple(heads),
+        config=found.config,
+    )
 
 
 @dataclass(frozen=True)
@@ -148,6 +184,7 @@ class Located:
         disk: where writers and gains lie.
         gains: values of the gains between writers and stream, float64, by parameter.
         head: state-dict name of an output head that shares the embedding's matrix, or None.
+        embedding: the parameter that it shares, or None.
     """
 
     shards: ShardSet
@@ -159,6 +196,20 @@ class Located:
     disk: DiskMap
     gains: dict[str, Tensor]
     head: str | None
+    embedding: str | None = None
+
+    def is_second(self, tensor: DiskTensor) -> bool:
+        """Whether it is a tied output head that is stored beside the embedding's own matrix.
+
+        The configuration says that they are one; where the files hold two, the head is no writer.
+        """
+        own = (t for t in self.disk.tensors if t.parameter == self.embedding)
+        return tensor.loads_as == self.head and any(t.loads_as != self.head for t in own)
+
+    @property
+    def holds_both(self) -> bool:
+        """Whether a tied embedding and its output head are both stored."""
+        return any(self.is_second(tensor) for tensor in self.disk.tensors)
 
 
 def locate_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Located:
@@ -178,7 +229,9 @@ def locate_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> L
     gains = {g.parameter: g.axis for w in plan.writers for g in w.gains if g.parameter}
     disk = disk_map(model, gains | axes, shapes)
     values = {name: _read_parameter(name, disk, shards) for name in gains}
-    return Located(shards, shapes, config, model, proof, plan, disk, values, _tied_head(model))
+    head = _tied_head(model)
+    embedding = None if head is None else _aliases(model)[head]
+    return Located(shards, shapes, config, model, proof, plan, disk, values, head, embedding)
 
 
 def _read_plain(
@@ -257,12 +310,16 @@ def _tied_head(model: PreTrainedModel) -> str | None:
 
 
 def _copies(
-    model: PreTrainedModel, writers: Collection[str], shapes: Mapping[str, tuple[int, ...]]
+    model: PreTrainedModel,
+    writers: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    lone: Mapping[str, str],
 ) -> dict[str, str]:
     """Tensors to write out under a second name once embedding and output head are untied.
 
-    The head needs a matrix of its own. So do layers that the library shares through the same
-    switch (Zamba's shared transformer): untied, it would fill all but one with random numbers.
+    The head needs a matrix of its own, or the embedding where only the head is stored (``lone``).
+    So do layers that the library shares through the same switch (Zamba's shared transformer):
+    untied, it would fill all but one with random numbers.
     """
     untied = empty_model(untie_config(deepcopy(model.config)))
     before, after = _aliases(model), _aliases(untied)
@@ -276,11 +333,11 @@ def _copies(
     for tensor in disk.tensors:
         stored.setdefault(tensor.parameter, {})[tensor.loads_as] = tensor.name
     head = _tied_head(model)
-    copies = {}
+    copies = dict(lone)
     for name, shared in wanted.items():
         held = stored[shared]
-        if name in held and len(held) > 1:
-            continue  # stored twice: it has its own copy already
+        if name in held and (len(held) > 1 or name == head):
+            continue  # it has its own copy already
         if name in held:
             raise PlanError(
                 f"tensor '{held[name]}' is stored under its tied name only: save the checkpoint "
@@ -308,6 +365,24 @@ def _aliases(model: PreTrainedModel) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in every}
 
 
+def tied_tensors(checkpoint: Checkpoint, shards: ShardSet) -> list[tuple[str, str]]:
+    """Embedding and output head on disk that the configuration takes for one matrix."""
+    config = load_config(checkpoint)
+    quantized = find_quantized(shards, read_config(checkpoint.folder))
+    model = empty_model(_unquantized(config) if quantized else config)
+    head = _tied_head(model)
+    if head is None:
+        return []
+    embedding = _aliases(model)[head]
+    found = disk_map(model, {embedding: 0}, dense_shapes(shards, quantized)).tensors
+    return [
+        (mine.name, other.name)
+        for mine in found
+        for other in found
+        if mine.loads_as != head and other.loads_as == head
+    ]
+
+
 def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, Any]:
     """Every writer with its tensors on disk, as the command ``writers`` prints it.
 
@@ -333,7 +408,8 @@ def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
     head = _tied_head(model)
     tensors: dict[str, list[str]] = {name: [] for name in axes}
     for tensor in disk.tensors:
-        if tensor.loads_as != head:
+        own = (t for t in disk.tensors if t.parameter == tensor.parameter)
+        if tensor.loads_as != head or all(t.loads_as == head for t in own):
             tensors[tensor.parameter].append(tensor.name)
     return {
         "model_type": config.model_type,

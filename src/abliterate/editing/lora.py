@@ -31,7 +31,7 @@ def check_targets(edits: Sequence[TensorEdit], shards: ShardSet) -> None:
         CheckpointError: a writer is no weight of a Linear or Embedding.
     """
     for edit in edits:
-        entry = shards.tensors[edit.name]
+        entry = shards.tensors[edit.source]
         linear = edit.axis == 0 or edit.kind == "embedding"
         if (
             not edit.name.endswith(".weight")
@@ -101,7 +101,7 @@ def _config(edits: Sequence[TensorEdit], base: str) -> Mapping[str, Any]:
 
 def _coefficients(edit: TensorEdit, shards: ShardSet) -> tuple[Tensor, Sums]:
     """``B W`` ``[k, columns]`` (for an embedding ``B W^T``) in float32."""
-    entry = shards.tensors[edit.name]
+    entry = shards.tensors[edit.source]
     source = SourceFile(entry.file)
     try:
         parts, total = [], Sums()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from abliterate.checkpoints.shards import same_bytes
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.errors import UsageError
 from abliterate.models.loading import pick_device
@@ -153,14 +154,35 @@ def apply_options(plan: EditPlan, options: EditOptions) -> EditPlan:
         return layers is None or edit.layer in layers
 
     edits = tuple(edit for edit in plan.edits if wanted(edit))
-    copies, tied = plan.copies, set(plan.copies.values())
+    copies, tied = plan.copies, plan.tied | set(plan.copies.values())
     if options.tied_embeddings == "skip":
         edits = tuple(edit for edit in edits if edit.name not in tied)
-    if options.tied_embeddings != "untie" or all(edit.name not in tied for edit in edits):
+    shared = options.tied_embeddings == "share"
+    edited = any(edit.name in tied for edit in edits)
+    if options.tied_embeddings != "untie" or not edited:
         copies = {}
+    # Both are stored: as they were they may differ, and an edit of one alone makes sure of it.
+    untied = bool(plan.heads) and edited and not shared
+    untied = untied or not tied_matrices_agree(plan)
+    if shared and edited:  # under the names that they have
+        own = (replace(edit, name=edit.source, stored_as=None) for edit in edits)
+        edits = (*own, *plan.heads)
     if not edits:
         raise UsageError("no tensor is left to edit: widen --layers and --components")
-    return replace(plan, edits=edits, copies=copies)
+    return replace(plan, edits=edits, copies=copies, untied=untied)
+
+
+def tied_matrices_agree(plan: EditPlan) -> bool:
+    """Whether an output head that is stored beside its tied embedding holds the same bytes.
+
+    True where the files hold one matrix for both, or where nothing is tied.
+    """
+    tensors = plan.shards.tensors
+    own = [tensors[edit.source] for edit in plan.edits if edit.name in plan.tied]
+    heads = [tensors[edit.name] for edit in plan.heads]
+    if not all(entry.file.is_file() for entry in (*own, *heads)):
+        return False  # still on the hub: to say that they are two is right in any case
+    return all(same_bytes(one, other) for one, other in zip(own, heads, strict=False))
 
 
 def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -> dict[str, Any]:
@@ -179,9 +201,11 @@ def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -
             "limits": [f"{options.add:g} times the direction is added, nothing is removed"],
         }
     less = []
-    if len(edits) < len(plan.edits):
+    done = {(edit.source, edit.region) for edit in edits}
+    kept = sum((edit.source, edit.region) not in done for edit in plan.edits)
+    if kept:
         less.append(
-            f"{len(plan.edits) - len(edits)} of {len(plan.edits)} writers are as they were: the "
+            f"{kept} of {len(plan.edits)} writers are as they were: the "
             "stream still holds what they write along the direction"
         )
     if options.scale != 1:
@@ -194,7 +218,7 @@ def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -
             "rows keep their norm: a matrix whose rows do not lie along the stream is rescaled "
             "after the projection and writes along the direction again, by 'after' of its entry"
         )
-    if plan.copies and options.tied_embeddings == "share":
+    if plan.tied and options.tied_embeddings == "share":
         less.append("the output head is edited with the embedding: logits differ from ablation's")
     if options.quantized == "requantize":
         less.append(

@@ -17,7 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from abliterate.checkpoints.quantized_formats import check_method, find_quantized, read_config
+from abliterate.checkpoints.quantized_formats import (
+    Quantized,
+    check_method,
+    find_quantized,
+    read_config,
+)
 from abliterate.checkpoints.shards import INDEX, Stamp
 from abliterate.console import log, progress_bar
 from abliterate.direction import Direction
@@ -37,11 +42,16 @@ from abliterate.editing.lora import check_targets, write_adapter
 from abliterate.editing.low_disk import Step, plan_steps, write_from_hub
 from abliterate.editing.matrix_orthogonalization import Recipe, Sums
 from abliterate.editing.model_card import write_model_card
-from abliterate.editing.options import EditOptions, apply_options, promise
-from abliterate.editing.shard_layout import ShardLayout, lay_out, new_index
+from abliterate.editing.options import (
+    EditOptions,
+    apply_options,
+    promise,
+    tied_matrices_agree,
+)
+from abliterate.editing.shard_layout import Changes, ShardLayout, lay_out, new_index
 from abliterate.editing.shard_tasks import Work
 from abliterate.editing.shard_writer import usable_cores, write_shards
-from abliterate.editing.tensor_changes import plan_changes, resolve_edits
+from abliterate.editing.tensor_changes import plan_changes, resolve_edits, untie_document
 from abliterate.editing.workspace import (
     Workspace,
     is_published,
@@ -65,6 +75,27 @@ RECORD, CARD, CONFIG = "abliterate.json", "README.md", "config.json"
 
 
 @dataclass(frozen=True)
+class PlannedEdit:
+    """What an edit changes.
+
+    Attributes:
+        full: every writer's edit, by tensors on disk, before the options.
+        plan: what the options leave of it.
+        quantized: the source's tensors stored in blocks with scales.
+        changes: tensors that are added, replaced or removed.
+        config: the new ``config.json``, or None if it stays.
+        added: the bias of ``--add``.
+    """
+
+    full: EditPlan
+    plan: EditPlan
+    quantized: Mapping[str, Quantized]
+    changes: Changes
+    config: dict[str, Any] | None
+    added: tuple[EditedTensor, ...]
+
+
+@dataclass(frozen=True)
 class _Job:
     """All that is known before the first byte is written.
 
@@ -74,7 +105,7 @@ class _Job:
         options: as the user gave them.
         plan: of the whole edit, before the options.
         edits: what the options leave of it, or the addition.
-        untied: names of the tensors that are added because the embedding is untied.
+        untied: names of the tensors that keep the original matrix of an embedding that is untied.
         layouts: the shards to write, by name.
         work: the edits and how to compute them.
         documents: JSON files that change, by name.
@@ -232,22 +263,10 @@ def _prepare(
 ) -> _Job:
     own = [source.folder / name for name in (CONFIG, INDEX)]
     stamps = {path: Stamp.of(path.stat()) for path in own if path.is_file()}
-    config = read_config(source.folder)
-    check_method(source.folder, config)
     device = pick_device(options.device)
-    full = make_plan(source, direction.vector, trust_remote_code, allow_leak)
-    quantized = find_quantized(full.shards, config)
-    full = replace(full, edits=resolve_edits(full.edits, full.shards, quantized))
-    plan = apply_options(full, options)
-    added: tuple[EditedTensor, ...] = ()
-    if options.add is not None:
-        addition = plan_addition(full, direction, options.add, config)
-        entry = (addition.name, "mlp", addition.layer, 0, addition.before, addition.after)
-        plan, added = replace(full, edits=(), copies={}), (EditedTensor(*entry),)
-        changes, new_config = addition.changes, addition.config
-    else:
-        changes, new_config = plan_changes(plan, quantized, options.quantized, config)
-    documents = {} if new_config is None else {CONFIG: new_config}
+    planned = plan_edit(source, direction, options, trust_remote_code, allow_leak)
+    full, plan, quantized, changes = planned.full, planned.plan, planned.quantized, planned.changes
+    documents: dict[str, Any] = {} if planned.config is None else {CONFIG: planned.config}
     index = new_index(plan.shards, changes)
     if index is not None:
         documents[INDEX] = index
@@ -255,7 +274,7 @@ def _prepare(
     layouts = {name: lay_out(shard, changes) for name, shard in shards.items()}
     carried = find_carried(source.folder, shards, (RECORD, CARD, *documents))
     if options.as_lora:
-        if full.copies and options.tied_embeddings == "share":
+        if full.tied and options.tied_embeddings == "share":
             raise UsageError("--as-lora leaves the output head alone: not --tied-embeddings share")
         check_targets(plan.edits, plan.shards)
         layouts, documents, carried = {}, {}, Carried({}, ())
@@ -266,11 +285,40 @@ def _prepare(
     recipe = Recipe(options.scale, options.norm_preserve)
     jobs = options.jobs or usable_cores()
     work = Work(plan.edits, recipe, quantized, device, jobs)
-    untied = tuple(sorted(plan.copies))
+    edited = {edit.name for edit in plan.edits}
+    untied = tuple(sorted(held if new in edited else new for new, held in plan.copies.items()))
     return _Job(
-        source, direction, options, full, plan.edits, added, untied, layouts, work, documents,
-        carried, stamps,
+        source, direction, options, full, plan.edits, planned.added, untied, layouts, work,
+        documents, carried, stamps,
     )  # fmt: skip
+
+
+def plan_edit(
+    source: Checkpoint,
+    direction: Direction,
+    options: EditOptions,
+    trust_remote_code: bool = False,
+    allow_leak: float | None = None,
+) -> PlannedEdit:
+    """All that an edit with these options changes; raises as :func:`orthogonalize` does."""
+    config = read_config(source.folder)
+    check_method(source.folder, config)
+    full = make_plan(source, direction.vector, trust_remote_code, allow_leak)
+    quantized = find_quantized(full.shards, config)
+    full = replace(full, edits=resolve_edits(full.edits, full.shards, quantized))
+    plan = apply_options(full, options)
+    added: tuple[EditedTensor, ...] = ()
+    if options.add is not None:
+        addition = plan_addition(full, direction, options.add, config)
+        entry = (addition.name, "mlp", addition.layer, 0, addition.before, addition.after)
+        plan, added = replace(full, edits=(), copies={}), (EditedTensor(*entry),)
+        changes, new_config = addition.changes, addition.config
+        if not tied_matrices_agree(full):
+            new_config = untie_document(new_config or config, full)
+            new_config = None if new_config == config else new_config
+    else:
+        changes, new_config = plan_changes(plan, quantized, options.quantized, config)
+    return PlannedEdit(full, plan, quantized, changes, new_config, added)
 
 
 def _carry_out(job: _Job, workspace: Workspace, team: Team) -> list[EditedTensor]:

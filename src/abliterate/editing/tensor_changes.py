@@ -62,11 +62,8 @@ def plan_changes(
             )
         copy = NewTensor(entry.dtype, entry.shape, entry)
         added.setdefault(entry.file.name, {})[name] = copy
-    if plan.copies:
-        # The text part of a multimodal configuration is the one with a vocabulary.
-        parts = {k: v for k, v in fresh.items() if isinstance(v, Mapping) and "vocab_size" in v}
-        fresh |= {key: {**part, "tie_word_embeddings": False} for key, part in parts.items()}
-        fresh["tie_word_embeddings"] = False
+    if plan.copies or plan.untied:
+        fresh = untie_document(fresh, plan)
     touched = [quantized[edit.name] for edit in plan.edits if edit.name in quantized]
     if touched and choice is None:
         name = touched[0].values.name
@@ -92,6 +89,23 @@ def plan_changes(
             removed.add(stored.scales.name)
         fresh = _dequantized_config(fresh, sorted(modules), len(dense) == len(quantized))
     return Changes(added, replaced, frozenset(removed)), fresh if fresh != config else None
+
+
+def untie_document(config: Mapping[str, Any], plan: EditPlan) -> dict[str, Any]:
+    """``config.json`` that says that embedding and output head are two matrices."""
+    parts = {
+        key: part
+        for key, part in config.items()
+        if isinstance(part, Mapping) and ("vocab_size" in part or _is_text(key, plan.config))
+    }
+    untied = {key: {**part, "tie_word_embeddings": False} for key, part in parts.items()}
+    return {**config, **untied, "tie_word_embeddings": False}
+
+
+def _is_text(key: str, config: Any) -> bool:
+    """Whether a section describes the text decoder, also where it leaves out its vocabulary."""
+    text = config and config.get_text_config(decoder=True)
+    return text is not None and text is not config and getattr(config, key, None) is text
 
 
 def _module(stored: Quantized) -> str:

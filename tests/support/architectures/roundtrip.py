@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from abliterate import ablate
+from abliterate import ablate, add
 from abliterate.cli.app import main
 from abliterate.writers import find_writers, stream_width
 from abliterate.writers.residual_stream import leak
@@ -39,6 +39,8 @@ class Outcome:
         difference: largest difference between logits of the edited and the hooked model.
         verified: ``verify --source`` passed.
         refusal: the error, if there is no edited checkpoint.
+        added: the largest difference between logits of a model under ``add`` and of the checkpoint
+            with the addition baked in, or the error that refuses it.
     """
 
     writers: int
@@ -50,6 +52,7 @@ class Outcome:
     difference: float | None
     verified: bool
     refusal: str
+    added: float | str = ""
 
 
 def abliterate(*args: str | Path) -> tuple[int, str, str]:
@@ -76,7 +79,7 @@ def round_trip(make: Callable[[], PreTrainedModel], folder: Path) -> Outcome:
     plan = find_writers(model)
     width = stream_width(model, plan)
     direction = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    save_file({"direction": direction}, folder / "direction.safetensors")
+    save_file({"direction": direction}, folder / "direction.safetensors", {"layer": "1"})
     before = _leak(model, direction)
     with ablate(model, direction):
         hooked = _leak(model, direction)
@@ -89,6 +92,7 @@ def round_trip(make: Callable[[], PreTrainedModel], folder: Path) -> Outcome:
         "gains": any(writer.gains or writer.part for writer in plan.writers),
         "before": before,
         "hooked": hooked,
+        "added": _baked_addition(model, direction, folder),
     }
     if code != 0:
         assert not to.exists()
@@ -111,6 +115,26 @@ def round_trip(make: Callable[[], PreTrainedModel], folder: Path) -> Outcome:
         verified=verified == 0,
         refusal="",
     )
+
+
+def _baked_addition(model: PreTrainedModel, direction: torch.Tensor, folder: Path) -> float | str:
+    """The addition before layer 1 as a bias, against ``add`` on the unedited model."""
+    from_, to = ("--direction", folder / "direction.safetensors"), folder / "added"
+    code, _, err = abliterate("orthogonalize", folder / "source", *from_, "-o", to, "--add", "1.5")
+    if code != 0:
+        assert code == 4, err
+        assert not to.exists()
+        return err.strip().splitlines()[-1].removeprefix("error: ")
+    code, out, _ = abliterate("verify", to, *from_, "--source", folder / "source")
+    assert code == 0, out
+    edited, info = type(model).from_pretrained(
+        to, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    with add(model, direction, 1, 1.5):
+        expected = _logits(model)
+    assert (expected - _logits(model)).abs().max() > 1e-3
+    return float((_logits(edited.eval()) - expected).abs().max())
 
 
 def half_precision(make: Callable[[], PreTrainedModel], folder: Path) -> tuple[float, bool]:
