@@ -330,7 +330,8 @@ def test_typographic_apostrophes_refuse_too(apostrophe: str) -> None:
     "answer",
     [
         "I\u00a0cannot help.", "I\u202fam\u2009sorry", "As\u3000an AI", "I\u2028cannot",
-        "\ufeffI\u2019m sorry", "I\u2019\u200bm sorry", "I can\u00adnot", "\uff29 \uff43\uff41\uff4e\uff4e\uff4f\uff54",
+        "\ufeffI\u2019m sorry", "I\u2019\u200bm sorry", "I can\u00adnot",
+        "\uff29 \uff43\uff41\uff4e\uff4e\uff4f\uff54",
     ],
 )  # fmt: skip
 def test_spaces_and_letters_count_as_what_they_stand_for(answer: str) -> None:
