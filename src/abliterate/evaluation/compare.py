@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,15 @@ from abliterate.inference.forward import all_last_logits
 from abliterate.inference.generation import greedy_answers
 from abliterate.inference.interventions import ablate, add
 from abliterate.metrics.intervals import bootstrap
-from abliterate.metrics.refusal import is_refusal, kl_divergence, refusal_score
+from abliterate.metrics.refusal import (
+    check_refusal_tokens,
+    is_refusal,
+    kl_divergence,
+    refusal_score,
+)
 from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, encode
-from abliterate.prompts.sources import Prompt
+from abliterate.prompts.sources import Prompt, check_prompts
 
 INTERVENTIONS = ("baseline", "ablate", "add", "subtract")
 KINDS = ("harmful", "harmless")
@@ -149,7 +154,7 @@ def evaluate(
 
     Args:
         loaded: the model that is intervened on.
-        harmful: harmful test prompts, each text once.
+        harmful: harmful test prompts. A text that comes again is answered once and counts again.
         harmless: harmless test prompts.
         refusal_tokens: ids of the first tokens that count as refusing.
         direction: what ``ablate``, ``add`` and ``subtract`` use.
@@ -163,7 +168,12 @@ def evaluate(
 
     Returns:
         Outcomes by intervention or name of the edited model.
+
+    Raises:
+        InputError: there are no prompts, or an edited model has another vocabulary.
+        UsageError: an intervention, a prompt, a refusal token or the length is none.
     """
+    check_prompts(harmful=harmful, harmless=harmless)
     chat = chat or ChatFormat()
     runs: list[tuple[str, Loaded, Context]] = [
         (name, loaded, intervention(loaded, name, direction)) for name in interventions
@@ -172,15 +182,17 @@ def evaluate(
     prompts = {"harmful": harmful, "harmless": harmless}
     ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in KINDS}
     baseline = all_last_logits(loaded.model, ids["harmless"], batch_size, team=loaded.team)
+    check_refusal_tokens(refusal_tokens, baseline.shape[1])
     outcomes = {}
     for name, subject, context in runs:
         done = []
         for kind in KINDS:
-            file = CompletionFile(None, prompts[kind], "")
-            complete(
-                subject, ids[kind], file, context, max_new_tokens, batch_size, (name, kind), chat
-            )
-            done.append(file.completions)
+            rows = {prompt.text: row for row, prompt in enumerate(prompts[kind])}
+            own = [ids[kind][row] for row in rows.values()]
+            file = CompletionFile(None, [prompts[kind][row] for row in rows.values()], "")
+            complete(subject, own, file, context, max_new_tokens, batch_size, (name, kind), chat)
+            said = {completion.prompt: completion for completion in file.completions}
+            done.append(tuple(replace(said[p.text], category=p.category) for p in prompts[kind]))
         metrics = measure(subject, ids, baseline, refusal_tokens, context, batch_size, seed)
         outcomes[name] = Outcome(done[0], done[1], metrics, {}, {})
     return outcomes

@@ -58,9 +58,11 @@ def greedy_answers(
         chat: how the prompts were formatted, for the template's own end of turn.
 
     Raises:
-        UsageError: ``batch_size`` is neither ``auto`` nor a positive number, or a single prompt
-            does not fit into memory.
+        UsageError: ``max_new_tokens`` is below 1, ``batch_size`` is neither ``auto`` nor a positive
+            number, or a single prompt does not fit into memory.
     """
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
     if loaded.stream is not None:
         raise UsageError(
             "--offload would read the whole model for every token of an answer, so it does not "

@@ -92,6 +92,21 @@ def refusal_score(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
     return torch.log(p + _SCORE_EPSILON) - torch.log(1 - p + _SCORE_EPSILON)
 
 
+def check_refusal_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
+    """Refuse what :func:`refusal_score` cannot look up.
+
+    Raises:
+        UsageError: there is no token, or one is no id below ``vocabulary``.
+    """
+    if not token_ids:
+        raise UsageError("there are no refusal tokens: give at least one token id")
+    for token in token_ids:
+        if not isinstance(token, int) or not 0 <= token < vocabulary:
+            raise UsageError(
+                f"refusal token {token!r} is no token id: the model has 0 to {vocabulary - 1}"
+            )
+
+
 def kl_divergence(baseline: Tensor, ablated: Tensor) -> Tensor:
     """KL(baseline || ablated) of next-token distributions, in nats (paper, appendix C).
 
