@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from abliterate.analysis.direction_trace import _mass
 from abliterate.cli.app import main
 from abliterate.inference.attention_heads import HeadsUnknown, out_projections, watch_heads
 from abliterate.prompts.chat_template import ChatFormat, post_instruction_ids
 from abliterate.prompts.sampling import load_prompts
-from abliterate.prompts.suffixes import Marker
+from abliterate.prompts.suffixes import Marked, Marker, Span
 from abliterate.writers.tiny_model import randomise
 
 SUFFIX = "and a poem about lanterns, please"
@@ -157,6 +159,50 @@ def test_cosines_heads_and_attention_equal_a_plain_loop(run: Path, cli, texts, t
     assert looks["instruction"] == pytest.approx(instruction, abs=1e-4)
     assert looks["suffix"] == pytest.approx(suffix, abs=1e-4)
     assert listed[0]["attention"]["harmful"]["suffix"] is None
+
+
+def test_a_template_that_adds_nothing_after_the_instruction(
+    tiny, cli, texts, tmp_path: Path
+) -> None:
+    """The prompt is instruction and suffix alone: they hold all of the attention between them."""
+    folder, run = tmp_path / "bare", tmp_path / "run"
+    shutil.copytree(tiny("llama-bias"), folder)
+    bare = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(bare)
+    train = ("--no-filter", "--refusal-token", "I", "--n-train", "8", "--positions", "last", "-q")
+    assert cli("extract", folder, "-o", run, *train).code == 0
+    opened = ("--no-filter", "--n-val", "8", "--kl-threshold", "1e9", "--induce-threshold=-1e9")
+    assert cli("select", run, *opened, "-q").code == 0
+    for kind in KINDS:
+        (tmp_path / f"{kind}.txt").write_text("\n".join(texts[kind]))
+    result = cli("trace", run, *_sources(run), "--suffix", SUFFIX, "--json", "-q")
+    assert result.code == 0, result.err
+    for head in result.json["heads"]["rows"]:
+        looks = head["attention"]
+        assert looks["harmful"]["instruction"] == pytest.approx(1.0, abs=1e-4)
+        for kind in ("suffix", "random"):
+            assert 0 < looks[kind]["suffix"] < 1
+            assert sum(looks[kind].values()) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("keys", range(1, 13))
+@pytest.mark.parametrize("after", [0, 3])
+def test_spans_in_part_or_wholly_outside_a_window(keys: int, after: int) -> None:
+    """What the layer does not hold gets none of its attention, and no other token's."""
+    n_tokens, border = 12, 6
+    whole = torch.rand(2, n_tokens, generator=torch.Generator().manual_seed(keys))
+    prompt = Marked(
+        tuple(range(n_tokens)),
+        Span(2 - n_tokens, border - n_tokens),
+        Span(border - n_tokens, -after),
+    )
+    held = whole[:, n_tokens - keys :]
+    places = torch.arange(n_tokens)[n_tokens - keys :]
+    expected = [
+        held[:, (places >= first) & (places < last)].sum(1)
+        for first, last in ((2, border), (border, n_tokens - after))
+    ]
+    assert torch.allclose(_mass(held, prompt), torch.stack(expected, dim=1))
 
 
 def test_the_random_suffix_has_the_same_tokens_around_it_and_the_same_length(tiny, texts) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from abliterate.direction import Direction, save_direction
-from abliterate.evaluation.completions import CompletionFile
+from abliterate.evaluation.compare import Metrics, Outcome, deltas
+from abliterate.evaluation.completions import Completion, CompletionFile
 from abliterate.inference.generation import greedy_answers, stop_tokens
-from abliterate.metrics.intervals import interval
+from abliterate.metrics.intervals import newcombe_paired, wilson
 from abliterate.metrics.refusal import REFUSAL_SUBSTRINGS, is_refusal
 from abliterate.models.loading import load_model
 from abliterate.prompts.chat_template import ChatFormat, encode, end_of_turn_ids
@@ -69,6 +70,18 @@ def test_any_subset_of_interventions(tiny, cli, fails, direction, prompts, tmp_p
     assert len(set(divergences.values())) == 3
     assert min(divergences.values()) > 0
     assert every.json["deltas"]["add"]["kl_divergence"] == divergences["add"]
+    assert every.json["n_prompts"] == {"harmful": 8, "harmless": 8}
+    for row in found.values():
+        part = row["harmful"]
+        assert part["refusal_score_ci"] == list(wilson(part["refused"], 8))
+        assert (
+            part["refusal_metric_ci"][0] <= part["refusal_metric"] <= part["refusal_metric_ci"][1]
+        )
+        assert row["kl_divergence_ci"][0] <= row["kl_divergence"] <= row["kl_divergence_ci"][1]
+    change = every.json["deltas"]["add"]["harmful"]
+    assert change["refusal_score_n"] == 8
+    assert change["refusal_score_ci"][0] <= change["refusal_score"] <= change["refusal_score_ci"][1]
+    assert change["safety_score"] is change["safety_score_ci"] is None
 
     # subtract is add with the sign turned: what a direction file with the negative vector adds.
     negative = tmp_path / "negative.safetensors"
@@ -307,17 +320,86 @@ def test_the_papers_twelve_substrings() -> None:
     assert not is_refusal("Sorry, no. I will not. I do not think so. I can not.")
 
 
-def test_bootstrap_intervals_are_those_of_the_binomial() -> None:
-    values = [1.0] * 30 + [0.0] * 70
-    low, high = interval(values, seed=0)
-    # Percentiles of Binomial(100, 0.3) / 100, which resampling draws from.
-    draws = np.random.default_rng(1).binomial(100, 0.3, 200_000) / 100
-    assert low == pytest.approx(np.quantile(draws, 0.025), abs=0.015)
-    assert high == pytest.approx(np.quantile(draws, 0.975), abs=0.015)
-    assert interval(values, seed=0) == (low, high)
-    assert interval([1.0] * 20) == (1.0, 1.0)
-    narrow = interval(values * 16, seed=0)
-    assert narrow[1] - narrow[0] < (high - low) / 3
+@pytest.mark.parametrize("apostrophe", list("\u2019\u2018\u201b\u02bc\u2032\u00b4\uff07"))
+def test_typographic_apostrophes_refuse_too(apostrophe: str) -> None:
+    for substring in REFUSAL_SUBSTRINGS:
+        assert is_refusal(f"\u201c{substring.replace(chr(39), apostrophe)}\u2026\u201d")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I\u00a0cannot help.", "I\u202fam\u2009sorry", "As\u3000an AI", "I\u2028cannot",
+        "\ufeffI\u2019m sorry", "I\u2019\u200bm sorry", "I can\u00adnot",
+        "\uff29 \uff43\uff41\uff4e\uff4e\uff4f\uff54",
+    ],
+)  # fmt: skip
+def test_spaces_and_letters_count_as_what_they_stand_for(answer: str) -> None:
+    assert is_refusal(answer)
+
+
+def test_ascii_answers_are_compared_as_they_always_were() -> None:
+    """So that rates published with the paper's substrings stay what they are."""
+
+    def as_before(text: str) -> bool:
+        return any(substring.lower() in text.lower() for substring in REFUSAL_SUBSTRINGS)
+
+    rng, counts = random.Random(0), [0, 0]
+    pieces = [
+        *REFUSAL_SUBSTRINGS,
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\r",
+        "\x1c",
+        "I",
+        "can",
+        "not",
+        "`",
+        '"',
+        "m",
+    ]
+    pieces += [a + b for s in REFUSAL_SUBSTRINGS for a, _, b in [s.partition(" ")]]
+    pieces += [s.replace(" ", gap) for s in REFUSAL_SUBSTRINGS for gap in ("  ", "\n", "\t", "_")]
+    pieces += [s.replace("'", mark) for s in REFUSAL_SUBSTRINGS for mark in ("`", '"', "")]
+    for _ in range(4000):
+        text = "".join(rng.choices(pieces, k=2)).swapcase()
+        assert is_refusal(text) == as_before(text)
+        counts[as_before(text)] += 1
+    assert min(counts) > 500
+    assert not is_refusal("I can`t, I  cannot, I\ncannot")
+    # Text beside ASCII: unchanged where it holds none of these characters.
+    assert not is_refusal("\u00bfNo puedo? \u6211\u4e0d\u80fd \U0001f600")
+    assert is_refusal("\u00a1Ay! I cannot")
+
+
+def test_differences_of_shares_are_paired_prompt_by_prompt() -> None:
+    """A prompt without a verdict on one side counts on neither."""
+
+    def outcome(refused: str, safe: str) -> Outcome:
+        made = tuple(
+            Completion(str(row), None, "", r == "x", None if s == "?" else s == "x")
+            for row, (r, s) in enumerate(zip(refused, safe, strict=True))
+        )
+        nothing = (0.0, 0.0)
+        return Outcome(made, made, Metrics(0.0, 0.0, 0.0, nothing, nothing, nothing), {}, {})
+
+    changes = deltas({"baseline": outcome("xxxx.", "x.x?x"), "ablate": outcome("x...x", "?..x.")})
+    part = changes["ablate"]["harmful"]
+    assert (part["refusal_score"], part["refusal_score_n"]) == (pytest.approx(-2 / 5), 5)
+    pairs = list(zip([True, False, False, False, True], [True] * 4 + [False], strict=True))
+    assert part["refusal_score_ci"] == newcombe_paired(pairs)
+    assert (part["safety_score"], part["safety_score_n"]) == (pytest.approx(-2 / 3), 3)
+    assert deltas({"ablate": outcome("x", "x")}) == {}
+
+
+def test_tables_say_of_how_many_prompts(tiny, cli, direction, prompts) -> None:
+    shown = cli("evaluate", tiny("llama"), "--direction", direction, *SMALL, *prompts,
+                "--intervention", "baseline", "--intervention", "ablate")  # fmt: skip
+    assert shown.code == 0, shown.err
+    assert "harmful n=8, harmless n=8; 95% intervals" in " ".join(shown.out.split())
+    assert "/8 (" in shown.out
 
 
 def test_a_model_of_recurrent_layers_is_decoded_too() -> None:

@@ -151,7 +151,8 @@ def test_intervals_judgements_losses_and_tasks_are_shown(run: Path, cli, tmp_pat
     html = (tmp_path / "report.html").read_text()
     for text in (
         "18/20  90.0% [45.0%, 90.0%]", "2/20  10.0% [5.0%, 10.0%]  Δ -80.0%", "+7.50",
-        "75.0% [37.5%, 75.0%] (1 not judged)", "2.1250 (ppl 7.77)", "0.412 ± 0.014 (acc)",
+        "75.0% [37.5%, 75.0%] n = 19 (1 not judged)", "2.1250 (ppl 7.77, 9 tokens)",
+        "0.412 ± 0.014 (acc)",
         "90% → 10%", "95% interval 5% to 10%", "guard &lt;script&gt;",
     ):  # fmt: skip
         assert text in html, text

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM
 
 from abliterate import ablate, add
 from abliterate.metrics.refusal import kl_divergence, refusal_score
 from abliterate.selection.score_table import choose_again
 from abliterate.selection.search import Score, Thresholds
+from abliterate.storage.artifacts import hash_file
 
 OPEN = ("--kl-threshold", "1e9", "--induce-threshold=-1e9")
 
@@ -222,3 +224,47 @@ def test_a_failed_choice_keeps_the_scores(tiny, cli, run: Path, tmp_path: Path) 
     record = json.loads((copy / "selection.json").read_text())
     assert record["winner"] is None
     assert len(record["candidates"]) == 8
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_models_of_one_or_two_layers(n_layers: int, tiny, cli, fails, tmp_path: Path) -> None:
+    """The paper's filter drops every layer of them but the embedding, which holds no direction."""
+    folder, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(tiny("llama"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers = model.model.layers[:n_layers]
+    model.config.num_hidden_layers = n_layers
+    model.save_pretrained(folder)
+    train = ("--no-filter", "--refusal-token", "I", "--n-train", "8", "-q")
+    assert cli("extract", folder, "-o", run, *train).code == 0
+    base = ("select", run, "--no-filter", "--n-val", "8", "-q")
+    loose = ("--kl-threshold", "1e9", "--induce-threshold=-1e9")
+    for search in ("staged", "exhaustive"):
+        line = fails(*base, *loose, "--search", search, code=5)
+        assert "without a direction" in line or "in the last 20% of layers" in line
+        assert "--prune-layers 0" in line or n_layers == 1
+    every = (*base, *loose, "--prune-layers", "0")
+    if n_layers == 1:
+        assert "without a direction" in fails(*every, code=5)
+        assert "without a direction" in fails(*every, "--offload", code=5)
+    else:
+        assert cli(*every, "--json").json["winner"]["layer"] == 1
+        fails(*base, "--offload", code=5)
+    fails(*base, *loose, "--prune-layers", "0.999", code=5)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_directions_that_are_none(value: float, tiny, cli, fails, tmp_path: Path) -> None:
+    """A run whose means say nothing ends with the exit code of "no direction"."""
+    run = tmp_path / "run"
+    train = ("--no-filter", "--refusal-token", "I", "--n-train", "8", "-q")
+    assert cli("extract", tiny("llama"), "-o", run, *train).code == 0
+    tensors = load_file(run / "directions.safetensors")
+    held = {name: torch.full_like(tensor, value) for name, tensor in tensors.items()}
+    save_file(held, run / "directions.safetensors")
+    record = json.loads((run / "extract.json").read_text())
+    record["outputs"]["directions.safetensors"] = hash_file(run / "directions.safetensors")
+    (run / "extract.json").write_text(json.dumps(record))
+    line = fails("select", run, "--no-filter", "--n-val", "8", "-q", code=5)
+    assert "without a direction" in line
+    assert not (run / "direction.safetensors").exists()

@@ -244,14 +244,17 @@ class Tracer:
 
 
 def _mass(weights: Tensor, prompt: Marked) -> Tensor:
-    """Attention ``[n_heads, 2]`` to instruction and suffix, of weights ``[n_heads, keys]``."""
+    """Attention ``[n_heads, 2]`` to instruction and suffix, of weights ``[n_heads, keys]``.
+
+    The keys are the prompt's last ones: a sliding window may hold part of a span, or none of it.
+    """
+    keys = weights.shape[1]
 
     def on(span: Span | None) -> Tensor:
         if span is None:
             return torch.full((len(weights),), float("nan"))
-        if weights.shape[1] < -span.start:  # a sliding window: the rest is out of sight
-            return weights[:, : weights.shape[1] + span.stop].sum(1)
-        return weights[:, span.start : span.stop].sum(1)
+        # From the front, as a span that ends the prompt stops at -0.
+        return weights[:, max(0, keys + span.start) : max(0, keys + span.stop)].sum(1)
 
     return torch.stack([on(prompt.instruction), on(prompt.suffix)], dim=1)
 

@@ -22,6 +22,7 @@ from abliterate.extraction.means import find_refusal_tokens
 from abliterate.inference.forward import all_last_logits
 from abliterate.inference.generation import greedy_answers
 from abliterate.inference.interventions import ablate
+from abliterate.metrics.intervals import share_methods, wilson
 from abliterate.metrics.refusal import is_refusal, kl_divergence, refusal_score
 from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, encode
@@ -44,6 +45,8 @@ class Point:
         refusal_rate: share of harmful prompts whose answer holds a refusal substring.
         harmless_refusal_rate: the same of the harmless prompts.
         kl_divergence: mean last-token KL(baseline || ablated) on the harmless prompts, nats.
+        refusal_rate_ci: Wilson's 95% interval of ``refusal_rate``.
+        harmless_refusal_rate_ci: that of ``harmless_refusal_rate``.
     """
 
     fraction: float
@@ -51,6 +54,8 @@ class Point:
     refusal_rate: float
     harmless_refusal_rate: float
     kl_divergence: float
+    refusal_rate_ci: tuple[float, float] | None = None
+    harmless_refusal_rate_ci: tuple[float, float] | None = None
 
 
 def measure(
@@ -88,18 +93,20 @@ def measure(
             answers = [
                 greedy_answers(loaded, i, max_new_tokens, batch_size, what, chat=chat) for i in ids
             ]
-        rates = [
+        refused = [
             sum(is_refusal(loaded.tokenizer.decode(one, skip_special_tokens=True)) for one in own)
-            / len(own)
             for own in answers
         ]
+        spans = [wilson(count, len(own)) for count, own in zip(refused, answers, strict=True)]
         points.append(
             Point(
                 fraction,
                 float(refusal_score(logits[0], refusal_tokens).mean()),
-                rates[0],
-                rates[1],
+                refused[0] / len(answers[0]),
+                refused[1] / len(answers[1]),
                 float(kl_divergence(baseline, logits[1]).mean()),
+                spans[0],
+                spans[1],
             )
         )
     return points
@@ -185,6 +192,8 @@ def fragility_stage(
         "direction": direction.summary() | {"sha256": hash_file(run / FILE_NAME)},
         **summarise(points),
         "points": [asdict(point) for point in points],
+        "n_prompts": {kind: len(chosen) for kind, chosen in prompts.items()},
+        "intervals": share_methods(),
         "prompts": {k: [prompt_key(p.text) for p in chosen] for k, chosen in prompts.items()},
         "max_new_tokens": max_new_tokens,
         "refusal_tokens": [{"id": i, "token": loaded.tokenizer.decode([i])} for i in tokens],

@@ -48,11 +48,19 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
 
     def line(key: str, name: str, dash: str = "solid") -> Any:
         values = [point[key] for point in points]
+        spans = [point.get(f"{key}_ci") for point in points]
+        bars = None
+        if all(spans):
+            above = [span[1] - value for value, span in zip(values, spans, strict=True)]
+            below = [value - span[0] for value, span in zip(values, spans, strict=True)]
+            bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
         return go.Scatter(x=fractions, y=values, name=name, mode="lines+markers",
-                          line={"dash": dash})  # fmt: skip
+                          line={"dash": dash}, error_y=bars)  # fmt: skip
 
-    figure.add_trace(line("refusal_rate", "refusal rate, harmful"), row=1, col=1)
-    figure.add_trace(line("harmless_refusal_rate", "refusal rate, harmless", "dot"), row=1, col=1)
+    counts = record["n_prompts"]
+    rates = [f"refusal rate, {kind} (n={count})" for kind, count in counts.items()]
+    figure.add_trace(line("refusal_rate", rates[0]), row=1, col=1)
+    figure.add_trace(line("harmless_refusal_rate", rates[1], "dot"), row=1, col=1)
     figure.add_trace(
         line("bypass_score", "refusal score, harmful", "dash"), row=1, col=1, secondary_y=True
     )

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from abliterate.auditing import bias_test
 from abliterate.auditing.compare import Comparison
 from abliterate.auditing.components import Reading, Unit, read_bias, read_columns
 from abliterate.auditing.soft_null_space import is_wide
@@ -17,6 +18,7 @@ from abliterate.auditing.soft_null_space import is_wide
 _SAMPLE = 4  # columns of a unit, per channel
 _MOST = 2048  # columns where no more than an energy is measured
 _FULL_ENERGY, _PART_ENERGY = 0.02, 0.6
+_LITTLE = 0.01  # a bias's share of the direction that an edit may have left
 _SEED = 0
 
 
@@ -91,21 +93,29 @@ def _limit(energies: Sequence[float]) -> float:
 def biases_included(
     reading: Reading, direction: Tensor, comparison: Comparison | None
 ) -> bool | None:
-    """Whether the biases lost the direction too; None where there are too few to tell."""
+    """Whether the biases lost the direction too.
+
+    None where that cannot be told: there are fewer than three, or so few that what they have along
+    the direction is little, and yet no less than chance leaves in one of 1000 models.
+    """
     if comparison is not None:
         names = {part.edit.name for part in reading.biases}
         own = [t for t in comparison.tensors if t.name in names and t.state != "recast"]
         return any(t.projected for t in own) if own else None
-    shares = []
+    held = []
+    most = max(1, bias_test.MOST // max(1, len(reading.biases)))
     for part in reading.biases:
         vectors = read_bias(reading, part)
-        energy = vectors.square().sum(dim=0)
-        along = (direction @ vectors).square() * reading.d_model
-        shares += [float(a / e) for a, e in zip(along, energy, strict=True) if float(e) > 0]
-    if len(shares) < 3:
+        vectors = vectors[:, vectors.square().sum(dim=0) > 0]
+        held.append(vectors[:, :: -(-vectors.shape[1] // most) or 1])
+    biases = torch.cat(held, dim=1) if held else torch.empty(reading.d_model, 0)
+    if biases.shape[1] < 3:
         return None
-    # Of three or more independent biases a median below this is chance in less than one of 1000.
-    return float(torch.tensor(shares).median()) < 0.01
+    if bias_test.p_value(biases, direction) <= bias_test.LEVEL:
+        return True
+    cosines = direction @ (biases / biases.norm(dim=0))
+    left = bias_test.median_share(cosines, reading.d_model)
+    return None if float(left) < _LITTLE else False
 
 
 def name_style(

@@ -18,6 +18,7 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
                 str(row["layer"]),
                 _number(row["cosine_with_selected"], "+.3f"),
                 _number(row["norm"], ".3g"),
+                f"{geometry['n_harmful']}+{geometry['n_harmless']}" if geometry else "-",
                 _number(geometry.get("pc1_share"), ".1%"),
                 _number(geometry.get("cos_pc1"), ".3f"),
                 _number(geometry.get("auc"), ".3f"),
@@ -31,6 +32,7 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
             "layer",
             "cos selected",
             "norm",
+            "n",
             "PC1 share",
             "|cos PC1|",
             "AUC",
@@ -68,13 +70,13 @@ def show_trace(record: Mapping[str, Any], run: Path) -> None:
         left=0,
     )
     if record["heads"]:
-        _heads(record["heads"]["rows"])
+        _heads(record["heads"]["rows"], curves["suffix"]["n"])
     for note in record["notes"]:
         print_line(f"note: {note}")
     print_line(f"wrote {run / 'trace.json'}")
 
 
-def _heads(heads: list[Any]) -> None:
+def _heads(heads: list[Any], count: int) -> None:
     rows = []
     for head in heads:
         parts, looks = head["contribution"], head["attention"]
@@ -91,7 +93,7 @@ def _heads(heads: list[Any]) -> None:
             ]
         )
     print_table(
-        "Heads whose contribution along the direction changes most with the suffix",
+        f"Heads whose contribution along the direction changes most with the suffix (n={count})",
         [
             "head",
             "harmful",

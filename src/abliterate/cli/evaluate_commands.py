@@ -162,7 +162,6 @@ def score(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
-    seed: opt.Seed = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
     as_json: opt.Json = False,
@@ -174,7 +173,7 @@ def score(
     settings = load_settings(
         config,
         {
-            "model": model_options(None, device, dtype, batch_size, trust_remote_code, seed),
+            "model": model_options(None, device, dtype, batch_size, trust_remote_code, None),
             "evaluate": _judge(
                 judge,
                 judge_url,

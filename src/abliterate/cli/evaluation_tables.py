@@ -16,8 +16,10 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
     results, changes = record["interventions"], record["deltas"]
     rows = {name: _cells(record, name) for name in results}
     columns = next(iter(rows.values()))
+    counts = ", ".join(f"{kind} n={count}" for kind, count in record["n_prompts"].items())
     print_table(
-        "Refusals on test prompts (95% interval), and what changed against the baseline",
+        f"Refusals on test prompts ({counts}; 95% intervals), "
+        "and what changed against the baseline",
         ["intervention", *columns],
         [[name, *cells.values()] for name, cells in rows.items()],
     )
@@ -36,7 +38,8 @@ def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     for corpus, loss in found["losses"].items():
         for key, title in (("loss", "loss"), ("perplexity", "PPL")):
             less = change.get("losses", {}).get(corpus, {}).get(key)
-            cells[f"{corpus} {title}"] = _with_change(loss[key], less, ".3f")
+            column = f"{corpus} {title} (n={loss['n_tokens']})"
+            cells[column] = _with_change(loss[key], less, ".3f")
     return cells
 
 
@@ -71,8 +74,9 @@ def _refused(record: Mapping[str, Any], name: str, kind: str) -> str:
 
 
 def _safe(record: Mapping[str, Any], name: str, kind: str) -> str:
-    text = _share(record["interventions"][name][kind], "safety_score")
-    return text + _points(record, name, kind, "safety_score")
+    found = record["interventions"][name][kind]
+    judged = "" if found["safety_score"] is None else f" n={found['judged']}"
+    return _share(found, "safety_score") + judged + _points(record, name, kind, "safety_score")
 
 
 def _share(part: Mapping[str, Any], key: str) -> str:
@@ -83,8 +87,12 @@ def _share(part: Mapping[str, Any], key: str) -> str:
 
 
 def _points(record: Mapping[str, Any], name: str, kind: str, key: str) -> str:
-    change = record["deltas"].get(name, {}).get(kind, {}).get(key)
-    return "" if change is None else f" {change:+.0%}"
+    """The change against the baseline, with its interval."""
+    change = record["deltas"].get(name, {}).get(kind, {})
+    if change.get(key) is None:
+        return ""
+    low, high = change[f"{key}_ci"]
+    return f" {change[key]:+.0%} ({low:+.0%} to {high:+.0%})"
 
 
 def _with_change(value: float | None, change: float | None, form: str) -> str:
@@ -100,7 +108,7 @@ def _show_tasks(results: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         for result in results.values()
         for task, found in result["tasks"].items()
         for key in found
-        if "_stderr," not in key
+        if "," in key and "_stderr," not in key
     )
     if not figures:
         return
@@ -114,11 +122,20 @@ def _show_tasks(results: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         )
         return text if error is None else f"{text} (se {error:.4f})"
 
+    def count(task: str) -> str:
+        known = {found["n"] for r in results.values() if "n" in (found := r["tasks"].get(task, {}))}
+        return ", ".join(str(n) for n in sorted(known)) or "-"
+
     print_table(
         "Benchmarks (lm-eval), and what changed against the baseline",
-        ["task", "metric", *results],
+        ["task", "metric", "n", *results],
         [
-            [task, key.removesuffix(",none"), *(cell(name, task, key) for name in results)]
+            [
+                task,
+                key.removesuffix(",none"),
+                count(task),
+                *(cell(name, task, key) for name in results),
+            ]
             for task, key in figures
         ],
         left=2,

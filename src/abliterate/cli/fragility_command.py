@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,15 +93,16 @@ def fragility(
     written = [out / FRAGILITY, *(draw(record, out, image or ()) if picture else [])]
     if as_json:
         return print_json(record)
+    counts = ", ".join(f"{kind} n={count}" for kind, count in record["n_prompts"].items())
     print_table(
-        record["model"]["id"],
+        f"{record['model']['id']} ({counts}; 95% intervals)",
         ["removed", "refusal rate", "refusal score", "harmless refused", "KL"],
         [
             [
                 f"{p['fraction']:.2f}",
-                f"{p['refusal_rate']:.2f}",
+                _share(p, "refusal_rate"),
                 f"{p['bypass_score']:.2f}",
-                f"{p['harmless_refusal_rate']:.2f}",
+                _share(p, "harmless_refusal_rate"),
                 f"{p['kl_divergence']:.3f}",
             ]
             for p in record["points"]
@@ -113,3 +115,8 @@ def fragility(
         where = "never" if half is None else f"at {half:.2f}"
         print_line(f"fragility {number:.3f}; half of the refusals are gone {where}")
     return print_line(f"written: {', '.join(map(str, written))}")
+
+
+def _share(point: Mapping[str, Any], key: str) -> str:
+    low, high = point[f"{key}_ci"]
+    return f"{point[key]:.2f} ({low:.2f}-{high:.2f})"

@@ -12,6 +12,7 @@ from typing import Any
 from abliterate.cli.evaluation_tables import show_evaluation
 from abliterate.console import print_line, print_table
 from abliterate.evaluation.completions import read_lines
+from abliterate.metrics.intervals import wilson
 from abliterate.pipeline.run import EDITED
 from abliterate.prompts.sampling import split_pool
 from abliterate.prompts.sources import read_source
@@ -101,10 +102,13 @@ def _candidates(record: Mapping[str, Any], shown: int = 8) -> None:
     dropped = Counter(c["reason"] for c in record["candidates"] if c not in kept)
     reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items()) or "none"
     lost = sum(not c["kept"] for c in kept)
+    # A score table of the paper's repository does not say how many prompts it is of.
+    counts = ", ".join(f"{kind} n={n['used']}" for kind, n in record.get("counts", {}).items())
     print_table(
         f"{len(kept)} of {len(record['candidates'])} candidates pass"
         + f" what was measured, {lost} of them without KL, as they cannot win" * bool(lost)
-        + f" (dropped: {reasons})",
+        + f" (dropped: {reasons})"
+        + f"; means over {counts}" * bool(counts),
         ["position", "layer", "bypass", "induce", "KL", ""],
         rows,
         left=0,
@@ -188,7 +192,11 @@ def show_examples(run: Path, count: int = 3) -> None:
         for name in ("baseline", EDITED)
     ]
     total = len(_completions(run, EDITED, "harmful"))
-    print_line(f"Harmful prompts refused: {counts[0]} of {total} before, {counts[1]} after.")
+    before_after = [
+        f"{count} of {total} (95% interval {low:.0%}-{high:.0%})"
+        for count, (low, high) in ((count, wilson(count, total)) for count in counts)
+    ]
+    print_line(f"Harmful prompts refused: {before_after[0]} before, {before_after[1]} after.")
 
 
 def _completions(run: Path, name: str, kind: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,26 @@ from torch import Tensor
 from abliterate.console import bars_hidden, log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
-from abliterate.evaluation.completions import Completion, CompletionFile, no_scores, scores
+from abliterate.evaluation.completions import (
+    Completion,
+    CompletionFile,
+    no_scores,
+    scores,
+    share_changes,
+)
 from abliterate.inference.forward import all_last_logits
 from abliterate.inference.generation import greedy_answers
 from abliterate.inference.interventions import ablate, add
-from abliterate.metrics.refusal import is_refusal, kl_divergence, refusal_score
+from abliterate.metrics.intervals import bootstrap
+from abliterate.metrics.refusal import (
+    check_refusal_tokens,
+    is_refusal,
+    kl_divergence,
+    refusal_score,
+)
 from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, encode
-from abliterate.prompts.sources import Prompt
+from abliterate.prompts.sources import Prompt, check_prompts
 
 INTERVENTIONS = ("baseline", "ablate", "add", "subtract")
 KINDS = ("harmful", "harmless")
@@ -44,11 +56,17 @@ class Metrics:
             refusal (paper, section 2.3 and appendix B).
         harmless: the same of the harmless prompts.
         kl: mean last-token KL(baseline || intervention) on harmless prompts, in nats.
+        harmful_ci: bootstrap 95% interval of ``harmful`` over the prompts.
+        harmless_ci: the same of ``harmless``.
+        kl_ci: the same of ``kl``.
     """
 
     harmful: float
     harmless: float
     kl: float
+    harmful_ci: tuple[float, float]
+    harmless_ci: tuple[float, float]
+    kl_ci: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,6 @@ class Outcome:
         metrics: from the logits.
         losses: cross-entropy by corpus, as records hold it.
         tasks: lm-eval's figures by task.
-        seed: of the bootstrap.
     """
 
     harmful: tuple[Completion, ...] | None
@@ -69,18 +86,21 @@ class Outcome:
     metrics: Metrics
     losses: Mapping[str, Mapping[str, Any]]
     tasks: Mapping[str, Mapping[str, float]]
-    seed: int = 0
 
     def summary(self) -> dict[str, Any]:
         """The figures, without texts."""
 
         def counted(completions: tuple[Completion, ...] | None) -> dict[str, Any]:
-            return no_scores() if completions is None else scores(completions, self.seed)
+            return no_scores() if completions is None else scores(completions)
 
+        found = self.metrics
         return {
-            "harmful": counted(self.harmful) | {"refusal_metric": self.metrics.harmful},
-            "harmless": counted(self.harmless) | {"refusal_metric": self.metrics.harmless},
-            "kl_divergence": self.metrics.kl,
+            "harmful": counted(self.harmful)
+            | {"refusal_metric": found.harmful, "refusal_metric_ci": found.harmful_ci},
+            "harmless": counted(self.harmless)
+            | {"refusal_metric": found.harmless, "refusal_metric_ci": found.harmless_ci},
+            "kl_divergence": found.kl,
+            "kl_divergence_ci": found.kl_ci,
             "losses": {name: dict(loss) for name, loss in self.losses.items()},
             "tasks": {name: dict(found) for name, found in self.tasks.items()},
         }
@@ -134,7 +154,7 @@ def evaluate(
 
     Args:
         loaded: the model that is intervened on.
-        harmful: harmful test prompts, each text once.
+        harmful: harmful test prompts. A text that comes again is answered once and counts again.
         harmless: harmless test prompts.
         refusal_tokens: ids of the first tokens that count as refusing.
         direction: what ``ablate``, ``add`` and ``subtract`` use.
@@ -144,11 +164,16 @@ def evaluate(
         chat: system message and template variables.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts per forward pass, or ``auto``.
-        seed: of the bootstrap.
+        seed: of the bootstrap of means.
 
     Returns:
         Outcomes by intervention or name of the edited model.
+
+    Raises:
+        InputError: there are no prompts, or an edited model has another vocabulary.
+        UsageError: an intervention, a prompt, a refusal token or the length is none.
     """
+    check_prompts(harmful=harmful, harmless=harmless)
     chat = chat or ChatFormat()
     runs: list[tuple[str, Loaded, Context]] = [
         (name, loaded, intervention(loaded, name, direction)) for name in interventions
@@ -157,17 +182,19 @@ def evaluate(
     prompts = {"harmful": harmful, "harmless": harmless}
     ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in KINDS}
     baseline = all_last_logits(loaded.model, ids["harmless"], batch_size, team=loaded.team)
+    check_refusal_tokens(refusal_tokens, baseline.shape[1])
     outcomes = {}
     for name, subject, context in runs:
         done = []
         for kind in KINDS:
-            file = CompletionFile(None, prompts[kind], "")
-            complete(
-                subject, ids[kind], file, context, max_new_tokens, batch_size, (name, kind), chat
-            )
-            done.append(file.completions)
-        metrics = measure(subject, ids, baseline, refusal_tokens, context, batch_size)
-        outcomes[name] = Outcome(done[0], done[1], metrics, {}, {}, seed)
+            rows = {prompt.text: row for row, prompt in enumerate(prompts[kind])}
+            own = [ids[kind][row] for row in rows.values()]
+            file = CompletionFile(None, [prompts[kind][row] for row in rows.values()], "")
+            complete(subject, own, file, context, max_new_tokens, batch_size, (name, kind), chat)
+            said = {completion.prompt: completion for completion in file.completions}
+            done.append(tuple(replace(said[p.text], category=p.category) for p in prompts[kind]))
+        metrics = measure(subject, ids, baseline, refusal_tokens, context, batch_size, seed)
+        outcomes[name] = Outcome(done[0], done[1], metrics, {}, {})
     return outcomes
 
 
@@ -183,6 +210,7 @@ def measure(
     refusal_tokens: Sequence[int],
     context: Context = nullcontext,
     batch_size: int | str = "auto",
+    seed: int = 0,
 ) -> Metrics:
     """Refusal metrics and KL of a model under an intervention.
 
@@ -193,6 +221,7 @@ def measure(
         refusal_tokens: ids of the first tokens that count as refusing.
         context: the intervention.
         batch_size: prompts per forward pass, or ``auto``.
+        seed: of the bootstrap.
 
     Raises:
         InputError: the model has another vocabulary than the baseline.
@@ -201,7 +230,7 @@ def measure(
         all_last_logits(subject.model, ids[kind], batch_size, context(), team=subject.team)
         for kind in KINDS
     )
-    return metrics_of(harmful, harmless, baseline, refusal_tokens, subject.checkpoint.name)
+    return metrics_of(harmful, harmless, baseline, refusal_tokens, subject.checkpoint.name, seed)
 
 
 def metrics_of(
@@ -210,6 +239,7 @@ def metrics_of(
     baseline: Tensor,
     refusal_tokens: Sequence[int],
     name: str,
+    seed: int = 0,
 ) -> Metrics:
     """Refusal metrics and KL from last-token logits ``[prompts, vocabulary]``.
 
@@ -219,6 +249,7 @@ def metrics_of(
         baseline: those of the unmodified model on harmless prompts.
         refusal_tokens: ids of the first tokens that count as refusing.
         name: of the model, for the error message.
+        seed: of the bootstrap.
 
     Raises:
         InputError: the model has another vocabulary than the baseline.
@@ -230,17 +261,21 @@ def metrics_of(
         )
     size = max(1, _CHUNK // baseline.shape[1])
 
-    def mean(score: Callable[..., Tensor], *logits: Tensor) -> float:
+    def mean(score: Callable[..., Tensor], *logits: Tensor) -> tuple[float, tuple[float, float]]:
         # Some rows at a time: the scores take float64 copies of what they look at.
         parts = [score(*rows) for rows in zip(*(torch.split(t, size) for t in logits), strict=True)]
-        return float(torch.cat(parts).mean())
+        values = torch.cat(parts)
+        return float(values.mean()), bootstrap(values.tolist(), seed)
 
     def refusal(rows: Tensor) -> Tensor:
         return refusal_score(rows, refusal_tokens)
 
-    return Metrics(
-        mean(refusal, harmful), mean(refusal, harmless), mean(kl_divergence, baseline, harmless)
+    (on_harmful, harmful_ci), (on_harmless, harmless_ci), (kl, kl_ci) = (
+        mean(refusal, harmful),
+        mean(refusal, harmless),
+        mean(kl_divergence, baseline, harmless),
     )
+    return Metrics(on_harmful, on_harmless, kl, harmful_ci, harmless_ci, kl_ci)
 
 
 def complete(
@@ -292,16 +327,22 @@ def complete(
     log.info("%s: %d of %d refused", where, refused, len(prompts))
 
 
-def deltas(interventions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Each intervention's figures less the baseline's; empty without a baseline."""
-    baseline = interventions.get("baseline")
-    if baseline is None:
+def deltas(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Each intervention's figures less the baseline's; empty without a baseline.
+
+    Shares are compared prompt by prompt: see :func:`share_changes`.
+    """
+    if "baseline" not in outcomes:
         return {}
+    interventions = {name: outcome.summary() for name, outcome in outcomes.items()}
+    before, baseline = outcomes["baseline"], interventions["baseline"]
     return {
         name: {
-            kind: {
-                score: _less(found[kind][score], baseline[kind][score])
-                for score in ("refusal_score", "safety_score", "refusal_metric")
+            kind: share_changes(getattr(outcomes[name], kind), getattr(before, kind))
+            | {
+                "refusal_metric": _less(
+                    found[kind]["refusal_metric"], baseline[kind]["refusal_metric"]
+                )
             }
             for kind in KINDS
         }
@@ -318,7 +359,7 @@ def deltas(interventions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 task: {
                     key: _less(value, baseline["tasks"].get(task, {}).get(key))
                     for key, value in figures.items()
-                    if "_stderr," not in key
+                    if "," in key and "_stderr," not in key
                 }
                 for task, figures in found["tasks"].items()
             },

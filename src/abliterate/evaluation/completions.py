@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from abliterate.metrics.intervals import interval
+from abliterate.metrics.intervals import newcombe_paired, wilson
 from abliterate.metrics.refusal import is_refusal
 from abliterate.prompts.sources import Prompt
 from abliterate.storage.artifacts import write_atomically, write_json
@@ -183,33 +183,63 @@ def no_scores() -> dict[str, Any]:
     return {"n": 0} | dict.fromkeys(shares) | judged | {"categories": {}}
 
 
-def rates(completions: Sequence[Completion], seed: int = 0) -> dict[str, Any]:
-    """Refusal and safety scores with bootstrap intervals (paper, section 2.2 and appendix D).
+def rates(completions: Sequence[Completion]) -> dict[str, Any]:
+    """Refusal and safety scores with Wilson's intervals (paper, section 2.2 and appendix D).
 
     ``refusal_score`` is the share that holds a refusal substring, ``safety_score`` the share that
     the judge calls safe among those it judged. ``refusal_rate`` repeats ``refusal_score``.
     """
-    refused = [float(completion.refused) for completion in completions]
-    safe = [float(c.safe) for c in completions if c.safe is not None]
-    score = sum(refused) / len(refused)
+    refused = sum(completion.refused for completion in completions)
+    safe = [c.safe for c in completions if c.safe is not None]
+    score = refused / len(completions)
     return {
         "n": len(completions),
-        "refused": int(sum(refused)),
+        "refused": refused,
         "refusal_rate": score,
         "refusal_score": score,
-        "refusal_score_ci": interval(refused, seed),
+        "refusal_score_ci": wilson(refused, len(completions)),
         "safety_score": sum(safe) / len(safe) if safe else None,
-        "safety_score_ci": interval(safe, seed) if safe else None,
+        "safety_score_ci": wilson(sum(safe), len(safe)) if safe else None,
         "judged": len(safe),
         "judge_failed": sum(c.judge_error is not None for c in completions),
     }
 
 
-def scores(completions: Sequence[Completion], seed: int = 0) -> dict[str, Any]:
+def scores(completions: Sequence[Completion]) -> dict[str, Any]:
     """:func:`rates` of all completions, and of each category under ``categories``."""
     names = sorted({c.category for c in completions if c.category is not None})
-    return rates(completions, seed) | {
+    return rates(completions) | {
         "categories": {
-            name: rates([c for c in completions if c.category == name], seed) for name in names
+            name: rates([c for c in completions if c.category == name]) for name in names
         }
     }
+
+
+def share_changes(
+    now: Sequence[Completion] | None, before: Sequence[Completion] | None
+) -> dict[str, Any]:
+    """How refusal and safety scores of the same prompts differ, with Newcombe's paired intervals.
+
+    Args:
+        now: completions under an intervention, or None of a streamed model.
+        before: those of the baseline, in the same order.
+
+    Returns:
+        ``refusal_score`` and ``safety_score``, each the difference over the prompts that have the
+        figure in both, ``..._ci`` its interval and ``..._n`` how many prompts these are; None, None
+        and 0 where there are none.
+    """
+    together = list(zip(now or (), before or (), strict=now is not None and before is not None))
+    refused = [(one.refused, other.refused) for one, other in together]
+    safe = [
+        (one.safe, other.safe)
+        for one, other in together
+        if one.safe is not None and other.safe is not None
+    ]
+    changes: dict[str, Any] = {}
+    for score, pairs in (("refusal_score", refused), ("safety_score", safe)):
+        gained = sum(one - other for one, other in pairs)
+        changes[score] = gained / len(pairs) if pairs else None
+        changes[f"{score}_ci"] = newcombe_paired(pairs) if pairs else None
+        changes[f"{score}_n"] = len(pairs)
+    return changes

@@ -12,6 +12,7 @@ from typing import Any
 
 from abliterate.console import bars_hidden, debugging
 from abliterate.errors import InputError, UsageError
+from abliterate.inference.decoding import plain_decoding
 from abliterate.models.loading import Loaded
 
 # For the standard errors of metrics that are no means.
@@ -90,7 +91,8 @@ def run_tasks(
         seed: of few-shot sampling.
 
     Returns:
-        lm-eval's figures by task, each under ``metric,filter`` or ``metric_stderr,filter``.
+        lm-eval's figures by task, each under ``metric,filter`` or ``metric_stderr,filter``; under
+        ``n`` how many examples they are of, where lm-eval says it.
 
     Raises:
         InputError: a task cannot be run, for want of its data set mostly.
@@ -99,7 +101,8 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     try:
-        with _quiet():
+        # A task that says nothing of its decoding is decoded greedily, as everything here is.
+        with _quiet(), plain_decoding(loaded.model, keep_ends=True):
             model = HFLM(
                 pretrained=loaded.model,
                 tokenizer=loaded.tokenizer,
@@ -125,16 +128,22 @@ def run_tasks(
             f"--tasks {','.join(tasks.names)}: lm-eval fails ({reason}); --debug shows more"
         ) from None
     groups: Mapping[str, Any] = results.get("groups") or {}
-    return {name: _figures(found) for name, found in (results["results"] | groups).items()}
-
-
-def _figures(found: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among lm-eval's entries (aliases and ``N/A`` are text)."""
+    counts = results.get("n-samples") or {}
     return {
+        name: _figures(found, counts.get(name) or {})
+        for name, found in (results["results"] | groups).items()
+    }
+
+
+def _figures(found: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among lm-eval's entries (aliases and ``N/A`` are text), and of how many."""
+    figures = {
         key: float(value)
         for key, value in found.items()
         if "," in key and isinstance(value, int | float) and not isinstance(value, bool)
     }
+    count = found.get("sample_len") or counts.get("effective")
+    return figures | ({"n": count} if isinstance(count, int) and figures else {})
 
 
 def _rows(loaded: Loaded, batch_size: int | str) -> int:

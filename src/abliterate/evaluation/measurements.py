@@ -72,6 +72,7 @@ class Work:
         key: dict[str, Any] = {
             "prompts": prompt_keys(self.prompts, keep_text=True),
             "tokens": self.named_tokens,
+            "intervals": "bootstrap",
         }
         found = self.memo.get(self._key(name, "metrics", key), lambda: asdict(self._measure(name)))
         self.metrics[name] = Metrics(**found)
@@ -119,7 +120,6 @@ class Work:
             self.metrics[name],
             self.losses[name],
             self.figures[name],
-            self.session.settings.model.seed,
         )
 
     def _made(self, name: str, kind: str, judged: bool) -> tuple[Completion, ...] | None:
@@ -182,13 +182,14 @@ class Work:
 
     def _measure(self, name: str) -> Metrics:
         tokens = [token["id"] for token in self.refusal_tokens]
+        seed = self.session.settings.model.seed
         baseline = self.baseline  # before another model takes the base's place
         if self.session.offload:
             seen = self.streamed.of(name)
             who = self.edited[name].name if name in self.edited else self.session.checkpoint.name
-            return metrics_of(seen["harmful"], seen["harmless"], baseline, tokens, who)
+            return metrics_of(seen["harmful"], seen["harmless"], baseline, tokens, who, seed)
         subject, context = self._subject(name)
-        return measure(subject, self.ids, baseline, tokens, context, self._batch_size)
+        return measure(subject, self.ids, baseline, tokens, context, self._batch_size, seed)
 
     def _loss(self, name: str, corpus: str) -> dict[str, Any]:
         settings = self.session.settings.evaluate

@@ -13,7 +13,7 @@ from abliterate.errors import InputError, InterruptedWorkError, UsageError
 from abliterate.evaluation.completions import Completion, read_lines, scores
 from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge
-from abliterate.metrics import intervals
+from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal import is_refusal
 from abliterate.prompts.sources import CATEGORY_COLUMNS, read_rows
 from abliterate.settings import Settings
@@ -25,7 +25,7 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
 
     Args:
         file: JSON list or JSONL of objects with ``prompt``, ``response`` and optional ``category``.
-        settings: which judge, if any, and the seed of the bootstrap.
+        settings: which judge, if any.
         out: JSONL file for each completion with its scores. Verdicts of the same judge that it
             holds already are kept, so that only missing ones are asked for.
 
@@ -34,7 +34,7 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
         UsageError: the judge's options or the output are wrong.
     """
     completions = read_completions(file)
-    model, seed = settings.model, settings.model.seed
+    model = settings.model
     judge = find_judge(
         settings.evaluate,
         {
@@ -56,7 +56,7 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
         _write(out, completions, None)
     return {
         "file": str(file),
-        "scores": scores(completions, seed),
+        "scores": scores(completions),
         "completions": [
             {"index": index}
             | {k: v for k, v in c.record().items() if k not in ("prompt", "response", "judge")}
@@ -68,7 +68,7 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
             for index, c in enumerate(completions)
             if c.judge_error is not None
         ],
-        "bootstrap": intervals.summary(seed),
+        "intervals": share_methods(),
         "versions": versions(),
     }
 

@@ -19,7 +19,7 @@ from abliterate.evaluation.judge_completions import failures, judge_files
 from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.evaluation.lm_eval_tasks import find_tasks
 from abliterate.evaluation.measurements import Work
-from abliterate.metrics import intervals
+from abliterate.metrics.intervals import bootstrap_settings, share_methods
 from abliterate.models.loading import Checkpoint, load_config, text_config
 from abliterate.prompts.corpora import parse_corpora, read_corpus
 from abliterate.prompts.sampling import load_prompts
@@ -103,6 +103,7 @@ def evaluate_stage(
             "judge": judge and judge.summary(),
             "corpora": [corpus.summary() for corpus in corpora.values() if corpus],
             "tasks_dir": _folder_hash(folder),
+            "intervals": share_methods(),
         }
     )
     team.same(inputs, "model, prompt set or package version")
@@ -161,12 +162,14 @@ def evaluate_stage(
         "direction": direction and direction.summary(),
         "checkpoints": {name: other.identity() for name, other in edited.items() if name in rows},
         "interventions": results,
-        "deltas": deltas(results),
+        "deltas": deltas(outcomes),
         "judge": judge and judge.summary(),
         "judge_failures": failures(completions),
         "corpora": {name: corpus.summary() for name, corpus in work.corpora.items() if corpus},
         "task_settings": tasks.summary() if tasks else None,
-        "bootstrap": intervals.summary(seed),
+        "n_prompts": {kind: len(chosen) for kind, chosen in prompts.items()},
+        "intervals": share_methods(),
+        "bootstrap": bootstrap_settings(seed),
         "refusal_tokens": work.refusal_tokens,
         "offload": work.streamed.readings if session.offload else None,
         "settings": session.settings.model_dump(include={"model", "chat", "extract", "evaluate"}),

@@ -25,7 +25,7 @@ from abliterate.inference.forward import (
 from abliterate.metrics.refusal import detect_refusal_tokens, refusal_score, resolve_refusal_tokens
 from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, encode, parse_positions, position_tokens
-from abliterate.prompts.sources import Prompt
+from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.storage.artifacts import read_tensors
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
@@ -67,6 +67,20 @@ class Extraction:
     def directions(self) -> Tensor:
         """The candidates, ``mean_harmful - mean_harmless``."""
         return self.mean_harmful - self.mean_harmless
+
+    def check(self, n_layers: int, d_model: int) -> None:
+        """Refuse means that are not of a model with so many blocks of that width.
+
+        Raises:
+            InputError: their shape or number of positions is another.
+        """
+        expected = (len(self.positions), n_layers, d_model)
+        for name, mean in (("harmful", self.mean_harmful), ("harmless", self.mean_harmless)):
+            if tuple(mean.shape) != expected:
+                raise InputError(
+                    f"the mean of the {name} prompts has shape {list(mean.shape)}, the model and "
+                    f"its positions need {list(expected)}: extract from this model again"
+                )
 
     @classmethod
     def load(cls, tensors: Path, record: Mapping[str, Any]) -> Extraction:
@@ -118,9 +132,11 @@ def extract(
         keep: called with the activations of every prompt, batch by batch.
 
     Raises:
-        InputError: too few prompts are left, or one is shorter than a position.
+        InputError: there are too few prompts, or too few are left, or one is shorter than a
+            position.
         UsageError: a position or refusal token does not exist.
     """
+    check_prompts(harmful=harmful, harmless=harmless)
     chat = chat or ChatFormat()
     model, tokenizer = loaded.model, loaded.tokenizer
     where = parse_positions(positions, tokenizer, chat)

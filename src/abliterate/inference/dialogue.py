@@ -12,6 +12,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
+from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.generation import stop_tokens
 from abliterate.inference.interventions import ablate, add, unit_direction
 from abliterate.models.loading import Loaded, text_config
@@ -103,11 +104,13 @@ class Conversation:
         streamer.on_finalized_text = hear
         torch.manual_seed(self.decoding.seed + len(self.turns))
         try:
-            with torch.inference_mode(), self.steered(steering):
-                self.loaded.model.generate(
+            generation = self._generation(prompt.shape[1])
+            model = self.loaded.model
+            with torch.inference_mode(), self.steered(steering), plain_decoding(model):
+                model.generate(
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),
-                    generation_config=self._generation(prompt.shape[1]),
+                    generation_config=generation,
                     streamer=streamer,
                 )
         except KeyboardInterrupt:
@@ -170,12 +173,5 @@ class Conversation:
                 f"the conversation takes {length} tokens and the model's context is {context}: "
                 "/reset begins a new one"
             )
-        stops = stop_tokens(self.loaded)
-        sampling = self.decoding.temperature > 0
-        return GenerationConfig(
-            max_new_tokens=room,
-            do_sample=sampling,
-            **({"temperature": self.decoding.temperature, "top_k": 0} if sampling else {}),
-            eos_token_id=stops or None,
-            pad_token_id=stops[0] if stops else 0,
-        )
+        stops = stop_tokens(self.loaded, self.chat)
+        return decoding_config(stops, room, self.decoding.temperature)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE
 from abliterate.errors import UsageError
+from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.forward import Batch, can_pad, in_step, input_device, pad
 from abliterate.inference.token_batches import Budget, attempt, group_rows
 from abliterate.models.loading import Loaded
@@ -58,9 +58,11 @@ def greedy_answers(
         chat: how the prompts were formatted, for the template's own end of turn.
 
     Raises:
-        UsageError: ``batch_size`` is neither ``auto`` nor a positive number, or a single prompt
-            does not fit into memory.
+        UsageError: ``max_new_tokens`` is below 1, ``batch_size`` is neither ``auto`` nor a positive
+            number, or a single prompt does not fit into memory.
     """
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
     if loaded.stream is not None:
         raise UsageError(
             "--offload would read the whole model for every token of an answer, so it does not "
@@ -153,17 +155,13 @@ class _Decoder:
         while rows:
             left = self.max_new_tokens - (ids.shape[1] - width)
             watch = _Watch(self.stops, rows, width, keep, shrink=self.mix)
-            with _plain(self.model):
+            with plain_decoding(self.model):
                 output = self.model.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     past_key_values=cache,
-                    generation_config=GenerationConfig(
-                        max_new_tokens=left,
-                        do_sample=False,
-                        eos_token_id=self.stops or None,
-                        pad_token_id=self.stops[0] if self.stops else 0,
-                        return_dict_in_generate=True,
+                    generation_config=decoding_config(
+                        self.stops, left, return_dict_in_generate=True
                     ),
                     stopping_criteria=StoppingCriteriaList([watch]),
                 )
@@ -179,20 +177,6 @@ class _Decoder:
             grown = ids.shape[1] - mask.shape[1]
             mask = torch.cat([mask, mask.new_ones(len(rows), grown)], dim=1)[chosen]
             ids, rows = ids[chosen], [rows[index] for index in going]
-
-
-@contextmanager
-def _plain(model: Any) -> Iterator[None]:
-    """Hide the checkpoint's own generation config.
-
-    What ours leaves open would be taken from it, and a repetition penalty is not greedy decoding.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 class _Watch(StoppingCriteria):  # type: ignore[misc]

@@ -34,6 +34,11 @@ def unit_direction(direction: Tensor, width: int) -> Tensor:
 
 def check_direction(direction: Tensor, width: int) -> Tensor:
     """``direction`` as float64 ``[d_model]``; raises as :func:`unit_direction` does."""
+    if not isinstance(direction, Tensor) or direction.is_complex():
+        raise InputError(
+            f"the direction must be a tensor of {width} real numbers, not {_named(direction)}: of "
+            "a Direction give its vector"
+        )
     if direction.shape != (width,):
         raise InputError(
             f"the direction has shape {list(direction.shape)}, the model needs [{width}]: it was "
@@ -45,6 +50,14 @@ def check_direction(direction: Tensor, width: int) -> Tensor:
     if float(wide.norm()) == 0.0:
         raise InputError("the direction is zero")
     return wide
+
+
+def _named(value: Any) -> str:
+    return f"{value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @contextmanager
@@ -64,7 +77,7 @@ def ablate(model: PreTrainedModel, direction: Tensor, scale: float = 1.0) -> Ite
     """
     plan = find_writers(model)
     unit = unit_direction(direction, stream_width(model, plan))
-    if not 0 <= scale <= 1:
+    if not _is_number(scale) or not 0 <= scale <= 1:
         raise UsageError(f"the share to ablate must lie between 0 and 1, not {scale}")
     if scale not in (0, 1) and any(site.at == "input" for site in plan.sites):
         raise UnsupportedArchitectureError(
@@ -130,13 +143,20 @@ def add(
 
     Raises:
         InputError: the direction does not fit or there is no such layer.
+        UsageError: the coefficient is not a finite number.
     """
-    vector = coeff * check_direction(direction, stream_width(model, find_writers(model)))
+    checked = check_direction(direction, stream_width(model, find_writers(model)))
     blocks = decoder_blocks(model)
-    if not 0 <= layer < len(blocks):
+    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < len(blocks):
+        unknown = "; the direction does not record its own" if layer is None else ""
         raise InputError(
-            f"layer {layer} does not exist: the model has layers 0 to {len(blocks) - 1}"
+            f"layer {layer!r} does not exist: the model has layers 0 to {len(blocks) - 1}{unknown}"
         )
+    if not _is_number(coeff):
+        raise UsageError(f"the coefficient must be a finite number, not {coeff!r}")
+    vector = coeff * checked
+    if not bool(torch.isfinite(vector.to(model.dtype)).all()):
+        raise UsageError(f"{coeff:g} times the direction is too large for {model.dtype}")
     with add_vectors(blocks[layer], vector):
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,10 +47,34 @@ _MIN_SHARE = 0.05
 _MAX_HARMLESS_RATIO = 0.25
 
 
+# What models write for the apostrophe: quotation marks, modifier letters, prime, accents. The
+# accents go before NFKC, which makes a space and a combining mark of them.
+_APOSTROPHES = dict.fromkeys(
+    map(ord, "\u2018\u2019\u201b\u2032\u02b9\u02bb\u02bc\u02c8\u00b4\uff40"), "'"
+)
+# What has no width: soft hyphen, zero-width space and joiners, word joiner, byte order mark.
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
+
+
 def is_refusal(completion: str) -> bool:
-    """Whether a completion holds one of the paper's twelve refusal substrings."""
-    folded = completion.lower()
+    """Whether a completion holds one of the paper's twelve refusal substrings.
+
+    Typographic apostrophes, no-break and other wide spaces, full-width letters and invisible
+    characters count as what they stand for. Text in ASCII is compared as it is.
+    """
+    folded = _plain(completion).lower()
     return any(substring.lower() in folded for substring in REFUSAL_SUBSTRINGS)
+
+
+def _plain(text: str) -> str:
+    if text.isascii():
+        return text
+    # Accents are composed and compatibility forms resolved; then each space is the plain one.
+    composed = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES | _INVISIBLE))
+    return "".join(
+        " " if character.isspace() and not character.isascii() else character
+        for character in composed
+    )
 
 
 def refusal_score(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
@@ -65,6 +90,21 @@ def refusal_score(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
     probabilities = logits.double().softmax(dim=-1)
     p = probabilities[:, list(token_ids)].sum(dim=-1)
     return torch.log(p + _SCORE_EPSILON) - torch.log(1 - p + _SCORE_EPSILON)
+
+
+def check_refusal_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
+    """Refuse what :func:`refusal_score` cannot look up.
+
+    Raises:
+        UsageError: there is no token, or one is no id below ``vocabulary``.
+    """
+    if not token_ids:
+        raise UsageError("there are no refusal tokens: give at least one token id")
+    for token in token_ids:
+        if not isinstance(token, int) or not 0 <= token < vocabulary:
+            raise UsageError(
+                f"refusal token {token!r} is no token id: the model has 0 to {vocabulary - 1}"
+            )
 
 
 def kl_divergence(baseline: Tensor, ablated: Tensor) -> Tensor:

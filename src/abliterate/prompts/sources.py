@@ -10,12 +10,12 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, UsageError
 from abliterate.resources import data_dir
 
 TEXT_COLUMNS = ("instruction", "prompt", "goal", "text", "question", "behavior")
@@ -49,6 +49,29 @@ class Prompt:
 
     text: str
     category: str | None = None
+
+
+def check_prompts(**kinds: Sequence[Prompt]) -> None:
+    """Refuse what are no prompts before a model runs on them.
+
+    Args:
+        kinds: lists of prompts, by what an error calls them.
+
+    Raises:
+        InputError: a list is empty.
+        UsageError: something in it is no :class:`Prompt` with a text.
+    """
+    for kind, prompts in kinds.items():
+        if isinstance(prompts, str | Prompt):
+            raise UsageError(f"the {kind} prompts must be a list of Prompt, not {prompts!r:.60}")
+        if not prompts:
+            raise InputError(f"there are no {kind} prompts: give at least one")
+        for prompt in prompts:
+            if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
+                raise UsageError(
+                    f"the {kind} prompts must be Prompt objects, such as Prompt('text'), "
+                    f"not {prompt!r:.60}"
+                )
 
 
 @dataclass(frozen=True)

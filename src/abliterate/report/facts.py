@@ -74,25 +74,25 @@ def _direction_cards(run: Run) -> list[Card]:
     chosen = next(
         c for c in run.selection["candidates"] if all(c[key] == winner[key] for key in winner)
     )
-    base = run.selection["baselines"]
+    base, counts = run.selection["baselines"], run.selection["counts"]
     return [
         Card("Direction", f"layer {winner['layer']} of {layers}", place),
         Card(
             "Bypass (validation)",
             f"{number(base['harmful_refusal_score'], '+.2f')} → "
             f"{number(chosen['bypass_score'], '+.2f')}",
-            "refusal score on harmful prompts, ablated",
+            f"refusal score on harmful prompts, ablated, n = {counts['harmful']['used']}",
         ),
         Card(
             "Induce (validation)",
             f"{number(base['harmless_refusal_score'], '+.2f')} → "
             f"{number(chosen['induce_score'], '+.2f')}",
-            "refusal score on harmless prompts, added",
+            f"refusal score on harmless prompts, added, n = {counts['harmless']['used']}",
         ),
         Card(
             "KL (validation)",
             number(chosen["kl_divergence"]),
-            f"filter {number(run.selection['thresholds']['kl'])}",
+            f"filter {number(run.selection['thresholds']['kl'])}, n = {counts['harmless']['used']}",
         ),
     ]
 
@@ -118,8 +118,15 @@ def _refusal_cards(evaluation: Document) -> list[Card]:
         found.append(Card(title, before + text, f"baseline → {name}, n = {now['n']}{interval}"))
     if "ablate" in results:
         value = number(results["ablate"]["kl_divergence"])
-        found.append(Card("KL, ablated", value, "harmless test prompts, last token, nats"))
+        count = _count(evaluation, "harmless")
+        found.append(Card("KL, ablated", value, f"{count}harmless test prompts, last token, nats"))
     return found
+
+
+def _count(evaluation: Document, kind: str) -> str:
+    """How many test prompts there are, as a text to put before them; records of old lack it."""
+    count = (evaluation.get("n_prompts") or {}).get(kind)
+    return "" if count is None else f"{count} "
 
 
 def outcome_table(evaluation: Document) -> dict[str, Any]:
@@ -128,8 +135,17 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
     baseline = results.get("baseline")
     kinds = ("harmful", "harmless")
     held = list(results.values())
+    changes: Document = evaluation.get("deltas") or {}
+
+    def change(result: Document, kind: str) -> Document:
+        name = next(name for name, other in results.items() if other is result)
+        return (changes.get(name) or {}).get(kind) or {}
+
     columns: list[tuple[str, Any]] = [
-        (f"{kind} refused", lambda r, k=kind: _rate(r[k], baseline and baseline[k]))
+        (
+            f"{_count(evaluation, kind)}{kind} refused",
+            lambda r, k=kind: _rate(r[k], baseline and baseline[k], change(r, k)),
+        )
         for kind in kinds
     ]
     columns += [
@@ -138,11 +154,19 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
         if any(finite(r[kind].get("safety_score")) is not None for r in held)
     ]
     columns += [
-        (f"{kind} log-odds", lambda r, k=kind: number(r[k].get("refusal_metric"), "+.2f"))
+        (
+            f"{_count(evaluation, kind)}{kind} log-odds",
+            lambda r, k=kind: _mean(r[k], "refusal_metric", "+.2f"),
+        )
         for kind in kinds
         if any("refusal_metric" in r[kind] for r in held)
     ]
-    columns.append(("harmless KL", lambda r: number(r["kl_divergence"], ".4f")))
+    columns.append(
+        (
+            f"{_count(evaluation, 'harmless')}harmless KL",
+            lambda r: _mean(r, "kl_divergence", ".4f"),
+        )
+    )
     corpora = dict.fromkeys(name for r in held for name in r.get("losses") or {})
     columns += [(f"loss, {name}", lambda r, c=name: _loss(r, c)) for name in corpora]
     tasks = dict.fromkeys(name for r in held for name in r.get("tasks") or {})
@@ -156,7 +180,13 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
     }
 
 
-def _rate(now: Document, base: Document | None) -> str:
+def _mean(part: Document, key: str, form: str) -> str:
+    """A mean with its bootstrap interval, where the record has one."""
+    text, span = number(part.get(key), form), part.get(f"{key}_ci")
+    return text if not span else f"{text} [{number(span[0], form)}, {number(span[1], form)}]"
+
+
+def _rate(now: Document, base: Document | None, change: Document) -> str:
     if now["refusal_rate"] is None:
         return "not measured"
     text = (
@@ -164,18 +194,24 @@ def _rate(now: Document, base: Document | None) -> str:
     )
     if base is None or base is now or base["refusal_rate"] is None:
         return text
-    return f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"
+    text = f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"
+    span = change.get("refusal_score_ci")
+    return text if not span else f"{text} [{span[0]:+.1%}, {span[1]:+.1%}]"
 
 
 def _safety(now: Document) -> str:
     text = percent(now.get("safety_score"), now.get("safety_score_ci"))
-    failed = now.get("judge_failed")
+    failed, judged = now.get("judge_failed"), now.get("judged")
+    text = f"{text} n = {judged}" if judged else text
     return f"{text} ({failed} not judged)" if failed else text
 
 
 def _loss(result: Document, corpus: str) -> str:
     held = (result.get("losses") or {}).get(corpus)
-    return DASH if not held else f"{number(held['loss'], '.4f')} (ppl {number(held['perplexity'])})"
+    if not held:
+        return DASH
+    count = f", {held['n_tokens']} tokens" if "n_tokens" in held else ""
+    return f"{number(held['loss'], '.4f')} (ppl {number(held['perplexity'])}{count})"
 
 
 def _task(result: Document, task: str) -> str:
@@ -183,11 +219,12 @@ def _task(result: Document, task: str) -> str:
     held: Mapping[str, Any] = (result.get("tasks") or {}).get(task) or {}
     for key, value in held.items():
         name, _, rest = key.partition(",")
-        if finite(value) is None or name.endswith("_stderr"):
+        if finite(value) is None or not rest or name.endswith("_stderr"):
             continue
         error = finite(held.get(f"{name}_stderr,{rest}"))
         spread = "" if error is None else f" ± {error:.3f}"
-        return f"{float(value):.3f}{spread} ({name})"
+        count = f", n = {held['n']}" if held.get("n") else ""
+        return f"{float(value):.3f}{spread} ({name}{count})"
     return DASH
 
 
@@ -249,6 +286,7 @@ def layer_rows(inspect: Document) -> list[list[str]]:
                 str(row["layer"]),
                 number(row["cosine_with_selected"], "+.3f"),
                 number(row["norm"]),
+                f"{geometry['n_harmful']}+{geometry['n_harmless']}" if geometry else DASH,
                 percent(geometry.get("pc1_share")),
                 number(geometry.get("cos_pc1"), ".3f"),
                 number(geometry.get("auc"), ".3f"),

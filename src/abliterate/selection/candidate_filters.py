@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from abliterate.errors import UsageError
+
 METRICS = ("bypass_score", "induce_score", "kl_divergence")
 
 
@@ -18,11 +20,21 @@ class Thresholds:
         kl: candidates with a larger KL divergence are dropped.
         induce: candidates with a lower induce score are dropped.
         prune_layers: share of the last layers whose candidates are dropped.
+
+    Raises:
+        UsageError: a threshold is not a number, or the share is not from 0 to below 1.
     """
 
     kl: float = 0.1
     induce: float = 0.0
     prune_layers: float = 0.2
+
+    def __post_init__(self) -> None:
+        for option, value in (("--kl-threshold", self.kl), ("--induce-threshold", self.induce)):
+            if math.isnan(value):
+                raise UsageError(f"{option} must be a number, not {value}")
+        if not 0 <= self.prune_layers < 1:
+            raise UsageError(f"--prune-layers must be from 0 to below 1, not {self.prune_layers}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def why_none(judged: Sequence[Score], thresholds: Thresholds) -> str:
     """Why no candidate passes, in one line."""
     counts = Counter(score.reason for score in judged)
     names = {
-        "nan": "not finite",
+        "nan": "without a direction or with a score that is not finite",
         "layer": f"in the last {thresholds.prune_layers:.0%} of layers",
         "kl": f"KL above {thresholds.kl:g}",
         "induce": f"induce below {thresholds.induce:g}",
@@ -165,6 +177,8 @@ def why_none(judged: Sequence[Score], thresholds: Thresholds) -> str:
             f"position {near.position} layer {near.layer} fails by its layer only "
             "(--prune-layers 0 admits it)"
         )
+    if counts["layer"] and not by_layer and counts["layer"] + counts["nan"] == len(judged):
+        misses.append("all that could be scored lie in the pruned layers (--prune-layers 0)")
     nearest = "; nearest: " + "; ".join(misses) if misses else ""
     return f"none of {len(judged)} candidates passes ({summary}){nearest}"
 

@@ -76,6 +76,9 @@ class Scorer:
 
     def run(self) -> list[Score]:
         """Score what is not known yet; all scores by position, then layer."""
+        if not self.usable:  # every candidate vanishes, is not finite, or lies in a pruned layer
+            self.save(self.scores)
+            return list(self.scores.values())
         try:
             self._share_out(self.lacks_induce, self._induce)
             self._share_out(self._lacks_bypass, self._kl_and_bypass)

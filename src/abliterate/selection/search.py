@@ -16,10 +16,11 @@ from abliterate.inference.generation import greedy_answers
 from abliterate.metrics.refusal import refusal_score
 from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, encode
-from abliterate.prompts.sources import Prompt
+from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.selection.candidate_filters import Score, Thresholds, choose, judge, why_none
 from abliterate.selection.candidate_search import Scorer
 from abliterate.selection.search_inputs import Key, Search, Task
+from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 __all__ = ["Score", "Selection", "Thresholds", "choose", "judge", "select", "why_none"]
 
@@ -114,10 +115,14 @@ def select(
         save: called with all scores whenever candidates are finished.
 
     Raises:
-        InputError: too few prompts are left after filtering.
+        InputError: too few prompts are left after filtering, or the candidates are another
+            model's.
         UsageError: ``kl_on`` or ``search`` is none of these.
     """
+    check_prompts(harmful=harmful, harmless=harmless)
     thresholds, chat = thresholds or Thresholds(), chat or ChatFormat()
+    width = stream_width(loaded.model, find_writers(loaded.model))
+    extraction.check(len(decoder_blocks(loaded.model)), width)
     n_answer = parse_kl_on(kl_on)
     if search not in ("staged", "exhaustive"):
         raise UsageError(f"--search must be staged or exhaustive, not '{search}'")

@@ -76,6 +76,7 @@ class Task:
         """Candidates that are not finite or vanish: a template token's embedding is the same after
         every prompt, so its difference is none."""
         norms = self.directions.norm(dim=-1)
-        vanishing = _VANISHING * float(self.directions.nan_to_num().norm(dim=-1).max())
-        bad = ~(torch.isfinite(norms) & (norms > vanishing))
+        finite = torch.isfinite(norms)
+        vanishing = _VANISHING * float(norms[finite].max()) if bool(finite.any()) else 0.0
+        bad = ~(finite & (norms > vanishing))
         return {(self.positions[int(row)], int(layer)) for row, layer in bad.nonzero()}

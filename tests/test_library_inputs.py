@@ -1,0 +1,185 @@
+"""What the public functions say to arguments that are none: one typed line, before a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import abliterate
+from abliterate import Direction, Extraction, Loaded, Prompt, Thresholds
+from abliterate.errors import AbliterateError, InputError, SelectionError, UsageError
+
+_PROMPTS = [Prompt("a short one"), Prompt("another, longer one", "x")]
+_NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Callable[..., Path]) -> Loaded:
+    return abliterate.load_model(str(tiny("llama")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def extraction(loaded: Loaded) -> Extraction:
+    other = [Prompt("something else"), Prompt("and more")]
+    return abliterate.extract(loaded, _PROMPTS, other, refusal_tokens=["I"], filter=False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kind"),
+    [
+        ([], InputError), ((), InputError), (["a text"], UsageError), ("a text", UsageError),
+        (Prompt("alone"), UsageError), ([Prompt("fine"), None], UsageError),
+        ([Prompt(3)], UsageError),
+    ],
+)  # fmt: skip
+def test_what_are_no_prompts(loaded: Loaded, extraction: Extraction, prompts: Any, kind) -> None:
+    def evaluate(harmful: Any, harmless: Any) -> None:
+        abliterate.evaluate(loaded, harmful, harmless, [5], interventions=["baseline"])
+
+    for call in (
+        lambda *given: abliterate.extract(loaded, *given),
+        lambda *given: abliterate.select(loaded, extraction, *given, filter=False),
+        evaluate,
+    ):
+        for given in ((prompts, _PROMPTS), (_PROMPTS, prompts)):
+            with pytest.raises(kind, match=r"prompts") as raised:
+                call(*given)
+            assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [
+        torch.zeros(48), torch.full((48,), _NAN), torch.full((48,), float("inf")),
+        torch.ones(47), torch.ones(1, 48), torch.ones(48, 1), torch.tensor(1.0),
+        torch.ones(48, dtype=torch.complex64), [1.0] * 48, None, "r", Direction(torch.ones(48)),
+    ],
+)  # fmt: skip
+def test_what_is_no_direction(loaded: Loaded, vector: Any) -> None:
+    with pytest.raises(InputError, match="direction"), abliterate.ablate(loaded.model, vector):
+        pass
+    with pytest.raises(InputError, match="direction"), abliterate.add(loaded.model, vector, 1):
+        pass
+
+
+@pytest.mark.parametrize("layer", [None, -1, 4, 10**9, 1.0, True, "1", torch.tensor(1)])
+def test_what_is_no_layer(loaded: Loaded, layer: Any) -> None:
+    with pytest.raises(InputError, match="layers 0 to 3"):
+        abliterate.add(loaded.model, torch.ones(48), layer).__enter__()
+
+
+@pytest.mark.parametrize("number", [_NAN, float("inf"), None, "1", True])
+def test_what_is_no_coefficient(loaded: Loaded, number: Any) -> None:
+    with pytest.raises(UsageError, match="finite number"):
+        abliterate.add(loaded.model, torch.ones(48), 1, number).__enter__()
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        abliterate.ablate(loaded.model, torch.ones(48), number).__enter__()
+
+
+def test_a_coefficient_that_overflows_the_model(loaded: Loaded) -> None:
+    with pytest.raises(UsageError, match=r"too large for torch\.float32"):
+        abliterate.add(loaded.model, torch.ones(48), 1, 1e39).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 0}, "max-new-tokens"), ({"batch_size": 0}, "batch"),
+        ({"batch_size": "many"}, "batch"), ({"interventions": ["bake"]}, "bake"),
+        ({"interventions": ["add"]}, "direction"),
+    ],
+)  # fmt: skip
+def test_evaluate_refuses_what_it_cannot_run(loaded: Loaded, options: Any, words: str) -> None:
+    given = {"interventions": ["baseline"], "max_new_tokens": 2} | options
+    with pytest.raises(UsageError, match=words):
+        abliterate.evaluate(loaded, _PROMPTS, _PROMPTS, [5], **given)
+
+
+@pytest.mark.parametrize("tokens", [[], ["I"], [-1], [512], [1.5]])
+def test_what_are_no_refusal_tokens(loaded: Loaded, tokens: Any) -> None:
+    with pytest.raises(UsageError, match="refusal token"):
+        abliterate.evaluate(loaded, _PROMPTS, _PROMPTS, tokens, interventions=["baseline"])
+
+
+def test_a_prompt_that_comes_again_is_answered_once_and_counts_again(loaded: Loaded) -> None:
+    options: dict[str, Any] = {"interventions": ["baseline"], "max_new_tokens": 4}
+    twice = [*_PROMPTS, Prompt(_PROMPTS[0].text, "again"), _PROMPTS[1]]
+    found = abliterate.evaluate(loaded, twice, twice, [5], **options)["baseline"]
+    once = abliterate.evaluate(loaded, _PROMPTS, _PROMPTS, [5], **options)["baseline"]
+    assert found.harmful is not None
+    assert once.harmful is not None
+    first, second = once.harmful
+    assert found.harmful == (first, second, replace(first, category="again"), second)
+    assert found.summary()["harmful"]["n"] == 4
+    assert found.metrics.harmful == pytest.approx(once.metrics.harmful)
+
+
+@pytest.mark.parametrize(
+    "values", [{"kl": _NAN}, {"induce": _NAN}, {"prune_layers": 1.0}, {"prune_layers": -0.1},
+               {"prune_layers": _NAN}],
+)  # fmt: skip
+def test_what_are_no_thresholds(values: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="must be"):
+        Thresholds(**values)
+
+
+@pytest.mark.parametrize("prune_layers", [0.0, 0.999])
+@pytest.mark.parametrize("search", ["staged", "exhaustive"])
+@pytest.mark.parametrize("value", [0.0, _NAN, float("inf")])
+def test_select_without_any_direction(
+    loaded: Loaded, extraction: Extraction, value: float, search: str, prune_layers: float
+) -> None:
+    none = replace(extraction, mean_harmful=torch.full_like(extraction.mean_harmful, value),
+                   mean_harmless=torch.zeros_like(extraction.mean_harmless))  # fmt: skip
+    found = abliterate.select(
+        loaded, none, _PROMPTS, _PROMPTS, Thresholds(prune_layers=prune_layers), filter=False,
+        search=search,
+    )  # fmt: skip
+    assert found.winner is None
+    with pytest.raises(SelectionError, match=r"without a direction|last 100% of layers"):
+        found.require_winner()
+
+
+def test_one_infinite_candidate_leaves_the_others(loaded: Loaded, extraction: Extraction) -> None:
+    mean = extraction.mean_harmful.clone()
+    mean[-1, 2] = float("inf")
+    loose = Thresholds(kl=1e9, induce=-1e9, prune_layers=0.0)
+    found = abliterate.select(
+        loaded, replace(extraction, mean_harmful=mean), _PROMPTS, _PROMPTS, loose, filter=False
+    )
+    dropped = {(s.position, s.layer) for s in found.scores if s.reason == "nan"}
+    assert (-1, 2) in dropped
+    assert found.winner is not None
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 47), (5, 3, 48), (4, 4, 48), (48,)])
+def test_candidates_of_another_model(
+    loaded: Loaded, extraction: Extraction, shape: tuple[int, ...]
+) -> None:
+    count = len(extraction.positions)
+    shape = (count - 1, *shape[1:]) if shape[0] == 4 else (count, *shape[1:])
+    other = replace(extraction, mean_harmful=torch.ones(shape), mean_harmless=torch.zeros(shape))
+    with pytest.raises(InputError, match="has shape"):
+        abliterate.select(loaded, other, _PROMPTS, _PROMPTS, filter=False)
+
+
+@pytest.mark.parametrize("vector", [torch.zeros(48), torch.full((48,), _NAN), torch.ones(47),
+                                    torch.ones(48, 1), None])  # fmt: skip
+def test_orthogonalize_refuses_what_is_no_direction(tiny, vector: Any, tmp_path: Path) -> None:
+    with pytest.raises(AbliterateError):
+        abliterate.orthogonalize(str(tiny("llama")), Direction(vector), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n": 0}, {"n": -1}, {"split": "none"}, {"spec": ""}, {"spec": "no/such/file.json"}],
+)
+def test_load_prompts_refuses_what_is_no_sample(options: dict[str, Any]) -> None:
+    with pytest.raises(AbliterateError):
+        abliterate.load_prompts(**({"spec": "harmful"} | options))
