@@ -73,7 +73,7 @@ def write_model_card(
     name = base.folder.name if base.revision is None else base.name
     inherited = _inherited(base.folder / "README.md")
     data = ModelCardData(
-        base_model=name,
+        base_model=safe(name),
         base_model_relation="adapter" if adapter else "finetune",
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",

@@ -81,6 +81,7 @@ def read_run(folder: Path, edited: Path | None = None) -> Run:
     inspected = _record(folder / INSPECT, "inspect RUN")
     traced = _record(folder / TRACE, "trace RUN")
     evaluation = _record(folder / EVALUATION, "evaluate MODEL --direction RUN")
+    _check_names(folder / EVALUATION, evaluation)
     place = edited or folder / MODEL
     edit = _record(place / RECORD, "orthogonalize")
     if edited is not None and edit is None:
@@ -92,6 +93,17 @@ def read_run(folder: Path, edited: Path | None = None) -> Run:
         )
     found = (extracted, selection, inspected, traced, evaluation, edit)
     return Run(folder, *found, place if edit else None)
+
+
+def _check_names(path: Path, evaluation: Document | None) -> None:
+    """Refuse interventions whose names, which are parts of file names, are paths."""
+    named = (evaluation or {}).get("interventions")
+    for name in named if isinstance(named, dict) else ():
+        if not is_plain_name(name):
+            raise InputError(
+                f"{path} names an intervention {name!r}, which is no plain name: do not trust this "
+                "folder, or run evaluate again"
+            )
 
 
 def _record(path: Path, made_by: str) -> Document | None:
@@ -113,12 +125,6 @@ def read_completions(run: Run) -> Completions | None:
         return None
     named = run.evaluation.get("outputs", {})
     columns = tuple(run.evaluation["interventions"])
-    for name in columns:
-        if not is_plain_name(name):
-            raise InputError(
-                f"{run.folder / EVALUATION} names an intervention {name!r}, which is no plain "
-                "name: do not trust this folder, or run evaluate again"
-            )
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for kind in ("harmful", "harmless"):
         for at, name in enumerate(columns):
