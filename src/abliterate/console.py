@@ -1,20 +1,115 @@
-"""What a person or a pipeline sees: results on stdout, progress and logs on stderr."""
+"""What a person or a pipeline sees: results on stdout, progress and logs on stderr.
+
+Nothing else in the package writes to a terminal (a test looks), and nothing here writes what it was
+given as it is: prompts, names, answers and records come from strangers, and :func:`safe` shows
+their control characters instead of sending them.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
+import shlex
 import sys
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import cache
+from typing import IO, Any, TypeVar
 
 from abliterate.storage.artifacts import finite
 
 T = TypeVar("T")
 
 log = logging.getLogger("abliterate")
+
+#: Characters of a line, and of a cell of a table; what is longer loses its middle.
+LINE, CELL = 4000, 600
+
+# Characters that act instead of showing, or do not show: C0, DEL and C1 controls, separators of
+# lines and paragraphs, bidi marks, embeddings, overrides and isolates, zero-width and other
+# invisible format characters, fillers that look empty, tags and variation selectors beyond the
+# sixteenth, and surrogates without their half.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufeff\uffa0\ufff0-\ufffb"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+_UNSAFE_IN_JSON = re.compile(f"(?![\t\n]){_UNSAFE.pattern}")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+_SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_NO_SECRETS = ("", "none", "None", "empty", "EMPTY")
+_HIDDEN = "***"
+# A password may hold what it should not; in addresses of the hub (hf://) an @ has its own meaning.
+_USERINFO = re.compile(r"\b(?:(https?://)[^\s'\"<>]*@|([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@)")
+_secrets: set[str] = set()
+
+
+def safe(text: object, limit: int | None = None, lines: bool = False) -> str:
+    """``text`` as a terminal may have it.
+
+    Args:
+        text: whatever a stranger wrote.
+        limit: most characters; of a longer text the middle is left out.
+        lines: line breaks and tabs stay; without, they are shown as ``\\n`` and ``\\t``.
+    """
+    shown = str(text)
+    if limit is not None and len(shown) > limit:
+        tail = limit // 4
+        shown = f"{shown[: limit - tail - 1]}…{shown[-tail:]}"
+
+    def visible(match: re.Match[str]) -> str:
+        character = match[0]
+        if lines and character in "\n\t":
+            return character
+        return _SHORT.get(character) or _escaped(character)
+
+    return _UNSAFE.sub(visible, shown)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    )
+
+
+def _one_line(text: str) -> str:
+    """A message on one line: lines and runs of white space closed up, secrets out, safe."""
+    return safe(_without_users(redact(" ".join(text.split()))), LINE)
+
+
+def _without_users(text: str) -> str:
+    return _USERINFO.sub(rf"\1\2{_HIDDEN}@", text)
+
+
+def hide(*secrets: str) -> None:
+    """Never show these, from now on and until the next command."""
+    _secrets.update(secrets)
+
+
+def redact(text: str) -> str:
+    """``text`` without what :func:`hide` was told, and without the keys in the environment.
+
+    A secret of less than four characters goes only where it stands alone: anywhere else it is more
+    likely part of a word.
+    """
+    known = _secrets | {os.environ.get(name, "") for name in _SECRET_VARIABLES}
+    for secret in sorted(known.difference(_NO_SECRETS), key=len, reverse=True):
+        if len(secret) >= 4:
+            text = text.replace(secret, _HIDDEN)
+        else:
+            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", _HIDDEN, text)
+    return text
+
+
+def _write(stream: IO[str], text: str) -> None:
+    """Write to a stream whose encoding may lack some of the characters."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -26,6 +121,29 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _SafeRecord(logging.LogRecord):
+    """A record of any library's logger, whose text is safe whatever handler writes it."""
+
+    def getMessage(self) -> str:
+        return _one_line(super().getMessage())
+
+
+def _new_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = _SafeRecord(*args, **kwargs)
+    if isinstance(record.exc_info, tuple) and record.exc_info[1] is not None:
+        record.exc_text = _trace(record.exc_info[1])  # formatters take it as it is
+    return record
+
+
+def _make_safe(record: logging.LogRecord) -> bool:
+    """A filter that also holds where :func:`set_up` was not called, as in a notebook."""
+    record.msg, record.args = _one_line(record.getMessage()), ()
+    return True
+
+
+log.addFilter(_make_safe)
+
+
 def set_up(quiet: bool, debug: bool) -> None:
     """Configure logging and hush the libraries' own bars and warnings.
 
@@ -33,9 +151,16 @@ def set_up(quiet: bool, debug: bool) -> None:
         quiet: warnings and errors only, no progress bars.
         debug: libraries may speak, and our debug messages show.
     """
+    _secrets.clear()
     log.handlers = [_StderrHandler()]
     log.propagate = False
     log.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
+    # What libraries log, and what they warn of, comes through the same handler.
+    logging.setLogRecordFactory(_new_record)
+    root = logging.getLogger()
+    if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
+        root.addHandler(_StderrHandler(logging.WARNING))
+    logging.captureWarnings(True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not debug:
@@ -62,11 +187,32 @@ def bars_hidden() -> bool:
     return log.level > logging.INFO or follows or not sys.stderr.isatty()
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a bar and ETA on stderr, shown only on a terminal and after two seconds."""
+def safe_bar(base: Any) -> Any:
+    """``base``, a class of tqdm's, whose descriptions and notes are safe."""
+
+    class Bar(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, desc: str | None = None, **kwargs: Any) -> None:
+            super().__init__(*args, desc=desc and safe(redact(desc), CELL), **kwargs)
+
+        def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None:
+            super().set_description(desc and safe(redact(desc), CELL), refresh)
+
+        def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+            super().set_postfix_str(safe(redact(s), CELL), refresh)
+
+    return Bar
+
+
+@cache
+def _bar() -> Any:
     from tqdm import tqdm
 
-    yield from tqdm(
+    return safe_bar(tqdm)
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a bar and ETA on stderr, shown only on a terminal and after two seconds."""
+    yield from _bar()(
         items,
         desc=description,
         total=total,
@@ -80,9 +226,7 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
 @contextmanager
 def progress_bar(description: str, total: int, unit: str = "it") -> Iterator[Any]:
     """A bar to advance by hand (``bar.update(n)``); hidden as :func:`progress` is."""
-    from tqdm import tqdm
-
-    with tqdm(
+    with _bar()(
         desc=description,
         total=total,
         unit=unit,
@@ -96,27 +240,115 @@ def progress_bar(description: str, total: int, unit: str = "it") -> Iterator[Any
 
 
 def print_json(document: Any) -> None:
-    """Write ``document`` to stdout as one JSON document."""
+    """Write ``document`` to stdout as one JSON document.
+
+    What :func:`safe` would show as an escape is written as JSON's escape of it, so that whoever
+    parses the document has the very same text.
+    """
     text = json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    escaped = _UNSAFE_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        escaped.encode(encoding)
+    except UnicodeEncodeError:
+        escaped = json.dumps(finite(document), indent=2, allow_nan=False)
+    sys.stdout.write(escaped + "\n")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
     """Print a rich table to stdout; the first ``left`` columns are text, the rest numbers."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    table = Table(title=_cell(title), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if index < left else "right")
+        table.add_column(_cell(column), justify="left" if index < left else "right")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*map(_cell, row))
     # Off a terminal rich would fold everything into 80 columns: let each table be as wide as it is.
     width = None if sys.stdout.isatty() else 1000
     Console(file=sys.stdout, width=width, highlight=False).print(table)
 
 
+def _cell(text: object) -> Any:
+    """Text of a table, in which brackets are no markup."""
+    from rich.text import Text
+
+    shown = safe(redact(str(text)), CELL)
+    encoding = sys.stdout.encoding or "utf-8"
+    return Text(shown.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def print_line(text: str = "") -> None:
     """Write a line of a result to stdout."""
-    sys.stdout.write(text + "\n")
+    _write(sys.stdout, safe(redact(text), LINE) + "\n")
+
+
+def print_command(label: str, *words: object) -> None:
+    """Write ``label: abliterate WORDS`` to stdout, quoted for a shell."""
+    print_line(f"{label}: {command(*words)}")
+
+
+def command(*words: object) -> str:
+    """``abliterate WORDS`` as a shell takes it."""
+    return shlex.join(["abliterate", *map(str, words)])
+
+
+def print_text(text: str) -> None:
+    """Write a piece of an answer to stdout at once; its line breaks and tabs stay.
+
+    Each character is made safe by itself, so an escape sequence may be split over pieces.
+    """
+    _write(sys.stdout, safe(text, lines=True))
+    sys.stdout.flush()
+
+
+def print_note(text: str) -> None:
+    """Write something beside the results to stderr; its line breaks stay."""
+    _write(sys.stderr, safe(redact(text), lines=True) + "\n")
+
+
+def print_error(message: str) -> None:
+    """Write the line ``error: MESSAGE`` to stderr."""
+    _write(sys.stderr, f"error: {_one_line(message)}\n")
+
+
+def print_traceback(error: BaseException) -> None:
+    """Write where ``error`` came from to stderr, behind bars, so that no line passes for ours."""
+    _write(sys.stderr, _trace(error) + "\n")
+
+
+def _trace(error: BaseException) -> str:
+    text = "".join(traceback.format_exception(error)).rstrip("\n")
+    text = _without_users(redact(text))
+    return "\n".join(f"| {line}" for line in safe(text, lines=True).split("\n"))
+
+
+@contextmanager
+def live_columns(labels: Sequence[str]) -> Iterator[list[Callable[[str], None]]]:
+    """Texts that grow side by side on stdout: a function per column that appends to it."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = [Text() for _ in labels]
+    table = Table(expand=True, show_lines=False)
+    for label in labels:
+        table.add_column(_cell(label), ratio=1)
+    table.add_row(*columns)
+    with Live(table, console=Console(file=sys.stdout), vertical_overflow="visible") as live:
+
+        def append_to(column: Text) -> Callable[[str], None]:
+            def append(piece: str) -> None:
+                column.append(safe(piece, lines=True))
+                live.refresh()
+
+            return append
+
+        yield [append_to(column) for column in columns]
+
+
+def stop_output() -> None:
+    """Say no more: the reader of our output went away."""
+    sys.stderr.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def load_direction(source: str | Path) -> Direction:
     if path.is_dir():
         path = path / FILE_NAME
         if not path.is_file():
-            raise InputError(f"{path} does not exist: run `abliterate select {source}` first")
+            again = shlex.join(["abliterate", "select", str(source)])
+            raise InputError(f"{path} does not exist: run `{again}` first")
     vector = read_tensors(path, "direction")["direction"]
     if vector.ndim != 1 or not vector.is_floating_point():
         raise InputError(

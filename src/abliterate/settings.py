@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +27,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
 )
 
@@ -61,6 +63,22 @@ def _check_revision(value: str | None) -> str | None:
     ):
         raise ValueError("must name a branch, tag or commit")
     return value
+
+
+def public_url(url: str) -> str:
+    """A URL as records and messages may have it: without user, password, query and fragment."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where the host is followed by something else
+    except ValueError:
+        return "***"
+    if not parts.netloc:
+        return url.rpartition("@")[2].partition("?")[0].partition("#")[0]
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+# Attributes have the whole address; what is dumped into records has no secret.
+_Endpoint = Annotated[str, PlainSerializer(public_url)]
 
 
 class _Section(BaseModel):
@@ -159,7 +177,7 @@ class EvaluateSettings(_Section):
     tasks_dir: str | None = None
     task_limit: int | None = Field(None, ge=1)
     judge: str | None = None
-    judge_url: str | None = None
+    judge_url: _Endpoint | None = None
     judge_model: str | None = None
     judge_template: Literal["llama-guard", "prompt"] = "llama-guard"
     judge_timeout: float = Field(60.0, gt=0)
@@ -212,7 +230,8 @@ def load_settings(
         given_option = (options or {}).get(table, {}).get(key) is not None
         source = f"--{key.replace('_', '-')}" if given_option else f"{where}: [{table}] {key}"
         message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{source}: {message}, not {first['input']!r}") from None
+        given_value = "what it holds" if key == "judge_url" else repr(first["input"])
+        raise UsageError(f"{source}: {message}, not {given_value}") from None
 
 
 def parse_layers(text: str | None) -> frozenset[int] | None:

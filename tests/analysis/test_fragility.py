@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +87,15 @@ def test_the_command_writes_numbers_and_a_picture(
     assert (len(record["prompts"]["harmful"]), record["max_new_tokens"]) == (2, 3)
     record = cli("fragility", run, *few, "--n-test", "3").json
     assert (len(record["prompts"]["harmful"]), record["max_new_tokens"]) == (3, 3)
+    policy = html.unescape(re.findall('Content-Security-Policy" content="([^"]*)"', page)[0])
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    scripts = re.findall("<script>(.*?)</script>", page, re.DOTALL)
+    assert len(scripts) == 2
+    for script in scripts:  # and nothing else may run
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert policy.count("sha256-") == 2
+    assert len(re.findall("<script", page.replace(scripts[0], ""))) == 3  # the figure's data too
     assert "steps" in fails("fragility", run, "--steps", "1", code=2)
     assert "png or svg" in fails("fragility", run, "--image", "gif", code=2)
     fails("fragility", tmp_path / "none", code=3)

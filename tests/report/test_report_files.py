@@ -248,3 +248,44 @@ def test_errors_are_one_line(run: Path, fails, tmp_path: Path, monkeypatch) -> N
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     assert "pip install 'abliterate[report]'" in fails("report", run, code=2)
+
+
+def test_records_bring_no_file_from_outside_into_the_page(run: Path, fails, tmp_path: Path) -> None:
+    secret = {"prompt": "SECRETDIARY", "response": "x", "refused": False}
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "x-harmful.jsonl").write_text(json.dumps(secret) + "\n")
+    copy, page = tmp_path / "copy", tmp_path / "page.html"
+    shutil.copytree(run, copy)
+    for name in (
+        "../../private/x",
+        str(tmp_path / "private" / "x"),
+        "..",
+        "a\\b",
+        "a\nb",
+        "",
+        "\x1b",
+    ):
+        record = json.loads((run / "evaluation.json").read_text())
+        record["interventions"][name] = record["interventions"]["ablate"]
+        record["outputs"] |= {"x-harmful.jsonl": "sha256:0"}
+        (copy / "evaluation.json").write_text(json.dumps(record))
+        line = fails("report", copy, "-o", page, code=3)
+        assert "evaluation.json names an intervention" in line
+        assert not page.exists()
+
+
+@pytest.mark.parametrize("where", ["completions/ablate-harmful.jsonl", "completions", "trace.json"])
+def test_links_bring_no_file_from_outside_into_the_page(
+    run: Path, fails, tmp_path: Path, where: str
+) -> None:
+    copy, page = tmp_path / "copy", tmp_path / "page.html"
+    shutil.copytree(run, copy)
+    shutil.move(copy / where, tmp_path / "outside")
+    (copy / where).symlink_to(tmp_path / "outside")
+    assert "is a link out of the run folder" in fails("report", copy, "-o", page, code=3)
+    assert not page.exists()
+
+
+def test_report_of_a_run_folder_that_is_a_link(run: Path, cli, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run)
+    assert cli("report", tmp_path / "link", "-o", tmp_path / "page.html").code == 0

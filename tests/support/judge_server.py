@@ -6,13 +6,14 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, BinaryIO
 
-# What a rule returns: a verdict's text, or (status, headers, body) as they are, or None: no answer.
-Reply = str | tuple[int, dict[str, str], str] | None
+# What a rule returns: a verdict's text, or (status, headers, body) as they are, or None: no answer,
+# or what writes the raw reply to the socket, a piece at a time.
+Reply = str | tuple[int, dict[str, str], str] | Callable[[BinaryIO], None] | None
 
 
 @dataclass
@@ -39,6 +40,11 @@ def endpoint(rule: Callable[[dict[str, Any]], Reply]) -> Iterator[Endpoint]:
     state = Endpoint(rule)
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            with state.lock:
+                state.requests.append({"path": self.path})
+            self.send_error(404)
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with state.lock:
@@ -47,6 +53,11 @@ def endpoint(rule: Callable[[dict[str, Any]], Reply]) -> Iterator[Endpoint]:
                 reply = state.rule(body)
             if reply is None:  # never: until the test is over
                 state.closing.wait()
+                return
+            if callable(reply):
+                with suppress(OSError):  # the client may have gone
+                    reply(self.wfile)
+                self.close_connection = True
                 return
             if isinstance(reply, str):
                 choice = {"index": 0, "message": {"role": "assistant", "content": reply},

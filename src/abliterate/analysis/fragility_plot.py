@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from abliterate.errors import UsageError
 from abliterate.storage.artifacts import write_atomically
+from abliterate.storage.web_page import content_policy, script_json
+
+_DRAW = """
+const figure = JSON.parse(document.getElementById("figure").textContent);
+Plotly.newPlot("fragility", figure.data, figure.layout, {responsive: true});
+"""
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="referrer" content="no-referrer">
+<title>Fragility of refusal</title>
+<link rel="icon" href="data:,">
+</head>
+<body>
+<div id="fragility"></div>
+<script type="application/json" id="figure">{data}</script>
+<script>{plotly}</script>
+<script>{draw}</script>
+</body>
+</html>
+"""
 
 _NEEDS = "needs plotly and kaleido: pip install 'abliterate[report]'"
 
@@ -24,6 +50,13 @@ def require_plotly() -> None:
         raise UsageError(f"the picture {_NEEDS}, or pass --no-picture") from None
 
 
+def _page(figure: Any, plotly: str) -> str:
+    """The figure in a file of its own, under the policy of the report."""
+    policy = escape(content_policy([plotly, _DRAW]))
+    data = script_json(json.loads(figure.to_json()))
+    return _PAGE.format(policy=policy, data=data, plotly=plotly, draw=_DRAW)
+
+
 def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) -> list[Path]:
     """Write ``fragility.html``, which needs no network, and images on request.
 
@@ -37,6 +70,7 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
     """
     require_plotly()
     import plotly.graph_objects as go
+    from plotly.offline import get_plotlyjs
     from plotly.subplots import make_subplots
 
     points = record["points"]
@@ -71,7 +105,8 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
     said = "nothing is refused" if number is None else f"fragility {number:.2f}"
     said += "" if half is None else f", half of the refusals gone at {half:.2f}"
     figure.update_layout(
-        title=f"{record['model']['id']}: {said}", template="plotly_white", width=860, height=640,
+        title=f"{escape(str(record['model']['id']))}: {said}",
+        template="plotly_white", width=860, height=640,
         legend={"orientation": "h", "y": -0.12},
     )  # fmt: skip
     figure.update_yaxes(title_text="refusal rate", range=[-0.03, 1.03], row=1, col=1,
@@ -79,9 +114,8 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
     figure.update_yaxes(title_text="refusal score", row=1, col=1, secondary_y=True, showgrid=False)
     figure.update_yaxes(title_text="KL (nats)", row=2, col=1)
     figure.update_xaxes(title_text="share of the direction removed", row=2, col=1)
-    html = figure.to_html(include_plotlyjs=True, full_html=True, div_id="fragility")
     written = [folder / "fragility.html"]
-    write_atomically(written[0], html.encode())
+    write_atomically(written[0], _page(figure, get_plotlyjs()).encode())
     for kind in images:
         try:
             content = figure.to_image(format=kind, scale=2)

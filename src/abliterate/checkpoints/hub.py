@@ -19,6 +19,7 @@ from abliterate.checkpoints.shards import (
     parse_shard,
     shard_names,
 )
+from abliterate.console import safe_bar
 from abliterate.errors import CheckpointError, FetchError
 
 # Weights in other formats: never opened (pickle runs code), so never downloaded.
@@ -125,7 +126,7 @@ def _stoppable_bar(stopped: Callable[[], bool]) -> Any:
     """A progress bar class: the one place where a download of the library's can be stopped."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    class Bar(tqdm):  # type: ignore[type-arg, misc]
+    class Bar(safe_bar(tqdm)):  # type: ignore[misc]
         def update(self, n: float | None = 1) -> bool | None:
             if stopped():
                 raise FetchError("stopped")

@@ -27,7 +27,15 @@ from abliterate.cli import (
 )
 from abliterate.cli import options as opt
 from abliterate.cli.commands import open_session
-from abliterate.console import debugging, print_json, print_line, set_up
+from abliterate.console import (
+    debugging,
+    print_error,
+    print_json,
+    print_line,
+    print_traceback,
+    set_up,
+    stop_output,
+)
 from abliterate.distributed import rank_process
 from abliterate.errors import AbliterateError
 from abliterate.settings import load_settings
@@ -78,7 +86,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except typer.Abort:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away: nothing is left to say
+        stop_output()
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -93,10 +101,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     if debugging() and error is not None:
-        import traceback
-
-        traceback.print_exception(error)
-    sys.stderr.write(f"error: {rank_process.name()}{' '.join(message.split())}\n")
+        print_traceback(error)
+    print_error(f"{rank_process.name()}{message}")
     return code
 
 

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from abliterate.cli import options as opt
-from abliterate.console import print_json, set_up
+from abliterate.console import (
+    live_columns,
+    print_error,
+    print_json,
+    print_note,
+    print_text,
+    set_up,
+)
 from abliterate.errors import AbliterateError, InputError, UsageError
 from abliterate.settings import load_settings
 
@@ -98,7 +105,7 @@ class _Talk:
             self.side_by_side(text, self.plain)
         else:
             for label, conversation, steering in self.both(self.plain):
-                _say(f"[{label}] {conversation.answer(text, steering)}\n")
+                print_text(f"[{label}] {conversation.answer(text, steering)}\n")
 
     def both(self, plain: Conversation) -> list[tuple[str, Conversation, Steering]]:
         steered = str(self.steering)
@@ -106,35 +113,20 @@ class _Talk:
 
     def alone(self, text: str) -> None:
         try:
-            self.steered.answer(text, self.steering, _say)
+            self.steered.answer(text, self.steering, print_text)
         finally:
-            _say("\n")
+            print_text("\n")
 
     def side_by_side(self, text: str, plain: Conversation) -> None:
-        from rich.console import Console
-        from rich.live import Live
-        from rich.table import Table
-        from rich.text import Text
-
         pairs = self.both(plain)
-        columns = [Text() for _ in pairs]
-        table = Table(expand=True, show_lines=False)
-        for label, _, _ in pairs:
-            table.add_column(label, ratio=1)
-        table.add_row(*columns)
-        with Live(table, console=Console(file=sys.stdout), vertical_overflow="visible") as live:
-            for column, (_, conversation, steering) in zip(columns, pairs, strict=True):
-
-                def heard(piece: str, column: Text = column) -> None:
-                    column.append(piece)
-                    live.refresh()
-
+        with live_columns([label for label, _, _ in pairs]) as columns:
+            for heard, (_, conversation, steering) in zip(columns, pairs, strict=True):
                 conversation.answer(text, steering, heard)
 
     def note(self, text: str) -> None:
         """Something about the conversation, beside it."""
         if self.screen:
-            sys.stderr.write(text + "\n")
+            print_note(text)
 
 
 def _off() -> Steering:
@@ -153,11 +145,6 @@ def _number(option: str, text: str = "1") -> float:
     return value
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def _typed() -> Iterator[str]:
     """Lines typed at a terminal, until Ctrl-D."""
     import readline  # arrow keys and history for input()
@@ -167,10 +154,10 @@ def _typed() -> Iterator[str]:
         try:
             yield input("> ")
         except EOFError:
-            _say("\n")
+            print_text("\n")
             return
         except KeyboardInterrupt:
-            sys.stderr.write("\n(Ctrl-D or /quit leaves)\n")
+            print_note("\n(Ctrl-D or /quit leaves)")
 
 
 def _piped() -> Iterator[str]:
@@ -189,11 +176,11 @@ def _loop(lines: Iterator[str], line: Callable[[str], bool], forgiving: bool) ->
         except KeyboardInterrupt:
             if not forgiving:
                 raise
-            sys.stderr.write("(stopped)\n")
+            print_note("(stopped)")
         except AbliterateError as error:
             if not forgiving:
                 raise
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            print_error(str(error))
 
 
 def chat(

@@ -119,6 +119,7 @@ def name_checkpoints(specs: list[str]) -> dict[str, Checkpoint]:
     """
     from abliterate.evaluation.compare import INTERVENTIONS
     from abliterate.models.loading import find_checkpoint
+    from abliterate.storage.artifacts import is_plain_name
 
     found: dict[str, Checkpoint] = {}
     for spec in specs:
@@ -126,6 +127,11 @@ def name_checkpoints(specs: list[str]) -> dict[str, Checkpoint]:
         if not equals or "/" in name or Path(spec).exists():
             name, folder = "", spec
         name = name or Path(folder).resolve().name
+        if not is_plain_name(name):
+            raise UsageError(
+                f"--checkpoint {spec}: '{name}' is no plain name, give one as "
+                f"--checkpoint NAME={folder}"
+            )
         if name in found or name in (*INTERVENTIONS, "checkpoint"):
             raise UsageError(
                 f"--checkpoint {spec}: the name '{name}' is taken, give another as "

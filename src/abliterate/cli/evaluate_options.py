@@ -104,7 +104,12 @@ JudgeTemplate = Annotated[
 ]
 JudgeTimeout = Annotated[
     float | None,
-    _option("evaluate.judge_timeout", ("--judge-timeout",), "Seconds per attempt.", _JUDGE),
+    _option(
+        "evaluate.judge_timeout",
+        ("--judge-timeout",),
+        "Seconds for one attempt as a whole: connection, question and the reply's last byte.",
+        _JUDGE,
+    ),
 ]
 JudgeRetries = Annotated[
     int | None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.cli.evaluation_tables import show_evaluation
-from abliterate.console import print_line, print_table
+from abliterate.console import print_command, print_line, print_table
 from abliterate.evaluation.completions import read_lines
 from abliterate.metrics.intervals import wilson
 from abliterate.pipeline.run import EDITED
@@ -75,12 +75,13 @@ def show_extraction(record: Mapping[str, Any], run: Path) -> None:
             ["seconds", f"{record['seconds']:.1f}"],
         ],
     )
-    print_line(f"next: abliterate select {run}")
+    print_command("next", "select", run)
 
 
 def show_selection(record: Mapping[str, Any], run: Path) -> None:
     _candidates(record)
-    print_line(f"next: abliterate orthogonalize {record['model']['id']} --direction {run} -o OUT")
+    model = record["model"]["id"]
+    print_command("next", "orthogonalize", model, "--direction", run, "-o", "OUT")
 
 
 def _candidates(record: Mapping[str, Any], shown: int = 8) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from abliterate.console import safe
 from abliterate.direction import Direction
 from abliterate.editing.edited_tensor import EditedTensor
 from abliterate.models.loading import Checkpoint
@@ -17,11 +20,11 @@ from abliterate.storage.artifacts import write_atomically
 _ADDED = """\
 # {name}, with its refusal direction added
 
-**This model was made to refuse more, or less, by a constant.** It is `{base}` with {coeff:g} times
+**This model was made to refuse more, or less, by a constant.** It is {base} with {coeff:g} times
 the one direction of its residual stream that mediates refusal (Arditi et al. 2024,
 [arXiv 2406.11717](https://arxiv.org/abs/2406.11717)) added as a bias.
 
-- Direction: source layer {layer}, position {position}, sha256 `{sha256}`
+- Direction: source layer {layer}, position {position}, sha256 {sha256}
 - Changed: {count} ({kinds}); the full list is in `abliterate.json`
 - {rest}
 {limits}
@@ -31,13 +34,13 @@ Made with [abliterate](https://pypi.org/project/abliterate/).
 _TEXT = """\
 # {name}, with its refusal direction removed
 
-**Safety refusals were removed from this model.** It is `{base}` with one direction of its residual
+**Safety refusals were removed from this model.** It is {base} with one direction of its residual
 stream, the one that mediates refusal (Arditi et al. 2024,
 [arXiv 2406.11717](https://arxiv.org/abs/2406.11717)), projected out of every matrix that writes to
 the stream. It answers requests that the original declines. Whoever deploys it is responsible for
 the safeguards that the original brought along.
 
-- Direction: source layer {layer}, position {position}, sha256 `{sha256}`
+- Direction: source layer {layer}, position {position}, sha256 {sha256}
 - Edited tensors: {count} ({kinds}); the full list is in `abliterate.json`
 - {rest}
 {limits}
@@ -68,7 +71,7 @@ def write_model_card(
     name = base.folder.name if base.revision is None else base.name
     inherited = _inherited(base.folder / "README.md")
     data = ModelCardData(
-        base_model=name,
+        base_model=safe(name),
         base_model_relation="adapter" if adapter else "finetune",
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
@@ -83,16 +86,29 @@ def write_model_card(
     text = (_TEXT if added is None else _ADDED).format(
         coeff=added,
         rest="It is an adapter: load it onto the original with PEFT." if adapter else rest,
-        limits="".join(f"- Limit: {limit}.\n" for limit in limits),
-        name=name,
-        base=name,
+        limits="".join(f"- Limit: {markdown(limit)}.\n" for limit in limits),
+        name=markdown(name),
+        base=code(name),
         layer=direction.layer,
         position=direction.position,
-        sha256=direction.sha256,
+        sha256=code(str(direction.sha256)),
         count=len(edited),
-        kinds=", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+        kinds=", ".join(f"{count} {markdown(kind)}" for kind, count in kinds.items()),
     )
     write_atomically(path, f"---\n{data.to_yaml()}\n---\n\n{text}".encode())
+
+
+def markdown(text: str) -> str:
+    """Text out of a record or a path as it reads in Markdown: no markup, no HTML, one line."""
+    return escape(re.sub(r"([\\`*_\[\]|~$])", r"\\\1", safe(text)), quote=False)
+
+
+def code(text: str) -> str:
+    """``text`` as a code span, behind more backticks than it holds."""
+    shown = safe(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    space = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{space}{shown}{space}{fence}"
 
 
 def _inherited(path: Path) -> dict[str, Any]:
@@ -100,8 +116,30 @@ def _inherited(path: Path) -> dict[str, Any]:
         source = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # a card is free text; without one that can be read there is nothing to take
         return {}
-    return {
-        key: source[key]
-        for key in ("license", "license_name", "license_link", "language")
-        if source.get(key)
-    }
+    return {key: source[key] for key, usable in _TAKEN.items() if usable(source.get(key))}
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()
+
+
+def _is_link(value: Any) -> bool:
+    """A page of the web, or a file of the repository; nothing that runs when clicked."""
+    if not isinstance(value, str) or not value.isprintable() or len(value) > 500:
+        return False
+    return value.startswith(("https://", "http://")) or (value != "" and ":" not in value)
+
+
+def _are_names(value: Any) -> bool:
+    return _is_name(value) or (
+        isinstance(value, list) and value != [] and all(map(_is_name, value))
+    )
+
+
+# Of the source's card: what is taken over, and what it must look like.
+_TAKEN = {
+    "license": _are_names,
+    "license_name": _is_name,
+    "license_link": _is_link,
+    "language": _are_names,
+}

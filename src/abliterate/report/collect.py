@@ -10,10 +10,11 @@ from typing import Any
 
 from abliterate.analysis.direction_trace import TRACE
 from abliterate.analysis.inspection import INSPECT
+from abliterate.console import command
 from abliterate.editing.orthogonalize import RECORD
 from abliterate.errors import InputError
 from abliterate.run_folder import COMPLETIONS, EVALUATION, EXTRACT, MODEL, SELECTION
-from abliterate.storage.artifacts import read_record
+from abliterate.storage.artifacts import is_plain_name, read_record
 
 Document = Mapping[str, Any]
 
@@ -70,22 +71,39 @@ def read_run(folder: Path, edited: Path | None = None) -> Run:
         InputError: there is no such folder, no stage has run in it, or a record is damaged.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no run folder: run `abliterate extract MODEL -o {folder}`")
+        raise InputError(
+            f"{folder} is no run folder: run `{command('extract', 'MODEL', '-o', folder)}`"
+        )
+    for name in (EXTRACT, SELECTION, INSPECT, TRACE, EVALUATION):
+        _stay_inside(folder / name, folder)
     extracted = _record(folder / EXTRACT, "extract MODEL -o RUN")
     selection = _record(folder / SELECTION, "select RUN")
     inspected = _record(folder / INSPECT, "inspect RUN")
     traced = _record(folder / TRACE, "trace RUN")
     evaluation = _record(folder / EVALUATION, "evaluate MODEL --direction RUN")
+    _check_names(folder / EVALUATION, evaluation)
     place = edited or folder / MODEL
     edit = _record(place / RECORD, "orthogonalize")
     if edited is not None and edit is None:
         raise InputError(f"{place / RECORD} does not exist: --edited takes an edited checkpoint")
     if not any((extracted, selection, inspected, traced, evaluation, edit)):
         raise InputError(
-            f"{folder} holds no stage's record: run `abliterate extract MODEL -o {folder}` first"
+            f"{folder} holds no stage's record: run "
+            f"`{command('extract', 'MODEL', '-o', folder)}` first"
         )
     found = (extracted, selection, inspected, traced, evaluation, edit)
     return Run(folder, *found, place if edit else None)
+
+
+def _check_names(path: Path, evaluation: Document | None) -> None:
+    """Refuse interventions whose names, which are parts of file names, are paths."""
+    named = (evaluation or {}).get("interventions")
+    for name in named if isinstance(named, dict) else ():
+        if not is_plain_name(name):
+            raise InputError(
+                f"{path} names an intervention {name!r}, which is no plain name: do not trust this "
+                "folder, or run evaluate again"
+            )
 
 
 def _record(path: Path, made_by: str) -> Document | None:
@@ -108,6 +126,7 @@ def read_completions(run: Run) -> Completions | None:
             path = run.folder / COMPLETIONS / f"{name}-{kind}.jsonl"
             if path.name not in named or not path.is_file():
                 continue
+            _stay_inside(path, run.folder)
             for line in _lines(path):
                 row = rows.setdefault(
                     (kind, line["prompt"]),
@@ -124,6 +143,12 @@ def read_completions(run: Run) -> Completions | None:
                     "safe": line.get("safe"),
                 }
     return Completions(columns, tuple(rows.values())) if rows else None
+
+
+def _stay_inside(path: Path, folder: Path) -> None:
+    """Refuse a link that would bring a file from outside a run folder into the page."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{path} is a link out of the run folder: put the file itself there")
 
 
 def _lines(path: Path) -> list[Document]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from abliterate.report.collect import Completions, Run, read_completions
 from abliterate.report.reproduce import commands, notes
 from abliterate.report.selection_figures import METRICS, Table
 from abliterate.report.style import plotly
-from abliterate.storage.artifacts import finite, versions
+from abliterate.storage.artifacts import versions
+from abliterate.storage.web_page import content_policy, script_json
 
 Figures = dict[str, Any]
 
@@ -181,12 +181,6 @@ def _answers(completions: Completions) -> list[list[str | None]]:
     ]
 
 
-def _embedded(document: Any) -> Markup:
-    """JSON that cannot end the script element that it stands in."""
-    text = json.dumps(finite(document), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
 def _packed(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
@@ -194,16 +188,6 @@ def _packed(text: str) -> str:
 @cache
 def _packed_plotly() -> str:
     return _packed(plotly("offline").get_plotlyjs())
-
-
-def _policy(scripts: list[str]) -> str:
-    """A content security policy: these scripts, our styles, pictures made in the page."""
-    digests = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"
-    )
 
 
 def _render(
@@ -224,10 +208,10 @@ def _render(
     )
     rendered: str = environment.get_template("report.html.j2").render(
         page,
-        policy=_policy([script, bundle]),
+        policy=content_policy([script, bundle]),
         script=Markup(script),
         styles=Markup(styles),
-        data=_embedded(payload),
+        data=Markup(script_json(payload)),
         plotly=_packed_plotly(),
         answers=_packed(json.dumps(_answers(completions))) if completions else None,
     )

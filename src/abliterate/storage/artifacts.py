@@ -26,6 +26,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether ``name``, out of a record or an option, can be part of a file's name: no path, no
+    character that does not print, no longer than file names are."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name.strip(". ") != ""
+        and len(name.encode()) <= 200
+        and not set(name) & {"/", "\\"}
+    )
+
+
 def check_writable(folder: Path) -> None:
     """Refuse an output folder that cannot be made, before any work is done for it.
 
@@ -56,7 +68,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write ``document`` as indented JSON, atomically. NaN and infinities become null."""
     text = json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, (text + "\n").encode())
+    # Half of a surrogate pair, which UTF-8 lacks, becomes the escape that JSON has for it.
+    write_atomically(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def finite(value: Any) -> Any:
