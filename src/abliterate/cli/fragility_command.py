@@ -57,7 +57,6 @@ def fragility(
             raise UsageError(f"--image must be png or svg, not '{kind}'")
     if image and not picture:
         raise UsageError("--image and --no-picture exclude each other")
-    from abliterate.analysis.fragility import FRAGILITY, fragility_stage
     from abliterate.analysis.fragility_plot import draw, require_plotly
 
     if picture:
@@ -73,6 +72,8 @@ def fragility(
     }
     session = later_session(run, model, config, given)
     out = output or run
+    from abliterate.analysis.fragility import FRAGILITY, fragility_stage
+
     record = fragility_stage(session, run, out, steps, n_test, max_new_tokens)
     written = [out / FRAGILITY, *(draw(record, out, image or ()) if picture else [])]
     if as_json:

@@ -10,9 +10,7 @@ from abliterate.direction import load_direction
 from abliterate.evaluation.stage import evaluate_stage
 from abliterate.models.loading import Checkpoint
 from abliterate.pipeline.stages import extract_stage, orthogonalize_stage, select_stage
-from abliterate.run_folder import MODEL, Session
-
-EDITED = "orthogonalized"
+from abliterate.run_folder import EDITED, MODEL, Session
 
 
 def run_pipeline(session: Session, run: Path) -> dict[str, Any]:
