@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from abliterate.errors import InputError
 from abliterate.storage.artifacts import hash_file, read_tensors, tensor_metadata, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE_NAME = "direction.safetensors"
 
@@ -74,4 +74,4 @@ def load_direction(source: str | Path) -> Direction:
         except (KeyError, ValueError):
             return None
 
-    return Direction(vector.to(torch.float64), number("position"), number("layer"), hash_file(path))
+    return Direction(vector.double(), number("position"), number("layer"), hash_file(path))

@@ -13,33 +13,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.console import log
-from abliterate.distributed.rank_group import Team, join_team
 from abliterate.errors import UsageError
-from abliterate.inference.forward import input_device
-from abliterate.models.device_placement import Placement, find_placement
-from abliterate.models.loading import Checkpoint, Loaded
-from abliterate.offload import load_or_stream, must_stream
-from abliterate.offload.open_model import too_large
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import prompt_key
 from abliterate.prompts.sources import Prompt
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import hash_file, versions
 
+if TYPE_CHECKING:
+    from abliterate.distributed.rank_group import Team
+    from abliterate.models.device_placement import Placement
+    from abliterate.models.loading import Loaded
+
 EXTRACT, DIRECTIONS = "extract.json", "directions.safetensors"
+ACTIVATIONS = "activations.safetensors"
 SELECTION, EVALUATION, COMPLETIONS = "selection.json", "evaluation.json", "completions"
 PARTIAL = "selection.partial.json"
+INSPECT, TRACE = "inspect.json", "trace.json"
 MODEL = "model"
+# What the evaluation of ``run`` calls the checkpoint in ``model/``.
+EDITED = "orthogonalized"
 
 
 @dataclass(frozen=True)
 class Session:
-    """A checkpoint and settings; the model itself is loaded when a stage first needs it."""
+    """A checkpoint and settings; the model, and what runs it, is loaded when first needed."""
 
     checkpoint: Checkpoint
     settings: Settings
@@ -50,10 +52,14 @@ class Session:
 
     @cached_property
     def team(self) -> Team:
+        from abliterate.distributed.rank_group import join_team
+
         return join_team()
 
     @cached_property
     def placement(self) -> Placement:
+        from abliterate.models.device_placement import find_placement
+
         model = self.settings.model
         return find_placement(self.team, model.device, model.device_map, model.tensor_parallel)
 
@@ -67,9 +73,16 @@ class Session:
         model, where = self.settings.model, self.placement
         if model.offload is not None or where.is_spread or where.team.size > 1:
             return model.offload
+        from abliterate.offload import must_stream
+
         return must_stream(self.checkpoint, model.device, model.dtype, model.trust_remote_code)
 
     def load(self, checkpoint: Checkpoint) -> Loaded:
+        import torch
+
+        from abliterate.inference.forward import input_device
+        from abliterate.offload import load_or_stream
+
         model, where = self.settings.model, self.placement
         torch.manual_seed(model.seed)
         with where.team.working():
@@ -93,6 +106,8 @@ class Session:
         Raises:
             UsageError: the weights do not fit.
         """
+        from abliterate.offload.open_model import too_large
+
         model, where = self.settings.model, self.placement
         if "loaded" not in self.__dict__ and not where.is_spread and where.team.size == 1:
             at = (model.device, model.dtype, model.trust_remote_code)
@@ -111,6 +126,8 @@ class Session:
                 loaded.stream.close()
             del loaded
             gc.collect()
+            import torch
+
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from abliterate.inference.logit_lens import logit_lens
 from abliterate.metrics.geometry import measure
 from abliterate.prompts.sampling import load_prompts
 from abliterate.resources import demo_model_dir
+from abliterate.run_folder import Session
 from abliterate.writers.tiny_model import randomise
 
 COMMON = ("--no-filter", "--refusal-token", "I", "--n-train", "12")
@@ -244,6 +247,42 @@ def test_without_activations_the_rest_is_shown_and_says_so(run: Path, cli, tmp_p
     assert record["lens"]["promotes"]
 
 
+def test_an_inspection_that_is_up_to_date_is_shown_without_the_model(
+    run: Path, cli, tmp_path: Path, monkeypatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "inspect.json").unlink(missing_ok=True)
+    first = cli("inspect", copy, "--json")
+    assert "up to date" not in first.err
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "whole", lambda session: pytest.fail("the model was loaded"))
+        again = cli("inspect", copy, "--json")
+        assert "inspect.json is up to date" in again.err
+        assert again.json == first.json
+        named = str(first.json["position"])
+        assert cli("inspect", copy, "--position", named, "--json").json == first.json
+
+    def anew(*more: str) -> Any:
+        result = cli("inspect", copy, "--json", *more)
+        assert result.code == 0, result.err
+        assert "up to date" not in result.err
+        return result.json
+
+    assert anew("--position", "-2")["position"] == -2
+    assert anew("--dtype", "float64")["position"] == first.json["position"]
+    activations = (copy / FILE).read_bytes()
+    (copy / FILE).unlink()
+    assert all(row["geometry"] is None for row in anew()["layers"])
+    (copy / FILE).write_bytes(activations)
+    assert any(row["geometry"] for row in anew()["layers"])
+    held = load_file(copy / "direction.safetensors")["direction"]
+    save_file({"direction": -held}, copy / "direction.safetensors")
+    assert anew()["layers"][3]["cosine_with_selected"] < 0
+    (copy / "inspect.json").write_text("{")
+    anew()
+
+
 def test_inspect_errors_are_one_line(run: Path, fails, tmp_path: Path, monkeypatch) -> None:
     assert "abliterate extract" in fails("inspect", tmp_path, code=3)
     assert "-5, -4, -3, -2, -1" in fails("inspect", run, "--position", "-9", code=2)
@@ -257,6 +296,7 @@ def test_inspect_errors_are_one_line(run: Path, fails, tmp_path: Path, monkeypat
     (other / FILE).write_bytes(damaged[:1000])
     assert "not a readable safetensors file" in fails("inspect", other, code=3)
     monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
+    (run / "inspect.json").unlink(missing_ok=True)
     assert "pip install 'abliterate[report]'" in fails("inspect", run, code=2)
 
 

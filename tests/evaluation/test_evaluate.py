@@ -19,7 +19,7 @@ from abliterate.evaluation.compare import Metrics, Outcome, deltas
 from abliterate.evaluation.completions import Completion, CompletionFile
 from abliterate.inference.generation import greedy_answers, stop_tokens
 from abliterate.metrics.intervals import newcombe_paired, wilson
-from abliterate.metrics.refusal import REFUSAL_SUBSTRINGS, is_refusal
+from abliterate.metrics.refusal_substrings import REFUSAL_SUBSTRINGS, is_refusal
 from abliterate.models.loading import load_model
 from abliterate.prompts.chat_template import ChatFormat, encode, end_of_turn_ids
 

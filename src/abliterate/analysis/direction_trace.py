@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from abliterate.analysis.trace_request import Request
 from abliterate.console import log
 from abliterate.direction import Direction, load_direction
-from abliterate.errors import UsageError
 from abliterate.inference.attention_heads import (
     HeadsUnknown,
     HeadView,
@@ -32,11 +32,10 @@ from abliterate.inference.interventions import unit_direction
 from abliterate.models.loading import Loaded
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.suffixes import Marked, Marker, Span
-from abliterate.run_folder import Session
+from abliterate.run_folder import TRACE, Session
 from abliterate.run_records import read_used
 from abliterate.storage.artifacts import hash_json, versions, write_json
 
-TRACE = "trace.json"
 CONDITIONS = ("harmful", "harmless", "suffix", "random")
 
 
@@ -56,25 +55,6 @@ class Seen:
     heads: Tensor | None = None
     mass: Tensor | None = None
     error: float = 0.0
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to trace.
-
-    Attributes:
-        harmful: prompt source, or None for the run's own test prompts.
-        harmless: likewise.
-        n_prompts: how many of each, or None for as many as there are.
-        suffix: what is put after the harmful prompts, or None.
-        n_heads: how many heads are listed.
-    """
-
-    harmful: str | None = None
-    harmless: str | None = None
-    n_prompts: int | None = None
-    suffix: str | None = None
-    n_heads: int = 10
 
 
 def trace_stage(session: Session, run: Path, request: Request) -> dict[str, Any]:
@@ -318,14 +298,3 @@ def _masses(mass: Tensor | None, at: int, head: int) -> dict[str, float | None]:
         name: None if value != value else value
         for name, value in zip(("instruction", "suffix"), values, strict=True)
     }
-
-
-def check_request(request: Request) -> None:
-    """Refuse counts below one.
-
-    Raises:
-        UsageError: there is one.
-    """
-    for option, count in (("--n-prompts", request.n_prompts), ("--heads", request.n_heads)):
-        if count is not None and count < 1:
-            raise UsageError(f"{option} must be at least 1, not {count}")

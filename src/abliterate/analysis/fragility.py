@@ -23,7 +23,8 @@ from abliterate.inference.forward import all_last_logits
 from abliterate.inference.generation import greedy_answers
 from abliterate.inference.interventions import ablate
 from abliterate.metrics.intervals import share_methods, wilson
-from abliterate.metrics.refusal import is_refusal, kl_divergence, refusal_score
+from abliterate.metrics.refusal import kl_divergence, refusal_score
+from abliterate.metrics.refusal_substrings import is_refusal
 from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sampling import load_prompts, prompt_key

@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abliterate.analysis.inspection_record import inspection_inputs
 from abliterate.console import log
 from abliterate.direction import Direction, load_direction
 from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
-from abliterate.extraction.kept_activations import FILE_NAME as ACTIVATIONS
 from abliterate.extraction.kept_activations import Activations
 from abliterate.extraction.means import Extraction
 from abliterate.inference.interventions import check_direction
 from abliterate.inference.logit_lens import Promoted, extremes, logit_lens
 from abliterate.metrics.geometry import Geometry, measure
-from abliterate.run_folder import DIRECTIONS, EXTRACT, Session
+from abliterate.run_folder import ACTIVATIONS, DIRECTIONS, EXTRACT, INSPECT, Session
 from abliterate.run_records import read_extract
-from abliterate.storage.artifacts import hash_file, hash_json, versions, write_json
+from abliterate.storage.artifacts import hash_file, versions, write_json
 
-INSPECT = "inspect.json"
 # Tokens listed for the selected direction, and for every layer's own.
 _TOKENS, _LAYER_TOKENS = 20, 5
 
@@ -87,10 +86,12 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
         "seed": session.settings.model.seed,
         "versions": versions(),
         "seconds": time.perf_counter() - started,
-        "inputs": hash_json(
-            session.base_inputs()
-            | {"extract": extracted["inputs"], "direction": materials.direction.sha256}
-            | {"position": materials.position}
+        "inputs": inspection_inputs(
+            session,
+            extracted,
+            materials.direction.sha256,
+            materials.position,
+            materials.activations is not None,
         ),
     }
     write_json(run / INSPECT, record)

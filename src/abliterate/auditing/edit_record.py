@@ -13,7 +13,7 @@ from torch import Tensor
 
 from abliterate.auditing.components import Part, Reading, every_column
 from abliterate.direction import Direction
-from abliterate.editing.orthogonalize import CARD, RECORD
+from abliterate.editing.file_names import CARD, RECORD
 from abliterate.errors import InputError
 from abliterate.models.loading import Checkpoint
 from abliterate.storage.artifacts import read_record

@@ -40,12 +40,16 @@ def inspect(
 ) -> None:
     """Describe the directions: PCA, separation, cosines, norms and logit lens, layer by layer."""
     set_up(quiet, debug)
-    from abliterate.analysis.inspection import inspect_stage
+    from abliterate.analysis.inspection_record import finished_inspection
     from abliterate.cli.analysis_tables import show_inspection
 
     given = {"model": model_options(revision, device, dtype, None, trust_remote_code, None)}
     session = later_session(run, model, None, given)
-    record = inspect_stage(session, run, position)
+    record = finished_inspection(session, run, position)
+    if record is None:
+        from abliterate.analysis.inspection import inspect_stage
+
+        record = inspect_stage(session, run, position)
     print_json(record) if as_json else show_inspection(record, run)
 
 
@@ -94,7 +98,7 @@ def trace(
 ) -> None:
     """Follow prompts along the direction, with and without a suffix of yours."""
     set_up(quiet, debug)
-    from abliterate.analysis.direction_trace import Request, check_request, trace_stage
+    from abliterate.analysis.trace_request import Request, check_request
     from abliterate.cli.analysis_tables import show_trace
     from abliterate.prompts.suffixes import read_suffix
 
@@ -103,6 +107,8 @@ def trace(
     check_request(request)
     given = {"model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)}
     session = later_session(run, model, None, given)
+    from abliterate.analysis.direction_trace import trace_stage
+
     record = trace_stage(session, run, request)
     print_json(record) if as_json else show_trace(record, run)
 

@@ -204,10 +204,11 @@ def orthogonalize(
     )
     from abliterate.cli.tables import show_edit
     from abliterate.direction import load_direction
-    from abliterate.pipeline.stages import orthogonalize_stage
 
     vector = load_direction(direction)
     session = open_session(model, settings, settings.orthogonalize.low_disk)
+    from abliterate.pipeline.stages import orthogonalize_stage
+
     record = orthogonalize_stage(session, vector, output)
     print_json(record) if as_json else show_edit(record, output)
 

@@ -135,12 +135,14 @@ def diff(
 ) -> None:
     """Compare two checkpoints tensor by tensor: unchanged, rank 1, low rank or dense."""
     set_up(quiet, debug)
-    from abliterate.auditing.compare import compare
-    from abliterate.auditing.report import comparison_document
-    from abliterate.models.loading import find_checkpoint
+    from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.storage.artifacts import finite
 
-    document = finite(comparison_document(compare(find_checkpoint(a), find_checkpoint(b))))
+    pair = find_checkpoint(a), find_checkpoint(b)
+    from abliterate.auditing.compare import compare
+    from abliterate.auditing.report import comparison_document
+
+    document = finite(comparison_document(compare(*pair)))
     print_json(document) if as_json else _show_differences(document)
 
 

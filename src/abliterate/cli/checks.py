@@ -51,19 +51,20 @@ def verify(
         raise UsageError(f"--n-prompts must be at least 1, not {n_prompts}")
     from dataclasses import replace
 
-    from abliterate.checkpoints.shards import read_shards
+    from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.direction import load_direction
-    from abliterate.models.loading import find_checkpoint
+
+    trust = bool(trust_remote_code)
+    checkpoint = find_checkpoint(edited)
+    vector = load_direction(direction)
+    base = None if source is None else find_checkpoint(source, revision)
+    from abliterate.checkpoints.shards import read_shards
     from abliterate.offload import load_or_stream
     from abliterate.prompts.chat_template import ChatFormat, encode
     from abliterate.prompts.sampling import load_prompts
     from abliterate.verification import leak_bound, measure_leak
     from abliterate.verification import verify as check
 
-    trust = bool(trust_remote_code)
-    checkpoint = find_checkpoint(edited)
-    vector = load_direction(direction)
-    base = None if source is None else find_checkpoint(source, revision)
     result = check(checkpoint, vector, base, trust)
     if forward:
         where = (device or "auto", "float32", trust)
@@ -130,10 +131,12 @@ def writers(
 ) -> None:
     """List what writes to the residual stream, from config and index alone."""
     set_up(quiet, debug)
-    from abliterate.editing.edit_plan import describe_writers
-    from abliterate.models.loading import find_checkpoint
+    from abliterate.checkpoints.checkpoint import find_checkpoint
 
-    document = describe_writers(find_checkpoint(model, revision), bool(trust_remote_code))
+    checkpoint = find_checkpoint(model, revision)
+    from abliterate.editing.edit_plan import describe_writers
+
+    document = describe_writers(checkpoint, bool(trust_remote_code))
     if as_json:
         return print_json(document)
     rows = [

@@ -59,9 +59,11 @@ def extract(
         },
     )
     from abliterate.cli.tables import show_extraction
+
+    session = open_session(model, settings)
     from abliterate.pipeline.stages import extract_stage
 
-    record = extract_stage(open_session(model, settings), output)
+    record = extract_stage(session, output)
     print_json(record) if as_json else show_extraction(record, output)
 
 
@@ -144,9 +146,10 @@ def select(
         return print_json(choice) if as_json else show_choice(choice)
     assert run is not None
     from abliterate.cli.tables import show_selection
-    from abliterate.pipeline.stages import select_stage
 
     session = later_session(run, model, config, given)
+    from abliterate.pipeline.stages import select_stage
+
     record = select_stage(session, run)
     return print_json(record) if as_json else show_selection(record, run)
 
@@ -214,14 +217,17 @@ def run(
         },
     )
     from abliterate.cli.tables import show_run
+
+    session = open_session(model, settings)
     from abliterate.pipeline.run import run_pipeline
 
-    record = run_pipeline(open_session(model, settings), output)
+    record = run_pipeline(session, output)
     print_json(record) if as_json else show_run(record, output)
 
 
 def open_session(model: str, settings: Settings, leave_shards: bool = False) -> Session:
-    from abliterate.models.loading import find_checkpoint
+    """A session on a checkpoint; imports no torch, so that a wrong name is told at once."""
+    from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.run_folder import Session
 
     return Session(find_checkpoint(model, settings.model.revision, leave_shards), settings)

@@ -15,7 +15,7 @@ from abliterate.errors import UsageError
 from abliterate.settings import load_settings
 
 if TYPE_CHECKING:
-    from abliterate.models.loading import Checkpoint
+    from abliterate.checkpoints.checkpoint import Checkpoint
 
 
 def evaluate(
@@ -95,7 +95,6 @@ def evaluate(
     }
     from abliterate.cli.evaluation_tables import show_evaluation
     from abliterate.direction import load_direction
-    from abliterate.evaluation.stage import evaluate_stage
 
     run = Path(direction) if direction and Path(direction).is_dir() else None
     vector = load_direction(direction) if direction else None
@@ -106,6 +105,8 @@ def evaluate(
     )
     names = intervention or (["baseline", "ablate", "add"] if vector else ["baseline"])
     edited = name_checkpoints(checkpoint or [])
+    from abliterate.evaluation.stage import evaluate_stage
+
     record = evaluate_stage(session, vector, names, edited, run, output or run)
     print_json(record) if as_json else show_evaluation(record)
 
@@ -117,8 +118,8 @@ def name_checkpoints(specs: list[str]) -> dict[str, Checkpoint]:
         UsageError: two have the same name, or one has that of an intervention.
         CheckpointError: one does not exist.
     """
+    from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.evaluation.compare import INTERVENTIONS
-    from abliterate.models.loading import find_checkpoint
     from abliterate.storage.artifacts import is_plain_name
 
     found: dict[str, Checkpoint] = {}

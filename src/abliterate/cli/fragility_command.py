@@ -65,7 +65,6 @@ def fragility(
             raise UsageError(f"--image must be png or svg, not '{kind}'")
     if image and not picture:
         raise UsageError("--image and --no-picture exclude each other")
-    from abliterate.analysis.fragility import FRAGILITY, fragility_stage
     from abliterate.analysis.fragility_plot import draw, require_plotly
 
     if picture:
@@ -89,6 +88,8 @@ def fragility(
     chosen, out = session.settings.evaluate, output or run
     # As many prompts at every fraction: less than evaluate takes, unless somebody says so.
     longest = chosen.max_new_tokens if "max_new_tokens" in chosen.model_fields_set else 64
+    from abliterate.analysis.fragility import FRAGILITY, fragility_stage
+
     record = fragility_stage(session, run, out, steps, chosen.n_test or 32, longest)
     written = [out / FRAGILITY, *(draw(record, out, image or ()) if picture else [])]
     if as_json:

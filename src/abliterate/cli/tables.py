@@ -13,13 +13,12 @@ from abliterate.cli.evaluation_tables import show_evaluation
 from abliterate.console import print_command, print_line, print_table
 from abliterate.evaluation.completions import read_lines
 from abliterate.metrics.intervals import wilson
-from abliterate.pipeline.run import EDITED
 from abliterate.prompts.sampling import split_pool
 from abliterate.prompts.sources import read_source
-from abliterate.run_folder import COMPLETIONS, MODEL
+from abliterate.run_folder import COMPLETIONS, EDITED, MODEL
+from abliterate.selection.candidate_filters import Thresholds
 from abliterate.selection.score_table import choose_again as choose_among
 from abliterate.selection.score_table import read_scores, score_record
-from abliterate.selection.search import Thresholds
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import read_json
 
@@ -201,4 +200,5 @@ def show_examples(run: Path, count: int = 3) -> None:
 
 
 def _completions(run: Path, name: str, kind: str) -> list[dict[str, Any]]:
+
     return read_lines(run / COMPLETIONS / f"{name}-{kind}.jsonl")

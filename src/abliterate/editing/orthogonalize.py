@@ -38,6 +38,7 @@ from abliterate.editing.auxiliary_files import (
 from abliterate.editing.baked_addition import plan_addition
 from abliterate.editing.edit_plan import EditPlan, TensorEdit, make_plan
 from abliterate.editing.edited_tensor import EditedTensor
+from abliterate.editing.file_names import CARD, RECORD
 from abliterate.editing.lora import check_targets, write_adapter
 from abliterate.editing.low_disk import Step, plan_steps, write_from_hub
 from abliterate.editing.matrix_orthogonalization import Recipe, Sums
@@ -71,7 +72,7 @@ from abliterate.models.loading import Checkpoint, find_checkpoint, pick_device
 from abliterate.storage.artifacts import hash_json, hash_text, read_json, versions, write_json
 from abliterate.writers.tensor_slices import Ranges
 
-RECORD, CARD, CONFIG = "abliterate.json", "README.md", "config.json"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)

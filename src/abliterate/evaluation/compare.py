@@ -27,10 +27,10 @@ from abliterate.inference.interventions import ablate, add
 from abliterate.metrics.intervals import bootstrap
 from abliterate.metrics.refusal import (
     check_refusal_tokens,
-    is_refusal,
     kl_divergence,
     refusal_score,
 )
+from abliterate.metrics.refusal_substrings import is_refusal
 from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts

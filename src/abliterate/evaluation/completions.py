@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from abliterate.metrics.intervals import newcombe_paired, wilson
-from abliterate.metrics.refusal import is_refusal
+from abliterate.metrics.refusal_substrings import is_refusal
 from abliterate.prompts.sources import Prompt
 from abliterate.storage.artifacts import write_atomically, write_json
 

@@ -264,7 +264,7 @@ class LocalJudge:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        from abliterate.models.loading import find_checkpoint
+        from abliterate.checkpoints.checkpoint import find_checkpoint
 
         object.__setattr__(self, "_checkpoint", find_checkpoint(self.name))
 

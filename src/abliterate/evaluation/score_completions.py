@@ -14,7 +14,7 @@ from abliterate.evaluation.completions import Completion, read_lines, scores
 from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge
 from abliterate.metrics.intervals import share_methods
-from abliterate.metrics.refusal import is_refusal
+from abliterate.metrics.refusal_substrings import is_refusal
 from abliterate.prompts.sources import CATEGORY_COLUMNS, read_rows
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import check_writable, hash_json, versions, write_atomically

@@ -21,7 +21,6 @@ from abliterate.errors import InputError, UsageError
 from abliterate.settings import parse_layers
 from abliterate.storage.artifacts import read_tensors, tensor_metadata
 
-FILE_NAME = "activations.safetensors"
 KINDS = ("harmful", "harmless")
 
 _DTYPES = {

@@ -14,9 +14,8 @@ from abliterate.evaluation.stage import check_options, evaluate_stage
 from abliterate.models.loading import Checkpoint
 from abliterate.pipeline.stages import extract_stage, orthogonalize_stage, select_stage
 from abliterate.prompts.sources import read_source
-from abliterate.run_folder import MODEL, Session
+from abliterate.run_folder import EDITED, MODEL, Session
 
-EDITED = "orthogonalized"
 # What orthogonalize does and the chain cannot, and why.
 _ALONE = {
     "as_lora": "the edited checkpoint is evaluated, and an adapter is none",

@@ -13,10 +13,10 @@ from typing import Any
 
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, save_direction
+from abliterate.editing.file_names import RECORD
 from abliterate.editing.options import edit_options
-from abliterate.editing.orthogonalize import RECORD, orthogonalize
+from abliterate.editing.orthogonalize import orthogonalize
 from abliterate.errors import InputError, SelectionError, UsageError
-from abliterate.extraction.kept_activations import FILE_NAME as ACTIVATIONS
 from abliterate.extraction.kept_activations import (
     ActivationWriter,
     Wanted,
@@ -31,6 +31,7 @@ from abliterate.prompts.chat_template import parse_positions
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import (
+    ACTIVATIONS,
     DIRECTIONS,
     EXTRACT,
     PARTIAL,

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from abliterate.errors import InputError, UsageError
 from abliterate.prompts.chat_template import ChatFormat, encode, post_instruction_ids
 
@@ -107,6 +105,8 @@ class Marker:
 
         Each prompt gets tokens of its own, drawn evenly from the vocabulary less special tokens.
         """
+        import torch
+
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         vocabulary = [i for i in range(self.tokenizer.vocab_size) if i not in special]
         generator = torch.Generator().manual_seed(seed)

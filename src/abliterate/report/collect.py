@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.analysis.direction_trace import TRACE
-from abliterate.analysis.inspection import INSPECT
 from abliterate.console import command
-from abliterate.editing.orthogonalize import RECORD
+from abliterate.editing.file_names import RECORD
 from abliterate.errors import InputError
-from abliterate.run_folder import COMPLETIONS, EVALUATION, EXTRACT, MODEL, SELECTION
+from abliterate.run_folder import (
+    COMPLETIONS,
+    EVALUATION,
+    EXTRACT,
+    INSPECT,
+    MODEL,
+    SELECTION,
+    TRACE,
+)
 from abliterate.storage.artifacts import is_plain_name, read_record
 
 Document = Mapping[str, Any]

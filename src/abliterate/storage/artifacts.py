@@ -148,7 +148,7 @@ def tensor_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file that :func:`read_tensors` could open."""
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "np") as file:  # no tensor is read, so torch is not needed
         return file.metadata() or {}
 
 

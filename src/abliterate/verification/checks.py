@@ -21,9 +21,9 @@ from abliterate.checkpoints.shards import DTYPES, ShardSet, TensorEntry, read_sh
 from abliterate.console import progress
 from abliterate.direction import Direction
 from abliterate.editing.edit_plan import TensorEdit, make_plan
+from abliterate.editing.file_names import RECORD
 from abliterate.editing.matrix_orthogonalization import Recipe
 from abliterate.editing.options import tied_matrices_agree
-from abliterate.editing.orthogonalize import RECORD
 from abliterate.editing.shard_tasks import Files
 from abliterate.editing.tensor_changes import resolve_edits
 from abliterate.errors import CheckpointError

@@ -19,8 +19,9 @@ from abliterate.checkpoints.shards import ShardSet, TensorEntry, same_bytes
 from abliterate.direction import Direction
 from abliterate.editing.auxiliary_files import find_carried
 from abliterate.editing.edit_plan import TensorEdit, tied_tensors
+from abliterate.editing.file_names import CARD, RECORD
 from abliterate.editing.options import EditOptions, promise
-from abliterate.editing.orthogonalize import CARD, CONFIG, RECORD, PlannedEdit, plan_edit
+from abliterate.editing.orthogonalize import CONFIG, PlannedEdit, plan_edit
 from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.storage.artifacts import read_record

@@ -1,0 +1,70 @@
+"""Whether a run has been inspected already: then ``inspect`` shows its record, without the model.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from abliterate.direction import FILE_NAME as DIRECTION
+from abliterate.errors import AbliterateError
+from abliterate.run_folder import ACTIVATIONS, EXTRACT, INSPECT, Session, finished
+from abliterate.storage.artifacts import hash_file, hash_json, read_json, tensor_metadata
+
+
+def inspection_inputs(
+    session: Session, extracted: Mapping[str, Any], direction: str | None, position: int, kept: bool
+) -> str:
+    """The hash of all that ``inspect.json`` depends on.
+
+    Args:
+        session: the model and settings.
+        extracted: the record of ``extract``.
+        direction: hash of the selected direction's file.
+        position: the position that is looked at.
+        kept: the activations that ``extract`` recorded are there.
+    """
+    own = {"extract": extracted["inputs"], "direction": direction, "position": position}
+    return hash_json(session.base_inputs() | own | {"activations": kept})
+
+
+def finished_inspection(
+    session: Session, run: Path, position: int | None = None
+) -> dict[str, Any] | None:
+    """The record of ``run``, if it is of the same model, settings and artifacts.
+
+    None, too, where an artifact is missing or damaged: ``inspect_stage`` says what is wrong.
+
+    Args:
+        session: the model and settings.
+        run: the run folder, selected.
+        position: as for ``inspect_stage``.
+    """
+    if not (run / INSPECT).is_file():
+        return None
+    try:
+        extracted = read_json(run / EXTRACT, "extract MODEL -o RUN")
+        made = extracted["outputs"]
+        if (run / ACTIVATIONS).exists() != (ACTIVATIONS in made):
+            return None
+        if any(hash_file(run / name) != digest for name, digest in made.items()):
+            return None
+        at = _usual_position(run, extracted) if position is None else position
+        direction = hash_file(run / DIRECTION)
+        inputs = inspection_inputs(session, extracted, direction, at, ACTIVATIONS in made)
+        return finished(run / INSPECT, inputs, {})
+    except (AbliterateError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _usual_position(run: Path, extracted: Mapping[str, Any]) -> int:
+    """Where nobody names a position: the last one kept, else that of the selected direction."""
+    if "activations" in extracted:
+        return int(extracted["activations"]["positions"][-1])
+    try:
+        return int(tensor_metadata(run / DIRECTION)["position"])
+    except (KeyError, ValueError):
+        return int(extracted["positions"][-1]["position"])
