@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -306,6 +307,13 @@ def test_a_local_model_of_a_record_is_used_and_its_prompts_are_read(
     result = cli("select", tampered(change), *OPEN, "--json")
     assert result.code == 0, result.err
     assert result.json["model"]["id"] == str(tiny("llama"))
+
+
+def test_prompts_of_a_record_that_never_end_are_not_read(tampered, fails, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for place in ("/dev/zero", str(tmp_path / "pipe.txt")):
+        run = tampered(_set("settings", "extract", "harmful", value=place))
+        assert place in fails("select", run, *OPEN, code=3)
 
 
 def test_a_record_of_an_edit_that_is_malformed_is_one_line(

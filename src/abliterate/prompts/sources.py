@@ -138,15 +138,17 @@ def read_rows(path: Path, what: str = "prompt file") -> list[Any]:
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file ({', '.join(FILE_TYPES)}) inside it")
+    kind = path.suffix.lower()
+    if path.exists() and kind not in FILE_TYPES:
+        raise InputError(f"{path}: unknown file type '{kind}', use one of {', '.join(FILE_TYPES)}")
+    if path.exists() and not path.is_file():  # a device or pipe, which may never end
+        raise InputError(f"{what} {path} is no regular file")
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{what} {path} does not exist") from None
     except OSError as error:
         raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
-    kind = path.suffix.lower()
-    if kind not in FILE_TYPES:
-        raise InputError(f"{path}: unknown file type '{kind}', use one of {', '.join(FILE_TYPES)}")
     if not raw.strip():
         raise InputError(f"{what} {path} is empty")
     if kind == ".parquet":
