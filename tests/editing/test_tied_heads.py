@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from abliterate import ablate
+from abliterate.auditing.components import open_checkpoint
+from abliterate.models.loading import Checkpoint
 
 IDS = torch.randint(0, 512, (3, 11), generator=torch.Generator().manual_seed(5))
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -109,6 +111,26 @@ def test_share_and_skip_say_what_the_files_hold(
     assert _tied(out) is (stored != "different")
     assert cli("verify", out, *options, "--source", source).code == 0
     _logits(out)
+
+
+@pytest.mark.parametrize("stored", ["different", "alone"])
+def test_audit_and_streamed_layers_read_a_stored_head(
+    stored: str, tiny, cli, direction, tmp_path: Path
+) -> None:
+    source, out = _source(tiny, tmp_path, stored), tmp_path / "out"
+    base = ("--direction", direction)
+    assert cli("orthogonalize", source, *base, "-o", out, "--tied-embeddings", "share").code == 0
+    forward = ("--forward", "--n-prompts", "2", "--offload")
+    result = cli("verify", out, *base, *forward, "--json")
+    assert result.code == 0, result.json
+    assert 0 < result.json["leak"] <= 1e-5
+    assert cli("verify", source, *base, *forward, "--json").json["leak"] > 1e-3
+    (embedding,) = (u for u in open_checkpoint(Checkpoint("x", out)).units if u.layer is None)
+    assert [part.edit.name for part in embedding.parts] == [
+        HEAD if stored == "alone" else EMBEDDING
+    ]
+    result = cli("audit", out, "--base", source, "--json")
+    assert result.code == 7, result.json
 
 
 def test_writers_and_adapters_know_a_head_that_is_stored_alone(

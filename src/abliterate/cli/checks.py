@@ -23,7 +23,7 @@ def verify(
         str | None,
         typer.Option(
             "--source",
-            help="What it was made from: all else must be its bytes.",
+            help="What it was made from: edited as its record says, all else its bytes.",
             show_default=False,
         ),
     ] = None,

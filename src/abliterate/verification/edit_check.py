@@ -71,6 +71,7 @@ def check_writer(
     edited: StoredValues,
     source: StoredValues | None = None,
     recipe: Recipe | None = None,
+    diagnose: bool = False,
 ) -> WriterCheck:
     """Check one edit of one tensor, each file read once (twice where rows keep their norms).
 
@@ -79,6 +80,7 @@ def check_writer(
         edited: the tensor as it is.
         source: what it was made from, if that is known.
         recipe: how much the edit removes; None for all.
+        diagnose: look for the reason why it is not the edit; done where it is not.
     """
     recipe, sums = recipe or Recipe(), _Sums()
     whole = edit.region or tuple((0, size) for size in edited.shape)
@@ -90,12 +92,14 @@ def check_writer(
             part = None
             if factors is not None:
                 part = factors[_inside(region, box, edit.axis)]
-            _add(sums, edit, edited, source, recipe, (box, values, original, part))
+            _add(sums, edit, edited, source, recipe, (box, values, original, part), diagnose)
     bound = 3 * math.sqrt(sums.explained)
     along, norm = math.sqrt(sums.along), math.sqrt(sums.energy) or 1.0
     problem = "holds NaN or infinity" if not math.isfinite(sums.energy) else ""
     if source is not None and not problem:
         problem = _problem(sums, recipe, bound)
+        if problem and not diagnose:  # only now: it costs as much again
+            return check_writer(edit, edited, source, recipe, diagnose=True)
     kept = None if source is not None and not problem else problem
     return WriterCheck(edit.name, along / norm, bound / norm, along <= bound, kept)
 
@@ -183,6 +187,7 @@ def _add(
     source: StoredValues | None,
     recipe: Recipe,
     block: tuple[Box, Tensor, Tensor | None, Tensor | None],
+    diagnose: bool,
 ) -> None:
     box, values, original, factor = block
     along = values.movedim(edit.axis, -1) @ edit.basis.T
@@ -213,11 +218,12 @@ def _add(
     of_noise = noise.movedim(edit.axis, -1).square() @ edit.basis.square().T
     sums.noise += float(of_noise.sum())
     sums.total += values.numel()
-    sums.changed = sums.changed or not torch.equal(values, original)
-    lost = original - values
-    sums.fit[0] += float((lost * removed).sum())
-    sums.fit[1] += float(removed.square().sum())
-    sums.fit[2] += float(lost.square().sum())
+    if diagnose:
+        sums.changed = sums.changed or not torch.equal(values, original)
+        lost = original - values
+        sums.fit[0] += float((lost * removed).sum())
+        sums.fit[1] += float(removed.square().sum())
+        sums.fit[2] += float(lost.square().sum())
     count = int(wrong.sum())
     if count:
         sums.strays += count
