@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
-import numpy as np
-
 RESAMPLES, CONFIDENCE = 2000, 0.95
 # Indices drawn at once, so that memory does not grow with the number of values.
 _CHUNK = 1 << 20
@@ -87,6 +85,8 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     Returns:
         Lower and upper end; both are the mean itself where all values are the same.
     """
+    import numpy as np  # shares, which are shown without it, need none
+
     data = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     rows = max(1, _CHUNK // len(data))
