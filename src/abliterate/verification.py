@@ -21,7 +21,7 @@ from abliterate.checkpoints.shards import DTYPES, ShardSet, TensorEntry, read_sh
 from abliterate.console import progress
 from abliterate.direction import Direction
 from abliterate.editing.edit_plan import EditPlan, TensorEdit, make_plan
-from abliterate.editing.orthogonalize import RECORD
+from abliterate.editing.own_checkpoint import RECORD
 from abliterate.errors import CheckpointError
 from abliterate.models.loading import Checkpoint, Loaded
 from abliterate.storage.artifacts import read_json

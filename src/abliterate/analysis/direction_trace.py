@@ -32,8 +32,9 @@ from abliterate.inference.interventions import unit_direction
 from abliterate.models.loading import Loaded
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.suffixes import Marked, Marker, Span
-from abliterate.run_folder import EXTRACT, SELECTION, Session
+from abliterate.run_folder import EXTRACT, SELECTION, Session, writing
 from abliterate.storage.artifacts import hash_json, read_json, versions, write_json
+from abliterate.storage.ownership import is_record
 
 TRACE = "trace.json"
 CONDITIONS = ("harmful", "harmless", "suffix", "random")
@@ -83,6 +84,11 @@ def trace_stage(session: Session, run: Path, request: Request) -> dict[str, Any]
         InputError: an artifact or prompt source cannot be used.
         UsageError: the suffix does not reach the prompt.
     """
+    with writing(session.team, run, "trace", {TRACE: is_record}, "trace"):
+        return _trace(session, run, request)
+
+
+def _trace(session: Session, run: Path, request: Request) -> dict[str, Any]:
     direction = load_direction(run)
     texts, sources = _prompts(session, run, request)
     started = time.perf_counter()

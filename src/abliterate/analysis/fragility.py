@@ -27,8 +27,9 @@ from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.sources import Prompt
-from abliterate.run_folder import EXTRACT, SELECTION, Session
-from abliterate.storage.artifacts import check_writable, hash_file, read_json, versions, write_json
+from abliterate.run_folder import EXTRACT, SELECTION, Session, writing
+from abliterate.storage.artifacts import hash_file, read_json, versions, write_json
+from abliterate.storage.ownership import is_record
 
 FRAGILITY = "fragility.json"
 
@@ -144,7 +145,13 @@ def fragility_stage(
     """
     if steps < 2 or n_test < 1 or max_new_tokens < 1:
         raise UsageError("--steps must be at least 2, --n-test and --max-new-tokens at least 1")
-    check_writable(out)
+    with writing(session.team, out, "fragility", {FRAGILITY: is_record}, "fragility"):
+        return _fragility(session, run, out, steps, n_test, max_new_tokens)
+
+
+def _fragility(
+    session: Session, run: Path, out: Path, steps: int, n_test: int, max_new_tokens: int
+) -> dict[str, Any]:
     direction = load_direction(run)
     records = [
         read_json(run / name, "run") for name in (EXTRACT, SELECTION) if (run / name).is_file()

@@ -8,6 +8,7 @@ from typing import Any
 
 from abliterate.errors import UsageError
 from abliterate.storage.artifacts import write_atomically
+from abliterate.storage.ownership import GENERATOR, Kind, claim, is_page, is_picture, mark_picture
 
 _NEEDS = "needs plotly and kaleido: pip install 'abliterate[report]'"
 
@@ -22,6 +23,16 @@ def require_plotly() -> None:
         import plotly.graph_objects  # noqa: F401
     except ImportError:
         raise UsageError(f"the picture {_NEEDS}, or pass --no-picture") from None
+
+
+def claim_pictures(folder: Path, images: Sequence[str]) -> None:
+    """Refuse a folder in which :func:`draw` would replace something else.
+
+    Raises:
+        InputError: one of its names is taken by a link or by a foreign file.
+    """
+    pictures: dict[str, Kind] = {f"fragility.{kind}": is_picture for kind in images}
+    claim(folder, {"fragility.html": is_page} | pictures)
 
 
 def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) -> list[Path]:
@@ -72,6 +83,7 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
     figure.update_yaxes(title_text="KL (nats)", row=2, col=1)
     figure.update_xaxes(title_text="share of the direction removed", row=2, col=1)
     html = figure.to_html(include_plotlyjs=True, full_html=True, div_id="fragility")
+    html = html.replace("<head>", f"<head>{GENERATOR}", 1)
     written = [folder / "fragility.html"]
     write_atomically(written[0], html.encode())
     for kind in images:
@@ -83,5 +95,5 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
                 f"--image {kind} {_NEEDS}, and a Chrome or Chromium ({short})"
             ) from None
         written.append(folder / f"fragility.{kind}")
-        write_atomically(written[-1], content)
+        write_atomically(written[-1], mark_picture(content))
     return written

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from abliterate.auditing.components import Part, Reading, every_column
 from abliterate.direction import Direction
-from abliterate.editing.orthogonalize import CARD, RECORD
+from abliterate.editing.orthogonalize import CARD
+from abliterate.editing.own_checkpoint import RECORD
 from abliterate.errors import InputError
 from abliterate.models.loading import Checkpoint
 from abliterate.storage.artifacts import read_json

@@ -58,7 +58,7 @@ def fragility(
     if image and not picture:
         raise UsageError("--image and --no-picture exclude each other")
     from abliterate.analysis.fragility import FRAGILITY, fragility_stage
-    from abliterate.analysis.fragility_plot import draw, require_plotly
+    from abliterate.analysis.fragility_plot import claim_pictures, draw, require_plotly
 
     if picture:
         require_plotly()
@@ -73,6 +73,8 @@ def fragility(
     }
     session = later_session(run, model, config, given)
     out = output or run
+    if picture:
+        claim_pictures(out, image or ())
     record = fragility_stage(session, run, out, steps, n_test, max_new_tokens)
     written = [out / FRAGILITY, *(draw(record, out, image or ()) if picture else [])]
     if as_json:

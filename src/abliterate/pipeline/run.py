@@ -7,10 +7,17 @@ from typing import Any
 
 from abliterate.console import log
 from abliterate.direction import load_direction
-from abliterate.evaluation.stage import evaluate_stage
+from abliterate.editing.workspace import check_absent, is_begun
+from abliterate.evaluation.stage import EVALUATE_FILES, evaluate_stage
 from abliterate.models.loading import Checkpoint
-from abliterate.pipeline.stages import extract_stage, orthogonalize_stage, select_stage
-from abliterate.run_folder import MODEL, Session
+from abliterate.pipeline.stages import (
+    EXTRACT_FILES,
+    SELECT_FILES,
+    extract_stage,
+    orthogonalize_stage,
+    select_stage,
+)
+from abliterate.run_folder import MODEL, Session, writing
 
 EDITED = "orthogonalized"
 
@@ -20,7 +27,20 @@ def run_pipeline(session: Session, run: Path) -> dict[str, Any]:
 
     Returns:
         The four records, by stage.
+
+    Raises:
+        InputError: another process writes to ``run``, or it holds a foreign file of such a name.
+        UsageError: ``run / "model"`` is there and was not made by this command.
     """
+    team, files = session.placement.team, EXTRACT_FILES | SELECT_FILES | EVALUATE_FILES
+    with writing(team, run, "run", files):
+        # Before hours of work; the editor looks again before it replaces anything.
+        if not is_begun(run / MODEL):
+            team.lead(lambda: check_absent(run / MODEL, overwrite=True))
+        return _run_stages(session, run)
+
+
+def _run_stages(session: Session, run: Path) -> dict[str, Any]:
     log.info("extract")
     extracted = extract_stage(session, run, reuse=True)
     log.info("select")

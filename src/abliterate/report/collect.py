@@ -10,7 +10,7 @@ from typing import Any
 
 from abliterate.analysis.direction_trace import TRACE
 from abliterate.analysis.inspection import INSPECT
-from abliterate.editing.orthogonalize import RECORD
+from abliterate.editing.own_checkpoint import RECORD
 from abliterate.errors import InputError
 from abliterate.run_folder import COMPLETIONS, EVALUATION, EXTRACT, MODEL, SELECTION
 from abliterate.storage.artifacts import read_json

@@ -27,6 +27,7 @@ from abliterate.report.reproduce import commands
 from abliterate.report.selection_figures import METRICS, Table
 from abliterate.report.style import plotly
 from abliterate.storage.artifacts import finite, versions
+from abliterate.storage.ownership import GENERATOR
 
 Figures = dict[str, Any]
 
@@ -224,6 +225,7 @@ def _render(
     rendered: str = environment.get_template("report.html.j2").render(
         page,
         policy=_policy([script, bundle]),
+        generator=Markup(GENERATOR),
         script=Markup(script),
         styles=Markup(styles),
         data=_embedded(payload),
