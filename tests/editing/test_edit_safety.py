@@ -131,7 +131,7 @@ def test_a_full_disk_midway_keeps_what_is_finished(
 
     monkeypatch.setattr(Workspace, "current", current_and_fill)
     line = fails(*base, small_disk / "out", code=4)
-    assert "No space left on device" in line
+    assert ".safetensors: No space left on device" in line
     assert "kept in" in line
     assert names(small_disk) == ["filler", "out.partial"]
     monkeypatch.setattr(Workspace, "current", current)
