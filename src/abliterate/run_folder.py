@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,9 @@ from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import prompt_key
 from abliterate.prompts.sources import Prompt
 from abliterate.settings import Settings
-from abliterate.storage.artifacts import hash_file, versions
+from abliterate.storage.artifacts import check_writable, hash_file, versions
+from abliterate.storage.locks import hold_folder
+from abliterate.storage.ownership import Kind, claim
 
 if TYPE_CHECKING:
     from abliterate.distributed.rank_group import Team
@@ -152,6 +155,36 @@ class Session:
             "chat": self.settings.chat.model_dump(),
             "versions": versions(),
         }
+
+
+@contextmanager
+def writing(
+    team: Team, folder: Path, command: str, files: Mapping[str, Kind], part: str = ""
+) -> Iterator[None]:
+    """Hold a run folder for a stage that writes to it: one process at a time, over nothing foreign.
+
+    The first rank of a team holds it for all. A chain of stages holds it throughout.
+
+    Args:
+        team: the ranks of this job.
+        folder: the run folder; made if need be, and removed if left empty.
+        command: which stage, or chain of them.
+        files: what it writes there, and by what a file of its own is known.
+        part: held instead of the whole folder, by stages that only read what others write.
+
+    Raises:
+        InputError: another process writes there, or one of the files is a link or foreign.
+        UsageError: the folder cannot be written to.
+    """
+    with ExitStack() as held:
+
+        def take() -> None:
+            check_writable(folder)
+            held.enter_context(hold_folder(folder, command, part))
+            claim(folder, files)
+
+        team.lead(take)
+        yield
 
 
 def finished(record: Path, inputs: str, outputs: Mapping[str, Path]) -> dict[str, Any] | None:

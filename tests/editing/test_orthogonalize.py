@@ -189,8 +189,11 @@ def test_bad_targets_are_refused(tiny, fails, cli, direction: Path, tmp_path: Pa
     (taken / "precious.txt").write_text("keep")
     assert "--overwrite" in fails(*base, "-o", taken, code=2)
     assert (taken / "precious.txt").read_text() == "keep"
-    assert cli(*base, "-o", taken, "--overwrite").code == 0
-    assert not (taken / "precious.txt").exists()
+    assert "not made by" in fails(*base, "-o", taken, "--overwrite", code=2)
+    assert (taken / "precious.txt").read_text() == "keep"
+    (taken / "precious.txt").unlink()
+    assert cli(*base, "-o", taken, "--overwrite").code == 0  # an empty folder
+    assert cli(*base, "-o", taken, "--overwrite").code == 0  # an edited checkpoint
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "taken"]
     blocked = tmp_path / "file"
     blocked.write_text("")

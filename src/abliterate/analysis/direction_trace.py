@@ -32,9 +32,10 @@ from abliterate.inference.interventions import unit_direction
 from abliterate.models.loading import Loaded
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.suffixes import Marked, Marker, Span
-from abliterate.run_folder import TRACE, Session
+from abliterate.run_folder import TRACE, Session, writing
 from abliterate.run_records import read_used
 from abliterate.storage.artifacts import hash_json, versions, write_json
+from abliterate.storage.ownership import is_record
 
 CONDITIONS = ("harmful", "harmless", "suffix", "random")
 
@@ -64,6 +65,11 @@ def trace_stage(session: Session, run: Path, request: Request) -> dict[str, Any]
         InputError: an artifact or prompt source cannot be used.
         UsageError: the suffix does not reach the prompt.
     """
+    with writing(session.team, run, "trace", {TRACE: is_record}, "trace"):
+        return _trace(session, run, request)
+
+
+def _trace(session: Session, run: Path, request: Request) -> dict[str, Any]:
     direction = load_direction(run)
     texts, sources = _prompts(session, run, request)
     started = time.perf_counter()

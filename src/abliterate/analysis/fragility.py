@@ -29,9 +29,10 @@ from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.sources import Prompt
-from abliterate.run_folder import Session
+from abliterate.run_folder import Session, writing
 from abliterate.run_records import read_used
-from abliterate.storage.artifacts import check_writable, hash_file, versions, write_json
+from abliterate.storage.artifacts import hash_file, versions, write_json
+from abliterate.storage.ownership import is_record
 
 FRAGILITY = "fragility.json"
 
@@ -153,7 +154,13 @@ def fragility_stage(
     """
     if steps < 2 or n_test < 1 or max_new_tokens < 1:
         raise UsageError("--steps must be at least 2, --n-test and --max-new-tokens at least 1")
-    check_writable(out)
+    with writing(session.team, out, "fragility", {FRAGILITY: is_record}, "fragility"):
+        return _fragility(session, run, out, steps, n_test, max_new_tokens)
+
+
+def _fragility(
+    session: Session, run: Path, out: Path, steps: int, n_test: int, max_new_tokens: int
+) -> dict[str, Any]:
     direction = load_direction(run)
     records = read_used(run)
     settings, seed = session.settings, session.settings.model.seed

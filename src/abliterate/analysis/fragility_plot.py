@@ -10,6 +10,7 @@ from typing import Any
 
 from abliterate.errors import UsageError
 from abliterate.storage.artifacts import write_atomically
+from abliterate.storage.ownership import GENERATOR, Kind, claim, is_page, is_picture, mark_picture
 from abliterate.storage.web_page import content_policy, script_json
 
 _DRAW = """
@@ -20,7 +21,7 @@ _PAGE = """\
 <!doctype html>
 <html lang="en">
 <head>
-<meta charset="utf-8">
+{generator}<meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="referrer" content="no-referrer">
 <title>Fragility of refusal</title>
@@ -54,7 +55,17 @@ def _page(figure: Any, plotly: str) -> str:
     """The figure in a file of its own, under the policy of the report."""
     policy = escape(content_policy([plotly, _DRAW]))
     data = script_json(json.loads(figure.to_json()))
-    return _PAGE.format(policy=policy, data=data, plotly=plotly, draw=_DRAW)
+    return _PAGE.format(generator=GENERATOR, policy=policy, data=data, plotly=plotly, draw=_DRAW)
+
+
+def claim_pictures(folder: Path, images: Sequence[str]) -> None:
+    """Refuse a folder in which :func:`draw` would replace something else.
+
+    Raises:
+        InputError: one of its names is taken by a link or by a foreign file.
+    """
+    pictures: dict[str, Kind] = {f"fragility.{kind}": is_picture for kind in images}
+    claim(folder, {"fragility.html": is_page} | pictures)
 
 
 def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) -> list[Path]:
@@ -125,5 +136,5 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
                 f"--image {kind} {_NEEDS}, and a Chrome or Chromium ({short})"
             ) from None
         written.append(folder / f"fragility.{kind}")
-        write_atomically(written[-1], content)
+        write_atomically(written[-1], mark_picture(content))
     return written

@@ -20,9 +20,10 @@ from abliterate.extraction.means import Extraction
 from abliterate.inference.interventions import check_direction
 from abliterate.inference.logit_lens import Promoted, extremes, logit_lens
 from abliterate.metrics.geometry import Geometry, measure
-from abliterate.run_folder import ACTIVATIONS, DIRECTIONS, EXTRACT, INSPECT, Session
+from abliterate.run_folder import ACTIVATIONS, DIRECTIONS, EXTRACT, INSPECT, Session, writing
 from abliterate.run_records import read_extract
 from abliterate.storage.artifacts import hash_file, versions, write_json
+from abliterate.storage.ownership import is_record
 
 # Tokens listed for the selected direction, and for every layer's own.
 _TOKENS, _LAYER_TOKENS = 20, 5
@@ -62,6 +63,11 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
         InputError: an artifact is missing, damaged, or not of this extraction.
         UsageError: the position was not kept, or scikit-learn is missing.
     """
+    with writing(session.team, run, "inspect", {INSPECT: is_record}, "inspect"):
+        return _inspect(session, run, position)
+
+
+def _inspect(session: Session, run: Path, position: int | None) -> dict[str, Any]:
     started = time.perf_counter()
     extracted = read_extract(run)
     materials = _materials(run, extracted, position)

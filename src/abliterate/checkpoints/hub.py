@@ -21,6 +21,7 @@ from abliterate.checkpoints.shards import (
 )
 from abliterate.console import safe_bar
 from abliterate.errors import CheckpointError, FetchError
+from abliterate.storage.guarded_files import naming
 
 # Weights in other formats: never opened (pickle runs code), so never downloaded.
 NOT_FETCHED = (
@@ -108,13 +109,14 @@ class HubRepo:
         from huggingface_hub import hf_hub_download
 
         try:
-            found = hf_hub_download(
-                self.id,
-                name,
-                revision=self.revision,
-                local_dir=folder,
-                tqdm_class=_stoppable_bar(stopped),
-            )
+            with naming(folder / name):
+                found = hf_hub_download(
+                    self.id,
+                    name,
+                    revision=self.revision,
+                    local_dir=folder,
+                    tqdm_class=_stoppable_bar(stopped),
+                )
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise

@@ -118,7 +118,11 @@ def report(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="File to write. Default: RUN/report.html.", show_default=False
+            "-o",
+            "--output",
+            help="File to write; replaces an earlier report, nothing else. "
+            "Default: RUN/report.html.",
+            show_default=False,
         ),
     ] = None,
     completions: Annotated[
@@ -145,12 +149,14 @@ def report(
     set_up(quiet, debug)
     from abliterate.report import build_report, read_run, write_pngs
     from abliterate.storage.artifacts import check_writable, write_atomically
+    from abliterate.storage.ownership import claim_file, is_page
 
     path = output or run / "report.html"
     if path.is_dir():
         raise UsageError(f"-o {path} is a folder: name the file to write")
     held = read_run(run, edited)
     check_writable(path.parent)
+    claim_file(path, is_page, "report")
     page = build_report(held, completions, edited)
     # Pictures first: what can fail there must not leave a page behind.
     pictures = [] if png is None else write_pngs(page.figures, png)

@@ -39,6 +39,7 @@ from abliterate.console import (
 from abliterate.distributed import rank_process
 from abliterate.errors import AbliterateError
 from abliterate.settings import load_settings
+from abliterate.storage.guarded_files import naming
 
 if TYPE_CHECKING:
     pass
@@ -75,6 +76,8 @@ def _run(argv: Sequence[str] | None) -> int:
             prog_name="abliterate",
             standalone_mode=False,
         )
+        with naming("standard output"):
+            sys.stdout.flush()
         if result == 130:  # typer turns Ctrl-C into this value
             return _fail("interrupted", 130)
         return result if isinstance(result, int) else 0

@@ -37,7 +37,8 @@ def audit(
         typer.Option(
             "-o",
             "--output",
-            help="Write the recovered direction here (safetensors).",
+            help="Write the recovered direction here (safetensors); replaces an earlier one of "
+            "audit, nothing else.",
             show_default=False,
         ),
     ] = None,
@@ -59,12 +60,15 @@ def audit(
     from abliterate.errors import UsageError
     from abliterate.models.loading import find_checkpoint, pick_device
     from abliterate.storage.artifacts import check_writable, finite
+    from abliterate.storage.ownership import claim_file, has_metadata
 
     place = pick_device(device)
     if output is not None:
         if output.is_dir():
             raise UsageError(f"-o {output} is a folder: name a file such as direction.safetensors")
         check_writable(output.parent)
+        # A direction that select chose has its position: it is no output of this command.
+        claim_file(output, has_metadata("layer", "model", position="None"), "audit -o")
     target = find_checkpoint(checkpoint, revision)
     known = load_direction(direction) if direction else None
     found = judge(target, find_checkpoint(base) if base else None, known, place)

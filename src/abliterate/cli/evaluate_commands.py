@@ -155,7 +155,8 @@ def score(
         typer.Option(
             "-o",
             "--output",
-            help="JSONL file for each completion with its scores; verdicts in it are kept.",
+            help="JSONL file for each completion with its scores. Verdicts that it holds are kept; "
+            "a file that score did not write is refused.",
             show_default=False,
         ),
     ] = None,

@@ -65,7 +65,7 @@ def fragility(
             raise UsageError(f"--image must be png or svg, not '{kind}'")
     if image and not picture:
         raise UsageError("--image and --no-picture exclude each other")
-    from abliterate.analysis.fragility_plot import draw, require_plotly
+    from abliterate.analysis.fragility_plot import claim_pictures, draw, require_plotly
 
     if picture:
         require_plotly()
@@ -86,6 +86,8 @@ def fragility(
     }
     session = later_session(run, model, config, given)
     chosen, out = session.settings.evaluate, output or run
+    if picture:
+        claim_pictures(out, image or ())
     # As many prompts at every fraction: less than evaluate takes, unless somebody says so.
     longest = chosen.max_new_tokens if "max_new_tokens" in chosen.model_fields_set else 64
     from abliterate.analysis.fragility import FRAGILITY, fragility_stage

@@ -281,7 +281,12 @@ MaxNewTokens = Annotated[
 ]
 Overwrite = Annotated[
     bool | None,
-    setting_option("orthogonalize.overwrite", ("--overwrite",), "Replace the output.", _METHOD),
+    setting_option(
+        "orthogonalize.overwrite",
+        ("--overwrite",),
+        "Replace the output, if it is an edited checkpoint of ours and holds nothing else.",
+        _METHOD,
+    ),
 ]
 AllowLeak = Annotated[
     float | None,

@@ -13,6 +13,7 @@ from abliterate.checkpoints.shards import Stamp, inside
 from abliterate.editing.workspace import partial_of
 from abliterate.errors import CheckpointError, DiskSpaceError, UsageError
 from abliterate.storage.file_io import SourceFile, TargetFile, copy_range
+from abliterate.storage.locks import is_of_lock
 
 # Weights in other formats would still hold the unedited model.
 _OTHER_WEIGHTS = {
@@ -36,21 +37,16 @@ class Carried:
     left_behind: tuple[str, ...]
 
 
-def check_target(source: Path, out: Path, overwrite: bool) -> None:
-    """Refuse an output that would harm the source or something else.
+def check_target(source: Path, out: Path) -> None:
+    """Refuse an output that would harm the source.
 
     Raises:
-        UsageError: it overlaps the source, exists or cannot be a folder.
+        UsageError: it overlaps the source.
     """
     real = source.resolve()
     for target in (out.resolve(), partial_of(out).resolve()):
         if target == real or real in target.parents or target in real.parents:
             raise UsageError(f"--output {out} overlaps the source {source}: choose another folder")
-    if out.exists() or out.is_symlink():
-        if not overwrite:
-            raise UsageError(f"{out} exists already: choose another folder or pass --overwrite")
-        if out.is_symlink() or not out.is_dir():
-            raise UsageError(f"{out} is no folder: choose another name")
 
 
 def find_carried(source: Path, shards: Collection[str], replaced: Collection[str]) -> Carried:
@@ -67,6 +63,8 @@ def find_carried(source: Path, shards: Collection[str], replaced: Collection[str
     files, left = {}, []
     for path in _walk(source):
         relative = path.relative_to(source)
+        if is_of_lock(relative.name):
+            continue
         if len(relative.parts) == 1 and relative.name in (*shards, *replaced):
             continue
         status = inside(source, path).stat()

@@ -23,6 +23,7 @@ from abliterate.editing.shard_tasks import Work
 from abliterate.editing.shard_writer import write_shards
 from abliterate.editing.workspace import Workspace
 from abliterate.errors import CheckpointError
+from abliterate.storage.guarded_files import make_folder, naming
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def write_from_hub(
         OSError: a file cannot be read or written.
     """
     folder = workspace.fetched
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     wanted = frozenset[str]().union(*(step.fetched for step in steps))
     for path in folder.iterdir():  # left by a run that was killed
         if path.is_file() and path.name not in wanted:
@@ -143,7 +144,8 @@ def _write(
         _check(shards[file], places[nominal], file in step.fetched)
     if step.in_place:
         places[step.layout.shard.path] = workspace.current(name)
-        os.replace(folder / name, workspace.current(name))
+        with naming(workspace.current(name)):
+            os.replace(folder / name, workspace.current(name))
     here = replace(work, places=places, in_place=step.in_place)
     write_shards([step.layout], here, workspace.current, workspace.finish, advance)
     for file in step.dropped:

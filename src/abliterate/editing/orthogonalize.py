@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,19 @@ from abliterate.editing.options import (
     promise,
     tied_matrices_agree,
 )
+from abliterate.editing.own_checkpoint import file_list
 from abliterate.editing.shard_layout import Changes, ShardLayout, lay_out, new_index
 from abliterate.editing.shard_tasks import Work
 from abliterate.editing.shard_writer import usable_cores, write_shards
 from abliterate.editing.tensor_changes import plan_changes, resolve_edits, untie_document
 from abliterate.editing.workspace import (
     Workspace,
+    check_absent,
+    hold_workspace,
+    is_begun,
     is_published,
     join_workspace,
     open_workspace,
-    partial_of,
 )
 from abliterate.errors import (
     CheckpointError,
@@ -182,9 +186,10 @@ def orthogonalize(
         CheckpointError: the source cannot be edited, or the disk fails or is full.
         DiskSpaceError: the disk has too little room.
         FetchError: the hub does not give a shard.
-        InputError: the direction does not fit.
+        InputError: the direction does not fit, or another process is writing ``out``.
         InterruptedWorkError: Ctrl-C.
-        UsageError: ``out`` exists or lies inside the source, or the options contradict the model.
+        UsageError: ``out`` exists, is not ours to replace or lies inside the source, or the options
+            contradict the model.
     """
     out, options = Path(out), options or EditOptions()
     if isinstance(model, str):
@@ -193,19 +198,48 @@ def orthogonalize(
         direction = Direction(direction)
     if model.remote is not None:
         _check_low_disk(options)
-    team = join_team()
-    begun = partial_of(out).exists()
-    if team.leads:
-        check_target(model.folder, out, overwrite or begun)
-    job = _prepare(model, direction, options, trust_remote_code, allow_leak)
-    workspace = _open(job, out, overwrite, begun, team)
+    team, source = join_team(), model
+    with ExitStack() as held:  # by the first rank, for all
+        team.lead(lambda: _claim(held, source.folder, out, overwrite))
+        job = _prepare(source, direction, options, trust_remote_code, allow_leak)
+        workspace = _open(job, out, overwrite, team)
+        return _finish_or_keep(job, workspace, overwrite, team)
+
+
+def _claim(held: ExitStack, source: Path, out: Path, overwrite: bool) -> None:
+    """Take ``out`` for this process, if it can be made or gone on with.
+
+    Raises:
+        CheckpointError: what lies in its place is not ours.
+        InputError: another process is at it.
+        UsageError: it is there already, or overlaps the source.
+    """
+    check_target(source, out)
+    if not is_begun(out):
+        check_absent(out, overwrite)
     try:
-        return _carry_out(job, workspace, team)
+        held.enter_context(hold_workspace(out))
+    except OSError as error:
+        raise CheckpointError(_cannot(out, error)) from None
+    if not is_begun(out):  # another process may have made it just now
+        check_absent(out, overwrite)
+
+
+def _cannot(out: Path, error: OSError) -> str:
+    return f"{error.filename or out} cannot be written: {error.strerror or error}"
+
+
+def _finish_or_keep(
+    job: _Job, workspace: Workspace, overwrite: bool, team: Team
+) -> list[EditedTensor]:
+    """Carry it out; what is finished when something goes wrong is kept, and the error says so."""
+    try:
+        return _carry_out(job, workspace, overwrite, team)
     except KeyboardInterrupt:
         raise InterruptedWorkError(f"interrupted; {_kept(workspace)}") from None
     except OSError as error:
         what = error.strerror or str(error)
-        where = out if error.filename is None else error.filename
+        where = workspace.out if error.filename is None else error.filename
         raise CheckpointError(f"{where}: {what}; {_kept(workspace)}") from None
     except DiskSpaceError as error:
         if not workspace.finished:
@@ -231,20 +265,22 @@ def _check_low_disk(options: EditOptions) -> None:
         raise UsageError("--low-disk fetches one shard at a time: run it in one process")
 
 
-def _open(job: _Job, out: Path, overwrite: bool, begun: bool, team: Team) -> Workspace:
+def _open(job: _Job, out: Path, overwrite: bool, team: Team) -> Workspace:
     """Begin the work or take it up; only one of a team does, the others join it."""
-    if not team.leads:
-        finished, published = team.tell(None)
-        return join_workspace(out, team.rank, finished, published)
-    inputs = job.inputs()
-    if begun and not overwrite and not is_published(out, inputs):
-        check_target(job.source.folder, out, overwrite)
-    try:
-        workspace = open_workspace(out, inputs)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from None
-    team.tell((workspace.finished, workspace.published))
-    return workspace
+    opened: list[Workspace] = []
+
+    def begin() -> tuple[dict[str, dict[int, Sums]], bool]:
+        inputs = job.inputs()
+        if not is_published(out, inputs):
+            check_absent(out, overwrite)
+        try:
+            opened.append(open_workspace(out, inputs))
+        except OSError as error:
+            raise CheckpointError(_cannot(out, error)) from None
+        return opened[0].finished, opened[0].published
+
+    finished, published = team.lead(begin)
+    return opened[0] if opened else join_workspace(out, team.rank, finished, published)
 
 
 def _kept(workspace: Workspace) -> str:
@@ -322,7 +358,7 @@ def plan_edit(
     return PlannedEdit(full, plan, quantized, changes, new_config, added)
 
 
-def _carry_out(job: _Job, workspace: Workspace, team: Team) -> list[EditedTensor]:
+def _carry_out(job: _Job, workspace: Workspace, overwrite: bool, team: Team) -> list[EditedTensor]:
     if not workspace.published:
         failure: BaseException | None = None
         try:
@@ -334,7 +370,7 @@ def _carry_out(job: _Job, workspace: Workspace, team: Team) -> list[EditedTensor
             team.agree(failure)
         if team.leads:
             workspace.gather()
-            _complete(job, workspace)
+            _complete(job, workspace, overwrite)
     elif team.leads:
         workspace.discard()
     team.tell(None)  # the others wait until OUT has its name
@@ -363,7 +399,7 @@ def _write(job: _Job, workspace: Workspace, team: Team) -> None:
             write_shards(todo, work, workspace.current, workspace.finish, bar.update)
 
 
-def _complete(job: _Job, workspace: Workspace) -> None:
+def _complete(job: _Job, workspace: Workspace, overwrite: bool) -> None:
     """All that is not in the shards, and the name."""
     if job.carried.left_behind:
         left = ", ".join(job.carried.left_behind)
@@ -388,6 +424,7 @@ def _complete(job: _Job, workspace: Workspace) -> None:
         "untouched": list(job.plan.untouched),
         "leak_of_plan": job.plan.leak,
         "tensors": [asdict(tensor) for tensor in edited],
+        "files": file_list(workspace.files, RECORD, CARD),
         "versions": versions(),
     }
     write_json(workspace.files / RECORD, record)
@@ -401,7 +438,7 @@ def _complete(job: _Job, workspace: Workspace) -> None:
         job.options.add,
     )
     check_unchanged(job.stamps)
-    workspace.publish()
+    workspace.publish(overwrite)
 
 
 def _unit_list(vector: Tensor) -> list[float]:

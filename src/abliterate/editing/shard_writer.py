@@ -127,7 +127,7 @@ def _write_shard(
         cloned = work.in_place or (
             layout.header is None and clone_file(files.open(layout.shard.path), target)
         )
-        os.ftruncate(target.descriptor, layout.size)
+        target.resize(layout.size)
         for units in units_of(layout, work, files, target, cloned):
             for index, part in _run(units, threads, stop, advance):
                 sums[index] = sums.get(index, Sums()) + part

@@ -3,27 +3,34 @@
 It holds ``files`` (what becomes OUT; shards enter it whole and flushed), ``current`` (the shards
 being written), ``fetched`` (those that came from the hub for this edit alone) and ``journal.jsonl``
 (whose first line says what the work depends on, and each further one a finished shard). The lock on
-the journal keeps a second process out.
+the journal keeps a second process out. The folder may have come from elsewhere: no link in it is
+followed, and without a journal of this program's nothing in it is removed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from abliterate.checkpoints.shards import Stamp
 from abliterate.editing.matrix_orthogonalization import Sums
-from abliterate.errors import CheckpointError
+from abliterate.editing.own_checkpoint import check_replaceable
+from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.storage.file_io import exchange, sync_file
+from abliterate.storage.guarded_files import check_folder, check_regular, naming, open_to_extend
+from abliterate.storage.locks import hold, holder_file
 
 _JOURNAL = Path("journal.jsonl")
 _FILES, _CURRENT, _REPLACED, _FETCHED = "files", "current", "replaced", "fetched"
+_FOLDERS = (_CURRENT, _FILES, _FETCHED, _REPLACED)
 
 
 def partial_of(out: Path) -> Path:
@@ -75,17 +82,24 @@ class Workspace:
         self.finished[name] = dict(sums)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        self._journal.seek(0, os.SEEK_END)
-        self._journal.write(json.dumps(line).encode() + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        with naming(self.folder / _JOURNAL):
+            self._journal.seek(0, os.SEEK_END)
+            self._journal.write(json.dumps(line).encode() + b"\n")
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
 
-    def publish(self) -> None:
-        """Give the folder its name, in place of an old one if there is one."""
+    def publish(self, overwrite: bool) -> None:
+        """Give the folder its name, in place of an old one if there is one.
+
+        Raises:
+            UsageError: a folder of that name came meanwhile, or something came into the old one.
+        """
         for path in self.files.rglob("*"):
             if path.is_dir() or (path.is_file() and path.name not in self.finished):
                 sync_file(path)
         sync_file(self.files)
+        if self.out.exists() or self.out.is_symlink():
+            check_absent(self.out, overwrite)
         self._append({"inode": self.files.stat().st_ino})
         if self.out.exists() and not exchange(self.files, self.out):
             self.out.rename(self.folder / _REPLACED)
@@ -106,9 +120,13 @@ class Workspace:
     def discard(self) -> None:
         """Remove all traces."""
         # The journal goes last: without it the rest would look like someone else's folder.
-        for name in (_CURRENT, _FILES, _FETCHED, _REPLACED):
+        for name in _FOLDERS:
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        own, *others = _journals(self.folder)
+        with suppress(OSError):
+            for path in (*others, holder_file(own), own):
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
         self.close()
 
     def close(self) -> None:
@@ -120,31 +138,58 @@ def join_workspace(
     out: Path, rank: int, finished: dict[str, dict[int, Sums]], published: bool
 ) -> Workspace:
     """The workspace that another process opened; what this one finishes goes to its own journal."""
-    journal = (partial_of(out) / f"{_JOURNAL.stem}-{rank}{_JOURNAL.suffix}").open("a+b")
+    journal = open_to_extend(partial_of(out) / f"{_JOURNAL.stem}-{rank}{_JOURNAL.suffix}")
     return Workspace(out, dict(finished), published, journal)
 
 
+def check_absent(out: Path, overwrite: bool) -> None:
+    """Refuse an output that is there already, unless it may be replaced.
+
+    Raises:
+        UsageError: it is, and it may not.
+    """
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not overwrite:
+        raise UsageError(f"{out} exists already: choose another folder or pass --overwrite")
+    check_replaceable(out)
+
+
+def is_begun(out: Path) -> bool:
+    """Whether an earlier run left work on ``out`` behind."""
+    journal = partial_of(out) / _JOURNAL
+    return journal.is_file() and journal.stat().st_size > 0
+
+
+@contextmanager
+def hold_workspace(out: Path) -> Iterator[None]:
+    """Keep other processes from working on ``out``.
+
+    Raises:
+        CheckpointError: what lies in its place was not left by this program.
+        InputError: another process is at it, or a link lies in the folder.
+    """
+    folder = partial_of(out)
+    if folder.is_symlink() or (folder.exists() and not _is_ours(folder)):
+        raise CheckpointError(f"{folder} is in the way and was not left by an edit: remove it")
+    with hold(folder / _JOURNAL, out, "orthogonalize"):
+        yield
+
+
 def open_workspace(out: Path, inputs: str) -> Workspace:
-    """Take up the work on ``out`` where it ended, or begin it.
+    """Take up the work on ``out`` where it ended, or begin it; within :func:`hold_workspace`.
 
     Args:
         out: the folder to be made.
         inputs: a hash of all that its content depends on.
 
     Raises:
-        CheckpointError: another process is at it, or the folder is not this program's.
+        InputError: a link lies in the folder.
         OSError: it cannot be made.
     """
     folder = partial_of(out)
-    if folder.is_symlink() or (folder.exists() and not _is_ours(folder)):
-        raise CheckpointError(f"{folder} is in the way and was not left by an edit: remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    journal = (folder / _JOURNAL).open("a+b")
+    journal = open_to_extend(folder / _JOURNAL)
     try:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"another process is writing {out}: wait for it") from None
         lines = _read_lines(journal)
         workspace = Workspace(out, {}, False, journal)
         if not lines or lines[0].get("inputs") != inputs:
@@ -156,6 +201,7 @@ def open_workspace(out: Path, inputs: str) -> Workspace:
                 lines += _lines_of(other)
             workspace.finished = _finished(folder / _FILES, lines[1:], workspace.published)
             shutil.rmtree(folder / _CURRENT, ignore_errors=True)
+            _check_no_links(folder / _FETCHED)
             for torn in (folder / _FETCHED).rglob("*.incomplete"):
                 torn.unlink()
         (folder / _CURRENT).mkdir(exist_ok=True)
@@ -181,14 +227,41 @@ def is_published(out: Path, inputs: str) -> bool:
 
 
 def _is_ours(folder: Path) -> bool:
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
-    return names <= {
-        *(path.name for path in _journals(folder)),
-        _FILES,
-        _CURRENT,
-        _FETCHED,
-        _REPLACED,
-    }
+    """Whether it holds our names alone, and a journal of ours if there is anything to lose.
+
+    Raises:
+        InputError: one of the names is a link, or no file or folder as it should be.
+    """
+    if not folder.is_dir():
+        return False
+    journals = _journals(folder)
+    files = {path.name for path in (*journals, holder_file(journals[0]))}
+    if not {path.name for path in folder.iterdir()} <= {*files, *_FOLDERS}:
+        return False
+    for name in _FOLDERS:
+        check_folder(folder / name)
+    for name in files:
+        check_regular(folder / name)
+    held = any((folder / name).is_dir() and any((folder / name).iterdir()) for name in _FOLDERS)
+    return not held or _is_journal(journals[0])
+
+
+def _is_journal(path: Path) -> bool:
+    try:
+        with path.open("rb") as journal:
+            inputs = json.loads(journal.readline(4096))["inputs"]
+        return re.fullmatch(r"[0-9a-f]{64}", inputs) is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _check_no_links(folder: Path) -> None:
+    """Refuse a folder that something else writes to for us, if a link in it leads elsewhere."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink() or (name in files and path.lstat().st_nlink != 1):
+                raise InputError(f"{path} is a link, which is never written through: remove it")
 
 
 def _journals(folder: Path) -> list[Path]:
@@ -200,7 +273,7 @@ def _begin(out: Path, journal: IO[bytes]) -> None:
     folder = partial_of(out)
     if (folder / _REPLACED).exists() and not out.exists():
         (folder / _REPLACED).rename(out)  # a kill came between the two renames of an overwrite
-    for name in (_CURRENT, _FILES, _FETCHED, _REPLACED):
+    for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     for other in _journals(folder)[1:]:
         other.unlink()
@@ -225,7 +298,7 @@ def _read_lines(journal: IO[bytes]) -> list[dict[str, Any]]:
 
 
 def _lines_of(path: Path) -> list[dict[str, Any]]:
-    with path.open("r+b") as journal:
+    with open_to_extend(path, create=False) as journal:
         return _read_lines(journal)
 
 
@@ -242,7 +315,10 @@ def _finished(
         try:
             name, stamp = line["shard"], Stamp(**line["stamp"])
             sums = {int(index): Sums(**part) for index, part in line["sums"].items()}
-            if published or Stamp.of((files / name).stat()) == stamp:
+            if Path(name).name != name:
+                continue
+            status = (files / name).lstat() if not published else None
+            if status is None or (stat.S_ISREG(status.st_mode) and Stamp.of(status) == stamp):
                 found[name] = sums
         except (OSError, KeyError, TypeError, ValueError):
             continue  # it is written again

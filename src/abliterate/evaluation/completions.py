@@ -6,13 +6,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
+from abliterate.console import log
 from abliterate.metrics.intervals import newcombe_paired, wilson
 from abliterate.metrics.refusal_substrings import is_refusal
 from abliterate.prompts.sources import Prompt
 from abliterate.storage.artifacts import write_atomically, write_json
+from abliterate.storage.guarded_files import make_folder, naming, open_to_extend
+from abliterate.storage.ownership import is_lines, is_mapping_of
 
 MANIFEST = "manifest.json"
 
@@ -75,20 +79,23 @@ class CompletionFile:
         self.path = path
         self.prompts = {prompt.text: prompt for prompt in prompts}
         self._kept: dict[str, Completion] = {}
-        self._file: IO[str] | None = None
+        self._file: BinaryIO | None = None
         if path is None:
             return
+        make_folder(path.parent)
         manifest = _read_manifest(path.parent)
         made = manifest.get(path.name)
         made = made if isinstance(made, dict) else {}
         same = made.get("completions") == key
+        verdicts = judge_key is None or made.get("judge") == judge_key
         if same:
-            verdicts = judge_key is None or made.get("judge") == judge_key
             for line in read_lines(path):
                 self._take(line, verdicts)
         # A judge that is not asked now keeps its verdicts.
         judged_by = judge_key or (made.get("judge") if same else None)
         manifest[path.name] = {"completions": key, "judge": judged_by}
+        if not (same and verdicts):
+            keep_verdicts(path)
         if not same:
             path.unlink(missing_ok=True)
         write_json(path.parent / MANIFEST, manifest)
@@ -125,7 +132,7 @@ class CompletionFile:
         if self.path is None:
             yield
             return
-        with self.path.open("a", encoding="utf-8") as self._file:
+        with open_to_extend(self.path) as self._file:
             try:
                 yield
             finally:
@@ -136,8 +143,10 @@ class CompletionFile:
         """Keep a completion, in place of an earlier one of the same prompt."""
         self._kept[completion.prompt] = completion
         if self._file is not None:
-            self._file.write(_line(completion))
-            self._file.flush()
+            assert self.path is not None
+            with naming(self.path):
+                self._file.write(_line(completion).encode())
+                self._file.flush()
 
     def _write(self) -> None:
         assert self.path is not None
@@ -149,6 +158,23 @@ class CompletionFile:
 
 def _line(completion: Completion) -> str:
     return json.dumps(completion.record(), ensure_ascii=False) + "\n"
+
+
+is_completions = is_lines("prompt", "category", "response", "refused")
+is_manifest = is_mapping_of(lambda name, made: isinstance(made, dict) and "completions" in made)
+
+
+def keep_verdicts(path: Path) -> None:
+    """Before a file of completions is replaced: if it holds a judge's verdicts, keep a copy of it.
+
+    The copy lies beside it, under a name made of its content: ``NAME.<hash>.jsonl``.
+    """
+    if not path.is_file() or not any(isinstance(one.get("safe"), bool) for one in read_lines(path)):
+        return
+    content = path.read_bytes()
+    kept = path.with_name(f"{path.stem}.{sha256(content).hexdigest()[:8]}{path.suffix}")
+    write_atomically(kept, content)
+    log.info("verdicts that %s no longer holds are kept in %s", path, kept)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -40,6 +40,8 @@ from abliterate.prompts.corpora import Corpus, Example
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import COMPLETIONS, Session, prompt_keys
 from abliterate.storage.artifacts import hash_json, write_json
+from abliterate.storage.guarded_files import make_folder
+from abliterate.storage.ownership import is_mapping_of
 
 MEASURED = "measured.json"
 
@@ -261,6 +263,13 @@ def _unjudged(completions: Sequence[Completion]) -> tuple[Completion, ...]:
     return tuple(replace(c, safe=None, judge=None, judge_error=None) for c in completions)
 
 
+def _is_hash(key: str, figure: Any) -> bool:
+    return len(key) == 64 and set(key) <= set("0123456789abcdef")
+
+
+is_memo = is_mapping_of(_is_hash)
+
+
 class _Memo:
     """Figures by the hash of what they depend on, kept in a file."""
 
@@ -279,5 +288,6 @@ class _Memo:
         if key not in self.known:
             self.known[key] = find()
             if self.path is not None:
+                make_folder(self.path.parent)
                 write_json(self.path, self.known)
         return self.known[key]

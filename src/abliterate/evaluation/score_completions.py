@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from abliterate.console import progress_bar
 from abliterate.errors import InputError, InterruptedWorkError, UsageError
-from abliterate.evaluation.completions import Completion, read_lines, scores
+from abliterate.evaluation.completions import (
+    Completion,
+    is_completions,
+    keep_verdicts,
+    read_lines,
+    scores,
+)
 from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge
 from abliterate.metrics.intervals import share_methods
@@ -18,6 +25,12 @@ from abliterate.metrics.refusal_substrings import is_refusal
 from abliterate.prompts.sources import CATEGORY_COLUMNS, read_rows
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import check_writable, hash_json, versions, write_atomically
+from abliterate.storage.guarded_files import naming, open_to_extend
+from abliterate.storage.locks import hold_file
+from abliterate.storage.ownership import claim_file
+
+# Lines with a verdict, by prompt and response.
+Held = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
 def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[str, Any]:
@@ -27,10 +40,11 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
         file: JSON list or JSONL of objects with ``prompt``, ``response`` and optional ``category``.
         settings: which judge, if any.
         out: JSONL file for each completion with its scores. Verdicts of the same judge that it
-            holds already are kept, so that only missing ones are asked for.
+            holds already are kept, so that only missing ones are asked for; without a judge all
+            are kept. Those that no longer belong there go into a copy beside it.
 
     Raises:
-        InputError: the file is unusable.
+        InputError: the file is unusable, or another process writes ``out``.
         UsageError: the judge's options or the output are wrong.
     """
     completions = read_completions(file)
@@ -50,10 +64,15 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
         if out.exists() and out.samefile(file):
             raise UsageError(f"output {out} is the input: name another file")
         check_writable(out.parent)
-    if judge is not None:
-        completions = _judge(judge, completions, out)
-    elif out is not None:
-        _write(out, completions, None)
+    with nullcontext() if out is None else hold_file(out, "score"):
+        if out is not None:
+            claim_file(out, is_completions, "score -o")
+        if judge is not None:
+            completions = _judge(judge, completions, out)
+        elif out is not None:
+            held = _verdicts(out)
+            _keep_unlisted(out, held, completions)
+            _write(out, completions, None, held)
     return {
         "file": str(file),
         "scores": scores(completions),
@@ -103,29 +122,35 @@ def _text(row: dict[str, Any], key: str, file: Path, number: int) -> str:
 
 def _judge(judge: Judge, completions: list[Completion], out: Path | None) -> list[Completion]:
     key = hash_json(judge.summary())
+    held = {} if out is None else _verdicts(out)
     known = {
-        (line.get("prompt"), line.get("response")): Verdict(line["safe"], line.get("judge"))
-        for line in (read_lines(out) if out is not None else [])
-        if line.get("judged_by") == key and isinstance(line.get("safe"), bool)
+        said: Verdict(line["safe"], line.get("judge"))
+        for said, line in held.items()
+        if line.get("judged_by") == key
     }
+    if out is not None:
+        _keep_unlisted(out, held, completions, key)
     scored = [
         judged(c, known[c.prompt, c.response]) if (c.prompt, c.response) in known else c
         for c in completions
     ]
     todo = [index for index, completion in enumerate(scored) if completion.safe is None]
     failed: Counter[str] = Counter()
-    with progress_bar("judge", len(todo)) as bar:
+    with progress_bar("judge", len(todo)) as bar, ExitStack() as opened:
+        file: BinaryIO | None = None
         if out is not None:
             _write(out, [c for c in scored if c.safe is not None], key)
+            file = opened.enter_context(open_to_extend(out))
 
         def keep(place: int, verdict: Verdict) -> None:
             index = todo[place]
             scored[index] = judged(scored[index], verdict)
             if verdict.error:
                 failed[verdict.error] += 1
-            if out is not None:  # each verdict at once: an interruption loses none
-                with out.open("a", encoding="utf-8") as file:
+            if out is not None and file is not None:  # at once: an interruption loses none
+                with naming(out):
                     file.write(_line(scored[index], key))
+                    file.flush()
             bar.update(1)
 
         try:
@@ -143,12 +168,35 @@ def _judge(judge: Judge, completions: list[Completion], out: Path | None) -> lis
     return scored
 
 
-def _write(out: Path, completions: Sequence[Completion], key: str | None) -> None:
-    write_atomically(out, "".join(_line(c, key) for c in completions).encode())
+def _verdicts(out: Path) -> Held:
+    lines = read_lines(out)
+    return {
+        (one["prompt"], one["response"]): one for one in lines if isinstance(one.get("safe"), bool)
+    }
 
 
-def _line(completion: Completion, key: str | None) -> str:
+def _keep_unlisted(
+    out: Path, held: Held, completions: Sequence[Completion], key: str | None = None
+) -> None:
+    """Copy ``out`` if it holds verdicts on other completions, or of another judge than ``key``."""
+    asked = {(c.prompt, c.response) for c in completions}
+    if any(said not in asked or key not in (None, one.get("judged_by"))
+           for said, one in held.items()):  # fmt: skip
+        keep_verdicts(out)
+
+
+def _write(
+    out: Path, completions: Sequence[Completion], key: str | None, held: Held | None = None
+) -> None:
+    """Write the lines; ``held`` are verdicts to keep on completions that have none."""
+    lines = (_line(c, key, (held or {}).get((c.prompt, c.response))) for c in completions)
+    write_atomically(out, b"".join(lines))
+
+
+def _line(completion: Completion, key: str | None, held: Mapping[str, Any] | None = None) -> bytes:
     line = completion.record()
     if completion.safe is not None and key is not None:
         line["judged_by"] = key
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    if completion.safe is None and held is not None:
+        line |= {name: held[name] for name in ("safe", "judge", "judged_by") if name in held}
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"

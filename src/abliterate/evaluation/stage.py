@@ -15,10 +15,11 @@ from abliterate.evaluation.compare import (
     check_intervention,
     deltas,
 )
+from abliterate.evaluation.completions import MANIFEST, is_completions, is_manifest
 from abliterate.evaluation.judge_completions import failures, judge_files
 from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.evaluation.lm_eval_tasks import find_tasks
-from abliterate.evaluation.measurements import Work
+from abliterate.evaluation.measurements import MEASURED, Work, is_memo
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
 from abliterate.models.loading import Checkpoint, load_config, text_config
 from abliterate.prompts.corpora import parse_corpora, read_corpus
@@ -30,17 +31,20 @@ from abliterate.run_folder import (
     finished,
     prompt_keys,
     prompt_sources,
+    writing,
 )
 from abliterate.run_records import read_used
 from abliterate.storage.artifacts import (
-    check_writable,
     hash_file,
     hash_json,
     versions,
     write_json,
 )
+from abliterate.storage.guarded_files import check_folder, remove_temporaries
+from abliterate.storage.ownership import Kind, claim, is_record
 
 CHECKPOINT = "checkpoint"
+EVALUATE_FILES: dict[str, Kind] = {EVALUATION: is_record}
 
 
 def evaluate_stage(
@@ -66,13 +70,33 @@ def evaluate_stage(
 
     Raises:
         UsageError: an intervention, judge, corpus or task is named wrongly.
-        InputError: prompts or a corpus cannot be used.
+        InputError: prompts or a corpus cannot be used, another process writes to ``out``, or a file
+            there is a link or foreign.
     """
     team = session.placement.team
-    if out is not None:
-        team.lead(lambda: check_writable(out))
-    settings, seed = session.settings.evaluate, session.settings.model.seed
     rows = order_rows(interventions, edited, direction)
+    if out is None:
+        return _evaluate(session, direction, rows, edited, run, out, reuse)
+    answers = dict.fromkeys(_completion_files(out, rows), is_completions)
+    beside = {MANIFEST: is_manifest, MEASURED: is_memo}
+    with writing(team, out, "evaluate", EVALUATE_FILES):
+        team.lead(lambda: check_folder(out / COMPLETIONS))
+        team.lead(lambda: claim(out / COMPLETIONS, answers | beside, home=out))
+        team.lead(lambda: remove_temporaries(out / COMPLETIONS))
+        return _evaluate(session, direction, rows, edited, run, out, reuse)
+
+
+def _evaluate(
+    session: Session,
+    direction: Direction | None,
+    rows: Sequence[str],
+    edited: Mapping[str, Checkpoint],
+    run: Path | None,
+    out: Path | None,
+    reuse: bool,
+) -> dict[str, Any]:
+    team = session.placement.team
+    settings, seed = session.settings.evaluate, session.settings.model.seed
     _check_vocabulary(session, edited)
     # All that can be wrong with the options shows before hours are spent.
     judge = check_options(session)
@@ -240,6 +264,9 @@ def order_rows(
         else:
             check_intervention(name, direction)
             rows.append(name)
+    for name in edited:
+        if not name or Path(name).name != name or "\\" in name or "\0" in name:
+            raise UsageError(f"--checkpoint {name!r}: the name becomes a file's, give a plain one")
     return list(dict.fromkeys(rows))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from abliterate.errors import InputError, UsageError
 from abliterate.settings import parse_layers
 from abliterate.storage.artifacts import read_tensors, tensor_metadata
+from abliterate.storage.guarded_files import naming, replacing
 
 KINDS = ("harmful", "harmless")
 
@@ -82,8 +83,12 @@ class ActivationWriter:
     ``put(kind, rows, activations)`` may be handed to ``extract`` as its ``keep``.
     """
 
-    def __init__(self, file: IO[bytes], wanted: Wanted, counts: Mapping[str, int], model: str):
-        self._file, self.wanted, self._counts, self._model = file, wanted, counts, model
+    def __init__(
+        self, file: IO[bytes], path: Path, wanted: Wanted, counts: Mapping[str, int], model: str
+    ) -> None:
+        """Write to ``file``, which will be called ``path``."""
+        self._file, self._path = file, path
+        self.wanted, self._counts, self._model = wanted, counts, model
         self._starts: dict[str, int] = {}
 
     def put(self, kind: str, rows: Sequence[int], activations: Tensor) -> None:
@@ -92,15 +97,17 @@ class ActivationWriter:
         if not self._starts:
             self._begin(chosen)
         bytes_of = chosen.view(torch.uint8).numpy().reshape(len(rows), -1)
-        for row, content in zip(rows, bytes_of, strict=True):
-            self._file.seek(self._starts[kind] + row * content.nbytes)
-            self._file.write(content.tobytes())
+        with naming(self._path):
+            for row, content in zip(rows, bytes_of, strict=True):
+                self._file.seek(self._starts[kind] + row * content.nbytes)
+                self._file.write(content.tobytes())
 
     def finish(self, kept: Mapping[str, Sequence[bool]]) -> None:
         """Write which rows count."""
-        for kind in KINDS:
-            self._file.seek(self._starts[f"kept_{kind}"])
-            self._file.write(bytes(kept[kind]))
+        with naming(self._path):
+            for kind in KINDS:
+                self._file.seek(self._starts[f"kept_{kind}"])
+                self._file.write(bytes(kept[kind]))
 
     def _begin(self, sample: Tensor) -> None:
         """The header, now that dtype and width are known; every tensor has its place in it."""
@@ -129,8 +136,9 @@ class ActivationWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text = text.ljust(-(-len(text) // 8) * 8)
         self._starts = {name: start + 8 + len(text) for name, start in self._starts.items()}
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(8 + len(text) + at)
+        with naming(self._path):
+            self._file.write(len(text).to_bytes(8, "little") + text)
+            self._file.truncate(8 + len(text) + at)
 
 
 @contextmanager
@@ -145,17 +153,8 @@ def activation_writer(
         counts: prompts of each kind.
         model: name of the checkpoint, for the file's metadata.
     """
-    new = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield ActivationWriter(file, wanted, counts, model)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-        if new and not any(path.parent.iterdir()):
-            path.parent.rmdir()  # it failed: nothing half-written stays
+    with replacing(path) as file:
+        yield ActivationWriter(file, path, wanted, counts, model)
 
 
 @dataclass(frozen=True)

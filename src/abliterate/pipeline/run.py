@@ -8,13 +8,20 @@ from typing import Any
 from abliterate.console import log
 from abliterate.direction import load_direction
 from abliterate.editing.options import edit_options
+from abliterate.editing.workspace import check_absent, is_begun
 from abliterate.errors import UsageError
 from abliterate.evaluation.lm_eval_tasks import find_tasks
-from abliterate.evaluation.stage import check_options, evaluate_stage
+from abliterate.evaluation.stage import EVALUATE_FILES, check_options, evaluate_stage
 from abliterate.models.loading import Checkpoint
-from abliterate.pipeline.stages import extract_stage, orthogonalize_stage, select_stage
+from abliterate.pipeline.stages import (
+    EXTRACT_FILES,
+    SELECT_FILES,
+    extract_stage,
+    orthogonalize_stage,
+    select_stage,
+)
 from abliterate.prompts.sources import read_source
-from abliterate.run_folder import EDITED, MODEL, Session
+from abliterate.run_folder import EDITED, MODEL, Session, writing
 
 # What orthogonalize does and the chain cannot, and why.
 _ALONE = {
@@ -30,10 +37,21 @@ def run_pipeline(session: Session, run: Path) -> dict[str, Any]:
         The four records, by stage.
 
     Raises:
-        UsageError: before any work, a setting that a later stage would refuse or could not follow.
-        InputError: likewise, a prompt source that a later stage could not read.
+        UsageError: before any work, a setting that a later stage would refuse or could not follow,
+            or ``run / "model"`` is there and was not made by this command.
+        InputError: a prompt source that a later stage could not read, another process writes to
+            ``run``, or it holds a foreign file of such a name.
     """
+    team, files = session.placement.team, EXTRACT_FILES | SELECT_FILES | EVALUATE_FILES
     check_settings(session)
+    with writing(team, run, "run", files):
+        # Before hours of work; the editor looks again before it replaces anything.
+        if not is_begun(run / MODEL):
+            team.lead(lambda: check_absent(run / MODEL, overwrite=True))
+        return _run_stages(session, run)
+
+
+def _run_stages(session: Session, run: Path) -> dict[str, Any]:
     log.info("extract")
     extracted = extract_stage(session, run, reuse=True)
     log.info("select")

@@ -40,6 +40,7 @@ from abliterate.run_folder import (
     finished,
     prompt_keys,
     prompt_sources,
+    writing,
 )
 from abliterate.run_records import read_extract
 from abliterate.selection.candidate_filters import Score
@@ -47,7 +48,6 @@ from abliterate.selection.score_table import load_partial, save_partial, score_r
 from abliterate.selection.search import Thresholds, select
 from abliterate.selection.search_inputs import Key
 from abliterate.storage.artifacts import (
-    check_writable,
     hash_file,
     hash_json,
     read_record,
@@ -55,13 +55,29 @@ from abliterate.storage.artifacts import (
     write_json,
     write_tensors,
 )
+from abliterate.storage.ownership import Kind, has_metadata, is_mapping, is_record
 from abliterate.writers import decoder_blocks
+
+EXTRACT_FILES: dict[str, Kind] = {
+    EXTRACT: is_record,
+    DIRECTIONS: has_metadata("abliterate", "positions", "model"),
+    ACTIVATIONS: has_metadata("layers", "positions", "model"),
+}
+SELECT_FILES: dict[str, Kind] = {
+    SELECTION: is_record,
+    FILE_NAME: has_metadata("position", "layer", "model"),
+    PARTIAL: is_mapping("inputs", "candidates"),
+}
 
 
 def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, Any]:
     """Extract candidate directions into ``run``; returns the record ``extract.json``."""
+    with writing(session.placement.team, run, "extract", EXTRACT_FILES):
+        return _extract(session, run, reuse)
+
+
+def _extract(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
     team = session.placement.team
-    team.lead(lambda: check_writable(run))
     settings, seed = session.settings.extract, session.settings.model.seed
     prompts = {
         kind: load_prompts(source, "train", settings.n_train, seed, option="--n-train")
@@ -178,6 +194,11 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     Raises:
         SelectionError: no candidate passes; ``selection.json`` keeps the scores all the same.
     """
+    with writing(session.placement.team, run, "select", SELECT_FILES):
+        return _select(session, run, reuse)
+
+
+def _select(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
     team = session.placement.team
     extracted = team.lead(lambda: read_extract(run))
     settings, seed = session.settings.select, session.settings.model.seed

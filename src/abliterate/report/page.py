@@ -26,6 +26,7 @@ from abliterate.report.reproduce import commands, notes
 from abliterate.report.selection_figures import METRICS, Table
 from abliterate.report.style import plotly
 from abliterate.storage.artifacts import versions
+from abliterate.storage.ownership import GENERATOR
 from abliterate.storage.web_page import content_policy, script_json
 
 Figures = dict[str, Any]
@@ -209,6 +210,7 @@ def _render(
     rendered: str = environment.get_template("report.html.j2").render(
         page,
         policy=content_policy([script, bundle]),
+        generator=Markup(GENERATOR),
         script=Markup(script),
         styles=Markup(styles),
         data=Markup(script_json(payload)),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from abliterate.console import debugging
 from abliterate.errors import UsageError
-from abliterate.storage.artifacts import check_writable
+from abliterate.storage.artifacts import check_writable, write_atomically
+from abliterate.storage.ownership import claim, is_picture, mark_picture
 
 # Wide enough for a column at 300 dpi.
 _WIDTH, _SCALE = 900, 2
@@ -21,6 +23,7 @@ def write_pngs(figures: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write every figure as ``folder/NAME.png``.
 
     Raises:
+        InputError: one of the names is taken by a link, or by another's picture.
         UsageError: kaleido or a Chrome that it can start is missing.
     """
     try:
@@ -28,24 +31,31 @@ def write_pngs(figures: Mapping[str, Any], folder: Path) -> list[Path]:
     except ImportError:
         raise UsageError("--png needs kaleido: pip install 'abliterate[report]'") from None
     check_writable(folder)
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        {
-            "fig": made.to_dict(),
-            "path": str(folder / f"{name}.png"),
-            "opts": {"format": "png", "width": _WIDTH, "scale": _SCALE},
-        }
-        for name, made in figures.items()
-    ]
+    claim(folder, {f"{name}.png": is_picture for name in figures})
+    # Drawn elsewhere first: what draws would write through a link.
+    with TemporaryDirectory(prefix="abliterate-") as drawn:
+        jobs = [
+            {
+                "fig": made.to_dict(),
+                "path": str(Path(drawn, f"{name}.png")),
+                "opts": {"format": "png", "width": _WIDTH, "scale": _SCALE},
+            }
+            for name, made in figures.items()
+        ]
+        _draw(kaleido, jobs)
+        paths = [folder / Path(job["path"]).name for job in jobs]
+        for job, path in zip(jobs, paths, strict=True):
+            write_atomically(path, mark_picture(Path(job["path"]).read_bytes()))
+    return paths
+
+
+def _draw(kaleido: Any, jobs: Sequence[Mapping[str, Any]]) -> None:
     heard = io.StringIO()
     try:
         # Its own progress and the browser's complaints are not ours to show.
         with redirect_stdout(heard), redirect_stderr(heard):
             kaleido.write_fig_from_object_sync(jobs, kopts={"mathjax": False})
     except Exception as error:  # its own, the browser's, and asyncio's have no common base
-        if new and not any(folder.iterdir()):
-            folder.rmdir()
         if debugging():
             raise
         short = " ".join(str(error).split())[:200] or type(error).__name__
@@ -53,4 +63,3 @@ def write_pngs(figures: Mapping[str, Any], folder: Path) -> list[Path]:
             f"--png needs Chrome or Chromium, and kaleido could not use one ({short}): install "
             "Chromium, or name it in BROWSER_PATH"
         ) from None
-    return [Path(job["path"]) for job in jobs]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, UsageError
+from abliterate.storage.guarded_files import naming, replacing
 
 # Files past this size are hashed by sampling: a 140 GB checkpoint must not cost minutes of hashing.
 _WHOLE_FILE_LIMIT = 256 << 20
@@ -52,17 +53,14 @@ def check_writable(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one.
+
+    Raises:
+        InputError: ``path`` is a link, or no regular file.
+        OSError: it cannot be written; named so.
+    """
+    with replacing(path) as file, naming(path):
+        file.write(content)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -93,6 +91,8 @@ def read_json(path: Path, made_by: str) -> Any:
     Raises:
         InputError: it is missing, no JSON, or larger than anything that we write.
     """
+    if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+        raise InputError(f"{path} is no file: remove it")
     try:
         size = path.stat().st_size
         if size > _JSON_LIMIT:

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from threading import Lock
 
+from abliterate.storage.guarded_files import NOFOLLOW, check_regular, naming
+
 PAGE = mmap.PAGESIZE
 _CHUNK = 8 << 20
 _LEAST_DIRECT = 1 << 20  # below, waiting for the disk costs more than the page cache
@@ -30,6 +32,9 @@ _CANNOT = {
     errno.ETXTBSY,
     errno.EBADF,
 }
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class SourceFile:
@@ -85,10 +90,15 @@ class TargetFile:
 
         Args:
             path: the file.
-            keep: what it holds already.
+            keep: what it holds already; else there must be no such file yet.
+
+        Raises:
+            InputError: it is a link, or no regular file.
+            OSError: it cannot be opened, or is there already.
         """
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC)
+        check_regular(path)
+        flags = os.O_RDWR | NOFOLLOW | (0 if keep else os.O_CREAT | os.O_EXCL)
         self.descriptor = os.open(path, flags, 0o666)
         self.lock = Lock()
         # Where the same file is being read, the page cache stays in between.
@@ -98,7 +108,7 @@ class TargetFile:
         """Write ``content`` at byte ``offset``."""
         if not content:
             return  # without waiting for the lock
-        with self.lock:
+        with self.lock, naming(self.path):
             while content:
                 written = os.pwrite(self.descriptor, content, offset)
                 content, offset = content[written:], offset + written
@@ -130,7 +140,12 @@ class TargetFile:
         except OSError as error:
             if error.errno in _CANNOT:
                 return 0
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def resize(self, size: int) -> None:
+        """Make it ``size`` bytes long."""
+        with naming(self.path):
+            os.ftruncate(self.descriptor, size)
 
     def reserve(self, offset: int, length: int) -> None:
         """Ask for the disk's blocks of a range: then threads need not take turns at getting them.
@@ -167,7 +182,7 @@ def _open_direct(path: Path) -> int | None:
     """For writing past the page cache, if system and filesystem can."""
     flag = getattr(os, "O_DIRECT", None)  # Linux
     try:
-        return None if flag is None else os.open(path, os.O_WRONLY | flag)
+        return None if flag is None else os.open(path, os.O_WRONLY | flag | NOFOLLOW)
     except OSError:
         return None
 
@@ -179,7 +194,7 @@ def clone_file(source: SourceFile, target: TargetFile) -> bool:
     except OSError as error:
         if error.errno in _CANNOT:
             return False
-        raise
+        raise OSError(error.errno, error.strerror, str(target.path)) from None
     return True
 
 
@@ -219,7 +234,8 @@ def _copy_in_kernel(
         except OSError as error:
             if error.errno in _CANNOT:
                 break
-            raise
+            file = target if error.errno in _NO_ROOM else source
+            raise OSError(error.errno, error.strerror, str(file.path)) from None
         if got == 0:  # the end, or a filesystem that pretends: reading tells which
             break
         copied += got
@@ -251,6 +267,7 @@ def sync_file(path: Path) -> None:
     """Flush a file, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

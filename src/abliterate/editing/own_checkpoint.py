@@ -1,0 +1,72 @@
+"""What may be replaced by an edited checkpoint: an earlier one, and nothing that came to it since.
+
+The record ``abliterate.json`` lists every file that the editor wrote. A folder is ours if it holds
+such a record, and no other file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from abliterate.editing.file_names import RECORD
+from abliterate.errors import UsageError
+
+
+def file_list(folder: Path, *more: str) -> list[str]:
+    """The files below a folder and ``more``, as ``files`` of the record names them."""
+    found = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted({*(path.relative_to(folder).as_posix() for path in found), *more})
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to replace a folder that holds anything but an edited checkpoint of ours.
+
+    Raises:
+        UsageError: it does; the message names the file.
+    """
+    if out.is_symlink() or not out.is_dir():
+        raise UsageError(f"{out} is no folder: choose another name")
+    if not any(out.iterdir()):
+        return
+    listed = _listed(out)
+    if listed is None:
+        raise UsageError(
+            f"{out} was not made by `abliterate orthogonalize` (it has no {RECORD} that lists its "
+            "files), so it is never replaced: choose another folder, or remove it yourself"
+        )
+    for path in _entries(out):
+        if path.relative_to(out).as_posix() not in listed:
+            raise UsageError(
+                f"{path} is no part of the edited checkpoint {out}, which is therefore not "
+                "replaced: move that file away, or choose another folder"
+            )
+
+
+def _listed(out: Path) -> set[str] | None:
+    """What the folder's record lists; None if that is no record of ours."""
+    path = out / RECORD
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        made_by, files = record["versions"]["abliterate"], record["files"]
+        ours = isinstance(made_by, str) and {"source", "direction", "tensors"} <= record.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not ours or not isinstance(files, list) or RECORD not in files:
+        return None
+    return {name for name in files if isinstance(name, str)}
+
+
+def _entries(out: Path) -> list[Path]:
+    """Every file and link, and every folder that holds nothing."""
+    found = []
+    for place, folders, files in os.walk(out):
+        here = Path(place)
+        links = [name for name in folders if (here / name).is_symlink()]
+        found += [here / name for name in (*links, *files)]
+        if not folders and not files:
+            found.append(here)
+    return sorted(found)
