@@ -92,6 +92,19 @@ def leak(hidden: torch.Tensor, unit: torch.Tensor) -> float:
     return float(((wide @ unit).abs() / wide.norm(dim=-1)).max())
 
 
+def spoil(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def failure(result) -> str:
+    """What the one line says of a tensor that is not the edit."""
+    assert result.code == 6, result.out
+    (line,) = (x for x in result.out.splitlines() if x.startswith("not the edit: "))
+    return line.removeprefix("not the edit: ")
+
+
 def test_it_needs_a_choice(source: Path, direction: Path, fails, tmp_path: Path) -> None:
     line = fails("orthogonalize", source, "--direction", direction, "-o", tmp_path / "o", code=4)
     assert f"'{DOWN[0]}_blocks' is stored as MXFP4" in line
@@ -132,6 +145,10 @@ def test_dequantized_nothing_is_left(
     checked = cli("verify", out, *base, "--forward", "--json")
     assert checked.code == 0, checked.out
     assert checked.json["leak"] < 1e-3
+    checked = cli("verify", out, *base, "--source", source)
+    assert checked.code == 0, checked.out
+    spoil(out, lambda tensors: tensors[DOWN[1]][2].copy_(-tensors[DOWN[1]][2]))
+    assert failure(cli("verify", out, *base, "--source", source)).startswith(DOWN[1])
 
 
 def test_requantized_reports_what_rounding_leaves(
@@ -162,3 +179,29 @@ def test_requantized_reports_what_rounding_leaves(
     assert result.json["promise"]["tensors_orthogonal"] is False
     assert "rounded again" in result.json["promise"]["limits"][0]
     assert leak(stream(out)[1], unit) < leak(stream(source)[1], unit) / 3
+    base = ("verify", out, "--direction", direction)
+    for more in ((), ("--source", source)):
+        checked = cli(*base, *more)
+        assert checked.code == 0, checked.out
+    codes, scales = f"{DOWN[0]}_blocks", f"{DOWN[0]}_scales"
+
+    def skip(tensors: dict[str, torch.Tensor]) -> None:  # one expert
+        tensors[codes][1], tensors[scales][1] = before[codes][1], before[scales][1]
+
+    def nudge(tensors: dict[str, torch.Tensor]) -> None:  # by one step of one number
+        tensors[codes][0, 0, 0, 0] ^= 1
+
+    for change in (skip, nudge, lambda t: t[codes].zero_(), lambda t: t[scales].add_(1)):
+        save_file(after, out / "model.safetensors", {"format": "pt"})
+        spoil(out, change)
+        assert failure(cli(*base, "--source", source)).startswith(f"{codes} ")
+
+
+def test_requantized_rows_keep_their_norms(
+    source: Path, direction: Path, cli, tmp_path: Path
+) -> None:
+    out, base = tmp_path / "out", ("--direction", direction)
+    options = ("--requantize", "--norm-preserve", "--scale", "0.7")
+    assert cli("orthogonalize", source, *base, "-o", out, *options).code == 0
+    checked = cli("verify", out, *base, "--source", source)
+    assert checked.code == 0, checked.out
