@@ -21,6 +21,7 @@ from abliterate.console import bars_hidden
 from abliterate.distributed.rank_group import ALONE, Team
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
 from abliterate.models.device_placement import Placement, check_plan, own_device
+from abliterate.prompts.template_process import start_rendering
 from abliterate.storage.artifacts import hash_file
 
 DTYPES = {
@@ -186,9 +187,14 @@ def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer; raises as :func:`load_config` does."""
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code
+        )
     except Exception as error:
         raise _loading_error(checkpoint, error, "tokenizer of ") from None
+    if getattr(found, "chat_template", None):
+        start_rendering()
+    return found
 
 
 def load_model(
