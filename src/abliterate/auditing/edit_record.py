@@ -67,6 +67,7 @@ def read_claim(reading: Reading, given: Direction | None, base: Checkpoint | Non
         tensors = [(str(t["name"]), float(t["before"]), float(t["after"]), t["region"])
                    for t in record["tensors"]]  # fmt: skip
         kept_norms = bool((record.get("options") or {}).get("norm_preserve"))
+        is_adapter = bool((record.get("options") or {}).get("as_lora"))
         declared = record["direction"]["sha256"]
         limits = tuple(map(str, (record.get("promise") or {}).get("limits", ())))
         vector = record.get("vector")
@@ -87,7 +88,7 @@ def read_claim(reading: Reading, given: Direction | None, base: Checkpoint | Non
         reason = "adds the direction" if added is not None else "holds no direction"
         wrong.append(f"the record {reason}: its tensors cannot be measured")
         return Claim(card, True, 0, None, tuple(wrong), None, limits)
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter:  # laid beside the weights, which it leaves as they are
         return Claim(card, True, 0, None, tuple(wrong), unit, limits)
     parts: dict[tuple[str, str], list[Part]] = {}
     for part in (*(p for u in reading.units for p in u.parts), *reading.biases):

@@ -16,7 +16,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE
 from abliterate.errors import UsageError
-from abliterate.inference.forward import Batch, can_pad, in_step, input_device, pad
+from abliterate.inference.forward import (
+    Batch,
+    can_pad,
+    in_step,
+    input_device,
+    pad,
+    padding_token,
+)
 from abliterate.inference.token_batches import Budget, attempt, group_rows
 from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
@@ -162,7 +169,7 @@ class _Decoder:
                         max_new_tokens=left,
                         do_sample=False,
                         eos_token_id=self.stops or None,
-                        pad_token_id=self.stops[0] if self.stops else 0,
+                        pad_token_id=padding_token(self.model, *self.stops),
                         return_dict_in_generate=True,
                     ),
                     stopping_criteria=StoppingCriteriaList([watch]),
