@@ -71,7 +71,7 @@ def read_claim(reading: Reading, given: Direction | None, base: Checkpoint | Non
         reason = "adds the direction" if record.adds else "holds no direction"
         mismatches.append(f"the record {reason}: its tensors cannot be measured")
         return Claim(card, True, 0, None, tuple(mismatches), None, record.limits)
-    if (folder / "adapter_config.json").is_file():
+    if record.is_adapter:  # laid beside the weights, which it leaves as they are
         return Claim(card, True, 0, None, tuple(mismatches), unit, record.limits)
     checked, differing = _check_tensors(reading, record, unit)
     mismatches += differing
@@ -97,6 +97,7 @@ class _Record:
     tensors: tuple[_RecordedTensor, ...]
     keeps_norms: bool
     adds: bool
+    is_adapter: bool
     direction_sha256: str | None
     vector: Any
     source_files: Mapping[str, Any]
@@ -116,6 +117,7 @@ def _read_record(path: Path) -> _Record:
             ),
             bool(options.get("norm_preserve")),
             options.get("add") is not None,
+            bool(options.get("as_lora")),
             document["direction"]["sha256"],
             document.get("vector"),
             dict(document["source"].get("files") or {}),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.shard_writer import edit_memory, usable_cores
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.inference.token_batches import Budget
@@ -130,14 +131,25 @@ class Workload:
     libraries: int = field(default=500 << 20)
 
 
-def shape_of(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Shape:
+def shape_of(
+    config: Any,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    shards: ShardSet | None = None,
+) -> Shape:
     """Sizes of a model, from its configuration.
 
+    Args:
+        config: the configuration.
+        dtype: of the weights in memory.
+        trust_remote_code: the checkpoint's own code may run.
+        shards: its tensors, if they are there too.
+
     Raises:
-        CheckpointError: the configuration contradicts itself.
+        CheckpointError: the configuration contradicts itself, or is that of a larger model.
         UnsupportedArchitectureError: its decoder blocks cannot be found.
     """
-    model = empty_model(config, trust_remote_code)
+    model = empty_model(config, trust_remote_code, shards)
     blocks, width = decoder_blocks(model), find_writers(model).d_model
     text = text_config(model)
     width = getattr(text, "hidden_size", width)

@@ -70,6 +70,11 @@ def find_checkpoint(
                     f"{folder} holds GGUF weights, which can be neither run nor edited here: use "
                     "the safetensors checkpoint that they were converted from"
                 )
+            from abliterate.checkpoints.hub import check_files
+            from abliterate.checkpoints.shards import ADAPTER_CONFIG, weight_files
+
+            if (folder / ADAPTER_CONFIG).is_file():
+                check_files(str(folder), weight_files(folder) or [ADAPTER_CONFIG])
             raise CheckpointError(f"{folder} has no config.json: it is no transformers checkpoint")
         return Checkpoint(name, folder)
     if folder.exists():

@@ -15,6 +15,7 @@ from abliterate.checkpoints.shards import (
     Stamp,
     TensorEntry,
     header_length,
+    is_adapter,
     join_shards,
     parse_shard,
     shard_names,
@@ -26,7 +27,7 @@ from abliterate.storage.guarded_files import naming
 # Weights in other formats: never opened (pickle runs code), so never downloaded.
 NOT_FETCHED = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot"),
-    *("*.tflite", "original/*", "consolidated*", "onnx/*"),
+    *("*.tflite", "original/*", "consolidated*", "onnx/*", "adapter_model.*"),
 )
 _PICKLES = (".bin", ".pt", ".pth")
 _HEADER_GUESS = 100_000  # most headers are shorter: one request gets length and header
@@ -157,7 +158,8 @@ def check_files(where: str, names: Collection[str]) -> None:
     Raises:
         CheckpointError: it has none.
     """
-    if any(name.endswith(".safetensors") and "/" not in name for name in names):
+    top = [name for name in names if "/" not in name]
+    if any(name.endswith(".safetensors") and not is_adapter(name) for name in top):
         return
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     if ggufs:
@@ -165,11 +167,16 @@ def check_files(where: str, names: Collection[str]) -> None:
             f"{where} holds GGUF weights ({ggufs[0]}), which can be neither run nor edited here: "
             "use the safetensors checkpoint that they were converted from"
         )
-    pickles = sorted(name for name in names if name.endswith(_PICKLES) and "/" not in name)
+    pickles = sorted(name for name in top if name.endswith(_PICKLES) and not is_adapter(name))
     if pickles:
         raise CheckpointError(
             f"{where} holds pickle weights ({pickles[0]}), which are never opened: convert them "
             "with safetensors (model.save_pretrained writes them) first"
+        )
+    if any(map(is_adapter, top)):
+        raise CheckpointError(
+            f"{where} holds a PEFT adapter and no model: give the model that it was made for, or "
+            "merge it into that first (PEFT's merge_and_unload, then save_pretrained)"
         )
     raise CheckpointError(f"{where} has no .safetensors weights")
 
@@ -208,7 +215,9 @@ def read_remote_shards(folder: Path, repo: HubRepo) -> ShardSet:
         CheckpointError: a header is damaged, or index and shards disagree.
         FetchError: the hub does not give a header.
     """
-    present = [n for n in repo.sizes if n.endswith(".safetensors") and "/" not in n]
+    present = [
+        n for n in repo.sizes if n.endswith(".safetensors") and "/" not in n and not is_adapter(n)
+    ]
     names, index = shard_names(folder, present)
     shards = {}
     for name in names:

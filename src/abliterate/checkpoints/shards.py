@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,9 @@ _COMPARED_BYTES = 32 << 20
 _MAX_RANK = 16  # far past any real tensor; a product of endless factors would never end
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_CONFIG = 32 << 20  # bytes of a config.json: no model's is larger
+ADAPTER_CONFIG = "adapter_config.json"
+_DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -232,10 +236,23 @@ def read_shards(folder: Path) -> ShardSet:
     Raises:
         CheckpointError: a shard is missing or damaged, or index and shards disagree.
     """
-    present = [path.name for path in folder.glob("*.safetensors")]
+    present = weight_files(folder)
     names, index = shard_names(folder, present)
     shards = {name: read_shard(inside(folder, folder / name)) for name in names}
     return join_shards(folder, shards, index, _read_local)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files in a folder that may hold a model's weights.
+
+    An adapter that lies beside a model is no part of it.
+    """
+    return [path.name for path in folder.glob("*.safetensors") if not is_adapter(path.name)]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a file is one of those that PEFT writes for an adapter."""
+    return name == ADAPTER_CONFIG or name.startswith("adapter_model.")
 
 
 def shard_names(
@@ -248,8 +265,16 @@ def shard_names(
         present: names of its safetensors files.
 
     Raises:
-        CheckpointError: the index is damaged, or there is neither index nor a single file.
+        CheckpointError: the index is damaged, or there is neither index nor a single file, or the
+            loading library would take other files than these.
     """
+    _refuse_other_weights(folder)
+    parts = sorted(name for name in present if _DISTRIBUTED.match(name))
+    if parts:  # the loading library would take these, whatever else there is
+        raise CheckpointError(
+            f"{folder} holds parts of a distributed checkpoint ({parts[0]}): save the whole model "
+            "with transformers first"
+        )
     if SINGLE in present:
         return [SINGLE], None
     if (folder / INDEX).is_file():
@@ -259,6 +284,21 @@ def shard_names(
     if len(present) != 1:
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
     return sorted(present), None
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    path = folder / "config.json"
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_CONFIG:
+            return
+        named = json.loads(path.read_bytes()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # who reads the configuration says what is wrong with it
+    if named is not None and named not in (SINGLE, INDEX):
+        raise CheckpointError(
+            f"{path} names other weights (transformers_weights: "
+            f"{str(named)[:80]!r}) than {SINGLE} or {INDEX}: rename them and leave the entry out"
+        )
 
 
 def join_shards(
@@ -354,6 +394,24 @@ def _is_plain_name(name: str) -> bool:
         and not set(name) & set("/\\:")
         and not name.startswith("..")
     )
+
+
+def check_unchanged(shards: ShardSet) -> None:
+    """Refuse shards that are no longer those whose headers were read.
+
+    Raises:
+        CheckpointError: a file's size or time of change is another.
+    """
+    for shard in shards.shards.values():
+        try:
+            same = Stamp.of(shard.path.stat()) == shard.stamp
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{shard.path} changed while it was read: run the command again once nothing "
+                "writes to it"
+            )
 
 
 def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:

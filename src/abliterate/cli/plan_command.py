@@ -45,12 +45,13 @@ def plan(
     import torch
 
     from abliterate.capacity import machine_benchmark, resource_estimate
-    from abliterate.models.loading import Checkpoint, load_config, pick_device
+    from abliterate.models.loading import Checkpoint, load_config, pick_device, present_shards
     from abliterate.offload import free_memory, parse_memory
 
     folder = resource_estimate.config_folder(model, revision)
     trust = bool(trust_remote_code)
-    config = load_config(Checkpoint(model, folder), trust)
+    checkpoint = Checkpoint(model, folder)
+    config = load_config(checkpoint, trust)
     here = pick_device("auto")
     main = parse_memory(memory, "--memory") if memory else free_memory(torch.device("cpu"))
     if gpu_memory is None:
@@ -58,7 +59,7 @@ def plan(
     else:
         gpu = 0 if gpu_memory.strip() == "0" else parse_memory(gpu_memory, "--gpu-memory")
     number = resource_estimate.dtype_of(dtype or "auto", config, gpu > 0)
-    shape = resource_estimate.shape_of(config, number, trust)
+    shape = resource_estimate.shape_of(config, number, trust, present_shards(checkpoint))
     speed: float | None = None
     if not gpu or here.type != "cpu":
         place = here if gpu else torch.device("cpu")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.checkpoints.shards import Stamp, inside
+from abliterate.checkpoints.shards import Stamp, inside, is_adapter
 from abliterate.editing.workspace import partial_of
 from abliterate.errors import CheckpointError, DiskSpaceError, UsageError
 from abliterate.storage.file_io import SourceFile, TargetFile, copy_range
@@ -30,7 +30,7 @@ class Carried:
 
     Attributes:
         files: paths relative to the source, with how each stood.
-        left_behind: weights in other files, and what is no file.
+        left_behind: weights in other files, adapters, and what is no file.
     """
 
     files: Mapping[Path, Stamp]
@@ -68,7 +68,8 @@ def find_carried(source: Path, shards: Collection[str], replaced: Collection[str
         if len(relative.parts) == 1 and relative.name in (*shards, *replaced):
             continue
         status = inside(source, path).stat()
-        if path.suffix.lower() in _OTHER_WEIGHTS or not stat.S_ISREG(status.st_mode):
+        unedited = path.suffix.lower() in _OTHER_WEIGHTS or is_adapter(path.name)
+        if unedited or not stat.S_ISREG(status.st_mode):
             left.append(str(relative))
         else:
             files[relative] = Stamp.of(status)

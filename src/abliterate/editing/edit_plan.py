@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from abliterate.checkpoints.config_sizes import Held, check_sizes
 from abliterate.checkpoints.hub import read_remote_shards
 from abliterate.checkpoints.quantized_formats import dense_shapes, find_quantized, read_config
-from abliterate.checkpoints.shards import INDEX, ShardSet, read_index, read_shards
+from abliterate.checkpoints.shards import INDEX, ShardSet, read_index, read_shards, weight_files
 from abliterate.console import log
 from abliterate.errors import CheckpointError, PlanError, UnsupportedArchitectureError
 from abliterate.inference.interventions import unit_direction
@@ -26,6 +27,7 @@ from abliterate.models.loading import (
     load_config,
     load_weights,
     require_safetensors,
+    text_config,
 )
 from abliterate.writers import (
     Proof,
@@ -222,16 +224,28 @@ def locate_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> L
     config = load_config(checkpoint, trust_remote_code)
     require_safetensors(checkpoint)
     shards, shapes, config = _read_plain(checkpoint, config)
-    model = empty_model(config, trust_remote_code)
+    model = empty_model(config, trust_remote_code, shards)
     proof = _prove(checkpoint, config, trust_remote_code)
     plan = plan_for(model, proof.plan, proof.decoder)
-    axes = {writer.parameter: writer.axis for writer in plan.writers}
+    axes = _writer_axes(model, plan)
     gains = {g.parameter: g.axis for w in plan.writers for g in w.gains if g.parameter}
     disk = disk_map(model, gains | axes, shapes)
     values = {name: _read_parameter(name, disk, shards) for name in gains}
     head = _tied_head(model)
     embedding = None if head is None else _aliases(model)[head]
     return Located(shards, shapes, config, model, proof, plan, disk, values, head, embedding)
+
+
+def _writer_axes(model: PreTrainedModel, plan: WriterPlan) -> dict[str, int]:
+    """The output axis of each writer.
+
+    Raises:
+        PlanError: a writer is empty.
+    """
+    for writer in plan.writers:
+        if model.get_parameter(writer.parameter).numel() == 0:
+            raise PlanError(f"the writer {writer.parameter} is empty: config.json is damaged")
+    return {writer.parameter: writer.axis for writer in plan.writers}
 
 
 def _read_plain(
@@ -242,6 +256,7 @@ def _read_plain(
         shards = read_shards(checkpoint.folder)
     else:
         shards = read_remote_shards(checkpoint.folder, checkpoint.remote)
+        check_sizes(checkpoint.folder, text_config(config), Held.of(shards))
     quantized = find_quantized(shards, read_config(checkpoint.folder))
     plain = _unquantized(config) if quantized else config
     return shards, dense_shapes(shards, quantized), plain
@@ -394,16 +409,16 @@ def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
         UnsupportedArchitectureError: the writers cannot be found.
     """
     config = load_config(checkpoint, trust_remote_code)
-    has_weights = any(checkpoint.folder.glob("*.safetensors"))
+    has_weights = bool(weight_files(checkpoint.folder))
     if has_weights:
-        _, shapes, config = _read_plain(checkpoint, config)
-        model = empty_model(config, trust_remote_code)
+        shards, shapes, config = _read_plain(checkpoint, config)
+        model = empty_model(config, trust_remote_code, shards)
     else:
         model = empty_model(config, trust_remote_code)
         shapes = _expected_shapes(checkpoint, model)
     proof = _prove(checkpoint, config, trust_remote_code) if has_weights else proof_of(config)
     plan = plan_for(model, proof.plan, proof.decoder)
-    axes = {writer.parameter: writer.axis for writer in plan.writers}
+    axes = _writer_axes(model, plan)
     disk = disk_map(model, axes, shapes)
     head = _tied_head(model)
     tensors: dict[str, list[str]] = {name: [] for name in axes}

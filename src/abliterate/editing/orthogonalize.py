@@ -403,7 +403,7 @@ def _complete(job: _Job, workspace: Workspace, overwrite: bool) -> None:
     """All that is not in the shards, and the name."""
     if job.carried.left_behind:
         left = ", ".join(job.carried.left_behind)
-        log.warning("weights in other files are left behind: %s", left)
+        log.warning("weights in other files and adapters are left behind: %s", left)
     copy_carried(job.source.folder, job.carried, workspace.files)
     for name, document in job.documents.items():
         write_json(workspace.files / name, document)

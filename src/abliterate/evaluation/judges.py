@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from abliterate.console import debugging, hide, redact
 from abliterate.errors import CheckpointError, UsageError
+from abliterate.prompts.template_process import TemplateError, render_conversations
 from abliterate.settings import public_url
 
 TEMPLATES = ("llama-guard", "prompt")
@@ -310,15 +311,13 @@ def _guard_text(tokenizer: Any, prompt: str, response: str) -> str:
     """
     failure = "it has no chat template"
     for wrap in (str, _parts):
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "user", "content": wrap(prompt)},
             {"role": "assistant", "content": wrap(response)},
         ]
         try:
-            text: str = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # jinja's errors and whatever the template itself raises
+            (text,) = render_conversations(tokenizer, [messages], True, {})
+        except TemplateError as error:
             failure = _short(error)
             continue
         if response.strip() in text:

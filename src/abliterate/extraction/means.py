@@ -23,7 +23,7 @@ from abliterate.inference.forward import (
     logits_needed,
 )
 from abliterate.metrics.refusal import detect_refusal_tokens, refusal_score, resolve_refusal_tokens
-from abliterate.models.loading import Loaded
+from abliterate.models.loading import Loaded, require_token
 from abliterate.prompts.chat_template import ChatFormat, encode, parse_positions, position_tokens
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.storage.artifacts import read_tensors
@@ -155,7 +155,7 @@ def extract(
     if loaded.stream is not None:
         seen = _look_together(loaded.stream, given, where, batch_size)
     if refusal_tokens:
-        tokens = resolve_refusal_tokens(tokenizer, refusal_tokens)
+        tokens = named_refusal_tokens(loaded, refusal_tokens)
     elif loaded.stream is not None:
         tokens = detect_refusal_tokens(
             *(
@@ -247,7 +247,7 @@ def find_refusal_tokens(
         batch_size: prompts per forward pass, or ``auto``.
     """
     if names:
-        return resolve_refusal_tokens(loaded.tokenizer, names)
+        return named_refusal_tokens(loaded, names)
     if loaded.stream is not None:
         from abliterate.offload.streamed_interventions import logits_under
 
@@ -270,6 +270,19 @@ def find_refusal_tokens(
             for_each_batch(loaded.model, own, collect, batch_size, "refusal tokens")
         means.append(_summed(team.every(total)) / len(sample))
     return detect_refusal_tokens(*means)
+
+
+def named_refusal_tokens(loaded: Loaded, names: Sequence[str]) -> list[int]:
+    """The refusal tokens that ``--refusal-token`` names.
+
+    Raises:
+        CheckpointError: the model has no logit for one.
+        UsageError: a value is not a single token of the tokenizer.
+    """
+    tokens = resolve_refusal_tokens(loaded.tokenizer, names)
+    for token in tokens:
+        require_token(loaded.model, token, "--refusal-token")
+    return tokens
 
 
 def refusal_tokens_shown(harmful: Tensor, harmless: Tensor) -> list[int]:

@@ -14,7 +14,11 @@ from transformers import GenerationConfig
 
 
 def decoding_config(
-    stops: Sequence[int], max_new_tokens: int, temperature: float = 0.0, **more: Any
+    stops: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    pad_token_id: int = 0,
+    **more: Any,
 ) -> GenerationConfig:
     """Greedy decoding, or sampling from the whole distribution at a temperature.
 
@@ -25,13 +29,14 @@ def decoding_config(
         stops: tokens that end an answer.
         max_new_tokens: longest answer.
         temperature: 0 for greedy decoding.
+        pad_token_id: what fills a row that has ended; the mask keeps it out of attention.
         more: fields that do not change which token is chosen.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stops) or None,
-        pad_token_id=stops[0] if stops else 0,
+        pad_token_id=pad_token_id,
         **(sampling if temperature > 0 else {"do_sample": False}),
         **more,
     )

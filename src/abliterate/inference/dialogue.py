@@ -13,9 +13,10 @@ from transformers import GenerationConfig, TextStreamer
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
 from abliterate.inference.decoding import decoding_config, plain_decoding
+from abliterate.inference.forward import padding_token
 from abliterate.inference.generation import stop_tokens
 from abliterate.inference.interventions import ablate, add, unit_direction
-from abliterate.models.loading import Loaded, text_config
+from abliterate.models.loading import Loaded, require_token, text_config
 from abliterate.prompts.chat_template import ChatFormat, render_turns
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
@@ -86,7 +87,7 @@ class Conversation:
             heard: called with each piece of the answer.
 
         Raises:
-            CheckpointError: the chat template fails.
+            CheckpointError: the chat template fails, or the embedding has no row for a token.
             InputError: the conversation is longer than the model's context.
             UsageError: there is nothing to steer along.
         """
@@ -160,6 +161,8 @@ class Conversation:
     def _prompt(self, turns: list[dict[str, str]]) -> torch.Tensor:
         rendered = render_turns(self.loaded.tokenizer, turns, self.chat)
         ids = self.loaded.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        if ids:
+            require_token(self.loaded.model, max(ids), "the conversation")
         device = self.loaded.model.get_input_embeddings().weight.device
         return torch.tensor([ids], device=device)
 
@@ -174,4 +177,5 @@ class Conversation:
                 "/reset begins a new one"
             )
         stops = stop_tokens(self.loaded, self.chat)
-        return decoding_config(stops, room, self.decoding.temperature)
+        padding = padding_token(self.loaded.model, *stops)
+        return decoding_config(stops, room, self.decoding.temperature, pad_token_id=padding)

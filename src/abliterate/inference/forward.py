@@ -19,7 +19,7 @@ from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE, Team
 from abliterate.errors import UnsupportedArchitectureError, UsageError
 from abliterate.inference.token_batches import Budget, attempt, group_rows
-from abliterate.models.loading import text_config
+from abliterate.models.loading import embedding_rows, require_token, text_config
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 _PADDABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -103,21 +103,33 @@ def pad(
         prompts: token ids.
         rows: which of them.
         prefix: leave out this many leading tokens, which a key/value cache will hold.
+
+    Raises:
+        CheckpointError: the embedding has no row for a token.
     """
     width = max(len(prompts[row]) for row in rows) - prefix
-    # Any valid id does: the mask keeps padding out of attention.
-    fill = getattr(text_config(model), "pad_token_id", None)
-    fill = fill if isinstance(fill, int) and fill >= 0 else 0
+    fill = padding_token(model, getattr(text_config(model), "pad_token_id", None))
     ids = torch.full((len(rows), width), fill, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
         own = prompts[row][prefix:]
         ids[index, width - len(own) :] = torch.tensor(own)
         mask[index, width - len(own) :] = 1
+    require_token(model, int(ids.max()), "the prompts")
     positions = (mask.cumsum(1) - 1).clamp(min=0) + prefix
     mask = torch.cat([mask.new_ones(len(rows), prefix), mask], dim=1)
     place = input_device(model)
     return Batch(tuple(rows), ids.to(place), mask.to(place), positions.to(place))
+
+
+def padding_token(model: PreTrainedModel, *wanted: Any) -> int:
+    """The first of some ids that the embedding has a row for, else 0.
+
+    Any valid id does: the mask keeps padding out of attention.
+    """
+    rows = embedding_rows(model)
+    known = (id for id in wanted if isinstance(id, int) and id >= 0 and (not rows or id < rows))
+    return next(known, 0)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

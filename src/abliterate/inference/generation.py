@@ -16,7 +16,14 @@ from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE
 from abliterate.errors import UsageError
 from abliterate.inference.decoding import decoding_config, plain_decoding
-from abliterate.inference.forward import Batch, can_pad, in_step, input_device, pad
+from abliterate.inference.forward import (
+    Batch,
+    can_pad,
+    in_step,
+    input_device,
+    pad,
+    padding_token,
+)
 from abliterate.inference.token_batches import Budget, attempt, group_rows
 from abliterate.models.loading import Loaded
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
@@ -161,7 +168,10 @@ class _Decoder:
                     attention_mask=mask,
                     past_key_values=cache,
                     generation_config=decoding_config(
-                        self.stops, left, return_dict_in_generate=True
+                        self.stops,
+                        left,
+                        pad_token_id=padding_token(self.model, *self.stops),
+                        return_dict_in_generate=True,
                     ),
                     stopping_criteria=StoppingCriteriaList([watch]),
                 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -18,11 +21,32 @@ from transformers import (
 
 from abliterate.checkpoints.checkpoint import Checkpoint as Checkpoint  # also given from here
 from abliterate.checkpoints.checkpoint import find_checkpoint as find_checkpoint
+from abliterate.checkpoints.config_sizes import (
+    CONFIG,
+    NUMBERS,
+    TENSORS,
+    Held,
+    check_counts,
+    check_sizes,
+)
 from abliterate.checkpoints.hub import check_files
+from abliterate.checkpoints.shards import (
+    INDEX,
+    ShardSet,
+    check_unchanged,
+    inside,
+    read_index,
+    read_shard,
+    read_shards,
+    shard_names,
+    weight_files,
+)
 from abliterate.console import bars_hidden
 from abliterate.distributed.rank_group import ALONE, Team
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
+from abliterate.models.bounded_build import TooLargeError, bounded_build
 from abliterate.models.device_placement import Placement, check_plan, own_device
+from abliterate.prompts.template_process import start_rendering
 
 DTYPES = {
     "float32": torch.float32,
@@ -50,6 +74,54 @@ class Loaded:
     checkpoint: Checkpoint
     team: Team = ALONE
     stream: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            _tokenizers[self.model] = self.tokenizer
+
+
+# Names tokens in errors, where a model is at hand without its tokenizer.
+_tokenizers: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+
+
+def embedding_rows(model: Any) -> int | None:
+    """How many token ids a model's embedding knows; None where that cannot be said."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    if rows is None:
+        rows = next(iter(getattr(getattr(embedding, "weight", None), "shape", ())), None)
+    if not isinstance(rows, int):
+        return None
+    said = getattr(text_config(model), "vocab_size", None)  # where ranks hold parts of it
+    return max(rows, said) if isinstance(said, int) else rows
+
+
+def require_token(model: Any, token: int, where: str) -> None:
+    """Refuse a token for which the embedding has no row.
+
+    A tokenizer often has more tokens than that: it matters only once one is fed to the model.
+
+    Args:
+        model: the model.
+        token: its id.
+        where: what it occurs in, in words.
+
+    Raises:
+        CheckpointError: there is no row.
+    """
+    rows = embedding_rows(model)
+    if rows is None or token < rows:
+        return
+    tokenizer = _tokenizers.get(model) if isinstance(model, PreTrainedModel) else None
+    name, size = "", ""
+    if tokenizer is not None:
+        name = f" {tokenizer.convert_ids_to_tokens(token)!r}"
+        size = f", the tokenizer {len(tokenizer):,} tokens"
+    raise CheckpointError(
+        f"token{name} (id {token}) of {where} has no row in the embedding of "
+        f"{getattr(model, 'name_or_path', '') or 'the model'}, which has {rows:,} rows{size}: give "
+        "a tokenizer and chat template that belong to the model"
+    )
 
 
 def pick_device(device: str) -> torch.device:
@@ -90,7 +162,7 @@ def pick_dtype(
         return own
     import psutil
 
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum((folder / name).stat().st_size for name in weight_files(folder))
     needed = 2 * size * copies
     return torch.float32 if needed <= psutil.virtual_memory().available / 2 else own
 
@@ -99,21 +171,53 @@ def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
     """The checkpoint's configuration.
 
     Raises:
-        CheckpointError: it is damaged, or needs remote code that was not trusted.
+        CheckpointError: it is damaged, or needs remote code that was not trusted, or the tensors
+            that lie with it are damaged or those of another model.
         UnsupportedArchitectureError: the installed transformers does not know the model type.
     """
+    shards = present_shards(checkpoint)
+    if shards is not None:
+        held: Held | None = Held.of(shards)
+    else:
+        index = checkpoint.folder / INDEX
+        listed = read_index(index)["weight_map"] if os.path.lexists(index) else None
+        held = None if listed is None else Held(dict.fromkeys(listed))
+    check_counts(checkpoint.folder, held)
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _loading_error(checkpoint, error) from None
+    check_sizes(checkpoint.folder, text_config(config), held)
+    return config
+
+
+def present_shards(checkpoint: Checkpoint) -> ShardSet | None:
+    """The tensors that lie with a configuration, their headers and index checked.
+
+    None where a shard is missing, as beside a configuration that was fetched alone: who needs the
+    weights finds out which.
+
+    Raises:
+        CheckpointError: a header or the index is damaged, or they disagree.
+    """
+    present = weight_files(checkpoint.folder)
+    if checkpoint.remote is not None or not present:
+        return None
+    names, _ = shard_names(checkpoint.folder, present)
+    return read_shards(checkpoint.folder) if set(names) <= set(present) else None
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer; raises as :func:`load_config` does."""
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code
+        )
     except Exception as error:
         raise _loading_error(checkpoint, error, "tokenizer of ") from None
+    if getattr(found, "chat_template", None):
+        start_rendering()
+    return found
 
 
 def load_model(
@@ -161,22 +265,32 @@ def load_weights(
         transformers.utils.logging.disable_progress_bar()
     config = load_config(checkpoint, trust_remote_code)
     require_safetensors(checkpoint)
+    shards = read_shards(checkpoint.folder)
+    for name in getattr(type(config), "extra_files", ()):
+        if os.path.lexists(checkpoint.folder / name):
+            read_shard(inside(checkpoint.folder, checkpoint.folder / name))
     check_plan(text_config(config), team, placement)
     copies = 1 if placement.is_spread else team.on_this_machine
     # What memory is free now differs from rank to rank; the dtype must not.
     number = team.tell(pick_dtype(dtype, config, checkpoint.folder, place, copies))
     try:
-        model, info = model_class(config).from_pretrained(
-            checkpoint.folder,
-            config=config,
-            dtype=number,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **placement.loading_options(),
-        )
+        with bounded_build(*_bounds(config, shards)):
+            model, info = model_class(config).from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=number,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                # An adapter that lies there is no part of the model; here it lies nowhere.
+                adapter_kwargs={"subfolder": uuid.uuid4().hex},
+                **placement.loading_options(),
+            )
+    except TooLargeError as error:
+        raise _too_large(config, error, shards) from None
     except Exception as error:
         raise _loading_error(checkpoint, error) from None
+    check_unchanged(shards)
     absent = sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"]))
     if absent:
         raise CheckpointError(
@@ -225,20 +339,57 @@ def build_model(config: Any, **options: Any) -> PreTrainedModel:
     return cast(PreTrainedModel, kind._from_config(config, **options))
 
 
-def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(
+    config: Any, trust_remote_code: bool = False, shards: ShardSet | None = None, **options: Any
+) -> PreTrainedModel:
     """The model of a configuration on the meta device: names and shapes, no memory.
 
+    Args:
+        config: its configuration.
+        trust_remote_code: the checkpoint's own code may run.
+        shards: its tensors, which a model is not built far beyond.
+        options: as for :func:`build_model`.
+
     Raises:
-        CheckpointError: the configuration contradicts itself.
+        CheckpointError: the configuration contradicts itself, or is that of a larger model.
     """
+    bounds = (NUMBERS, TENSORS) if shards is None else _bounds(config, shards)
     try:
-        with torch.device("meta"):
-            return build_model(config, trust_remote_code=trust_remote_code)
+        with torch.device("meta"), bounded_build(*bounds):
+            model = build_model(config, trust_remote_code=trust_remote_code, **options)
+    except TooLargeError as error:
+        raise _too_large(config, error, shards) from None
     except Exception as error:  # whatever the architecture's own constructor raises
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"a '{config.model_type}' model cannot be built from config.json ({reason})"
         ) from None
+    layers = Held(dict.fromkeys(name for name, _ in model.named_parameters())).layers
+    held = None if shards is None else Held.of(shards)
+    if held is not None and layers is not None and held.layers is not None and layers > held.layers:
+        raise _too_large(config, TooLargeError(f"{layers:,} layers"), shards)
+    return model
+
+
+def _bounds(config: Any, shards: ShardSet) -> tuple[int, int]:
+    """Elements and tensors of a model beyond which these shards are not its weights."""
+    # Some pack eight numbers into one; tied weights count twice, and so does what a quantizer
+    # puts in the place of another.
+    packed = 8 if getattr(config, "quantization_config", None) else 1
+    elements, tensors = Held.of(shards).elements, len(shards.tensors)
+    return 4 * packed * elements + (1 << 24), 8 * tensors + 10_000
+
+
+def _too_large(what: Any, error: TooLargeError, shards: ShardSet | None) -> CheckpointError:
+    if shards is None:
+        kind = getattr(what, "model_type", what)
+        return CheckpointError(
+            f"config.json describes a '{kind}' model of {error}, which cannot be: it is damaged"
+        )
+    return CheckpointError(
+        f"{shards.folder / CONFIG} describes a model of {error}, but the files beside it hold "
+        f"{Held.of(shards)} with {Held.of(shards).elements:,} numbers: they do not belong together"
+    )
 
 
 def require_safetensors(checkpoint: Checkpoint) -> None:
@@ -260,6 +411,8 @@ def _loading_error(checkpoint: Checkpoint, error: Exception, what: str = "") -> 
             f"{what}{checkpoint.name}: the installed transformers does not know '{kind}': "
             "upgrade transformers"
         )
+    if "ignore_mismatched_sizes" in text:
+        text = "its tensors have other shapes than its config.json says"
     short = text[:300] or type(error).__name__
     return CheckpointError(f"{what}{checkpoint.name} cannot be loaded: {short}")
 

@@ -34,7 +34,7 @@ from transformers.utils.logging import (
 
 from abliterate.checkpoints.shards import read_shards
 from abliterate.errors import CheckpointError, UsageError
-from abliterate.models.loading import Checkpoint, build_model
+from abliterate.models.loading import Checkpoint, empty_model
 from abliterate.offload.mmap_weights import Mapped
 
 
@@ -90,17 +90,11 @@ class Weights:
         trust_remote_code: bool = False,
     ) -> None:
         self.device, self.checkpoint = device, checkpoint
-        self.mapped = Mapped(read_shards(checkpoint.folder))
-        try:
-            with torch.device("meta"):
-                self.model: PreTrainedModel = build_model(
-                    config, dtype=dtype, trust_remote_code=trust_remote_code
-                ).eval()
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"a '{config.model_type}' model cannot be built from config.json ({reason})"
-            ) from None
+        shards = read_shards(checkpoint.folder)
+        self.model: PreTrainedModel = empty_model(
+            config, trust_remote_code, shards, dtype=dtype
+        ).eval()
+        self.mapped = Mapped(shards)
         self._config = LoadStateDictConfig(
             device_map={"": device},
             dtype=dtype,

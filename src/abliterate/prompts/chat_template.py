@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abliterate.errors import CheckpointError, UsageError
+from abliterate.prompts.template_process import (
+    Conversation,
+    TemplateError,
+    render_conversations,
+)
 
 # User texts that differ in how they end, so that only the template's own tokens are common.
 _PROBES = ("a", "Z9", "x?", "end.", "(b)", "é", 'he said "no"', "count to 12", "tab;")
@@ -31,13 +36,18 @@ def render(tokenizer: Any, text: str, chat: ChatFormat) -> str:
     """The conversation as the template writes it, up to where the assistant's answer starts.
 
     Raises:
-        CheckpointError: the tokenizer has no chat template, or the template fails.
+        CheckpointError: the tokenizer has no chat template, or the template fails or passes the
+            bounds of time, memory and length.
     """
     return render_turns(tokenizer, [{"role": "user", "content": text}], chat)
 
 
 def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], chat: ChatFormat) -> str:
     """A conversation of several turns, of which the last is the user's; as :func:`render`."""
+    return _render_all(tokenizer, [turns], chat)[0]
+
+
+def _render_all(tokenizer: Any, chats: Sequence[Conversation], chat: ChatFormat) -> list[str]:
     if not getattr(tokenizer, "chat_template", None):
         raise CheckpointError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: add one to its "
@@ -45,23 +55,23 @@ def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], chat: ChatF
         )
     system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
     try:
-        rendered: str = tokenizer.apply_chat_template(
-            [*system, *turns], tokenize=False, add_generation_prompt=True, **chat.template_kwargs
+        rendered = render_conversations(
+            tokenizer, [[*system, *turns] for turns in chats], True, chat.template_kwargs
         )
-    except Exception as error:  # jinja's errors and whatever the template itself raises
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except TemplateError as error:
         raise CheckpointError(
-            f"the chat template of {tokenizer.name_or_path} fails ({reason}): check --system and "
+            f"the chat template of {tokenizer.name_or_path} fails ({error}): check --system and "
             "--chat-template-kwargs"
         ) from None
-    return rendered + chat.response_prefix
+    return [text + chat.response_prefix for text in rendered]
 
 
 def encode(tokenizer: Any, texts: Sequence[str], chat: ChatFormat) -> list[list[int]]:
     """Token ids of each conversation; the template writes the special tokens itself."""
-    rendered = [render(tokenizer, text, chat) for text in texts]
-    if not rendered:
+    if not texts:
         return []
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    rendered = _render_all(tokenizer, turns, chat)
     return [list(ids) for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
 
 
@@ -124,8 +134,8 @@ def end_of_turn_ids(tokenizer: Any, chat: ChatFormat) -> list[int]:
     answer = "yes"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, **chat.template_kwargs)
-    except Exception:  # templates that take no finished turn have none to learn from
+        (rendered,) = render_conversations(tokenizer, [messages], False, chat.template_kwargs)
+    except TemplateError:  # templates that take no finished turn have none to learn from
         return []
     _, found, after = rendered.rpartition(answer)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found and after else []

@@ -27,7 +27,7 @@ from abliterate.editing.options import tied_matrices_agree
 from abliterate.editing.shard_tasks import Files
 from abliterate.editing.tensor_changes import resolve_edits
 from abliterate.errors import CheckpointError
-from abliterate.models.loading import Checkpoint, Loaded
+from abliterate.models.loading import Checkpoint, Loaded, require_token
 from abliterate.storage.artifacts import read_record
 from abliterate.verification.declared_edit import (
     ExpectedTensor,
@@ -248,12 +248,17 @@ def measure_leak(loaded: Loaded, direction: Direction, prompts: Sequence[Sequenc
         loaded: the edited model, best in float32.
         direction: what the stream should be orthogonal to.
         prompts: token ids.
+
+    Raises:
+        CheckpointError: the embedding has no row for a token.
     """
     if loaded.stream is not None:
         from abliterate.offload.streamed_interventions import leak_of
 
         return leak_of(loaded.stream, direction.vector, prompts)
     blocks = find_writers(loaded.model).blocks
+    for ids in prompts:
+        require_token(loaded.model, max(ids, default=0), "the prompts")
     device = loaded.model.get_input_embeddings().weight.device
     return max(
         leak(loaded.model, direction.vector, torch.tensor([ids], device=device), blocks)

@@ -119,6 +119,8 @@ def find_writers(model: PreTrainedModel) -> WriterPlan:
             proof = proof_of(model.config)
             _plans[model] = plan_for(model, proof.plan, proof.decoder)
         except UnsupportedArchitectureError:
+            if any(parameter.is_meta for parameter in model.parameters()):
+                raise  # there is nothing to look at
             # No small copy (code that came with the checkpoint, say): look at the model itself.
             try:
                 _plans[model] = discover(model)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from abliterate.checkpoints.config_sizes import absurd_count
+from abliterate.models.bounded_build import bounded_build
 from abliterate.models.loading import build_model, has_causal_class
 
 if TYPE_CHECKING:
@@ -212,7 +214,7 @@ def _float32() -> Iterator[None]:
 
 def _built(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration, if it is as small as it is meant to be."""
-    with torch.device("meta"):
+    with torch.device("meta"), bounded_build(2 * LARGEST):
         draft = build_model(config, attn_implementation="eager")
     size = sum(p.numel() for p in draft.parameters())
     if size > LARGEST:
@@ -234,6 +236,9 @@ def shrunken(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     # The text decoder on its own where the library has one, else all of a multimodal model.
     text = config.get_text_config()
     text = text if has_causal_class(text) else config
+    found = absurd_count(text.to_dict())
+    if found is not None:
+        raise ShrinkError(f"no small copy of {config.model_type}: {found[0]} is {found[1]:,}")
     errors: list[str] = []
     for small in (_tabled, _square, _scaled):
         try:
