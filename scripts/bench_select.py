@@ -37,9 +37,9 @@ from abliterate.extraction.means import find_refusal_tokens, mean_resid_pre
 from abliterate.inference.forward import all_last_logits
 from abliterate.metrics.refusal import refusal_score
 from abliterate.prompts.chat_template import ChatFormat, encode, parse_positions
-from abliterate.selection.candidate_filters import Score, Thresholds, choose, judge
-from abliterate.selection.candidate_search import Scorer
-from abliterate.selection.search_inputs import Task
+from abliterate.selection.candidate_filters import Score, Thresholds, apply_filters, best_candidate
+from abliterate.selection.candidate_search import CandidateSearch
+from abliterate.selection.search_inputs import SearchInputs
 from abliterate.writers import decoder_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +143,7 @@ def plain_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return (p * ((p + 1e-6).log() - (q + 1e-6).log())).sum(-1)
 
 
-def plain_scores(task: Task) -> list[Score]:
+def plain_scores(task: SearchInputs) -> list[Score]:
     model, tokens = task.model, task.refusal_tokens
     baseline = plain_logits(model, task.harmless)
     scores = []
@@ -262,7 +262,7 @@ def opened(
     scores: Sequence[Score], n_layers: int, induce_share: float, kl_share: float
 ) -> Thresholds:
     """Thresholds that these shares of the candidates pass, each filter among what is left."""
-    kept = [s for s in judge(scores, n_layers, Thresholds(math.inf, -math.inf)) if s.kept]
+    kept = [s for s in apply_filters(scores, n_layers, Thresholds(math.inf, -math.inf)) if s.kept]
     kept.sort(key=lambda s: -(s.induce_score or 0.0))
     kept = kept[: max(1, round(induce_share * len(kept)))]
     induce = min(s.induce_score or 0.0 for s in kept) - 1e-3
@@ -293,26 +293,32 @@ def main() -> None:
         scores = refusal_score(all_last_logits(model, ids[f"{kind}-val"]), tokens)
         keep = (sign * scores > 0) | random_shape
         used[kind] = [row for row, use in zip(ids[f"{kind}-val"], keep, strict=True) if use]
-    task = Task(model, means[0] - means[1], tuple(positions), used["harmful"], used["harmless"],
-                tuple(tokens))  # fmt: skip
-    exhaustive = measured(model, lambda: Scorer(replace(task, search="exhaustive")).run())
+    task = SearchInputs(
+        model,
+        means[0] - means[1],
+        tuple(positions),
+        used["harmful"],
+        used["harmless"],
+        tuple(tokens),
+    )
+    exhaustive = measured(model, lambda: CandidateSearch(replace(task, search="exhaustive")).run())
     if random_shape:
         shares = args.induce_share, args.kl_share
         task = replace(task, thresholds=opened(exhaustive.scores, task.n_layers, *shares))
     plain = measured(model, lambda: plain_scores(task))
-    staged = measured(model, lambda: Scorer(task).run())
+    staged = measured(model, lambda: CandidateSearch(task).run())
 
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
     names = ("plain", "exhaustive", "default")
     runs = dict(zip(names, (plain, exhaustive, staged), strict=True))
     winners, worst = set(), 0.0
     for run in runs.values():
-        winner = choose(judge(run.scores, task.n_layers, task.thresholds))
+        winner = best_candidate(apply_filters(run.scores, task.n_layers, task.thresholds))
         assert winner is not None, "no candidate passes"
         winners.add((winner.position, winner.layer))
         worst = max(worst, compare(plain.scores, run.scores, tolerance))
     assert len(winners) == 1, winners
-    judged = judge(staged.scores, task.n_layers, task.thresholds)
+    judged = apply_filters(staged.scores, task.n_layers, task.thresholds)
     lengths = [len(row) for rows in used.values() for row in rows]
     print(f"{args.model}: {len(judged)} candidates ({len(positions)} positions x {task.n_layers} "
           f"layers), {len(used['harmful'])} + {len(used['harmless'])} prompts of "

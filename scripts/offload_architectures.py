@@ -29,11 +29,11 @@ from architectures.zoo import (  # noqa: E402
 )
 
 from abliterate.errors import AbliterateError  # noqa: E402
-from abliterate.extraction.means import Seen  # noqa: E402
-from abliterate.extraction.means import look as look_in_memory  # noqa: E402
+from abliterate.extraction.means import BatchActivations  # noqa: E402
+from abliterate.extraction.means import collect_activations as look_in_memory  # noqa: E402
 from abliterate.models.loading import Checkpoint, load_weights  # noqa: E402
 from abliterate.offload import opening  # noqa: E402
-from abliterate.offload.weight_passes import look  # noqa: E402
+from abliterate.offload.weight_passes import collect_activations  # noqa: E402
 
 VISION_LANGUAGE = (
     "aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "llava", "mistral3", "paligemma",
@@ -49,14 +49,14 @@ def compare(folder: Path) -> tuple[float, float, float]:
     model = load_weights(checkpoint, "cpu", "float32")
     plain: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def keep(seen: Seen) -> None:
+    def keep(seen: BatchActivations) -> None:
         plain.update({r: (seen.logits[i], seen.activations[i]) for i, r in enumerate(seen.rows)})
 
     look_in_memory(model, PROMPTS, POSITIONS, keep, 2)
     loaded = opening.open_stream(
         checkpoint, "cpu", "float32", activation_memory=1 << 30, resident=0
     )
-    logits, activations = look(loaded.stream, PROMPTS, POSITIONS, 2)
+    logits, activations = collect_activations(loaded.stream, PROMPTS, POSITIONS, 2)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     loaded.stream.close()
     return (

@@ -31,7 +31,7 @@ class CheckpointError(AbliterateError):
     exit_code = 4
 
 
-class TeamError(CheckpointError):
+class RankError(CheckpointError):
     """Another process that shares the work failed or is gone."""
 
 

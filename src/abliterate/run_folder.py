@@ -28,9 +28,9 @@ from abliterate.storage.locks import hold_folder
 from abliterate.storage.ownership import Kind, claim
 
 if TYPE_CHECKING:
-    from abliterate.distributed.rank_group import Team
+    from abliterate.distributed.rank_group import RankGroup
     from abliterate.models.device_placement import Placement
-    from abliterate.models.loading import Loaded
+    from abliterate.models.loading import LoadedModel
 
 EXTRACT, DIRECTIONS = "extract.json", "directions.safetensors"
 ACTIVATIONS = "activations.safetensors"
@@ -50,21 +50,21 @@ class Session:
     settings: Settings
 
     @cached_property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> LoadedModel:
         return self.load(self.checkpoint)
 
     @cached_property
-    def team(self) -> Team:
-        from abliterate.distributed.rank_group import join_team
+    def ranks(self) -> RankGroup:
+        from abliterate.distributed.rank_group import join_ranks
 
-        return join_team()
+        return join_ranks()
 
     @cached_property
     def placement(self) -> Placement:
         from abliterate.models.device_placement import find_placement
 
         model = self.settings.model
-        return find_placement(self.team, model.device, model.device_map, model.tensor_parallel)
+        return find_placement(self.ranks, model.device, model.device_map, model.tensor_parallel)
 
     @cached_property
     def offload(self) -> bool | None:
@@ -74,13 +74,13 @@ class Session:
         two ways differ in their last digits. None where several devices or processes share them.
         """
         model, where = self.settings.model, self.placement
-        if model.offload is not None or where.is_spread or where.team.size > 1:
+        if model.offload is not None or where.is_spread or where.ranks.size > 1:
             return model.offload
         from abliterate.offload import must_stream
 
         return must_stream(self.checkpoint, model.device, model.dtype, model.trust_remote_code)
 
-    def load(self, checkpoint: Checkpoint) -> Loaded:
+    def load(self, checkpoint: Checkpoint) -> LoadedModel:
         import torch
 
         from abliterate.inference.forward import input_device
@@ -88,7 +88,7 @@ class Session:
 
         model, where = self.settings.model, self.placement
         torch.manual_seed(model.seed)
-        with where.team.working():
+        with where.ranks.fail_together():
             loaded = load_or_stream(
                 checkpoint,
                 model.device,
@@ -103,7 +103,7 @@ class Session:
         log.info("%s %s (%s, %s)", verb, checkpoint.name, loaded.model.dtype, place)
         return loaded
 
-    def whole(self) -> Loaded:
+    def load_in_memory(self) -> LoadedModel:
         """The model in memory, for what does not stream it, whatever ``--offload`` says.
 
         Raises:
@@ -112,7 +112,7 @@ class Session:
         from abliterate.offload.open_model import too_large
 
         model, where = self.settings.model, self.placement
-        if "loaded" not in self.__dict__ and not where.is_spread and where.team.size == 1:
+        if "loaded" not in self.__dict__ and not where.is_spread and where.ranks.size == 1:
             at = (model.device, model.dtype, model.trust_remote_code)
             if lacking := too_large(self.checkpoint, *at):
                 raise UsageError(
@@ -159,14 +159,14 @@ class Session:
 
 @contextmanager
 def writing(
-    team: Team, folder: Path, command: str, files: Mapping[str, Kind], part: str = ""
+    ranks: RankGroup, folder: Path, command: str, files: Mapping[str, Kind], part: str = ""
 ) -> Iterator[None]:
     """Hold a run folder for a stage that writes to it: one process at a time, over nothing foreign.
 
     The first rank of a team holds it for all. A chain of stages holds it throughout.
 
     Args:
-        team: the ranks of this job.
+        ranks: the ranks of this job.
         folder: the run folder; made if need be, and removed if left empty.
         command: which stage, or chain of them.
         files: what it writes there, and by what a file of its own is known.
@@ -183,11 +183,13 @@ def writing(
             held.enter_context(hold_folder(folder, command, part))
             claim(folder, files)
 
-        team.lead(take)
+        ranks.run_on_main(take)
         yield
 
 
-def finished(record: Path, inputs: str, outputs: Mapping[str, Path]) -> dict[str, Any] | None:
+def load_if_current(
+    record: Path, inputs: str, outputs: Mapping[str, Path]
+) -> dict[str, Any] | None:
     """The record, if the stage ran on the same inputs and its outputs are still as it left them."""
     try:
         document: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))

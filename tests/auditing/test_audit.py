@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
 from abliterate.auditing import component_pools, soft_null_space
-from abliterate.auditing.eigengap_test import Emptiness, gap, of_matrix, p_agreement
+from abliterate.auditing.eigengap_test import SoftNullProjector, gap, of_matrix, p_agreement
 from abliterate.resources import demo_model_dir
 
 Cli = Callable[..., Any]
@@ -283,7 +283,7 @@ def test_changes_of_an_emptiness_are_exact(scale: float) -> None:
     torch.testing.assert_close(_whole(left), expected)
 
 
-def _whole(unit: Emptiness) -> Tensor:
+def _whole(unit: SoftNullProjector) -> Tensor:
     return unit.times(torch.eye(len(unit.matrix), dtype=torch.float64))
 
 

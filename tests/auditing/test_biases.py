@@ -62,15 +62,15 @@ def test_one_in_a_thousand_at_the_level_itself(count: int) -> None:
     others = others / others.norm(dim=1, keepdim=True)
     shares = median_share(others @ units, d_model)
     # The largest share that the test calls an edit, by bisection over directions in a plane.
-    across = torch.linalg.qr(torch.cat([units, others[:1].T], dim=1)).Q[:, count]
+    d_model_is_columns = torch.linalg.qr(torch.cat([units, others[:1].T], dim=1)).Q[:, count]
     along = units.sum(dim=1) / units.sum(dim=1).norm()
     low, high = 0.0, 0.5
     for _ in range(14):
         middle = (low + high) / 2
-        direction = across + middle * along
+        direction = d_model_is_columns + middle * along
         direction = direction / direction.norm()
         low, high = (middle, high) if p_value(biases, direction) <= LEVEL else (low, middle)
-    direction = across + low * along
+    direction = d_model_is_columns + low * along
     limit = median_share(direction / direction.norm() @ units, d_model)
     rate = float((shares <= limit).double().mean())
     assert 0.0003 < rate < 0.002

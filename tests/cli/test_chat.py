@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from abliterate.cli.app import main
 from abliterate.inference.dialogue import Conversation, Decoding, Steering
 from abliterate.metrics.refusal_substrings import is_refusal
-from abliterate.models.loading import Loaded, load_model
+from abliterate.models.loading import LoadedModel, load_model
 from abliterate.prompts.sources import read_source
 from abliterate.resources import demo_model_dir
 
@@ -40,11 +40,11 @@ def run(model: Path, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(model: Path) -> Loaded:
+def loaded(model: Path) -> LoadedModel:
     return load_model(str(model), "cpu")
 
 
-def reference(loaded: Loaded, messages: list[dict[str, str]]) -> str:
+def reference(loaded: LoadedModel, messages: list[dict[str, str]]) -> str:
     """What transformers itself answers to a conversation, greedily."""
     tokenizer = loaded.tokenizer
     ids = tokenizer.apply_chat_template(
@@ -61,14 +61,14 @@ def user(text: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def refused(loaded: Loaded) -> str:
+def refused(loaded: LoadedModel) -> str:
     """A bundled prompt that the demo model declines."""
     prompts = (prompt.text for prompt in read_source("harmful").splits["test"])
     return next(text for text in prompts if is_refusal(reference(loaded, [user(text)])))
 
 
 @pytest.fixture(scope="module")
-def answered(loaded: Loaded) -> str:
+def answered(loaded: LoadedModel) -> str:
     """A bundled prompt that it answers."""
     prompts = (prompt.text for prompt in read_source("harmless").splits["test"])
     return next(text for text in prompts if not is_refusal(reference(loaded, [user(text)])))
@@ -86,7 +86,7 @@ def talk(cli, model: Path, monkeypatch) -> Callable:
 
 
 def test_ablation_ends_refusal_and_off_brings_it_back(
-    model: Path, run: Path, refused: str, loaded: Loaded
+    model: Path, run: Path, refused: str, loaded: LoadedModel
 ) -> None:
     """As a pipeline would: a process, a line per turn, an answer per line."""
     lines = [refused, "/reset", "/ablate", refused, "/reset", "/off", refused]
@@ -144,7 +144,7 @@ def test_begun_with_an_intervention_and_compared(talk, run: Path, refused: str) 
     assert turn["intervention"] == "add -1"
 
 
-def test_turns_and_system_message_reach_the_model(talk, loaded: Loaded, answered: str) -> None:
+def test_turns_and_system_message_reach_the_model(talk, loaded: LoadedModel, answered: str) -> None:
     result = talk(answered, "//really", "/reset", answered, options=("--system", "Be brief."))
     assert result.code == 0, result.err
     system = {"role": "system", "content": "Be brief."}
@@ -164,7 +164,7 @@ def test_sampling_is_seeded(talk, answered: str) -> None:
     assert sampled("--seed", "1") != talk(answered, answered).out
 
 
-def test_answers_stream_and_ctrl_c_keeps_what_was_said(loaded: Loaded, answered: str) -> None:
+def test_answers_stream_and_ctrl_c_keeps_what_was_said(loaded: LoadedModel, answered: str) -> None:
     conversation = Conversation(loaded, None, decoding=Decoding(24))
     pieces: list[str] = []
     whole = conversation.answer(answered, Steering(), pieces.append)

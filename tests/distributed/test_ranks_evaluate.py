@@ -12,7 +12,7 @@ import torch
 from launching import check_close, each_rank
 
 from abliterate.direction import Direction, save_direction
-from abliterate.distributed.rank_group import Team
+from abliterate.distributed.rank_group import RankGroup
 from abliterate.evaluation import losses
 from abliterate.evaluation.losses import measure_loss
 from abliterate.models.loading import load_model
@@ -75,7 +75,7 @@ def test_a_killed_rank_ends_evaluate_which_goes_on(options: Any, tmp_path: Path,
 
 
 @dataclass(frozen=True)
-class Dealt(Team):
+class Dealt(RankGroup):
     """One of two ranks, to which the other has sent ``other`` already."""
 
     other: Any = None
@@ -101,8 +101,8 @@ def test_each_rank_measures_its_share_of_a_corpus(tiny: Any, monkeypatch: Any) -
     found = 0.0
     for rank, share in ((0, 4), (1, 3)):
         rows.clear()
-        team = Dealt(rank=rank, size=2, other=torch.zeros(7 - share, dtype=torch.float64))
-        part = measure_loss(replace(loaded, team=team), corpus)
+        ranks = Dealt(rank=rank, size=2, other=torch.zeros(7 - share, dtype=torch.float64))
+        part = measure_loss(replace(loaded, ranks=ranks), corpus)
         assert sum(rows) == share
         assert (part.n_tokens, part.n_texts) == (whole.n_tokens, whole.n_texts)
         found += part.loss

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from abliterate.editing import matrix_orthogonalization
-from abliterate.editing.matrix_orthogonalization import Recipe, Sums, apply_in_blocks, project
+from abliterate.editing.matrix_orthogonalization import (
+    DirectionEnergy,
+    EditStrength,
+    orthogonalize_matrix,
+    project,
+)
 from abliterate.errors import CheckpointError
 
 D_MODEL, COLUMNS = 24, 10
@@ -70,7 +75,7 @@ def test_project_is_equation_5(d_model_is_columns: bool, k: int, scale: float) -
     W, B = random_weight(), orthonormal_rows(k)
     expected = W - scale * B.T @ (B @ W)
     matrix = InMemory((W.T if d_model_is_columns else W).clone())
-    sums = project(matrix, B, Recipe(scale), d_model_is_columns)
+    sums = project(matrix, B, EditStrength(scale), d_model_is_columns)
     edited = matrix.values.T if d_model_is_columns else matrix.values
     assert torch.allclose(edited, expected, atol=1e-12)
     assert sums.energy == pytest.approx(float(W.square().sum()))
@@ -84,7 +89,7 @@ def test_project_is_equation_5(d_model_is_columns: bool, k: int, scale: float) -
 def test_coefficients_are_what_lies_along(d_model_is_columns: bool) -> None:
     W, B = random_weight(), orthonormal_rows(2)
     matrix = InMemory(W.T.contiguous() if d_model_is_columns else W)
-    found, energy = apply_in_blocks(matrix, B, d_model_is_columns)
+    found, energy = orthogonalize_matrix(matrix, B, d_model_is_columns)
     assert torch.allclose(found, B @ W, atol=1e-12)
     assert energy == pytest.approx(float(W.square().sum()))
 
@@ -95,7 +100,7 @@ def test_kept_norms_are_those_of_stored_rows(d_model_is_columns: bool) -> None:
     W, B = random_weight(), orthonormal_rows(1)
     stored = W.T.clone() if d_model_is_columns else W.clone()
     matrix = InMemory(stored.clone())
-    project(matrix, B, Recipe(keep_norms=True), d_model_is_columns)
+    project(matrix, B, EditStrength(keep_norms=True), d_model_is_columns)
     assert torch.allclose(matrix.values.norm(dim=1), stored.norm(dim=1))
     if d_model_is_columns:  # scaling W's columns leaves nothing along r
         assert float((matrix.values @ B.T).abs().max()) < 1e-12
@@ -104,7 +109,7 @@ def test_kept_norms_are_those_of_stored_rows(d_model_is_columns: bool) -> None:
 def test_a_row_along_the_direction_alone_becomes_zero() -> None:
     B = orthonormal_rows(1)
     matrix = InMemory(torch.cat([3 * B, random_weight().T[:2]]))
-    project(matrix, B, Recipe(keep_norms=True), True)
+    project(matrix, B, EditStrength(keep_norms=True), True)
     assert float(matrix.values[0].norm()) < 1e-12
 
 
@@ -113,7 +118,7 @@ def test_rows_that_are_not_asked_for_stay() -> None:
     B = orthonormal_rows(1)
     stored = random_weight().T.clone()
     matrix = InMemory(stored.clone())
-    halves = [project(matrix, B, Recipe(), True, rows) for rows in ((0, 4), (4, 7))]
+    halves = [project(matrix, B, EditStrength(), True, rows) for rows in ((0, 4), (4, 7))]
     assert torch.equal(matrix.values[7:], stored[7:])
     assert torch.allclose(matrix.values[:7], stored[:7] - stored[:7] @ B.T @ B, atol=1e-12)
     assert (halves[0] + halves[1]).energy == pytest.approx(float(stored[:7].square().sum()))
@@ -126,7 +131,7 @@ def test_a_value_that_is_not_finite_is_refused(value: float, d_model_is_columns:
     W[3, 4] = value
     matrix = InMemory(W.T.clone() if d_model_is_columns else W)
     with pytest.raises(CheckpointError, match="NaN or infinity"):
-        project(matrix, orthonormal_rows(1), Recipe(), d_model_is_columns)
+        project(matrix, orthonormal_rows(1), EditStrength(), d_model_is_columns)
 
 
 def test_a_stop_before_the_first_block_changes_nothing() -> None:
@@ -135,7 +140,7 @@ def test_a_stop_before_the_first_block_changes_nothing() -> None:
         matrix = InMemory(W.T.clone() if d_model_is_columns else W.clone())
         before = matrix.values.clone()
         sums = project(
-            matrix, orthonormal_rows(1), Recipe(), d_model_is_columns, stopped=lambda: True
+            matrix, orthonormal_rows(1), EditStrength(), d_model_is_columns, stopped=lambda: True
         )
-        assert sums == Sums()
+        assert sums == DirectionEnergy()
         assert torch.equal(matrix.values, before)

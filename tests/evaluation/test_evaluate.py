@@ -406,7 +406,7 @@ def test_a_model_of_recurrent_layers_is_decoded_too() -> None:
     """No padding, no cutting of the cache: equal lengths share a batch."""
     from transformers import MambaConfig
 
-    from abliterate.models.loading import Checkpoint, Loaded
+    from abliterate.models.loading import Checkpoint, LoadedModel
 
     torch.manual_seed(0)
     config = MambaConfig(
@@ -422,7 +422,7 @@ def test_a_model_of_recurrent_layers_is_decoded_too() -> None:
         def apply_chat_template(self, *args: object, **kwargs: object) -> str:
             return ""
 
-    loaded = Loaded(model, Tokenizer(), Checkpoint("x", Path()))
+    loaded = LoadedModel(model, Tokenizer(), Checkpoint("x", Path()))
     rows = [[5, 6, 7], [8, 9, 10], [11, 12]]
     together = greedy_answers(loaded, rows, 5)
     assert together == [greedy_answers(loaded, [row], 5)[0] for row in rows]

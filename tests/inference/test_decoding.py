@@ -14,19 +14,19 @@ from transformers import GenerationConfig
 from abliterate.evaluation.lm_eval_tasks import find_tasks, run_tasks
 from abliterate.inference.dialogue import Conversation, Decoding, Steering
 from abliterate.inference.generation import greedy_answers
-from abliterate.models.loading import Loaded, load_model
+from abliterate.models.loading import LoadedModel, load_model
 from abliterate.prompts.chat_template import ChatFormat, encode
 
 _COUNT = 8
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny: Callable[..., Path]) -> Loaded:
+def loaded(tiny: Callable[..., Path]) -> LoadedModel:
     return load_model(str(tiny("llama")), "cpu")
 
 
 @pytest.fixture(scope="module")
-def case(loaded: Loaded) -> tuple[str, list[int], list[int]]:
+def case(loaded: LoadedModel) -> tuple[str, list[int], list[int]]:
     """A text, its prompt, and an answer that repeats a token: a penalty would change it."""
     for number in range(40):
         text = f"Which tree is number {number}?"
@@ -37,7 +37,7 @@ def case(loaded: Loaded) -> tuple[str, list[int], list[int]]:
     raise AssertionError("no answer repeats a token")
 
 
-def _arg_max(loaded: Loaded, prompt: list[int]) -> list[int]:
+def _arg_max(loaded: LoadedModel, prompt: list[int]) -> list[int]:
     """Token by token, without ``generate``."""
     ids = list(prompt)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def _settings(expected: list[int]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", [*_settings([0])])
 def test_no_setting_of_a_checkpoint_changes_greedy_answers(
-    loaded: Loaded, case: tuple[str, list[int], list[int]], name: str, monkeypatch
+    loaded: LoadedModel, case: tuple[str, list[int], list[int]], name: str, monkeypatch
 ) -> None:
     question, prompt, expected = case
     own = GenerationConfig(**_settings(expected)[name], pad_token_id=0)
@@ -84,7 +84,7 @@ def test_no_setting_of_a_checkpoint_changes_greedy_answers(
 
 
 def test_chat_ends_where_evaluations_end(
-    loaded: Loaded, case: tuple[str, list[int], list[int]], monkeypatch
+    loaded: LoadedModel, case: tuple[str, list[int], list[int]], monkeypatch
 ) -> None:
     """The checkpoint's end of text still counts, in both."""
     question, prompt, expected = case
@@ -96,7 +96,7 @@ def test_chat_ends_where_evaluations_end(
     assert chat.answer(question, Steering()) == shown
 
 
-def test_sampling_has_one_setting_its_temperature(loaded: Loaded, monkeypatch) -> None:
+def test_sampling_has_one_setting_its_temperature(loaded: LoadedModel, monkeypatch) -> None:
     """No penalty and no cut of the checkpoint's own."""
     answers = []
     for own in (GenerationConfig(), GenerationConfig(repetition_penalty=50.0, top_p=0.01)):
@@ -107,7 +107,7 @@ def test_sampling_has_one_setting_its_temperature(loaded: Loaded, monkeypatch) -
 
 
 def test_benchmarks_are_decoded_greedily_too(
-    loaded: Loaded, case: tuple[str, list[int], list[int]], tmp_path: Path, monkeypatch
+    loaded: LoadedModel, case: tuple[str, list[int], list[int]], tmp_path: Path, monkeypatch
 ) -> None:
     _, prompt, expected = case
     pytest.importorskip("lm_eval")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3MoeConfig
 
 from abliterate.cli.app import main
-from abliterate.distributed.rank_group import Team
+from abliterate.distributed.rank_group import RankGroup
 from abliterate.errors import UnsupportedArchitectureError, UsageError
 from abliterate.models.device_placement import Placement, check_plan, find_placement, own_device
 
@@ -175,19 +175,19 @@ def test_what_cannot_be_combined(
 
 
 def test_what_a_launcher_cannot_be_combined_with(monkeypatch) -> None:
-    team = Team(rank=1, size=3)
+    ranks = RankGroup(rank=1, size=3)
     with pytest.raises(UsageError, match="a launcher started 3"):
-        find_placement(team, "auto", "auto", False)
-    parts = find_placement(team, "auto", None, True)
-    assert parts.team.share("abcd") == list("abcd")  # all ranks hold the same prompts
-    assert find_placement(team, "auto", None, False).team.share("abcdefgh") == list("beh")
+        find_placement(ranks, "auto", "auto", False)
+    parts = find_placement(ranks, "auto", None, True)
+    assert parts.ranks.split("abcd") == list("abcd")  # all ranks hold the same prompts
+    assert find_placement(ranks, "auto", None, False).ranks.split("abcdefgh") == list("beh")
     with pytest.raises(UsageError, match=r"3 ranks cannot share 4 attention heads"):
-        check_plan(moe_config(), team, parts)
+        check_plan(moe_config(), ranks, parts)
     config = moe_config()
     config.base_model_tp_plan = None
     with pytest.raises(UnsupportedArchitectureError, match=r"no tensor parallel plan for 'qwen3_m"):
-        check_plan(config, Team(size=2), Placement(tensor_parallel=True))
-    check_plan(config, Team(size=2), Placement())
+        check_plan(config, RankGroup(size=2), Placement(tensor_parallel=True))
+    check_plan(config, RankGroup(size=2), Placement())
     for name, value in (("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "3")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from abliterate.inference.forward import pad
+from abliterate.inference.forward import left_pad
 from abliterate.inference.generation import greedy_answers
 from abliterate.models.loading import load_model
 
@@ -86,7 +86,7 @@ def test_it_pads_nothing(model: Path, tiny) -> None:
     path.write_text(json.dumps(document | {"pad_token_id": ROWS, "eos_token_id": [ROWS, 2]}))
     loaded, plain = load_model(str(model), "cpu"), load_model(str(tiny("llama")), "cpu")
     rows = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    assert int(pad(loaded.model, rows, [0, 1]).input_ids.max()) < ROWS
+    assert int(left_pad(loaded.model, rows, [0, 1]).input_ids.max()) < ROWS
     assert greedy_answers(loaded, rows, 8) == greedy_answers(plain, rows, 8)
 
 

@@ -210,19 +210,19 @@ def test_unusual_architectures_stream_as_they_run(
 def test_an_error_midway_ends_every_pass(tiny) -> None:
     import threading
 
-    from abliterate.inference.forward import last_logits, pad
-    from abliterate.offload import Job, open_stream
+    from abliterate.inference.forward import last_logits, left_pad
+    from abliterate.offload import BatchRun, open_stream
 
     stream = open_stream(str(tiny("llama")), "cpu", "float32", activation_memory=1 << 20).stream
-    batches = [pad(stream.model, [[5, 6, 7, 8]], [0]) for _ in range(4)]
+    batches = [left_pad(stream.model, [[5, 6, 7, 8]], [0]) for _ in range(4)]
 
-    def jobs(fail_at: int, done: list[torch.Tensor]) -> list[Job]:
+    def jobs(fail_at: int, done: list[torch.Tensor]) -> list[BatchRun]:
         def see(layer: int, hidden: torch.Tensor, output: object) -> None:
             if layer == fail_at:
                 raise KeyboardInterrupt
 
         return [
-            Job(lambda b=b: last_logits(stream.model, b), done.append, (1, 4), see=see)
+            BatchRun(lambda b=b: last_logits(stream.model, b), done.append, (1, 4), see=see)
             for b in batches
         ]
 

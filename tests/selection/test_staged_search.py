@@ -22,22 +22,22 @@ from transformers import (
 )
 
 from abliterate import ablate, add
-from abliterate.inference.batched_interventions import Replay
-from abliterate.inference.candidate_batches import Tricks
-from abliterate.inference.fast_path import verified_replay
-from abliterate.inference.token_batches import Budget, group_rows
+from abliterate.inference.batched_interventions import InterventionRunner
+from abliterate.inference.candidate_batches import FastPathFlags
+from abliterate.inference.fast_path import verified_runner
+from abliterate.inference.token_batches import TokenBudget, group_rows
 from abliterate.metrics.refusal import MAX_REFUSAL_SCORE, kl_divergence, kl_floor, refusal_score
-from abliterate.selection.candidate_filters import Score, Thresholds, choose, judge
-from abliterate.selection.candidate_search import Scorer
+from abliterate.selection.candidate_filters import Score, Thresholds, apply_filters, best_candidate
+from abliterate.selection.candidate_search import CandidateSearch
 from abliterate.selection.score_table import score_record
-from abliterate.selection.search_inputs import Task
+from abliterate.selection.search_inputs import SearchInputs
 
 KINDS = ("llama", "llama-bias", "qwen2", "gemma", "mistral")
 TOKENS = (40, 41)
 POSITIONS = (-3, -1)
 
 
-def _task(folder: Path | PreTrainedModel, **changes) -> Task:
+def _task(folder: Path | PreTrainedModel, **changes) -> SearchInputs:
     """Eight candidates on uneven prompts that share their first six tokens."""
     model = folder
     if isinstance(folder, Path):
@@ -53,7 +53,7 @@ def _task(folder: Path | PreTrainedModel, **changes) -> Task:
     # From no effect to a large one, so that filters have something to tell apart.
     directions *= torch.tensor([0.3, 1.0, 3.0, 6.0]).view(1, 4, 1)
     directions[0, 0] = 0.0
-    task = Task(model, directions, POSITIONS, prompts(7), prompts(10), TOKENS)
+    task = SearchInputs(model, directions, POSITIONS, prompts(7), prompts(10), TOKENS)
     return replace(task, **changes)
 
 
@@ -62,7 +62,7 @@ def _logits(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
         return torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in prompts])
 
 
-def _plain(task: Task) -> dict[tuple[int, int], Score]:
+def _plain(task: SearchInputs) -> dict[tuple[int, int], Score]:
     """One candidate and prompt at a time."""
     scores = {}
     baseline = _logits(task.model, task.harmless)
@@ -94,7 +94,7 @@ def _agree(one: Score, other: Score) -> None:
 def test_staged_exhaustive_and_plain_choose_the_same(kind: str, tiny) -> None:
     task = _task(tiny(kind))
     plain = _plain(task)
-    exhaustive = Scorer(replace(task, search="exhaustive")).run()
+    exhaustive = CandidateSearch(replace(task, search="exhaustive")).run()
     for score in exhaustive:
         assert len(score.computed) == 3
         _agree(plain[score.position, score.layer], score)
@@ -109,12 +109,12 @@ def test_staged_exhaustive_and_plain_choose_the_same(kind: str, tiny) -> None:
             # A refusal score cannot be this high in a random model: partial sums reject early.
             induce = 17.0
         thresholds = Thresholds(kl + 1e-5, induce - 1e-5, numbers.choice((0.0, 0.2, 0.5)))
-        staged = Scorer(
+        staged = CandidateSearch(
             replace(task, thresholds=thresholds, all_layers=numbers.random() < 0.3)
         ).run()
-        judged = judge(staged, 4, thresholds)
-        expected = choose(judge(exhaustive, 4, thresholds))
-        found = choose(judged)
+        judged = apply_filters(staged, 4, thresholds)
+        expected = best_candidate(apply_filters(exhaustive, 4, thresholds))
+        found = best_candidate(judged)
         assert (found and (found.position, found.layer)) == (
             expected and (expected.position, expected.layer)
         )
@@ -155,7 +155,7 @@ def test_other_architectures_score_as_full_passes_do(kind: str) -> None:
             parameter += 0.2 * torch.randn_like(parameter)
     task = _task(model, search="exhaustive")
     plain = _plain(task)
-    scorer = Scorer(task)
+    scorer = CandidateSearch(task)
     for score in scorer.run():
         _agree(plain[score.position, score.layer], score)
     assert scorer.replay.tricks.rows
@@ -165,27 +165,29 @@ def test_other_architectures_score_as_full_passes_do(kind: str) -> None:
 
 def test_groupings_and_shortcuts_do_not_change_scores(tiny, monkeypatch) -> None:
     task = _task(tiny("qwen2"), search="exhaustive")
-    reference = Scorer(task).run()
+    reference = CandidateSearch(task).run()
     for size in (1, 3, 7, 1000):
-        for one, other in zip(reference, Scorer(replace(task, batch_size=size)).run(), strict=True):
+        for one, other in zip(
+            reference, CandidateSearch(replace(task, batch_size=size)).run(), strict=True
+        ):
             _agree(one, other)
     for tricks in (
-        Tricks(last=False),
-        Tricks(prefix=False),
-        Tricks(resume=False),
-        Tricks(rows=False),
-        Tricks(rows=False, prefix=False, resume=False, last=False),
+        FastPathFlags(last=False),
+        FastPathFlags(prefix=False),
+        FastPathFlags(resume=False),
+        FastPathFlags(rows=False),
+        FastPathFlags(rows=False, prefix=False, resume=False, last=False),
     ):
-        scorer = Scorer(task)
+        scorer = CandidateSearch(task)
         prompts = [*task.harmful, *task.harmless]
-        scorer.replay = Replay(task.model, prompts, "auto", tricks)
+        scorer.replay = InterventionRunner(task.model, prompts, "auto", tricks)
         for one, other in zip(reference, scorer.run(), strict=True):
             _agree(one, other)
 
 
 def test_a_batch_that_does_not_fit_is_split(tiny) -> None:
     task = _task(tiny("llama"), search="exhaustive")
-    reference = Scorer(task).run()
+    reference = CandidateSearch(task).run()
     largest = 0
 
     def crowded(module, args) -> None:
@@ -194,7 +196,7 @@ def test_a_batch_that_does_not_fit_is_split(tiny) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 PiB")
         largest = max(largest, args[0].shape[0])
 
-    scorer = Scorer(task)
+    scorer = CandidateSearch(task)
     scorer.replay  # noqa: B018  checked before memory runs short
     handle = task.model.lm_head.register_forward_pre_hook(crowded)
     small = scorer.run()
@@ -205,13 +207,13 @@ def test_a_batch_that_does_not_fit_is_split(tiny) -> None:
 
 
 def test_shortcuts_are_used_only_where_they_are_exact(tiny) -> None:
-    def chosen(kind: str) -> Tricks:
+    def chosen(kind: str) -> FastPathFlags:
         task = _task(tiny(kind))
         prompts = [*task.harmful, *task.harmless]
         vectors = task.directions[1, [1, 3]]
-        return verified_replay(task.model, prompts, vectors).tricks
+        return verified_runner(task.model, prompts, vectors).tricks
 
-    assert chosen("llama") == Tricks()
+    assert chosen("llama") == FastPathFlags()
     # Padding between the shared prefix and a short prompt counts in a sliding window of 16.
     assert not chosen("mistral").prefix
     assert chosen("mistral").resume
@@ -220,9 +222,9 @@ def test_shortcuts_are_used_only_where_they_are_exact(tiny) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_in_its_dtype_and_close(dtype: torch.dtype, tiny) -> None:
     task = _task(tiny("llama"), search="exhaustive")
-    reference = Scorer(task).run()
+    reference = CandidateSearch(task).run()
     half = replace(task, model=task.model.to(dtype))
-    scorer = Scorer(half)
+    scorer = CandidateSearch(half)
     # Which shortcuts pass the trial depends on how the machine rounds; one way or another they do.
     assert scorer.replay.tricks.rows
     # Seen: 0.15 in bfloat16, 0.013 in float16; the scores spread over 2.
@@ -263,7 +265,7 @@ def test_no_refusal_score_is_above_the_largest() -> None:
 
 
 def test_groups_keep_to_the_budget_and_pad_little() -> None:
-    budget = Budget(torch.device("cpu"))
+    budget = TokenBudget(torch.device("cpu"))
     lengths = [5, 60, 5, 61, 6, 5, 59, 300]
     groups = group_rows(lengths, budget)
     assert sorted(row for group in groups for row in group) == list(range(8))
@@ -276,11 +278,11 @@ def test_groups_keep_to_the_budget_and_pad_little() -> None:
         for group in group_rows(lengths, budget)
     )
     assert all(len({lengths[r] for r in g}) == 1 for g in group_rows(lengths, budget, mix=False))
-    assert [len(g) for g in group_rows(lengths, Budget(torch.device("cpu"), 3))] != [8]
+    assert [len(g) for g in group_rows(lengths, TokenBudget(torch.device("cpu"), 3))] != [8]
 
 
 def test_the_budget_grows_while_that_is_faster_and_halves_without_memory() -> None:
-    budget = Budget(torch.device("cpu"))
+    budget = TokenBudget(torch.device("cpu"))
     start = budget.tokens
     budget.ran(10, 1.0)  # too small to tell
     assert budget.tokens == start
@@ -292,7 +294,7 @@ def test_the_budget_grows_while_that_is_faster_and_halves_without_memory() -> No
     assert budget.tokens == start
     budget.failed(20, start)
     assert budget.tokens == start // 2
-    fixed = Budget(torch.device("cpu"), 8)
+    fixed = TokenBudget(torch.device("cpu"), 8)
     fixed.failed(8, 100)
     assert fixed.rows == 4
 
@@ -473,18 +475,18 @@ def test_a_kl_is_unneeded_only_beside_a_kept_candidate_with_a_lower_bypass() -> 
         Score(-1, 2, -4.0, 1.0),
         Score(-1, 3, -6.0, 1.0, 0.5),
     ]
-    reasons = [score.reason for score in judge(scores, 10, Thresholds())]
+    reasons = [score.reason for score in apply_filters(scores, 10, Thresholds())]
     assert reasons == [None, "bypass", "bypass", "kl"]
     lower = [*scores, Score(-1, 4, -5.1, 1.0)]
-    assert judge(lower, 10, Thresholds())[-1].reason == "unknown"
-    assert judge(scores[1:], 10, Thresholds())[0].reason == "unknown"
+    assert apply_filters(lower, 10, Thresholds())[-1].reason == "unknown"
+    assert apply_filters(scores[1:], 10, Thresholds())[0].reason == "unknown"
 
 
 def test_records_tell_not_finite_from_not_computed() -> None:
-    nan = score_record(judge([Score(-1, 0, 1.0, math.nan, 0.0)], 4, Thresholds())[0])
+    nan = score_record(apply_filters([Score(-1, 0, 1.0, math.nan, 0.0)], 4, Thresholds())[0])
     assert nan["reason"] == "nan"
     assert not nan["unneeded"]
-    left_out = score_record(judge([Score(-1, 0, induce_at_most=-1.0)], 4, Thresholds())[0])
+    left_out = score_record(apply_filters([Score(-1, 0, induce_at_most=-1.0)], 4, Thresholds())[0])
     assert left_out["reason"] == "induce"
     assert left_out["unneeded"] == dict.fromkeys(
         ("bypass_score", "induce_score", "kl_divergence"), "induce"

@@ -18,7 +18,7 @@ import abliterate.extraction.means
 from abliterate.cli.app import main
 from abliterate.errors import InputError
 from abliterate.inference.generation import _Decoder
-from abliterate.selection.candidate_search import Scorer
+from abliterate.selection.candidate_search import CandidateSearch
 
 
 def deed(what: str) -> None:
@@ -44,6 +44,6 @@ if __name__ == "__main__":
     rank, call, what = os.environ.get("FAULT", "-1 1 none").split(" ", 2)
     if os.environ["RANK"] == rank:
         abliterate.extraction.means.look = faulty(abliterate.extraction.means.look, int(call), what)
-        Scorer._induce = faulty(Scorer._induce, int(call), what)  # type: ignore[method-assign]
+        CandidateSearch._induce = faulty(CandidateSearch._induce, int(call), what)  # type: ignore[method-assign]
         _Decoder.run = faulty(_Decoder.run, int(call), what)  # type: ignore[method-assign]
     sys.exit(main())

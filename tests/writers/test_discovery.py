@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from abliterate.inference.interventions import ablate_units, unit_direction
+from abliterate.inference.interventions import ablate_at, unit_direction
 from abliterate.writers.discovery import discover, leak, project
 from abliterate.writers.plan import Gain, Writer, WriterPlan
 from abliterate.writers.proof import EXACT, prove
@@ -146,7 +146,7 @@ def test_every_writer_is_needed(kind: str) -> None:
 @pytest.mark.parametrize("kind", CASES)
 def test_sites_leave_nothing_and_agree_with_the_edit(kind: str) -> None:
     model, plan = _model(kind), _plan(kind)
-    with ablate_units(model, _unit(plan), plan.sites):
+    with ablate_at(model, _unit(plan), plan.sites):
         assert _leak(model, plan) <= EXACT
         hooked = _final(model)
     assert _leak(model, plan) > 0.05  # the hooks are gone
@@ -186,7 +186,7 @@ def test_what_cannot_be_exact_says_so(kind: str, case: tuple[dict[str, Any], str
     for obstacle in plan.obstacles:
         assert word in obstacle.reason
         model.get_submodule(obstacle.module)
-    with ablate_units(model, _unit(plan), plan.sites):
+    with ablate_at(model, _unit(plan), plan.sites):
         assert _leak(model, plan) <= EXACT
     project(model, plan, _direction(plan))
     assert _leak(model, plan) > EXACT

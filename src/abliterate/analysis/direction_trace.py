@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from abliterate.analysis.trace_request import Request
+from abliterate.analysis.trace_request import TraceRequest
 from abliterate.console import log
 from abliterate.direction import Direction, load_direction
 from abliterate.inference.attention_heads import (
@@ -29,7 +29,7 @@ from abliterate.inference.attention_heads import (
 )
 from abliterate.inference.forward import Batch, capture_resid_pre, for_each_batch, last_logits
 from abliterate.inference.interventions import unit_direction
-from abliterate.models.loading import Loaded
+from abliterate.models.loading import LoadedModel
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.suffixes import Marked, Marker, Span
 from abliterate.run_folder import TRACE, Session, writing
@@ -41,7 +41,7 @@ CONDITIONS = ("harmful", "harmless", "suffix", "random")
 
 
 @dataclass
-class Seen:
+class TraceValues:
     """What one condition's prompts showed, in their order.
 
     Attributes:
@@ -58,22 +58,22 @@ class Seen:
     error: float = 0.0
 
 
-def trace_stage(session: Session, run: Path, request: Request) -> dict[str, Any]:
+def trace_stage(session: Session, run: Path, request: TraceRequest) -> dict[str, Any]:
     """Trace prompts along the direction of a run; returns the record ``trace.json``.
 
     Raises:
         InputError: an artifact or prompt source cannot be used.
         UsageError: the suffix does not reach the prompt.
     """
-    with writing(session.team, run, "trace", {TRACE: is_record}, "trace"):
+    with writing(session.ranks, run, "trace", {TRACE: is_record}, "trace"):
         return _trace(session, run, request)
 
 
-def _trace(session: Session, run: Path, request: Request) -> dict[str, Any]:
+def _trace(session: Session, run: Path, request: TraceRequest) -> dict[str, Any]:
     direction = load_direction(run)
     texts, sources = _prompts(session, run, request)
     started = time.perf_counter()
-    loaded = session.whole()
+    loaded = session.load_in_memory()
     marker = Marker(loaded.tokenizer, session.chat)
     prompts = {kind: marker.plain(texts[kind]) for kind in ("harmful", "harmless")}
     if request.suffix is not None:
@@ -110,7 +110,7 @@ def _trace(session: Session, run: Path, request: Request) -> dict[str, Any]:
 
 
 def _prompts(
-    session: Session, run: Path, request: Request
+    session: Session, run: Path, request: TraceRequest
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:
     """The texts of each kind, and what the record says of them.
 
@@ -156,7 +156,7 @@ class Tracer:
         notes: what could not be seen, and why.
     """
 
-    loaded: Loaded
+    loaded: LoadedModel
     direction: Direction
     batch_size: int | str = "auto"
     projections: list[OutProjection] = field(default_factory=list)
@@ -178,7 +178,7 @@ class Tracer:
         self.notes.append(f"no head table: the heads of a '{kind}' cannot be told apart: {error}")
         self.projections = []
 
-    def run(self, prompts: Sequence[Marked], description: str) -> Seen:
+    def run(self, prompts: Sequence[Marked], description: str) -> TraceValues:
         """Cosines and, where heads are watched, what each of them writes and where it looks."""
         model = self.loaded.model
         cosines: list[Tensor | None] = [None] * len(prompts)
@@ -206,14 +206,14 @@ class Tracer:
 
             ids = [prompt.ids for prompt in prompts]
             for_each_batch(model, ids, look, self.batch_size, f"trace: {description}")
-        seen = Seen(torch.stack([values for values in cosines if values is not None]))
+        seen = TraceValues(torch.stack([values for values in cosines if values is not None]))
         if heads is not None and self.projections:
             self._gather(seen, prompts, views)
         return seen
 
     def _gather(
         self,
-        seen: Seen,
+        seen: TraceValues,
         prompts: Sequence[Marked],
         views: Sequence[tuple[tuple[int, ...], HeadView]],
     ) -> None:
@@ -261,7 +261,9 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _head_record(tracer: Tracer, seen: Mapping[str, Seen], count: int) -> dict[str, Any] | None:
+def _head_record(
+    tracer: Tracer, seen: Mapping[str, TraceValues], count: int
+) -> dict[str, Any] | None:
     """The heads whose contribution along the direction changes most with the suffix."""
     parts = {kind: seen[kind].heads for kind in ("harmful", "suffix", "random")}
     harmful, suffixed = parts["harmful"], parts["suffix"]

@@ -25,7 +25,7 @@ from abliterate.inference.interventions import ablate
 from abliterate.metrics.intervals import share_methods, wilson
 from abliterate.metrics.refusal import kl_divergence, refusal_score
 from abliterate.metrics.refusal_substrings import is_refusal
-from abliterate.models.loading import Loaded
+from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.sources import Prompt
@@ -61,7 +61,7 @@ class Point:
 
 
 def measure(
-    loaded: Loaded,
+    loaded: LoadedModel,
     direction: Direction,
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
@@ -154,7 +154,7 @@ def fragility_stage(
     """
     if steps < 2 or n_test < 1 or max_new_tokens < 1:
         raise UsageError("--steps must be at least 2, --n-test and --max-new-tokens at least 1")
-    with writing(session.team, out, "fragility", {FRAGILITY: is_record}, "fragility"):
+    with writing(session.ranks, out, "fragility", {FRAGILITY: is_record}, "fragility"):
         return _fragility(session, run, out, steps, n_test, max_new_tokens)
 
 
@@ -179,7 +179,7 @@ def _fragility(
         )
         for kind, source in sources.items()
     }
-    loaded, size = session.whole(), settings.model.batch_size
+    loaded, size = session.load_in_memory(), settings.model.batch_size
     named = [str(token["id"]) for record in records[:1] for token in record["refusal_tokens"]]
     ids = [encode(loaded.tokenizer, [p.text for p in k], session.chat) for k in prompts.values()]
     tokens = find_refusal_tokens(loaded, ids[0], ids[1], named, size)

@@ -63,7 +63,7 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
         InputError: an artifact is missing, damaged, or not of this extraction.
         UsageError: the position was not kept, or scikit-learn is missing.
     """
-    with writing(session.team, run, "inspect", {INSPECT: is_record}, "inspect"):
+    with writing(session.ranks, run, "inspect", {INSPECT: is_record}, "inspect"):
         return _inspect(session, run, position)
 
 
@@ -212,7 +212,7 @@ def _rounded(points: Sequence[Sequence[float]]) -> list[list[float]]:
 
 def _lens(session: Session, materials: Materials) -> tuple[dict[str, Any], list[str]]:
     """Tokens of the selected direction, and of each layer's candidate that is not zero."""
-    loaded = session.whole()
+    loaded = session.load_in_memory()
     chosen = [
         layer for layer, candidate in enumerate(materials.candidates) if float(candidate.norm()) > 0
     ]

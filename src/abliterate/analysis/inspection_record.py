@@ -11,7 +11,7 @@ from typing import Any
 
 from abliterate.direction import FILE_NAME as DIRECTION
 from abliterate.errors import AbliterateError
-from abliterate.run_folder import ACTIVATIONS, EXTRACT, INSPECT, Session, finished
+from abliterate.run_folder import ACTIVATIONS, EXTRACT, INSPECT, Session, load_if_current
 from abliterate.storage.artifacts import hash_file, hash_json, read_json, tensor_metadata
 
 
@@ -55,7 +55,7 @@ def finished_inspection(
         at = _usual_position(run, extracted) if position is None else position
         direction = hash_file(run / DIRECTION)
         inputs = inspection_inputs(session, extracted, direction, at, ACTIVATIONS in made)
-        return finished(run / INSPECT, inputs, {})
+        return load_if_current(run / INSPECT, inputs, {})
     except (AbliterateError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

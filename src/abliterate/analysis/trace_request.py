@@ -8,7 +8,7 @@ from abliterate.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Request:
+class TraceRequest:
     """What to trace.
 
     Attributes:
@@ -26,7 +26,7 @@ class Request:
     n_heads: int = 10
 
 
-def check_request(request: Request) -> None:
+def check_request(request: TraceRequest) -> None:
     """Refuse counts below one.
 
     Raises:

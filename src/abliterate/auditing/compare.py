@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from abliterate.auditing.components import Part, Reading, open_checkpoint, read_tensor
+from abliterate.auditing.components import CheckpointWriters, Part, open_checkpoint, read_tensor
 from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
 from abliterate.checkpoints.shards import DTYPES, ShardSet, read_shards, same_bytes
 from abliterate.console import progress
@@ -137,7 +137,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Pairs:
-    reading: Reading
+    reading: CheckpointWriters
     left: ShardSet
     right: ShardSet
     other: Mapping[str, Quantized]
@@ -207,7 +207,7 @@ def _writer(part: Part) -> Writer:
     return Writer(edit.name, edit.axis, "other", edit.layer, part.bias, part.ways[0], part.channels)
 
 
-def _at(reading: Reading, part: Part, direction: Tensor, gains: bool) -> Tensor:
+def _at(reading: CheckpointWriters, part: Part, direction: Tensor, gains: bool) -> Tensor:
     """The stream direction as it is at a tensor."""
     if gains:
         return writer_direction(_writer(part), direction, reading.located.gains)
@@ -216,7 +216,7 @@ def _at(reading: Reading, part: Part, direction: Tensor, gains: bool) -> Tensor:
     return unit
 
 
-def _back(reading: Reading, part: Part, vector: Tensor) -> Tensor | None:
+def _back(reading: CheckpointWriters, part: Part, vector: Tensor) -> Tensor | None:
     """The stream direction that a tensor's left vector comes from, as far as it can be told."""
     if part.channels is not None or len(part.ways) > 1:
         return None
@@ -234,7 +234,7 @@ def _back(reading: Reading, part: Part, vector: Tensor) -> Tensor | None:
 
 
 def _shared(
-    reading: Reading, parts: Mapping[str, Part], found: Mapping[str, _Found]
+    reading: CheckpointWriters, parts: Mapping[str, Part], found: Mapping[str, _Found]
 ) -> tuple[Tensor | None, bool]:
     """The direction that most left vectors agree on, behind the gains or without them."""
     best: tuple[float, Tensor | None, bool] = (0.0, None, True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from abliterate.auditing.components import Unit
+from abliterate.auditing.components import AuditedComponent
 from abliterate.auditing.soft_null_space import storage
 
 LEAST_CELLS = 4
@@ -16,20 +16,20 @@ _FEWEST_CELLS = 12  # in a wide model: two of each kind in each third of the dep
 
 
 @dataclass(frozen=True)
-class Cell:
+class ComponentPool:
     """Units whose grams are added up: one each, or neighbouring layers in a wide model."""
 
     kind: str
     layers: tuple[int | None, ...]
-    units: tuple[Unit, ...]
+    units: tuple[AuditedComponent, ...]
 
 
-def make_cells(units: Sequence[Unit], width: int) -> list[Cell]:
+def make_pools(units: Sequence[AuditedComponent], width: int) -> list[ComponentPool]:
     """One cell for each unit, or as few for each kind as memory and time allow."""
     room = _MOST_BYTES / (width**2 * storage(width).itemsize)
     most = int(max(_FEWEST_CELLS, min(room, _MOST_FLOPS / (_FLOPS * width**3))))
     if len(units) <= most:
-        return [Cell(u.kind, (u.layer,), (u,)) for u in units]
+        return [ComponentPool(u.kind, (u.layer,), (u,)) for u in units]
     kinds = dict.fromkeys(u.kind for u in units)
     cells = []
     for kind in kinds:
@@ -39,11 +39,11 @@ def make_cells(units: Sequence[Unit], width: int) -> list[Cell]:
             number = min(len(own), 3 * max(1, round(number / 3)))
         for index in range(number):
             some = own[len(own) * index // number : len(own) * (index + 1) // number]
-            cells.append(Cell(kind, tuple(u.layer for u in some), tuple(some)))
+            cells.append(ComponentPool(kind, tuple(u.layer for u in some), tuple(some)))
     return cells
 
 
-def groups_of(cells: Sequence[Cell]) -> dict[str, list[int]]:
+def groups_of(cells: Sequence[ComponentPool]) -> dict[str, list[int]]:
     """The groups of cells in which an edit may hide: all, by kind, by third of the depth."""
     every = range(len(cells))
     kinds = {"attention": ("attention", "mixer"), "mlp": ("mlp", "expert")}
@@ -63,12 +63,14 @@ def groups_of(cells: Sequence[Cell]) -> dict[str, list[int]]:
     }
 
 
-def _middle(cell: Cell) -> float:
+def _middle(cell: ComponentPool) -> float:
     inside = [layer for layer in cell.layers if layer is not None]
     return sum(inside) / len(inside)
 
 
-def halves_of(cells: Sequence[Cell], chosen: Sequence[int]) -> tuple[list[int], list[bool]]:
+def halves_of(
+    cells: Sequence[ComponentPool], chosen: Sequence[int]
+) -> tuple[list[int], list[bool]]:
     """A group's cells, and which half each is in: by turns within each kind, so that each half has
     its share of all depths and kinds."""
     kinds = dict.fromkeys(cells[i].kind for i in chosen)

@@ -15,7 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.disk_matrix import Grid, PlainGrid, Strip, strips
+from abliterate.checkpoints.disk_matrix import (
+    DiskMatrix,
+    MatrixSlice,
+    PlainDiskMatrix,
+    matrix_slices,
+)
 from abliterate.checkpoints.quantized_formats import (
     Quantized,
     find_quantized,
@@ -53,7 +58,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Unit:
+class AuditedComponent:
     """All matrices of one kind in one block.
 
     Attributes:
@@ -72,7 +77,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Reading:
+class CheckpointWriters:
     """A checkpoint whose writers are known.
 
     Attributes:
@@ -87,7 +92,7 @@ class Reading:
     checkpoint: Checkpoint
     located: Located
     quantized: Mapping[str, Quantized]
-    units: tuple[Unit, ...]
+    units: tuple[AuditedComponent, ...]
     biases: tuple[Part, ...]
     d_model: int
 
@@ -97,7 +102,7 @@ class Reading:
         return any(any(part.ways) for unit in self.units for part in unit.parts)
 
 
-def open_checkpoint(checkpoint: Checkpoint) -> Reading:
+def open_checkpoint(checkpoint: Checkpoint) -> CheckpointWriters:
     """Find the writers from config and headers; runs no code of the checkpoint.
 
     Raises:
@@ -123,14 +128,16 @@ def open_checkpoint(checkpoint: Checkpoint) -> Reading:
         if not part.bias:
             grouped.setdefault((part.edit.kind, part.edit.layer), []).append(part)
     order = sorted(grouped, key=lambda key: (-1 if key[1] is None else key[1], key[0]))
-    units = tuple(Unit(kind, layer, tuple(grouped[kind, layer])) for kind, layer in order)
+    units = tuple(
+        AuditedComponent(kind, layer, tuple(grouped[kind, layer])) for kind, layer in order
+    )
     biases = tuple(part for part in parts if part.bias)
-    return Reading(checkpoint, located, quantized, units, biases, width)
+    return CheckpointWriters(checkpoint, located, quantized, units, biases, width)
 
 
 def read_columns(
-    reading: Reading,
-    unit: Unit,
+    reading: CheckpointWriters,
+    unit: AuditedComponent,
     most: int,
     seed: int,
     gains: bool = True,
@@ -165,13 +172,13 @@ def _joined(columns: Sequence[Tensor]) -> Tensor:
     return columns[0] if len(columns) == 1 else torch.cat(list(columns), dim=1)
 
 
-def read_bias(reading: Reading, part: Part) -> Tensor:
+def read_bias(reading: CheckpointWriters, part: Part) -> Tensor:
     """A bias as the stream receives it, float64 ``[d_model, vectors]``."""
     return torch.cat(list(_stream_columns(reading, part, 1 << 12, 0, True)), dim=1)
 
 
 def _stream_columns(
-    reading: Reading,
+    reading: CheckpointWriters,
     part: Part,
     most: int,
     seed: int,
@@ -220,7 +227,7 @@ def read_tensor(
     shape = entry.shape if stored is None else stored.shape
     if not shape or 0 in shape:
         raise CheckpointError(f"tensor '{edit.name}' in {entry.file} is empty")
-    pieces = list(strips(shape, edit.axis, edit.region))
+    pieces = list(matrix_slices(shape, edit.axis, edit.region))
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(pieces), generator=generator)[:_MOST_STRIPS].sort().values
     share = max(1, most // len(chosen))
@@ -244,9 +251,9 @@ def every_column(
     shape = entry.shape if stored is None else stored.shape
     with ExitStack() as stack:
         files = Files(stack, {})
-        for piece in strips(shape, edit.axis, edit.region):
+        for piece in matrix_slices(shape, edit.axis, edit.region):
             count = _count(piece)
-            size = _AT_ONCE if stored is None or piece.across else count
+            size = _AT_ONCE if stored is None or piece.d_model_is_columns else count
             for begin in range(0, count, size):
                 run = (begin, min(begin + size, count))
                 yield _finite(entry, _load(entry, stored, piece, [run], files, torch.float64))
@@ -258,20 +265,20 @@ def _finite(entry: TensorEntry, columns: Tensor) -> Tensor:
     return columns
 
 
-def _count(strip: Strip) -> int:
-    return strip.rows if strip.across else strip.columns
+def _count(strip: MatrixSlice) -> int:
+    return strip.rows if strip.d_model_is_columns else strip.columns
 
 
 def _load(
     entry: TensorEntry,
     stored: Quantized | None,
-    strip: Strip,
+    strip: MatrixSlice,
     runs: Sequence[tuple[int, int]],
     files: Files,
     dtype: torch.dtype,
 ) -> Tensor:
     """Runs of neighbouring columns (of neighbouring rows, where rows lie along the stream)."""
-    if strip.across:
+    if strip.d_model_is_columns:
         grid = _grid(entry, stored, strip, files)
         step = grid.row_step
         return torch.cat(
@@ -310,7 +317,9 @@ def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, 
     ]
 
 
-def _grid(entry: TensorEntry, stored: Quantized | None, strip: Strip, files: Files) -> Grid:
+def _grid(
+    entry: TensorEntry, stored: Quantized | None, strip: MatrixSlice, files: Files
+) -> DiskMatrix:
     device = torch.device("cpu")
     if stored is not None:
         return open_quantized(stored, strip, files.open, None, 0, None, device)
@@ -320,4 +329,4 @@ def _grid(entry: TensorEntry, stored: Quantized | None, strip: Strip, files: Fil
             "audit the checkpoint in bfloat16, float16 or float32 that it was made from"
         )
     source = files.open(entry.file)
-    return PlainGrid(source, entry.start, None, 0, DTYPES[entry.dtype], strip, device)
+    return PlainDiskMatrix(source, entry.start, None, 0, DTYPES[entry.dtype], strip, device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.auditing.components import Part, Reading, every_column
+from abliterate.auditing.components import CheckpointWriters, Part, every_column
 from abliterate.direction import Direction
 from abliterate.editing.file_names import CARD, RECORD
 from abliterate.errors import InputError
@@ -27,7 +27,7 @@ _MOST = 1e100  # whose square is a number still
 
 
 @dataclass(frozen=True)
-class Claim:
+class DeclaredEdit:
     """What a checkpoint declares, and whether its weights bear it out.
 
     Attributes:
@@ -49,7 +49,9 @@ class Claim:
     limits: tuple[str, ...] = ()
 
 
-def read_claim(reading: Reading, given: Direction | None, base: Checkpoint | None) -> Claim:
+def read_declared_edit(
+    reading: CheckpointWriters, given: Direction | None, base: Checkpoint | None
+) -> DeclaredEdit:
     """Check a checkpoint's own record against its weights, tensor by tensor, whole.
 
     Args:
@@ -63,21 +65,21 @@ def read_claim(reading: Reading, given: Direction | None, base: Checkpoint | Non
     folder = reading.checkpoint.folder
     card = _card_claims(reading.checkpoint)
     if not (folder / RECORD).is_file():
-        return Claim(card, False, 0, None, (), None)
+        return DeclaredEdit(card, False, 0, None, (), None)
     record = _read_record(folder / RECORD)
     mismatches = _other_inputs(record, given, base)
     unit = _unit(given, record.vector, reading.d_model)
     if unit is None or record.adds:
         reason = "adds the direction" if record.adds else "holds no direction"
         mismatches.append(f"the record {reason}: its tensors cannot be measured")
-        return Claim(card, True, 0, None, tuple(mismatches), None, record.limits)
+        return DeclaredEdit(card, True, 0, None, tuple(mismatches), None, record.limits)
     if record.is_adapter:  # laid beside the weights, which it leaves as they are
-        return Claim(card, True, 0, None, tuple(mismatches), unit, record.limits)
+        return DeclaredEdit(card, True, 0, None, tuple(mismatches), unit, record.limits)
     checked, differing = _check_tensors(reading, record, unit)
     mismatches += differing
     if not any(tensor.after < 0.95 * tensor.before for tensor in record.tensors):
         mismatches.append("the record declares no tensor that lost the direction")
-    return Claim(card, True, checked, not mismatches, tuple(mismatches), unit, record.limits)
+    return DeclaredEdit(card, True, checked, not mismatches, tuple(mismatches), unit, record.limits)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,9 @@ def _other_inputs(record: _Record, given: Direction | None, base: Checkpoint | N
     return found
 
 
-def _check_tensors(reading: Reading, record: _Record, unit: Tensor) -> tuple[int, list[str]]:
+def _check_tensors(
+    reading: CheckpointWriters, record: _Record, unit: Tensor
+) -> tuple[int, list[str]]:
     """How many recorded tensors were measured, and a sentence for each that is not as recorded."""
     parts: dict[tuple[str, str], list[Part]] = {}
     for part in (*(p for u in reading.units for p in u.parts), *reading.biases):
@@ -163,7 +167,7 @@ def _check_tensors(reading: Reading, record: _Record, unit: Tensor) -> tuple[int
     return checked, found
 
 
-def share_along(reading: Reading, part: Part, direction: Tensor) -> float:
+def share_along(reading: CheckpointWriters, part: Part, direction: Tensor) -> float:
     """``|u^T W| / |W|`` of a whole tensor, ``u`` the stream direction as it is there."""
     edit = part.edit
     ways = [Writer(edit.name, edit.axis, "other", None, part.bias, way, part.channels)

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from abliterate.auditing import bias_test
 from abliterate.auditing.compare import Comparison
-from abliterate.auditing.components import Reading, Unit, read_bias, read_columns
+from abliterate.auditing.components import (
+    AuditedComponent,
+    CheckpointWriters,
+    read_bias,
+    read_columns,
+)
 from abliterate.auditing.soft_null_space import is_wide
 
 _SAMPLE = 4  # columns of a unit, per channel
@@ -44,7 +49,7 @@ class Strength:
 
 
 def strengths(
-    reading: Reading, direction: Tensor, gains: bool, comparison: Comparison | None
+    reading: CheckpointWriters, direction: Tensor, gains: bool, comparison: Comparison | None
 ) -> tuple[Strength, ...]:
     """Every unit's energy along a direction; with a base, the share that it lost is exact."""
     exact: dict[str, float] = {}
@@ -91,7 +96,7 @@ def _limit(energies: Sequence[float]) -> float:
 
 
 def biases_included(
-    reading: Reading, direction: Tensor, comparison: Comparison | None
+    reading: CheckpointWriters, direction: Tensor, comparison: Comparison | None
 ) -> bool | None:
     """Whether the biases lost the direction too.
 
@@ -119,7 +124,7 @@ def biases_included(
 
 
 def name_style(
-    reading: Reading, units: Sequence[Strength], direction: Tensor, gains: bool
+    reading: CheckpointWriters, units: Sequence[Strength], direction: Tensor, gains: bool
 ) -> str | None:
     """The known edit that the carrying units look like."""
     carrying = [unit for unit in units if unit.carries]
@@ -145,7 +150,7 @@ def name_style(
 
 
 def _keeps_norms(
-    reading: Reading, carrying: Sequence[Strength], direction: Tensor, gains: bool
+    reading: CheckpointWriters, carrying: Sequence[Strength], direction: Tensor, gains: bool
 ) -> bool:
     """Rows were rescaled after the projection: each unit's own null direction is ``r_i / n_i``.
 
@@ -156,7 +161,7 @@ def _keeps_norms(
     if is_wide(reading.d_model):
         return False
     labels = {unit.unit for unit in carrying if unit.layer is not None and unit.removed > 0.8}
-    chosen: list[Unit] = [unit for unit in reading.units if unit.label in labels][:8]
+    chosen: list[AuditedComponent] = [unit for unit in reading.units if unit.label in labels][:8]
     votes = []
     for unit in chosen:
         columns = read_columns(reading, unit, _SAMPLE * reading.d_model, _SEED, gains)

@@ -28,7 +28,7 @@ _ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
-class Emptiness:
+class SoftNullProjector:
     """Where a writer has little energy: ``matrix + vectors diag(signs) vectors^T``.
 
     Attributes:
@@ -59,7 +59,7 @@ class Emptiness:
         if len(self.signs):
             total.addmm_((self.vectors * self.signs).to(total), self.vectors.T.to(total))
 
-    def without(self, directions: Tensor) -> Emptiness:
+    def without(self, directions: Tensor) -> SoftNullProjector:
         """As if ``A`` ran in the complement of orthonormal columns ``[d, m]`` alone.
 
         That is the Schur complement of ``G + t``; along the columns themselves nothing is empty.
@@ -74,7 +74,7 @@ class Emptiness:
         vectors = torch.linalg.solve_triangular(factor, image.T, upper=False).T
         return self._changed(vectors, [-1.0] * vectors.shape[1])
 
-    def edited(self, direction: Tensor, scale: float) -> Emptiness:
+    def edited(self, direction: Tensor, scale: float) -> SoftNullProjector:
         """After an edit ``A <- (I - s r r^T) A``, at the same shift.
 
         Args:
@@ -88,19 +88,19 @@ class Emptiness:
         moved = (unit + (1 - scale) * (image / own - unit)) / math.sqrt(1 + kept)
         return self._changed(torch.stack([image / math.sqrt(own), moved], dim=1), [-1.0, 1.0])
 
-    def _changed(self, vectors: Tensor, signs: Sequence[float]) -> Emptiness:
-        return Emptiness(
+    def _changed(self, vectors: Tensor, signs: Sequence[float]) -> SoftNullProjector:
+        return SoftNullProjector(
             self.matrix,
             torch.cat([self.vectors, vectors], dim=1),
             torch.cat([self.signs, torch.tensor(signs).to(self.signs)]),
         )
 
 
-def of_matrix(matrix: Tensor) -> Emptiness:
+def of_matrix(matrix: Tensor) -> SoftNullProjector:
     """An emptiness without changes; products with it are float32 at least."""
     dtype = torch.float32 if matrix.dtype == torch.float16 else matrix.dtype
     nothing = torch.zeros(len(matrix), 0, dtype=dtype, device=matrix.device)
-    return Emptiness(matrix, nothing, nothing[0])
+    return SoftNullProjector(matrix, nothing, nothing[0])
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Gap:
         return max(self.p_gap, self.p_agreement)
 
 
-def gap(units: Sequence[Emptiness], halves: Sequence[bool]) -> Gap:
+def gap(units: Sequence[SoftNullProjector], halves: Sequence[bool]) -> Gap:
     """Test a group of units.
 
     Args:
@@ -157,12 +157,12 @@ def gap(units: Sequence[Emptiness], halves: Sequence[bool]) -> Gap:
     return Gap(ratio, distance, agreement, p_gap, p_agreement(agreement, len(total)), first)
 
 
-def emptiest(units: Sequence[Emptiness]) -> Tensor:
+def emptiest(units: Sequence[SoftNullProjector]) -> Tensor:
     """The first direction of a group's mean, unit, float64 ``[d]`` on the CPU."""
     return upper_edge(_sum(units), 1, 0, 1e-3)[1]
 
 
-def _sum(units: Sequence[Emptiness]) -> Tensor:
+def _sum(units: Sequence[SoftNullProjector]) -> Tensor:
     matrix = units[0].matrix
     total = torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device)
     for one in units:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from abliterate.auditing.component_pools import Cell
-from abliterate.auditing.components import Reading, Unit, read_columns
-from abliterate.auditing.eigengap_test import Emptiness, of_matrix
+from abliterate.auditing.component_pools import ComponentPool
+from abliterate.auditing.components import AuditedComponent, CheckpointWriters, read_columns
+from abliterate.auditing.eigengap_test import SoftNullProjector, of_matrix
 from abliterate.auditing.soft_null_space import FINE_GRAM, emptiness, is_wide, precision, storage
 from abliterate.console import progress
 from abliterate.errors import CheckpointError
@@ -28,7 +28,7 @@ _GUESS = 0.2  # of the first shift, as a multiple of the mean energy
 
 
 @dataclass(frozen=True)
-class Frame:
+class ChannelScaling:
     """Coordinates of the channels that are written at all, unusual ones scaled to the rest.
 
     What all writers share in the norms of their rows widens the spectrum's edge and says nothing;
@@ -70,7 +70,9 @@ class Frame:
         return gram.mul_(factors.unsqueeze(1)).mul_(factors)
 
 
-def make_frame(reading: Reading, cells: Sequence[Cell], gains: bool) -> tuple[Frame, list[Cell]]:
+def make_scaling(
+    reading: CheckpointWriters, cells: Sequence[ComponentPool], gains: bool
+) -> tuple[ChannelScaling, list[ComponentPool]]:
     """The frame of all cells, and those of them that are not zero."""
     wide = is_wide(reading.d_model)
     rows, present = [], []
@@ -87,20 +89,26 @@ def make_frame(reading: Reading, cells: Sequence[Cell], gains: bool) -> tuple[Fr
             present.append(cell)
     if not rows:
         every = torch.arange(reading.d_model)
-        return Frame(every, every[:0], torch.ones(len(every), dtype=torch.float64), len(every)), []
+        return ChannelScaling(
+            every, every[:0], torch.ones(len(every), dtype=torch.float64), len(every)
+        ), []
     stacked = torch.stack(rows)
     relative = stacked / stacked.median(dim=1, keepdim=True).values.clamp(min=1e-300)
     silent = (relative < _DEAD).double().mean(dim=0) > 0.25
     norms = torch.exp(torch.log(relative.clamp(_DEAD, 1 / _DEAD)).mean(dim=0) / 2)
     norms = norms / norms.clamp(1 / _USUAL, _USUAL)
     live = (~silent).nonzero()[:, 0]
-    frame = Frame(live, silent.nonzero()[:, 0], 1 / norms[live], reading.d_model)
+    frame = ChannelScaling(live, silent.nonzero()[:, 0], 1 / norms[live], reading.d_model)
     return frame, present
 
 
 def read_emptiness(
-    reading: Reading, cells: Sequence[Cell], frame: Frame, gains: bool, device: torch.device
-) -> list[Emptiness]:
+    reading: CheckpointWriters,
+    cells: Sequence[ComponentPool],
+    frame: ChannelScaling,
+    gains: bool,
+    device: torch.device,
+) -> list[SoftNullProjector]:
     """The emptiness of each cell, each unit in it with the same weight, on the device."""
     found, guess = [], _GUESS
     for cell in progress(cells, "audit: writers", total=len(cells)):
@@ -119,7 +127,11 @@ def read_emptiness(
 
 
 def _gram(
-    reading: Reading, cell: Cell, gains: bool, device: torch.device, dtype: torch.dtype
+    reading: CheckpointWriters,
+    cell: ComponentPool,
+    gains: bool,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, int]:
     """The lower triangle of a cell's gram ``[d, d]`` (in blocks), and its number of columns."""
     width = reading.d_model
@@ -139,12 +151,12 @@ def _gram(
     return total, count
 
 
-def _most(reading: Reading, cell: Cell) -> int:
+def _most(reading: CheckpointWriters, cell: ComponentPool) -> int:
     share = _WIDE_COLUMNS if is_wide(reading.d_model) else _COLUMNS
     return max(64, math.ceil(share * reading.d_model / len(cell.units)))
 
 
-def _finite(energy: float, unit: Unit) -> float:
+def _finite(energy: float, unit: AuditedComponent) -> float:
     if not math.isfinite(energy):
         raise CheckpointError(f"{unit.label}: the gain of its norm makes its weights infinite")
     return energy

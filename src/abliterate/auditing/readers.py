@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abliterate.auditing.components import Reading, read_tensor
+from abliterate.auditing.components import CheckpointWriters, read_tensor
 from abliterate.checkpoints.shards import DTYPES
 from abliterate.editing.edit_plan import TensorEdit
 
@@ -13,7 +13,7 @@ _SAMPLE = 256
 _MOST = 64  # matrices
 
 
-def reading_energy(reading: Reading, direction: Tensor) -> float | None:
+def reading_energy(reading: CheckpointWriters, direction: Tensor) -> float | None:
     """How strongly the matrices that read the stream read a direction; 1 is typical.
 
     Every other matrix on disk with an input axis of length d_model counts, without the gains of

@@ -8,10 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from abliterate.auditing.component_pools import LEAST_CELLS, Cell, groups_of, halves_of, make_cells
-from abliterate.auditing.components import Reading
-from abliterate.auditing.eigengap_test import LEAST_WIDTH, Emptiness, Gap, emptiest, gap
-from abliterate.auditing.gram_matrices import make_frame, read_emptiness
+from abliterate.auditing.component_pools import (
+    LEAST_CELLS,
+    ComponentPool,
+    groups_of,
+    halves_of,
+    make_pools,
+)
+from abliterate.auditing.components import CheckpointWriters
+from abliterate.auditing.eigengap_test import LEAST_WIDTH, Gap, SoftNullProjector, emptiest, gap
+from abliterate.auditing.gram_matrices import make_scaling, read_emptiness
 from abliterate.auditing.readers import reading_energy
 from abliterate.auditing.soft_null_space import SHARE
 
@@ -64,7 +70,7 @@ class Blind:
     cells: int
 
 
-def look(reading: Reading, device: torch.device = CPU) -> Blind:
+def look(reading: CheckpointWriters, device: torch.device = CPU) -> Blind:
     """Judge a checkpoint from its writers alone.
 
     Args:
@@ -80,10 +86,10 @@ def look(reading: Reading, device: torch.device = CPU) -> Blind:
     return plain if plain.verdict == "edited" or doubtful else first
 
 
-def _judge(reading: Reading, gains: bool, device: torch.device) -> Blind:
+def _judge(reading: CheckpointWriters, gains: bool, device: torch.device) -> Blind:
     hypotheses = 2 if reading.has_gains else 1
-    cells = make_cells(reading.units, reading.d_model)
-    frame, cells = make_frame(reading, cells, gains)
+    cells = make_pools(reading.units, reading.d_model)
+    frame, cells = make_scaling(reading, cells, gains)
     dead = tuple(int(i) for i in frame.silent)
     aside = [SetAside("channels that a quarter of the writers leave", dead)] if dead else []
     width = frame.width
@@ -138,12 +144,14 @@ def _judge(reading: Reading, gains: bool, device: torch.device) -> Blind:
     )  # fmt: skip
 
 
-def _test(units: Sequence[Emptiness], cells: Sequence[Cell], chosen: Sequence[int]) -> Gap:
+def _test(
+    units: Sequence[SoftNullProjector], cells: Sequence[ComponentPool], chosen: Sequence[int]
+) -> Gap:
     ordered, halves = halves_of(cells, chosen)
     return gap([units[i] for i in ordered], halves)
 
 
-def _refined(units: Sequence[Emptiness], direction: Tensor) -> Tensor:
+def _refined(units: Sequence[SoftNullProjector], direction: Tensor) -> Tensor:
     """The direction that the carrying cells name, whichever group it was found in."""
     current = direction
     for _ in range(2):
@@ -179,7 +187,10 @@ def _no_edit(direction: Tensor, read: float | None, aside: list[SetAside]) -> Te
 
 
 def _power(
-    units: Sequence[Emptiness], cells: Sequence[Cell], chosen: Sequence[int], claim: float
+    units: Sequence[SoftNullProjector],
+    cells: Sequence[ComponentPool],
+    chosen: Sequence[int],
+    claim: float,
 ) -> float | None:
     """The smallest scale of a planted edit of all writers that the same test claims."""
     generator = torch.Generator().manual_seed(_SEED + 1)

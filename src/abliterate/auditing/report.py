@@ -11,7 +11,7 @@ from torch import Tensor
 
 from abliterate.auditing.compare import Comparison, compare
 from abliterate.auditing.components import open_checkpoint
-from abliterate.auditing.edit_record import Claim, read_claim
+from abliterate.auditing.edit_record import DeclaredEdit, read_declared_edit
 from abliterate.auditing.edit_signature import Strength, biases_included, name_style, strengths
 from abliterate.auditing.reference_free import CLAIM, CPU, Blind, look
 from abliterate.auditing.untied_output_head import HeadEvidence, head_evidence
@@ -54,7 +54,7 @@ class Audit:
     embeddings: bool | None
     biases: bool | None
     blind: Blind
-    claim: Claim
+    claim: DeclaredEdit
     head: HeadEvidence | None
     comparison: Comparison | None
     warnings: tuple[str, ...]
@@ -142,7 +142,7 @@ def audit(
         UnsupportedArchitectureError: the writers cannot be found.
     """
     reading = open_checkpoint(checkpoint)
-    claim = read_claim(reading, direction, base)
+    claim = read_declared_edit(reading, direction, base)
     comparison = None if base is None else compare(base, checkpoint)
     head = head_evidence(reading)
     blind = look(reading, device)
@@ -176,7 +176,7 @@ def audit(
 
 
 def _decide(
-    blind: Blind, claim: Claim, head: HeadEvidence | None, comparison: Comparison | None
+    blind: Blind, claim: DeclaredEdit, head: HeadEvidence | None, comparison: Comparison | None
 ) -> tuple[str, str, Tensor | None, bool]:
     """Verdict, what decided it, the direction, and whether that is behind the gains."""
     if comparison is not None:
@@ -194,7 +194,7 @@ def _decide(
 
 
 def _warnings(
-    verdict: str, claim: Claim, comparison: Comparison | None, blind: Blind
+    verdict: str, claim: DeclaredEdit, comparison: Comparison | None, blind: Blind
 ) -> tuple[str, ...]:
     found = list(claim.mismatches)
     if claim.card and verdict == "clean":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abliterate.auditing.compare import left_vector
-from abliterate.auditing.components import Reading, read_tensor
+from abliterate.auditing.components import CheckpointWriters, read_tensor
 from abliterate.editing.edit_plan import TensorEdit
 
 _SAMPLE = 2048
@@ -44,7 +44,7 @@ class HeadEvidence:
         }
 
 
-def head_evidence(reading: Reading) -> HeadEvidence | None:
+def head_evidence(reading: CheckpointWriters) -> HeadEvidence | None:
     """Compare the token embedding with an output head of the same shape.
 
     Returns:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
-from abliterate.inference.token_batches import Budget
+from abliterate.inference.token_batches import TokenBudget
 
 _SAMPLE = 256 << 20
 _COPIED = 64 << 20
@@ -74,7 +74,7 @@ def layer_speed(width: int, dtype: torch.dtype, device: torch.device) -> float:
         device: where it runs.
     """
     width = min(width, _WIDEST.get(device.type, _WIDEST_ACCELERATOR))
-    rows, inner = Budget(device).tokens, 4 * width
+    rows, inner = TokenBudget(device).tokens, 4 * width
     size = 2 * width * inner * dtype.itemsize
     n = min(_MOST_LAYERS, -(-_WEIGHTS // size))
     up = [torch.randn(inner, width, device=device, dtype=dtype) / width**0.5 for _ in range(n)]

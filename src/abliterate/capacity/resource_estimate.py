@@ -19,7 +19,7 @@ from torch import nn
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.shard_writer import edit_memory, usable_cores
 from abliterate.errors import CheckpointError, UsageError
-from abliterate.inference.token_batches import Budget
+from abliterate.inference.token_batches import TokenBudget
 from abliterate.models.loading import DTYPES, empty_model, text_config
 from abliterate.offload.weight_passes import CPU_TOKENS
 from abliterate.writers import decoder_blocks, find_writers
@@ -244,7 +244,7 @@ def _stage(
     held: int,
     passes: int,
 ) -> StageEstimate:
-    batch = Budget(torch.device("cuda" if machine.gpu_memory else "cpu")).tokens
+    batch = TokenBudget(torch.device("cuda" if machine.gpu_memory else "cpu")).tokens
     if not fits and not machine.gpu_memory:
         batch = CPU_TOKENS
     inner = max(shape.blocks) // max(shape.itemsize * shape.width, 1)

@@ -25,7 +25,7 @@ _AHEAD = 8 << 20  # how far the system reads ahead of a block
 
 
 @dataclass(frozen=True)
-class Strip:
+class MatrixSlice:
     """A matrix within a tensor, counted in elements.
 
     Attributes:
@@ -33,19 +33,19 @@ class Strip:
         rows: how many rows.
         columns: how many columns.
         stride: elements from one row to the next.
-        across: d_model is the columns (each row stands alone), else the rows.
+        d_model_is_columns: d_model is the columns (each row stands alone), else the rows.
     """
 
     offset: int
     rows: int
     columns: int
     stride: int
-    across: bool
+    d_model_is_columns: bool
 
 
-def strips(
+def matrix_slices(
     shape: Sequence[int], axis: int, region: Sequence[tuple[int, int]] | None = None
-) -> Iterator[Strip]:
+) -> Iterator[MatrixSlice]:
     """The matrices of which a tensor, or a box in it, consists.
 
     Args:
@@ -60,7 +60,7 @@ def strips(
     if trail == 1:
         outer, (offset, rows) = _runs(shape[:axis], box[:axis], shape[axis])
         for start in outer:
-            yield Strip(start + offset, rows, shape[axis], shape[axis], True)
+            yield MatrixSlice(start + offset, rows, shape[axis], shape[axis], True)
         return
     lead, (first, count) = _runs(shape[:axis], box[:axis], shape[axis] * trail)
     inner, (left, width) = _runs(shape[axis + 1 :], box[axis + 1 :], 1)
@@ -68,7 +68,9 @@ def strips(
     for start, index, shift in itertools.product(lead, range(count), inner):
         base = start + first + index * matrix + shift + left
         for column in range(0, width, _MAX_COLUMNS):
-            yield Strip(base + column, shape[axis], min(_MAX_COLUMNS, width - column), trail, False)
+            yield MatrixSlice(
+                base + column, shape[axis], min(_MAX_COLUMNS, width - column), trail, False
+            )
 
 
 def _runs(
@@ -96,7 +98,7 @@ def _runs(
     return groups, (first * steps[last], (behind - first) * (steps[last] // unit))
 
 
-class Grid(Protocol):
+class DiskMatrix(Protocol):
     """A matrix on disk."""
 
     @property
@@ -122,7 +124,7 @@ class Grid(Protocol):
     def store(self, first: int, block: Tensor) -> Tensor:
         """Write a block that starts at row ``first``; returns it as it was rounded."""
 
-    def part(self) -> Grid:
+    def part(self) -> DiskMatrix:
         """The same for a thread that edits a block of its rows; to be closed after the last."""
 
     def close(self) -> None:
@@ -130,7 +132,7 @@ class Grid(Protocol):
 
 
 @dataclass
-class PlainGrid:
+class PlainDiskMatrix:
     """A matrix of plain floats.
 
     Attributes:
@@ -151,7 +153,7 @@ class PlainGrid:
     target: TargetFile | None
     to: int
     dtype: torch.dtype
-    strip: Strip
+    strip: MatrixSlice
     device: torch.device
     row_step: int = 1
     splits: bool = True
@@ -205,7 +207,7 @@ class PlainGrid:
             for row in range(rows):
                 yield row * width, width, row
 
-    def part(self) -> PlainGrid:
+    def part(self) -> PlainDiskMatrix:
         together = self.strip.stride == self.strip.columns and self.past_cache
         if self.target is None or not together:
             return self

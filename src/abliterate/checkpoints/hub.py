@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoints.shards import (
+    FileStamp,
     ShardSet,
-    Stamp,
     TensorEntry,
     header_length,
     is_adapter,
@@ -231,7 +231,7 @@ def read_remote_shards(folder: Path, repo: HubRepo) -> ShardSet:
         if len(raw) < length:
             raw = repo.read(name, 8, length)
         # A commit's files never change: what is downloaded later must have this header.
-        shards[name] = parse_shard(path, raw, Stamp(size, 0))
+        shards[name] = parse_shard(path, raw, FileStamp(size, 0))
 
     def read(entry: TensorEntry) -> bytes:
         return repo.read(entry.file.name, entry.start, entry.end - entry.start)

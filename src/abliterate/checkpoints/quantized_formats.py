@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.disk_matrix import Grid, Strip
+from abliterate.checkpoints.disk_matrix import DiskMatrix, MatrixSlice
 from abliterate.checkpoints.shards import ShardSet, TensorEntry
 from abliterate.errors import CheckpointError
 from abliterate.storage.file_io import SourceFile, TargetFile
@@ -148,13 +148,13 @@ def _misfit(values: TensorEntry, scales: TensorEntry) -> str:
 
 def open_quantized(
     stored: Quantized,
-    strip: Strip,
+    strip: MatrixSlice,
     source: Callable[[Path], SourceFile],
     target: TargetFile | None,
     to: int,
     scales_to: int | None,
     device: torch.device,
-) -> Grid:
+) -> DiskMatrix:
     """One matrix of a quantized tensor.
 
     Args:
@@ -184,7 +184,7 @@ class _BlockGrid:
     def __init__(
         self,
         stored: Quantized,
-        strip: Strip,
+        strip: MatrixSlice,
         source: Callable[[Path], SourceFile],
         target: TargetFile | None,
         to: int,
@@ -199,7 +199,7 @@ class _BlockGrid:
         self._fresh: Tensor | None = None
         self._plain: Tensor | None = None
 
-    def part(self) -> Grid:
+    def part(self) -> DiskMatrix:
         return self  # it is edited in one
 
     def load(self, first: int, last: int) -> Tensor:

@@ -85,14 +85,14 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class Stamp:
+class FileStamp:
     """How a file stood when it was first looked at; an edit of a file that moved on is refused."""
 
     size: int
     mtime_ns: int
 
     @classmethod
-    def of(cls, status: os.stat_result) -> Stamp:
+    def of(cls, status: os.stat_result) -> FileStamp:
         return cls(status.st_size, status.st_mtime_ns)
 
 
@@ -104,7 +104,7 @@ class Shard:
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     data_start: int
-    stamp: Stamp
+    stamp: FileStamp
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def header_length(path: Path, first: bytes, size: int) -> int:
     return length
 
 
-def parse_shard(path: Path, raw: bytes, stamp: Stamp) -> Shard:
+def parse_shard(path: Path, raw: bytes, stamp: FileStamp) -> Shard:
     """Check a shard's header, without its length; raises as :func:`read_shard` does."""
     data_start = 8 + len(raw)
     try:
@@ -184,7 +184,7 @@ def parse_shard(path: Path, raw: bytes, stamp: Stamp) -> Shard:
     return Shard(path, {entry.name: entry for entry in entries}, metadata, data_start, stamp)
 
 
-def _read_header(path: Path) -> tuple[bytes, Stamp]:
+def _read_header(path: Path) -> tuple[bytes, FileStamp]:
     try:
         # Without O_NONBLOCK a FIFO of that name would wait for a writer for ever.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
@@ -199,7 +199,7 @@ def _read_header(path: Path) -> tuple[bytes, Stamp]:
         raise CheckpointError(f"shard {path} cannot be read: {error.strerror}") from None
     if len(raw) != length:
         raise CheckpointError(f"{path} is truncated or no safetensors file")
-    return raw, Stamp.of(status)
+    return raw, FileStamp.of(status)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -404,7 +404,7 @@ def check_unchanged(shards: ShardSet) -> None:
     """
     for shard in shards.shards.values():
         try:
-            same = Stamp.of(shard.path.stat()) == shard.stamp
+            same = FileStamp.of(shard.path.stat()) == shard.stamp
         except OSError:
             same = False
         if not same:

@@ -98,12 +98,12 @@ def trace(
 ) -> None:
     """Follow prompts along the direction, with and without a suffix of yours."""
     set_up(quiet, debug)
-    from abliterate.analysis.trace_request import Request, check_request
+    from abliterate.analysis.trace_request import TraceRequest, check_request
     from abliterate.cli.analysis_tables import show_trace
     from abliterate.prompts.suffixes import read_suffix
 
     text = None if suffix is None else read_suffix(suffix)
-    request = Request(prompts, harmless, n_prompts, text, heads)
+    request = TraceRequest(prompts, harmless, n_prompts, text, heads)
     check_request(request)
     given = {"model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)}
     session = later_session(run, model, None, given)

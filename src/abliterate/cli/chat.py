@@ -252,7 +252,7 @@ def chat(
     session = open_session(model, settings)
 
     def conversation() -> Conversation:
-        return Conversation(session.whole(), vector, session.chat, decoding)
+        return Conversation(session.load_in_memory(), vector, session.chat, decoding)
 
     first = Steering("ablate") if ablate else Steering()
     first = first if coeff is None else Steering("add", coeff)

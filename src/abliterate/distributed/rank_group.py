@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from abliterate.distributed.launcher import launched
-from abliterate.errors import TeamError, UsageError
+from abliterate.errors import RankError, UsageError
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ _ROUNDS = 4
 
 
 @dataclass(frozen=True)
-class Team:
+class RankGroup:
     """The processes that share a job.
 
     Attributes:
@@ -58,34 +58,34 @@ class Team:
     group: Any = field(default=None, compare=False, repr=False)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
+    def is_unsplit(self) -> bool:
         """Whether there is nobody to split the work with."""
         return self.size == 1 or not self.splits
 
-    def together(self) -> Team:
+    def together(self) -> RankGroup:
         """The same ranks, each of which holds a part of the model."""
         return replace(self, splits=False)
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def split(self, items: Sequence[T]) -> list[T]:
         """The items that this process deals with."""
-        return list(items) if self.alone else list(items[self.rank :: self.size])
+        return list(items) if self.is_unsplit else list(items[self.rank :: self.size])
 
-    def rounds(self, items: Sequence[T]) -> list[list[T]]:
+    def chunks(self, items: Sequence[T]) -> list[list[T]]:
         """``items`` in turns, after each of which results are to be exchanged."""
-        if self.alone:
+        if self.is_unsplit:
             return [list(items)]
         most = max(1, -(-len(items) // (_ROUNDS * self.size))) * self.size
         return [list(items[first : first + most]) for first in range(0, len(items), most)]
 
     def gather(self, own: Sequence[T]) -> list[T]:
         """All ranks' results, in the order of the items that :meth:`share` dealt out."""
-        if self.alone:
+        if self.is_unsplit:
             return list(own)
-        parts = self.every(list(own))
+        parts = self.all_gather(list(own))
         result: list[Any] = [None] * sum(map(len, parts))
         for rank, part in enumerate(parts):
             result[rank :: self.size] = part
@@ -93,31 +93,31 @@ class Team:
 
     def gather_rows(self, own: Tensor) -> Tensor:
         """:meth:`gather` of a tensor's rows (its first axis), on the CPU; of no rows, any shape."""
-        if self.alone:
+        if self.is_unsplit:
             return own.cpu()
-        parts = self.every(own.cpu().contiguous())
+        parts = self.all_gather(own.cpu().contiguous())
         whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
         for rank, part in enumerate(parts):
             if len(part):
                 whole[rank :: self.size] = part
         return whole
 
-    def every(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The values of all ranks that do their share, by rank."""
-        if self.alone:
+        if self.is_unsplit:
             return [value]
         values: list[Any] = [None] * self.size
         self._talk(lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
-    def total(self, part: Tensor) -> Tensor:
+    def all_reduce_sum(self, part: Tensor) -> Tensor:
         """The ranks' sums, added up in float64 by an all-reduce, on the CPU."""
         result = part.detach().to("cpu", torch.float64, copy=True).contiguous()
-        if not self.alone:
+        if not self.is_unsplit:
             self._talk(lambda: dist.all_reduce(result, group=self.group))
         return result
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
@@ -125,7 +125,7 @@ class Team:
         self._talk(lambda: dist.broadcast_object_list(box, src=0, group=self.group))
         return box[0]
 
-    def lead(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """What rank 0 alone does, and every rank learns the result of.
 
         Raises:
@@ -135,24 +135,24 @@ class Team:
             return work()
         result: Any = None
         with self._agreeing():
-            if self.leads:
+            if self.is_main:
                 result = work()
-        return self.tell(result)  # type: ignore[no-any-return]
+        return self.broadcast(result)  # type: ignore[no-any-return]
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """This rank's share of the work: if one rank fails in it, every rank fails after it.
 
         Ranks that hold parts of one model cannot agree: when one leaves a forward pass, the others
         wait in it, until they find its connection closed.
         """
-        if self.alone:
+        if self.is_unsplit:
             yield
             return
         with self._agreeing():
             yield
 
-    def same(self, value: str, what: str) -> None:
+    def assert_equal(self, value: str, what: str) -> None:
         """Refuse to go on if ranks have come to different values.
 
         Raises:
@@ -160,13 +160,13 @@ class Team:
         """
         if self.size == 1:
             return
-        if self.tell(value) != value:
+        if self.broadcast(value) != value:
             raise UsageError(
                 f"rank {self.rank} sees another {what} than rank 0: give all machines the same "
                 "files, packages and options"
             )
 
-    def agree(self, failure: BaseException | None) -> None:
+    def raise_if_any_failed(self, failure: BaseException | None) -> None:
         """Wait for all; if any failed, every rank fails.
 
         Raises:
@@ -182,19 +182,19 @@ class Team:
             with suppress(RuntimeError):
                 dist.barrier(group=self.group)
         if failed and failure is None:
-            raise TeamError(f"rank {failed[0]} failed: {messages[failed[0]]}")
+            raise RankError(f"rank {failed[0]} failed: {messages[failed[0]]}")
 
     @contextmanager
     def _agreeing(self) -> Iterator[None]:
         try:
             yield
-        except TeamError:  # the others know, or are gone
+        except RankError:  # the others know, or are gone
             raise
         except BaseException as error:
-            with suppress(TeamError):  # what went wrong here says more
-                self.agree(error)
+            with suppress(RankError):  # what went wrong here says more
+                self.raise_if_any_failed(error)
             raise
-        self.agree(None)
+        self.raise_if_any_failed(None)
 
     def leave(self) -> None:
         """Part in good order: gloo's threads abort a process whose peer goes first."""
@@ -211,10 +211,10 @@ class Team:
             raise _lost(error) from None
 
 
-ALONE = Team()
+ALONE = RankGroup()
 
 
-def _lost(error: RuntimeError) -> TeamError:
+def _lost(error: RuntimeError) -> RankError:
     text = " ".join(str(error).split())
     late = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier in (\d+) ms", text)
     if late:
@@ -224,7 +224,7 @@ def _lost(error: RuntimeError) -> TeamError:
         )
     else:
         reason = f"another rank is gone ({text[:120]})"
-    return TeamError(f"{reason}: run the same command again to go on")
+    return RankError(f"{reason}: run the same command again to go on")
 
 
 def timeout() -> float:
@@ -243,10 +243,10 @@ def timeout() -> float:
     return seconds
 
 
-_joined: dict[int, Team] = {}
+_joined: dict[int, RankGroup] = {}
 
 
-def join_team() -> Team:
+def join_ranks() -> RankGroup:
     """The team that a launcher started, or a team of one.
 
     Only the first call's team ``owned`` the connection and may close it.
@@ -256,7 +256,7 @@ def join_team() -> Team:
         UsageError: the timeout is no number.
     """
     if not launched():
-        return Team()
+        return RankGroup()
     if dist.is_initialized() and os.getpid() in _joined:
         return replace(_joined[os.getpid()], owned=False)
     wait = timedelta(seconds=timeout())
@@ -273,21 +273,21 @@ def join_team() -> Team:
             _set_pg_timeout(wait)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise TeamError(f"the other ranks cannot be reached: {reason}") from None
+        raise RankError(f"the other ranks cannot be reached: {reason}") from None
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    team = Team(dist.get_rank(), dist.get_world_size(), local, owned, group=group)
+    ranks = RankGroup(dist.get_rank(), dist.get_world_size(), local, owned, group=group)
     _joined.clear()
-    _joined[os.getpid()] = team
-    return team
+    _joined[os.getpid()] = ranks
+    return ranks
 
 
-def leave_team() -> None:
+def leave_ranks() -> None:
     """Part from the others, if this process has joined them."""
     if os.getpid() in _joined:
         _joined.pop(os.getpid()).leave()
 
 
-def lost_connection(error: BaseException) -> TeamError | None:
+def lost_connection(error: BaseException) -> RankError | None:
     """What to say of an error that a model's own collectives raise when a rank is gone."""
     text = " ".join(str(error).split())
     of_network = isinstance(error, dist.DistError) or "gloo/transport" in text

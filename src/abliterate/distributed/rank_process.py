@@ -11,7 +11,7 @@ from typing import Any
 
 from abliterate.console import log
 from abliterate.distributed.launcher import launched
-from abliterate.errors import AbliterateError, TeamError
+from abliterate.errors import AbliterateError, RankError
 
 
 def begin() -> None:
@@ -32,7 +32,7 @@ def _warnings_only(record: logging.LogRecord) -> bool:
 
 def _stopped(number: int, frame: FrameType | None) -> Any:
     settle()
-    raise TeamError(
+    raise RankError(
         "stopped by the launcher, as another rank failed or the job was cancelled: run the same "
         "command again to go on"
     )
@@ -67,10 +67,10 @@ def end(code: int) -> int:
     if not launched():
         return code
     if code == 0:
-        from abliterate.distributed.rank_group import leave_team
+        from abliterate.distributed.rank_group import leave_ranks
 
         try:
-            leave_team()
+            leave_ranks()
             return code
         except RuntimeError:  # all is done and written
             log.warning("another rank ended early")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.checkpoints.shards import Stamp, inside, is_adapter
+from abliterate.checkpoints.shards import FileStamp, inside, is_adapter
 from abliterate.editing.workspace import partial_of
 from abliterate.errors import CheckpointError, DiskSpaceError, UsageError
 from abliterate.storage.file_io import SourceFile, TargetFile, copy_range
@@ -25,7 +25,7 @@ _SKIPPED_FOLDERS = {".git", ".cache"}
 
 
 @dataclass(frozen=True)
-class Carried:
+class AuxiliaryFiles:
     """Files that come along as they are.
 
     Attributes:
@@ -33,7 +33,7 @@ class Carried:
         left_behind: weights in other files, adapters, and what is no file.
     """
 
-    files: Mapping[Path, Stamp]
+    files: Mapping[Path, FileStamp]
     left_behind: tuple[str, ...]
 
 
@@ -49,7 +49,9 @@ def check_target(source: Path, out: Path) -> None:
             raise UsageError(f"--output {out} overlaps the source {source}: choose another folder")
 
 
-def find_carried(source: Path, shards: Collection[str], replaced: Collection[str]) -> Carried:
+def find_auxiliary_files(
+    source: Path, shards: Collection[str], replaced: Collection[str]
+) -> AuxiliaryFiles:
     """What to carry over from the source.
 
     Args:
@@ -72,8 +74,8 @@ def find_carried(source: Path, shards: Collection[str], replaced: Collection[str
         if unedited or not stat.S_ISREG(status.st_mode):
             left.append(str(relative))
         else:
-            files[relative] = Stamp.of(status)
-    return Carried(files, tuple(left))
+            files[relative] = FileStamp.of(status)
+    return AuxiliaryFiles(files, tuple(left))
 
 
 def _walk(source: Path) -> Iterator[Path]:
@@ -86,7 +88,7 @@ def _walk(source: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names))
 
 
-def copy_carried(source: Path, carried: Carried, target: Path) -> None:
+def copy_auxiliary_files(source: Path, carried: AuxiliaryFiles, target: Path) -> None:
     """Copy the files, with their permission bits."""
     for relative in carried.files:
         path = target / relative
@@ -103,7 +105,7 @@ def copy_carried(source: Path, carried: Carried, target: Path) -> None:
         shutil.copymode(source / relative, path)
 
 
-def check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
+def check_unchanged(stamps: Mapping[Path, FileStamp]) -> None:
     """Refuse a source that was written to while it was read.
 
     Raises:
@@ -111,7 +113,7 @@ def check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
     """
     for path, stamp in stamps.items():
         try:
-            same = Stamp.of(path.stat()) == stamp
+            same = FileStamp.of(path.stat()) == stamp
         except OSError:
             same = False
         if not same:

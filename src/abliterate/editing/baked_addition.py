@@ -18,7 +18,7 @@ from abliterate.checkpoints.shards import DTYPES, TensorEntry
 from abliterate.direction import Direction
 from abliterate.editing.addition_scale import addition_scale
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
-from abliterate.editing.shard_layout import Changes, NewTensor
+from abliterate.editing.shard_layout import NewTensor, TensorChanges
 from abliterate.errors import CheckpointError, InputError
 from abliterate.inference.interventions import unit_direction
 from abliterate.storage.write_buffers import as_bytes
@@ -41,7 +41,7 @@ class Addition:
     layer: int
     before: float
     after: float
-    changes: Changes
+    changes: TensorChanges
     config: dict[str, Any] | None
 
 
@@ -88,7 +88,7 @@ def plan_addition(
         bias = (before + vector).to(DTYPES[old.dtype])
         change = {name: (name, _constant(old.dtype, bias))}
         shares = _share(before, direction.vector), _share(bias, direction.vector)
-        return Addition(name, layer, *shares, Changes(replaced=change), None)
+        return Addition(name, layer, *shares, TensorChanges(replaced=change), None)
     added: dict[str, dict[str, NewTensor]] = {}
     bias = vector.to(DTYPES[entry.dtype])
     for tensor in plan.shards.tensors.values():
@@ -102,7 +102,7 @@ def plan_addition(
             of_shard[other] = _constant(_same_dtype(tensor, entry), content)
     share = _share(bias, direction.vector)
     fresh = {**config, "mlp_bias": True}
-    return Addition(name, layer, 0.0, share, Changes(added=added), fresh)
+    return Addition(name, layer, 0.0, share, TensorChanges(added=added), fresh)
 
 
 def _last_writer(plan: EditPlan, layer: int, direction: Direction, kind: str) -> TensorEdit:

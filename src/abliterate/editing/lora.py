@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.disk_matrix import PlainGrid, strips
+from abliterate.checkpoints.disk_matrix import PlainDiskMatrix, matrix_slices
 from abliterate.checkpoints.shards import DTYPES, ShardSet
 from abliterate.editing.edit_plan import TensorEdit
-from abliterate.editing.matrix_orthogonalization import Sums, apply_in_blocks
+from abliterate.editing.matrix_orthogonalization import DirectionEnergy, orthogonalize_matrix
 from abliterate.errors import CheckpointError
 from abliterate.storage.artifacts import write_json, write_tensors
 from abliterate.storage.file_io import SourceFile
@@ -48,7 +48,7 @@ def check_targets(edits: Sequence[TensorEdit], shards: ShardSet) -> None:
 
 def write_adapter(
     folder: Path, edits: Sequence[TensorEdit], shards: ShardSet, scale: float, base: str
-) -> list[Sums]:
+) -> list[DirectionEnergy]:
     """Write the adapter's two files; returns what each tensor had along its directions.
 
     Args:
@@ -99,21 +99,21 @@ def _config(edits: Sequence[TensorEdit], base: str) -> Mapping[str, Any]:
     }
 
 
-def _coefficients(edit: TensorEdit, shards: ShardSet) -> tuple[Tensor, Sums]:
+def _coefficients(edit: TensorEdit, shards: ShardSet) -> tuple[Tensor, DirectionEnergy]:
     """``B W`` ``[k, columns]`` (for an embedding ``B W^T``) in float32."""
     entry = shards.tensors[edit.source]
     source = SourceFile(entry.file)
     try:
-        parts, total = [], Sums()
-        for strip in strips(entry.shape, edit.axis):
+        parts, total = [], DirectionEnergy()
+        for strip in matrix_slices(entry.shape, edit.axis):
             dtype = DTYPES[entry.dtype]
-            grid = PlainGrid(source, entry.start, None, 0, dtype, strip, torch.device("cpu"))
+            grid = PlainDiskMatrix(source, entry.start, None, 0, dtype, strip, torch.device("cpu"))
             try:
-                weight, energy = apply_in_blocks(grid, edit.basis, strip.across)
+                weight, energy = orthogonalize_matrix(grid, edit.basis, strip.d_model_is_columns)
             except CheckpointError as error:
                 raise CheckpointError(f"tensor '{entry.name}' in {entry.file} {error}") from None
             parts.append(weight)
-            total += Sums(energy, float(weight.double().square().sum()), 0.0)
+            total += DirectionEnergy(energy, float(weight.double().square().sum()), 0.0)
         return torch.cat(parts, dim=1).to(torch.float32), total
     finally:
         source.close()

@@ -19,7 +19,7 @@ from threading import Event, Thread
 from abliterate.checkpoints.hub import HubRepo
 from abliterate.checkpoints.shards import Shard, inside, read_shard
 from abliterate.editing.shard_layout import ShardLayout
-from abliterate.editing.shard_tasks import Work
+from abliterate.editing.shard_tasks import EditContext
 from abliterate.editing.shard_writer import write_shards
 from abliterate.editing.workspace import Workspace
 from abliterate.errors import CheckpointError
@@ -46,7 +46,10 @@ class Step:
 
 
 def plan_steps(
-    layouts: Sequence[ShardLayout], work: Work, sizes: Mapping[str, int], cached: Collection[str]
+    layouts: Sequence[ShardLayout],
+    work: EditContext,
+    sizes: Mapping[str, int],
+    cached: Collection[str],
 ) -> tuple[list[Step], int]:
     """In which order to fetch and write.
 
@@ -80,7 +83,7 @@ def plan_steps(
     return steps, max(0, peak - total)
 
 
-def _sources(layout: ShardLayout, work: Work) -> frozenset[str]:
+def _sources(layout: ShardLayout, work: EditContext) -> frozenset[str]:
     """Names of the files whose bytes a shard needs."""
     files = {layout.shard.path}
     for placed in layout.tensors:
@@ -94,7 +97,7 @@ def _sources(layout: ShardLayout, work: Work) -> frozenset[str]:
 
 def write_from_hub(
     steps: Sequence[Step],
-    work: Work,
+    work: EditContext,
     workspace: Workspace,
     repo: HubRepo,
     shards: Mapping[str, Shard],
@@ -131,7 +134,7 @@ def write_from_hub(
 
 def _write(
     step: Step,
-    work: Work,
+    work: EditContext,
     workspace: Workspace,
     shards: Mapping[str, Shard],
     advance: Callable[[int], object],

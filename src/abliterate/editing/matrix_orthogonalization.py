@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.disk_matrix import Grid
+from abliterate.checkpoints.disk_matrix import DiskMatrix
 from abliterate.errors import CheckpointError
 
 # A block stays in a core's cache through the handful of passes over it.
@@ -23,7 +23,7 @@ _BLOCK_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EditStrength:
     """How much to remove.
 
     Attributes:
@@ -36,7 +36,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Sums:
+class DirectionEnergy:
     """Squared norms: of a matrix, ``|W|^2``, and of what it has along the directions, ``|B W|^2``.
 
     Attributes:
@@ -49,8 +49,8 @@ class Sums:
     along_before: float = 0.0
     along_after: float = 0.0
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(
+    def __add__(self, other: DirectionEnergy) -> DirectionEnergy:
+        return DirectionEnergy(
             self.energy + other.energy,
             self.along_before + other.along_before,
             self.along_after + other.along_after,
@@ -58,37 +58,37 @@ class Sums:
 
 
 def project(
-    grid: Grid,
+    grid: DiskMatrix,
     basis: Tensor,
-    recipe: Recipe,
-    across: bool,
+    recipe: EditStrength,
+    d_model_is_columns: bool,
     rows: tuple[int, int] | None = None,
     stopped: Callable[[], bool] = lambda: False,
-) -> Sums:
+) -> DirectionEnergy:
     """Edit a matrix and write the result.
 
     Args:
         grid: the matrix.
         basis: ``[k, d_model]``, orthonormal rows.
         recipe: how much to remove.
-        across: d_model is the grid's columns, else its rows.
-        rows: the rows to edit where ``across``, or None for all.
+        d_model_is_columns: else d_model is its rows.
+        rows: the rows to edit where ``d_model_is_columns``, or None for all.
         stopped: asked before each block; True ends the edit where it is.
 
     Raises:
         CheckpointError: the matrix holds NaN or infinity, or the result does not fit its dtype.
     """
-    edit = _along_columns if across else _along_rows
+    edit = _along_columns if d_model_is_columns else _along_rows
     return edit(grid, basis, recipe, rows or (0, grid.rows), stopped)
 
 
 def _along_columns(
-    grid: Grid,
+    grid: DiskMatrix,
     basis: Tensor,
-    recipe: Recipe,
+    recipe: EditStrength,
     rows: tuple[int, int],
     stopped: Callable[[], bool],
-) -> Sums:
+) -> DirectionEnergy:
     """d_model is the columns: every stored row stands alone, ``W^T -= s (W^T B^T) B``."""
     energy, before, after = 0.0, list[Tensor](), list[Tensor]()
     for first, last in _blocks(grid, *rows):
@@ -105,29 +105,29 @@ def _along_columns(
         before.append(coefficients)
         after.append(grid.store(first, W_block) @ basis.T)
     if not before:
-        return Sums()
-    return Sums(energy, _square(torch.cat(before)), _stored_square(torch.cat(after)))
+        return DirectionEnergy()
+    return DirectionEnergy(energy, _square(torch.cat(before)), _stored_square(torch.cat(after)))
 
 
 def _along_rows(
-    grid: Grid,
+    grid: DiskMatrix,
     basis: Tensor,
-    recipe: Recipe,
+    recipe: EditStrength,
     rows: tuple[int, int],
     stopped: Callable[[], bool],
-) -> Sums:
+) -> DirectionEnergy:
     """d_model is the rows: ``B W`` is a sum over all of them, subtracted in a second pass."""
     energy, coefficients = 0.0, None
     for first, last in _blocks(grid, *rows):
         if stopped():
-            return Sums()
+            return DirectionEnergy()
         W_block = grid.load(first, last)  # [n, columns]
         basis = basis.to(W_block)  # [k, d_model]
         partial_sum = basis[:, first:last] @ W_block  # [k, columns]
         coefficients = partial_sum if coefficients is None else coefficients.add_(partial_sum)
         energy += _energy(W_block)
     if coefficients is None:
-        return Sums()
+        return DirectionEnergy()
     after = torch.zeros_like(coefficients)
     for first, last in _blocks(grid, *rows):
         if stopped():
@@ -139,16 +139,18 @@ def _along_rows(
         if norms is not None:
             _restore_row_norms(W_block, norms)
         after += basis_rows @ grid.store(first, W_block)
-    return Sums(energy, _square(coefficients), _stored_square(after))
+    return DirectionEnergy(energy, _square(coefficients), _stored_square(after))
 
 
-def apply_in_blocks(grid: Grid, basis: Tensor, across: bool) -> tuple[Tensor, float]:
-    """What lies along the directions, ``[k, columns]`` or where ``across`` ``[k, rows]``.
+def orthogonalize_matrix(
+    grid: DiskMatrix, basis: Tensor, d_model_is_columns: bool
+) -> tuple[Tensor, float]:
+    """What lies along the directions, ``[k, columns]`` or where ``d_model_is_columns`` ``[k, rows]``.
 
     Args:
         grid: the matrix; it is only read.
         basis: ``[k, d_model]``.
-        across: d_model is the grid's columns, else its rows.
+        d_model_is_columns: else d_model is its rows.
 
     Returns:
         The coefficients in the grid's wide dtype, and the matrix's squared norm.
@@ -161,7 +163,7 @@ def apply_in_blocks(grid: Grid, basis: Tensor, across: bool) -> tuple[Tensor, fl
         W_block = grid.load(first, last)
         basis = basis.to(W_block)
         energy += _energy(W_block)
-        if across:
+        if d_model_is_columns:
             parts.append(basis @ W_block.T)  # [k, n]
         elif parts:
             parts[0] += basis[:, first:last] @ W_block  # [k, columns]
@@ -170,7 +172,7 @@ def apply_in_blocks(grid: Grid, basis: Tensor, across: bool) -> tuple[Tensor, fl
     return torch.cat(parts, dim=1), energy
 
 
-def _blocks(grid: Grid, first: int, last: int) -> Iterator[tuple[int, int]]:
+def _blocks(grid: DiskMatrix, first: int, last: int) -> Iterator[tuple[int, int]]:
     step = max(1, _BLOCK_ELEMENTS // grid.columns)
     step = max(grid.row_step, step - step % grid.row_step)
     for row in range(first, last, step):

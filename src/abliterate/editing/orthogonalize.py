@@ -24,17 +24,17 @@ from abliterate.checkpoints.quantized_formats import (
     find_quantized,
     read_config,
 )
-from abliterate.checkpoints.shards import INDEX, Stamp
+from abliterate.checkpoints.shards import INDEX, FileStamp
 from abliterate.console import log, progress_bar
 from abliterate.direction import Direction
-from abliterate.distributed.rank_group import Team, join_team
+from abliterate.distributed.rank_group import RankGroup, join_ranks
 from abliterate.editing.auxiliary_files import (
-    Carried,
+    AuxiliaryFiles,
     check_space,
     check_target,
     check_unchanged,
-    copy_carried,
-    find_carried,
+    copy_auxiliary_files,
+    find_auxiliary_files,
 )
 from abliterate.editing.baked_addition import plan_addition
 from abliterate.editing.edit_plan import EditPlan, TensorEdit, make_plan
@@ -42,7 +42,7 @@ from abliterate.editing.edited_tensor import EditedTensor
 from abliterate.editing.file_names import CARD, RECORD
 from abliterate.editing.lora import check_targets, write_adapter
 from abliterate.editing.low_disk import Step, plan_steps, write_from_hub
-from abliterate.editing.matrix_orthogonalization import Recipe, Sums
+from abliterate.editing.matrix_orthogonalization import DirectionEnergy, EditStrength
 from abliterate.editing.model_card import write_model_card
 from abliterate.editing.options import (
     EditOptions,
@@ -51,8 +51,8 @@ from abliterate.editing.options import (
     tied_matrices_agree,
 )
 from abliterate.editing.own_checkpoint import file_list
-from abliterate.editing.shard_layout import Changes, ShardLayout, lay_out, new_index
-from abliterate.editing.shard_tasks import Work
+from abliterate.editing.shard_layout import ShardLayout, TensorChanges, lay_out, new_index
+from abliterate.editing.shard_tasks import EditContext
 from abliterate.editing.shard_writer import usable_cores, write_shards
 from abliterate.editing.tensor_changes import plan_changes, resolve_edits, untie_document
 from abliterate.editing.workspace import (
@@ -69,7 +69,7 @@ from abliterate.errors import (
     DiskSpaceError,
     FetchError,
     InterruptedWorkError,
-    TeamError,
+    RankError,
     UsageError,
 )
 from abliterate.models.loading import Checkpoint, find_checkpoint, pick_device
@@ -95,7 +95,7 @@ class PlannedEdit:
     full: EditPlan
     plan: EditPlan
     quantized: Mapping[str, Quantized]
-    changes: Changes
+    changes: TensorChanges
     config: dict[str, Any] | None
     added: tuple[EditedTensor, ...]
 
@@ -126,10 +126,10 @@ class _Job:
     added: Sequence[EditedTensor]
     untied: tuple[str, ...]
     layouts: Mapping[str, ShardLayout]
-    work: Work
+    work: EditContext
     documents: Mapping[str, Any]
-    carried: Carried
-    stamps: Mapping[Path, Stamp]
+    carried: AuxiliaryFiles
+    stamps: Mapping[Path, FileStamp]
 
     def inputs(self) -> str:
         """A hash of all that the result depends on."""
@@ -198,12 +198,12 @@ def orthogonalize(
         direction = Direction(direction)
     if model.remote is not None:
         _check_low_disk(options)
-    team, source = join_team(), model
+    ranks, source = join_ranks(), model
     with ExitStack() as held:  # by the first rank, for all
-        team.lead(lambda: _claim(held, source.folder, out, overwrite))
+        ranks.run_on_main(lambda: _claim(held, source.folder, out, overwrite))
         job = _prepare(source, direction, options, trust_remote_code, allow_leak)
-        workspace = _open(job, out, overwrite, team)
-        return _finish_or_keep(job, workspace, overwrite, team)
+        workspace = _open(job, out, overwrite, ranks)
+        return _finish_or_keep(job, workspace, overwrite, ranks)
 
 
 def _claim(held: ExitStack, source: Path, out: Path, overwrite: bool) -> None:
@@ -230,11 +230,11 @@ def _cannot(out: Path, error: OSError) -> str:
 
 
 def _finish_or_keep(
-    job: _Job, workspace: Workspace, overwrite: bool, team: Team
+    job: _Job, workspace: Workspace, overwrite: bool, ranks: RankGroup
 ) -> list[EditedTensor]:
     """Carry it out; what is finished when something goes wrong is kept, and the error says so."""
     try:
-        return _carry_out(job, workspace, overwrite, team)
+        return _carry_out(job, workspace, overwrite, ranks)
     except KeyboardInterrupt:
         raise InterruptedWorkError(f"interrupted; {_kept(workspace)}") from None
     except OSError as error:
@@ -248,10 +248,10 @@ def _finish_or_keep(
         raise DiskSpaceError(f"{error}; {_kept(workspace)}") from None
     except FetchError as error:
         raise FetchError(f"{error}; {_kept(workspace)}") from None
-    except TeamError:
+    except RankError:
         raise
     except CheckpointError:  # of the source: going on would end the same way
-        if team.leads:
+        if ranks.is_main:
             workspace.discard()
         raise
     finally:
@@ -265,11 +265,11 @@ def _check_low_disk(options: EditOptions) -> None:
         raise UsageError("--low-disk fetches one shard at a time: run it in one process")
 
 
-def _open(job: _Job, out: Path, overwrite: bool, team: Team) -> Workspace:
+def _open(job: _Job, out: Path, overwrite: bool, ranks: RankGroup) -> Workspace:
     """Begin the work or take it up; only one of a team does, the others join it."""
     opened: list[Workspace] = []
 
-    def begin() -> tuple[dict[str, dict[int, Sums]], bool]:
+    def begin() -> tuple[dict[str, dict[int, DirectionEnergy]], bool]:
         inputs = job.inputs()
         if not is_published(out, inputs):
             check_absent(out, overwrite)
@@ -279,8 +279,8 @@ def _open(job: _Job, out: Path, overwrite: bool, team: Team) -> Workspace:
             raise CheckpointError(_cannot(out, error)) from None
         return opened[0].finished, opened[0].published
 
-    finished, published = team.lead(begin)
-    return opened[0] if opened else join_workspace(out, team.rank, finished, published)
+    finished, published = ranks.run_on_main(begin)
+    return opened[0] if opened else join_workspace(out, ranks.rank, finished, published)
 
 
 def _kept(workspace: Workspace) -> str:
@@ -299,7 +299,7 @@ def _prepare(
     allow_leak: float | None,
 ) -> _Job:
     own = [source.folder / name for name in (CONFIG, INDEX)]
-    stamps = {path: Stamp.of(path.stat()) for path in own if path.is_file()}
+    stamps = {path: FileStamp.of(path.stat()) for path in own if path.is_file()}
     device = pick_device(options.device)
     planned = plan_edit(source, direction, options, trust_remote_code, allow_leak)
     full, plan, quantized, changes = planned.full, planned.plan, planned.quantized, planned.changes
@@ -309,19 +309,19 @@ def _prepare(
         documents[INDEX] = index
     shards = plan.shards.shards
     layouts = {name: lay_out(shard, changes) for name, shard in shards.items()}
-    carried = find_carried(source.folder, shards, (RECORD, CARD, *documents))
+    carried = find_auxiliary_files(source.folder, shards, (RECORD, CARD, *documents))
     if options.as_lora:
         if full.tied and options.tied_embeddings == "share":
             raise UsageError("--as-lora leaves the output head alone: not --tied-embeddings share")
         check_targets(plan.edits, plan.shards)
-        layouts, documents, carried = {}, {}, Carried({}, ())
+        layouts, documents, carried = {}, {}, AuxiliaryFiles({}, ())
         plan = replace(plan, copies={})
     if source.remote is None:  # else the commit says it all
         stamps |= {shard.path: shard.stamp for shard in shards.values()}
     stamps |= {source.folder / path: stamp for path, stamp in carried.files.items()}
-    recipe = Recipe(options.scale, options.norm_preserve)
+    recipe = EditStrength(options.scale, options.norm_preserve)
     jobs = options.jobs or usable_cores()
-    work = Work(plan.edits, recipe, quantized, device, jobs)
+    work = EditContext(plan.edits, recipe, quantized, device, jobs)
     edited = {edit.name for edit in plan.edits}
     untied = tuple(sorted(held if new in edited else new for new, held in plan.copies.items()))
     return _Job(
@@ -358,39 +358,41 @@ def plan_edit(
     return PlannedEdit(full, plan, quantized, changes, new_config, added)
 
 
-def _carry_out(job: _Job, workspace: Workspace, overwrite: bool, team: Team) -> list[EditedTensor]:
+def _carry_out(
+    job: _Job, workspace: Workspace, overwrite: bool, ranks: RankGroup
+) -> list[EditedTensor]:
     if not workspace.published:
         failure: BaseException | None = None
         try:
-            _write(job, workspace, team)
+            _write(job, workspace, ranks)
         except BaseException as error:
             failure = error
             raise
         finally:
-            team.agree(failure)
-        if team.leads:
+            ranks.raise_if_any_failed(failure)
+        if ranks.is_main:
             workspace.gather()
             _complete(job, workspace, overwrite)
-    elif team.leads:
+    elif ranks.is_main:
         workspace.discard()
-    team.tell(None)  # the others wait until OUT has its name
-    team.leave()
+    ranks.broadcast(None)  # the others wait until OUT has its name
+    ranks.leave()
     return _recorded(workspace.out)
 
 
-def _write(job: _Job, workspace: Workspace, team: Team) -> None:
+def _write(job: _Job, workspace: Workspace, ranks: RankGroup) -> None:
     """This process's share of the shards."""
     unfinished = [layout for name, layout in job.layouts.items() if name not in workspace.finished]
     remote, steps, more = job.source.remote, list[Step](), 0
     if remote is not None:
         cached = [name for name in job.plan.shards.shards if remote.cached(name) is not None]
         steps, more = plan_steps(unfinished, job.work, remote.sizes, cached)
-    if team.leads:
+    if ranks.is_main:
         _check_space(job, workspace, more)
     if workspace.finished:
         log.info("going on from %d finished shards", len(workspace.finished))
-    todo = team.share(unfinished)
-    work = replace(job.work, jobs=max(1, job.work.jobs // team.on_this_machine))
+    todo = ranks.split(unfinished)
+    work = replace(job.work, jobs=max(1, job.work.jobs // ranks.on_this_machine))
     with progress_bar("orthogonalize", sum(layout.size for layout in todo), unit="B") as bar:
         if remote is not None:
             shards = job.plan.shards.shards
@@ -404,7 +406,7 @@ def _complete(job: _Job, workspace: Workspace, overwrite: bool) -> None:
     if job.carried.left_behind:
         left = ", ".join(job.carried.left_behind)
         log.warning("weights in other files and adapters are left behind: %s", left)
-    copy_carried(job.source.folder, job.carried, workspace.files)
+    copy_auxiliary_files(job.source.folder, job.carried, workspace.files)
     for name, document in job.documents.items():
         write_json(workspace.files / name, document)
     if job.options.as_lora:
@@ -460,13 +462,16 @@ def _check_space(job: _Job, workspace: Workspace, more: int) -> None:
 
 
 def _edited(job: _Job, workspace: Workspace) -> list[EditedTensor]:
-    sums: dict[int, Sums] = {}
+    sums: dict[int, DirectionEnergy] = {}
     for of_shard in workspace.finished.values():
         sums |= of_shard
-    return [*job.added, *(_measured(e, sums.get(i, Sums())) for i, e in enumerate(job.edits))]
+    return [
+        *job.added,
+        *(_measured(e, sums.get(i, DirectionEnergy())) for i, e in enumerate(job.edits)),
+    ]
 
 
-def _measured(edit: TensorEdit, sums: Sums) -> EditedTensor:
+def _measured(edit: TensorEdit, sums: DirectionEnergy) -> EditedTensor:
     energy = sums.energy or 1.0
     before, after = math.sqrt(sums.along_before / energy), math.sqrt(sums.along_after / energy)
     return EditedTensor(edit.name, edit.kind, edit.layer, edit.axis, before, after, edit.region)

@@ -33,7 +33,7 @@ class NewTensor:
 
 
 @dataclass(frozen=True)
-class Changes:
+class TensorChanges:
     """How the set of tensors changes.
 
     Attributes:
@@ -48,7 +48,7 @@ class Changes:
 
 
 @dataclass(frozen=True)
-class Placed:
+class TensorOffsets:
     """A tensor of the edited shard.
 
     Attributes:
@@ -81,24 +81,26 @@ class ShardLayout:
 
     shard: Shard
     header: bytes | None
-    tensors: tuple[Placed, ...]
+    tensors: tuple[TensorOffsets, ...]
     size: int
 
 
-def lay_out(shard: Shard, changes: Changes) -> ShardLayout:
+def lay_out(shard: Shard, changes: TensorChanges) -> ShardLayout:
     """Where every tensor of a shard will lie."""
     appended = changes.added.get(shard.path.name, {})
     names = shard.tensors.keys()
     if not appended and not names & {*changes.replaced, *changes.removed}:
         same = tuple(
-            Placed(entry.name, entry.start, entry.end - entry.start, entry)
+            TensorOffsets(entry.name, entry.start, entry.end - entry.start, entry)
             for entry in sorted(shard.tensors.values(), key=lambda entry: (entry.start, entry.end))
         )
         return ShardLayout(shard, None, same, shard.stamp.size)
     return _new_layout(shard, changes, appended)
 
 
-def _new_layout(shard: Shard, changes: Changes, appended: Mapping[str, NewTensor]) -> ShardLayout:
+def _new_layout(
+    shard: Shard, changes: TensorChanges, appended: Mapping[str, NewTensor]
+) -> ShardLayout:
     fresh: dict[str, NewTensor] = {}  # in the order of the source's header
     replaces: dict[str, str] = {}
     for name, entry in shard.tensors.items():
@@ -127,7 +129,7 @@ def _new_layout(shard: Shard, changes: Changes, appended: Mapping[str, NewTensor
     raw += b" " * (-len(raw) % 8)  # the format aligns the data to eight bytes
     begin = 8 + len(raw)
     placed = tuple(
-        Placed(
+        TensorOffsets(
             name,
             begin + starts[name],
             fresh[name].size,
@@ -140,9 +142,9 @@ def _new_layout(shard: Shard, changes: Changes, appended: Mapping[str, NewTensor
     return ShardLayout(shard, len(raw).to_bytes(8, "little") + raw, placed, begin + end)
 
 
-def new_index(shards: ShardSet, changes: Changes) -> dict[str, Any] | None:
+def new_index(shards: ShardSet, changes: TensorChanges) -> dict[str, Any] | None:
     """The index of the edited checkpoint; None if it stays as it is or there is none."""
-    if shards.index is None or changes == Changes():
+    if shards.index is None or changes == TensorChanges():
         return None
     weight_map, total = {}, 0
     for name, file in shards.index["weight_map"].items():

@@ -12,12 +12,17 @@ from threading import Event
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.disk_matrix import Grid, PlainGrid, Strip, strips
+from abliterate.checkpoints.disk_matrix import (
+    DiskMatrix,
+    MatrixSlice,
+    PlainDiskMatrix,
+    matrix_slices,
+)
 from abliterate.checkpoints.quantized_formats import Quantized, open_quantized
 from abliterate.checkpoints.shards import DTYPES, TensorEntry
 from abliterate.editing.edit_plan import TensorEdit
-from abliterate.editing.matrix_orthogonalization import Recipe, Sums, project
-from abliterate.editing.shard_layout import Placed, ShardLayout
+from abliterate.editing.matrix_orthogonalization import DirectionEnergy, EditStrength, project
+from abliterate.editing.shard_layout import ShardLayout, TensorOffsets
 from abliterate.errors import CheckpointError
 from abliterate.storage.file_io import SourceFile, TargetFile, copy_range
 from abliterate.storage.write_buffers import RUN_BYTES
@@ -27,7 +32,7 @@ _EDIT_BYTES = RUN_BYTES
 
 
 @dataclass(frozen=True)
-class Work:
+class EditContext:
     """How to carry out the edits.
 
     Attributes:
@@ -41,7 +46,7 @@ class Work:
     """
 
     edits: Sequence[TensorEdit]
-    recipe: Recipe
+    recipe: EditStrength
     quantized: Mapping[str, Quantized]
     device: torch.device
     jobs: int
@@ -50,7 +55,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Unit:
+class ShardTask:
     """A piece of work on its own.
 
     Attributes:
@@ -62,7 +67,7 @@ class Unit:
 
     start: int
     size: int
-    run: Callable[[Event], tuple[int, Sums] | None]
+    run: Callable[[Event], tuple[int, DirectionEnergy] | None]
 
 
 class Files:
@@ -79,9 +84,9 @@ class Files:
         return self._open[path]
 
 
-def units_of(
-    layout: ShardLayout, work: Work, files: Files, target: TargetFile, cloned: bool
-) -> Iterator[list[Unit]]:
+def tasks_of(
+    layout: ShardLayout, work: EditContext, files: Files, target: TargetFile, cloned: bool
+) -> Iterator[list[ShardTask]]:
     """The units of a shard, in lists of which each must be done before the next.
 
     Args:
@@ -101,8 +106,8 @@ def units_of(
         for name, q in work.quantized.items()
         if name in edits and all(edit.region is None for _, edit in edits[name])
     }
-    whole: list[Unit] = []
-    boxes: list[Unit] = []
+    whole: list[ShardTask] = []
+    boxes: list[ShardTask] = []
     ranges: list[_Range] = []
     if layout.header is not None:
         target.write(memoryview(layout.header), 0)
@@ -140,7 +145,7 @@ class _Range:
     size: int
 
 
-def _copy_units(ranges: Sequence[_Range], files: Files, target: TargetFile) -> Iterator[Unit]:
+def _copy_units(ranges: Sequence[_Range], files: Files, target: TargetFile) -> Iterator[ShardTask]:
     merged: list[_Range] = []
     for part in ranges:
         last = merged[-1] if merged else None
@@ -160,33 +165,33 @@ def _copy_units(ranges: Sequence[_Range], files: Files, target: TargetFile) -> I
             )
 
 
-def _copy_unit(source: SourceFile, start: int, target: TargetFile, to: int, size: int) -> Unit:
+def _copy_unit(source: SourceFile, start: int, target: TargetFile, to: int, size: int) -> ShardTask:
     def run(stop: Event) -> None:
         source.expect(start, size)
         copy_range(source, start, target, to, size)
         target.begin_writeback(to, size)
 
-    return Unit(to, size, run)
+    return ShardTask(to, size, run)
 
 
 def _edit_units(
-    placed: Placed,
+    placed: TensorOffsets,
     edits: Sequence[tuple[int, TensorEdit]],
-    places: Mapping[str, Placed],
-    work: Work,
+    places: Mapping[str, TensorOffsets],
+    work: EditContext,
     files: Files,
     target: TargetFile,
-) -> Iterator[Unit]:
+) -> Iterator[ShardTask]:
     """Edits of a tensor that keeps its format."""
     entry = placed.origin
     assert entry is not None
     stored = work.quantized.get(entry.name)
     for index, edit in edits:
         shape = entry.shape if stored is None else stored.shape
-        for strip in strips(shape, edit.axis, edit.region):
+        for strip in matrix_slices(shape, edit.axis, edit.region):
             if stored is None:
                 source, dtype = files.open(entry.file), _dtype(entry)
-                grid: Grid = PlainGrid(
+                grid: DiskMatrix = PlainDiskMatrix(
                     source,
                     entry.start,
                     target,
@@ -215,19 +220,19 @@ def _dtype(entry: TensorEntry) -> torch.dtype:
 
 
 def _dense_units(
-    placed: Placed,
+    placed: TensorOffsets,
     edits: Sequence[tuple[int, TensorEdit]],
-    work: Work,
+    work: EditContext,
     files: Files,
     target: TargetFile,
-) -> Iterator[Unit]:
+) -> Iterator[ShardTask]:
     """A quantized tensor that becomes a plain one, with its edits if it has any."""
     assert placed.replaces is not None
     stored = work.quantized[placed.replaces]
     index, edit = edits[0] if edits else (-1, None)
     axis = len(stored.shape) - 2 if edit is None else edit.axis
     nothing = torch.zeros(0, stored.shape[axis], dtype=torch.float64)
-    for strip in strips(stored.shape, axis):
+    for strip in matrix_slices(stored.shape, axis):
         grid = open_quantized(stored, strip, files.open, target, placed.start, None, work.device)
         piece = _Piece(grid, strip, placed, stored.values, math.prod(stored.shape))
         yield from piece.units(index, nothing if edit is None else edit.basis, work.recipe, target)
@@ -237,18 +242,18 @@ def _dense_units(
 class _Piece:
     """A matrix of a tensor, about to be cut into units."""
 
-    grid: Grid
-    strip: Strip
-    placed: Placed
+    grid: DiskMatrix
+    strip: MatrixSlice
+    placed: TensorOffsets
     entry: TensorEntry
     elements: int
 
     def units(
-        self, index: int, basis: Tensor, recipe: Recipe, target: TargetFile
-    ) -> Iterator[Unit]:
+        self, index: int, basis: Tensor, recipe: EditStrength, target: TargetFile
+    ) -> Iterator[ShardTask]:
         """Blocks of rows where rows stand alone, else the matrix."""
         step = self.grid.rows
-        if self.strip.across and self.grid.splits:
+        if self.strip.d_model_is_columns and self.grid.splits:
             row_bytes = self.placed.size * self.strip.columns // self.elements
             step = max(1, _EDIT_BYTES // max(1, row_bytes))
         for first in range(0, self.grid.rows, step):
@@ -256,14 +261,21 @@ class _Piece:
             yield self._unit(rows, index, basis, recipe, target)
 
     def _unit(
-        self, rows: tuple[int, int], index: int, basis: Tensor, recipe: Recipe, target: TargetFile
-    ) -> Unit:
+        self,
+        rows: tuple[int, int],
+        index: int,
+        basis: Tensor,
+        recipe: EditStrength,
+        target: TargetFile,
+    ) -> ShardTask:
         start, end = (self._byte(row) for row in rows)
 
-        def run(stop: Event) -> tuple[int, Sums] | None:
+        def run(stop: Event) -> tuple[int, DirectionEnergy] | None:
             grid = self.grid.part()
             try:
-                sums = project(grid, basis, recipe, self.strip.across, rows, stop.is_set)
+                sums = project(
+                    grid, basis, recipe, self.strip.d_model_is_columns, rows, stop.is_set
+                )
             except CheckpointError as error:
                 where = f"tensor '{self.entry.name}' in {self.entry.file}"
                 raise CheckpointError(f"{where} {error}") from None
@@ -272,7 +284,7 @@ class _Piece:
                 target.begin_writeback(start, end - start)
             return None if index < 0 else (index, sums)
 
-        return Unit(start, end - start, run)
+        return ShardTask(start, end - start, run)
 
     def _byte(self, row: int) -> int:
         """Where a row begins in the target, if the tensor is a plain one."""

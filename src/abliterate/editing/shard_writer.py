@@ -18,9 +18,9 @@ from threading import Event
 
 import torch
 
-from abliterate.editing.matrix_orthogonalization import Sums
+from abliterate.editing.matrix_orthogonalization import DirectionEnergy
 from abliterate.editing.shard_layout import ShardLayout
-from abliterate.editing.shard_tasks import Files, Unit, Work, units_of
+from abliterate.editing.shard_tasks import EditContext, Files, ShardTask, tasks_of
 from abliterate.storage.file_io import TargetFile, clone_file
 from abliterate.storage.write_buffers import RUN_BYTES
 
@@ -44,9 +44,9 @@ def edit_memory(jobs: int) -> int:
 
 def write_shards(
     layouts: Sequence[ShardLayout],
-    work: Work,
+    work: EditContext,
     target: Callable[[str], Path],
-    finished: Callable[[str, Mapping[int, Sums]], None],
+    finished: Callable[[str, Mapping[int, DirectionEnergy]], None],
     advance: Callable[[int], object],
 ) -> None:
     """Write shards, a few at a time: through the page cache a file takes one thread's at once.
@@ -113,13 +113,13 @@ def _one_thread_each() -> Iterator[None]:
 
 def _write_shard(
     layout: ShardLayout,
-    work: Work,
+    work: EditContext,
     path: Path,
     threads: ThreadPoolExecutor,
     stop: Event,
     advance: Callable[[int], object],
-) -> dict[int, Sums]:
-    sums: dict[int, Sums] = {}
+) -> dict[int, DirectionEnergy]:
+    sums: dict[int, DirectionEnergy] = {}
     with ExitStack() as stack:
         files = Files(stack, work.places)
         target = TargetFile(path, keep=work.in_place)
@@ -128,21 +128,21 @@ def _write_shard(
             layout.header is None and clone_file(files.open(layout.shard.path), target)
         )
         target.resize(layout.size)
-        for units in units_of(layout, work, files, target, cloned):
+        for units in tasks_of(layout, work, files, target, cloned):
             for index, part in _run(units, threads, stop, advance):
-                sums[index] = sums.get(index, Sums()) + part
+                sums[index] = sums.get(index, DirectionEnergy()) + part
     return sums
 
 
 def _run(
-    units: Sequence[Unit],
+    units: Sequence[ShardTask],
     threads: ThreadPoolExecutor,
     stop: Event,
     advance: Callable[[int], object],
-) -> list[tuple[int, Sums]]:
+) -> list[tuple[int, DirectionEnergy]]:
     """What the units found, in their order; the first failure ends all of them."""
 
-    def run(unit: Unit) -> tuple[int, Sums] | None:
+    def run(unit: ShardTask) -> tuple[int, DirectionEnergy] | None:
         found = None if stop.is_set() else unit.run(stop)
         advance(unit.size)
         return found
@@ -159,7 +159,7 @@ def _run(
     return [found for future in futures if (found := future.result()) is not None]
 
 
-def _end(futures: Sequence[Future[tuple[int, Sums] | None]], stop: Event) -> None:
+def _end(futures: Sequence[Future[tuple[int, DirectionEnergy] | None]], stop: Event) -> None:
     """Wait until no thread uses a file any more that is about to be closed."""
     stop.set()
     for future in futures:

@@ -10,7 +10,7 @@ from typing import Any
 from abliterate.checkpoints.quantized_formats import Quantized
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
-from abliterate.editing.shard_layout import Changes, NewTensor
+from abliterate.editing.shard_layout import NewTensor, TensorChanges
 from abliterate.errors import CheckpointError
 
 
@@ -38,7 +38,7 @@ def plan_changes(
     quantized: Mapping[str, Quantized],
     choice: str | None,
     config: Mapping[str, Any],
-) -> tuple[Changes, dict[str, Any] | None]:
+) -> tuple[TensorChanges, dict[str, Any] | None]:
     """What the edit adds, replaces and removes, and the configuration if that changes.
 
     Args:
@@ -88,7 +88,7 @@ def plan_changes(
             replaced[stored.values.name] = (name, NewTensor("BF16", shape))
             removed.add(stored.scales.name)
         fresh = _dequantized_config(fresh, sorted(modules), len(dense) == len(quantized))
-    return Changes(added, replaced, frozenset(removed)), fresh if fresh != config else None
+    return TensorChanges(added, replaced, frozenset(removed)), fresh if fresh != config else None
 
 
 def untie_document(config: Mapping[str, Any], plan: EditPlan) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from abliterate.checkpoints.shards import Stamp
-from abliterate.editing.matrix_orthogonalization import Sums
+from abliterate.checkpoints.shards import FileStamp
+from abliterate.editing.matrix_orthogonalization import DirectionEnergy
 from abliterate.editing.own_checkpoint import check_replaceable
 from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.storage.file_io import exchange, sync_file
@@ -49,7 +49,7 @@ class Workspace:
     """
 
     out: Path
-    finished: dict[str, dict[int, Sums]]
+    finished: dict[str, dict[int, DirectionEnergy]]
     published: bool
     _journal: IO[bytes]
 
@@ -70,13 +70,13 @@ class Workspace:
         """Where a shard is written."""
         return self.folder / _CURRENT / name
 
-    def finish(self, name: str, sums: Mapping[int, Sums]) -> None:
+    def finish(self, name: str, sums: Mapping[int, DirectionEnergy]) -> None:
         """Flush a shard that is written, and enter it into the journal."""
         path = self.files / name
         sync_file(self.current(name))
         self.current(name).replace(path)
         sync_file(self.files)
-        stamp = asdict(Stamp.of(path.stat()))
+        stamp = asdict(FileStamp.of(path.stat()))
         entry = {str(index): asdict(part) for index, part in sums.items()}
         self._append({"shard": name, "stamp": stamp, "sums": entry})
         self.finished[name] = dict(sums)
@@ -135,7 +135,7 @@ class Workspace:
 
 
 def join_workspace(
-    out: Path, rank: int, finished: dict[str, dict[int, Sums]], published: bool
+    out: Path, rank: int, finished: dict[str, dict[int, DirectionEnergy]], published: bool
 ) -> Workspace:
     """The workspace that another process opened; what this one finishes goes to its own journal."""
     journal = open_to_extend(partial_of(out) / f"{_JOURNAL.stem}-{rank}{_JOURNAL.suffix}")
@@ -308,17 +308,17 @@ def _was_published(out: Path, last: Mapping[str, Any]) -> bool:
 
 def _finished(
     files: Path, lines: list[dict[str, Any]], published: bool
-) -> dict[str, dict[int, Sums]]:
+) -> dict[str, dict[int, DirectionEnergy]]:
     """The shards that are still as they were when they were finished."""
     found = {}
     for line in lines:
         try:
-            name, stamp = line["shard"], Stamp(**line["stamp"])
-            sums = {int(index): Sums(**part) for index, part in line["sums"].items()}
+            name, stamp = line["shard"], FileStamp(**line["stamp"])
+            sums = {int(index): DirectionEnergy(**part) for index, part in line["sums"].items()}
             if Path(name).name != name:
                 continue
             status = (files / name).lstat() if not published else None
-            if status is None or (stat.S_ISREG(status.st_mode) and Stamp.of(status) == stamp):
+            if status is None or (stat.S_ISREG(status.st_mode) and FileStamp.of(status) == stamp):
                 found[name] = sums
         except (OSError, KeyError, TypeError, ValueError):
             continue  # it is written again

@@ -31,7 +31,7 @@ from abliterate.metrics.refusal import (
     refusal_score,
 )
 from abliterate.metrics.refusal_substrings import is_refusal
-from abliterate.models.loading import Loaded
+from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts
 
@@ -106,7 +106,7 @@ class Outcome:
         }
 
 
-def intervention(loaded: Loaded, name: str, direction: Direction | None) -> Context:
+def intervention(loaded: LoadedModel, name: str, direction: Direction | None) -> Context:
     """A factory of the context manager for ``baseline``, ``ablate``, ``add`` or ``subtract``.
 
     Raises:
@@ -138,13 +138,13 @@ def check_intervention(name: str, direction: Direction | None) -> None:
 
 
 def evaluate(
-    loaded: Loaded,
+    loaded: LoadedModel,
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     refusal_tokens: Sequence[int],
     direction: Direction | None = None,
     interventions: Sequence[str] = ("baseline", "ablate", "add"),
-    edited: Mapping[str, Loaded] | None = None,
+    edited: Mapping[str, LoadedModel] | None = None,
     chat: ChatFormat | None = None,
     max_new_tokens: int = 512,
     batch_size: int | str = "auto",
@@ -175,13 +175,13 @@ def evaluate(
     """
     check_prompts(harmful=harmful, harmless=harmless)
     chat = chat or ChatFormat()
-    runs: list[tuple[str, Loaded, Context]] = [
+    runs: list[tuple[str, LoadedModel, Context]] = [
         (name, loaded, intervention(loaded, name, direction)) for name in interventions
     ]
     runs += [(name, other, nullcontext) for name, other in (edited or {}).items()]
     prompts = {"harmful": harmful, "harmless": harmless}
     ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in KINDS}
-    baseline = all_last_logits(loaded.model, ids["harmless"], batch_size, team=loaded.team)
+    baseline = all_last_logits(loaded.model, ids["harmless"], batch_size, ranks=loaded.ranks)
     check_refusal_tokens(refusal_tokens, baseline.shape[1])
     outcomes = {}
     for name, subject, context in runs:
@@ -198,13 +198,15 @@ def evaluate(
     return outcomes
 
 
-def encode_prompts(loaded: Loaded, prompts: Sequence[Prompt], chat: ChatFormat) -> list[list[int]]:
+def encode_prompts(
+    loaded: LoadedModel, prompts: Sequence[Prompt], chat: ChatFormat
+) -> list[list[int]]:
     """Token ids of each prompt's conversation."""
     return encode(loaded.tokenizer, [prompt.text for prompt in prompts], chat)
 
 
 def measure(
-    subject: Loaded,
+    subject: LoadedModel,
     ids: Mapping[str, Sequence[Sequence[int]]],
     baseline: Tensor,
     refusal_tokens: Sequence[int],
@@ -227,7 +229,7 @@ def measure(
         InputError: the model has another vocabulary than the baseline.
     """
     harmful, harmless = (
-        all_last_logits(subject.model, ids[kind], batch_size, context(), team=subject.team)
+        all_last_logits(subject.model, ids[kind], batch_size, context(), ranks=subject.ranks)
         for kind in KINDS
     )
     return metrics_of(harmful, harmless, baseline, refusal_tokens, subject.checkpoint.name, seed)
@@ -279,7 +281,7 @@ def metrics_of(
 
 
 def complete(
-    subject: Loaded,
+    subject: LoadedModel,
     ids: Sequence[Sequence[int]],
     file: CompletionFile,
     context: Context = nullcontext,

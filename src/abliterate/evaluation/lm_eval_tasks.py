@@ -13,7 +13,7 @@ from typing import Any
 from abliterate.console import bars_hidden, debugging
 from abliterate.errors import InputError, UsageError
 from abliterate.inference.decoding import plain_decoding
-from abliterate.models.loading import Loaded
+from abliterate.models.loading import LoadedModel
 
 # For the standard errors of metrics that are no means.
 _RESAMPLES = 1000
@@ -80,7 +80,7 @@ def find_tasks(names: str, folder: Path | None = None, limit: int | None = None)
 
 
 def run_tasks(
-    loaded: Loaded, tasks: Tasks, batch_size: int | str = "auto", seed: int = 0
+    loaded: LoadedModel, tasks: Tasks, batch_size: int | str = "auto", seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Metrics of each task and group on the model as it is now, hooks included.
 
@@ -146,7 +146,7 @@ def _figures(found: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, f
     return figures | ({"n": count} if isinstance(count, int) and figures else {})
 
 
-def _rows(loaded: Loaded, batch_size: int | str) -> int:
+def _rows(loaded: LoadedModel, batch_size: int | str) -> int:
     if batch_size != "auto":
         return int(batch_size)
     return 8 if loaded.model.device.type == "cpu" else 32

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from abliterate.errors import InputError
 from abliterate.inference.forward import Batch, for_each_batch, last_logits
-from abliterate.models.loading import Loaded
+from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, render
 from abliterate.prompts.corpora import Corpus, Example
 
@@ -71,7 +71,7 @@ def tokenize(
 
 
 def measure_loss(
-    loaded: Loaded,
+    loaded: LoadedModel,
     corpus: Corpus,
     context: AbstractContextManager[None] | None = None,
     chat: ChatFormat | None = None,
@@ -98,8 +98,8 @@ def measure_loss(
     rows = [(ids, start) for ids, start in rows if len(ids) > start]
     if not rows:
         raise InputError(f"corpus {corpus.name} ({corpus.source}) has no text of two tokens")
-    team = loaded.team
-    own = team.share(rows)
+    ranks = loaded.ranks
+    own = ranks.split(rows)
     sums: list[Tensor] = [torch.empty(0)] * len(own)
 
     def run(batch: Batch) -> None:
@@ -112,12 +112,12 @@ def measure_loss(
                 logits[index, first - 1 : -1], batch.input_ids[index, first:]
             ).cpu()
 
-    with team.working(), torch.inference_mode(), context or nullcontext():
+    with ranks.fail_together(), torch.inference_mode(), context or nullcontext():
         ids = [ids for ids, _ in own]
         for_each_batch(loaded.model, ids, run, batch_size, description, grow=False)
     found = torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
     # Added in the order of the texts, whichever batch or rank they ran in.
-    total = sum(team.gather_rows(found).tolist())
+    total = sum(ranks.gather_rows(found).tolist())
     count = sum(len(ids) - start for ids, start in rows)
     return Loss(total / count, count, len(rows))
 

@@ -35,7 +35,7 @@ from abliterate.evaluation.losses import measure_loss
 from abliterate.evaluation.streamed import StreamedLogits
 from abliterate.extraction.means import find_refusal_tokens, refusal_tokens_shown
 from abliterate.inference.forward import all_last_logits
-from abliterate.models.loading import Checkpoint, Loaded
+from abliterate.models.loading import Checkpoint, LoadedModel
 from abliterate.prompts.corpora import Corpus, Example
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import COMPLETIONS, Session, prompt_keys
@@ -65,7 +65,7 @@ class Work:
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, Metrics] = field(default_factory=dict)
-    _loaded: dict[str, Loaded] = field(default_factory=dict)
+    _loaded: dict[str, LoadedModel] = field(default_factory=dict)
 
     def run(self, name: str) -> None:
         """Complete, measure and benchmark one row."""
@@ -92,12 +92,12 @@ class Work:
             return self.files[name, kind]
         settings = self.session.settings.evaluate
         prompts = self.prompts[kind]
-        path, team = None, self.session.placement.team
-        if self.out is not None and team.leads:
+        path, ranks = None, self.session.placement.ranks
+        if self.out is not None and ranks.is_main:
             path = self.out / COMPLETIONS / f"{name}-{kind}.jsonl"
         key = {"prompts": [p.text for p in prompts], "max_new_tokens": settings.max_new_tokens}
         file = CompletionFile(path, prompts, self._key(name, "completions", key), self.judge_key)
-        file.adopt(team.tell(file.completions))
+        file.adopt(ranks.broadcast(file.completions))
         if len(file.completions) < len(prompts):
             subject, context = self._subject(name)
             complete(
@@ -132,10 +132,10 @@ class Work:
 
     @cached_property
     def memo(self) -> _Memo:
-        team = self.session.placement.team
-        here = self.out is not None and team.leads
+        ranks = self.session.placement.ranks
+        here = self.out is not None and ranks.is_main
         memo = _Memo(self.out / COMPLETIONS / MEASURED if self.out and here else None)
-        memo.known = team.tell(memo.known)
+        memo.known = ranks.broadcast(memo.known)
         return memo
 
     @cached_property
@@ -149,7 +149,7 @@ class Work:
         base = self.session.loaded
         if base.stream is not None:
             return self.streamed.of("baseline")["harmless"]
-        return all_last_logits(base.model, self.ids["harmless"], self._batch_size, team=base.team)
+        return all_last_logits(base.model, self.ids["harmless"], self._batch_size, ranks=base.ranks)
 
     @cached_property
     def refusal_tokens(self) -> list[dict[str, Any]]:
@@ -172,7 +172,7 @@ class Work:
     def streamed(self) -> StreamedLogits:
         """First-token logits of a streamed model."""
 
-        def load(name: str) -> Loaded:
+        def load(name: str) -> LoadedModel:
             return self._subject(name)[0] if name in self.edited else self.session.loaded
 
         rows = [name for name in self.rows if name not in self.edited]
@@ -239,7 +239,7 @@ class Work:
             self.session.base_inputs() | {"subject": subject, "what": what, "more": more}
         )
 
-    def _subject(self, name: str) -> tuple[Loaded, Context]:
+    def _subject(self, name: str) -> tuple[LoadedModel, Context]:
         """The model of a row and its intervention; one checkpoint at a time beside the base."""
         if name not in self.edited:
             base = self.session.loaded

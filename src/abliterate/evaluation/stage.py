@@ -28,7 +28,7 @@ from abliterate.run_folder import (
     COMPLETIONS,
     EVALUATION,
     Session,
-    finished,
+    load_if_current,
     prompt_keys,
     prompt_sources,
     writing,
@@ -73,16 +73,16 @@ def evaluate_stage(
         InputError: prompts or a corpus cannot be used, another process writes to ``out``, or a file
             there is a link or foreign.
     """
-    team = session.placement.team
+    ranks = session.placement.ranks
     rows = order_rows(interventions, edited, direction)
     if out is None:
         return _evaluate(session, direction, rows, edited, run, out, reuse)
     answers = dict.fromkeys(_completion_files(out, rows), is_completions)
     beside = {MANIFEST: is_manifest, MEASURED: is_memo}
-    with writing(team, out, "evaluate", EVALUATE_FILES):
-        team.lead(lambda: check_folder(out / COMPLETIONS))
-        team.lead(lambda: claim(out / COMPLETIONS, answers | beside, home=out))
-        team.lead(lambda: remove_temporaries(out / COMPLETIONS))
+    with writing(ranks, out, "evaluate", EVALUATE_FILES):
+        ranks.run_on_main(lambda: check_folder(out / COMPLETIONS))
+        ranks.run_on_main(lambda: claim(out / COMPLETIONS, answers | beside, home=out))
+        ranks.run_on_main(lambda: remove_temporaries(out / COMPLETIONS))
         return _evaluate(session, direction, rows, edited, run, out, reuse)
 
 
@@ -95,7 +95,7 @@ def _evaluate(
     out: Path | None,
     reuse: bool,
 ) -> dict[str, Any]:
-    team = session.placement.team
+    ranks = session.placement.ranks
     settings, seed = session.settings.evaluate, session.settings.model.seed
     _check_vocabulary(session, edited)
     # All that can be wrong with the options shows before hours are spent.
@@ -105,7 +105,7 @@ def _evaluate(
         for name, source in parse_corpora(settings.corpus).items()
     }
     folder = None if settings.tasks_dir is None else Path(settings.tasks_dir)
-    records = team.lead(lambda: [] if run is None else read_used(run))
+    records = ranks.run_on_main(lambda: [] if run is None else read_used(run))
     sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
     used = {kind: [key for record in records for key in record["prompts"][kind]] for kind in KINDS}
     prompts = {
@@ -130,12 +130,12 @@ def _evaluate(
             "intervals": share_methods(),
         }
     )
-    team.same(inputs, "model, prompt set or package version")
+    ranks.assert_equal(inputs, "model, prompt set or package version")
     files = {} if session.offload else _completion_files(out or Path(), rows)
     if (
         reuse
         and out
-        and (done := team.lead(lambda: finished(out / EVALUATION, inputs, files)))
+        and (done := ranks.run_on_main(lambda: load_if_current(out / EVALUATION, inputs, files)))
         and not done["judge_failures"]
     ):
         return done
@@ -210,7 +210,7 @@ def _evaluate(
             write_json(out / EVALUATION, record)
         return record
 
-    return team.lead(write)
+    return ranks.run_on_main(write)
 
 
 def check_options(session: Session) -> Judge | None:
@@ -225,7 +225,7 @@ def check_options(session: Session) -> Judge | None:
     """
     settings, model = session.settings.evaluate, session.settings.model
     given = {"--judge": settings.judge, "--tasks": settings.tasks}
-    if session.placement.team.size > 1 and any(given.values()):
+    if session.placement.ranks.size > 1 and any(given.values()):
         raise UsageError(
             f"{next(name for name, value in given.items() if value)} does not run on several "
             "ranks: leave it out, then run evaluate with it in one process, which finds the "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from abliterate.direction import Direction
 from abliterate.evaluation.compare import KINDS
-from abliterate.models.loading import Loaded
+from abliterate.models.loading import LoadedModel
 from abliterate.offload.streamed_interventions import logits_under
 
 
@@ -22,7 +22,7 @@ class StreamedLogits:
 
     def __init__(
         self,
-        load: Callable[[str], Loaded],
+        load: Callable[[str], LoadedModel],
         interventions: Sequence[str],
         direction: Direction | None,
         ids: Mapping[str, Sequence[Sequence[int]]],

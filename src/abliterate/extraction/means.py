@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.console import log
-from abliterate.distributed.rank_group import ALONE, Team
+from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import InputError
 from abliterate.inference.forward import (
     Batch,
@@ -23,7 +23,7 @@ from abliterate.inference.forward import (
     logits_needed,
 )
 from abliterate.metrics.refusal import detect_refusal_tokens, refusal_score, resolve_refusal_tokens
-from abliterate.models.loading import Loaded, require_token
+from abliterate.models.loading import LoadedModel, require_token
 from abliterate.prompts.chat_template import ChatFormat, encode, parse_positions, position_tokens
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.storage.artifacts import read_tensors
@@ -108,7 +108,7 @@ class Extraction:
 
 
 def extract(
-    loaded: Loaded,
+    loaded: LoadedModel,
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     positions: str = "post-instruction",
@@ -148,10 +148,10 @@ def extract(
             f"position {where[0]} lies before the start of a prompt of {shortest} "
             "tokens: pass later --positions"
         )
-    team = loaded.team
-    given = {"harmful": team.share(harmful_ids), "harmless": team.share(harmless_ids)}
+    ranks = loaded.ranks
+    given = {"harmful": ranks.split(harmful_ids), "harmless": ranks.split(harmless_ids)}
     # What the refusal tokens are detected from is not run again for the means.
-    seen: dict[str, list[Seen]] = {kind: [] for kind in given}
+    seen: dict[str, list[BatchActivations]] = {kind: [] for kind in given}
     if loaded.stream is not None:
         seen = _look_together(loaded.stream, given, where, batch_size)
     if refusal_tokens:
@@ -165,14 +165,17 @@ def extract(
             )
         )
     else:
-        first = len(team.share(range(_DETECT_PROMPTS)))
-        with team.working():
+        first = len(ranks.split(range(_DETECT_PROMPTS)))
+        with ranks.fail_together():
             for kind, rows in given.items():
                 sample = rows[:first]
-                look(model, sample, where, seen[kind].append, batch_size, f"extract: {kind}")
+                collect_activations(
+                    model, sample, where, seen[kind].append, batch_size, f"extract: {kind}"
+                )
         tokens = detect_refusal_tokens(
             *(
-                _summed(team.every(_summed_probabilities(seen[kind]))) / min(_DETECT_PROMPTS, n)
+                _summed(ranks.all_gather(_summed_probabilities(seen[kind])))
+                / min(_DETECT_PROMPTS, n)
                 for kind, n in (("harmful", len(harmful_ids)), ("harmless", len(harmless_ids)))
             )
         )
@@ -188,10 +191,10 @@ def extract(
             f"extract: {kind}",
             seen[kind],
             keep and partial(keep, kind),
-            team,
+            ranks,
         )
         if filter:
-            check_enough(kind, sum(kept), len(kept), "n-train")
+            require_min_prompts(kind, sum(kept), len(kept), "n-train")
         return result, kept
 
     mean_harmful, kept_harmful = mean("harmful", 1.0)
@@ -212,26 +215,26 @@ def _look_together(
     given: Mapping[str, Sequence[Sequence[int]]],
     positions: Sequence[int],
     batch_size: int | str,
-) -> dict[str, list[Seen]]:
+) -> dict[str, list[BatchActivations]]:
     """All prompts of every kind in one reading of a streamed model."""
     from abliterate.offload.weight_passes import look as look_streamed
 
     everything = [ids for rows in given.values() for ids in rows]
     logits, activations = look_streamed(stream, everything, positions, batch_size)
-    seen: dict[str, list[Seen]] = {}
+    seen: dict[str, list[BatchActivations]] = {}
     start = 0
     for kind, rows in given.items():
         seen[kind] = []
         for first in range(0, len(rows), _SEEN_ROWS):
             part = tuple(range(first, min(first + _SEEN_ROWS, len(rows))))
             at = slice(start + first, start + first + len(part))
-            seen[kind].append(Seen(part, logits[at], activations[at]))
+            seen[kind].append(BatchActivations(part, logits[at], activations[at]))
         start += len(rows)
     return seen
 
 
 def find_refusal_tokens(
-    loaded: Loaded,
+    loaded: LoadedModel,
     harmful: Sequence[Sequence[int]],
     harmless: Sequence[Sequence[int]],
     names: Sequence[str],
@@ -258,21 +261,21 @@ def find_refusal_tokens(
     means = []
     for rows in (harmful, harmless):
         sample = rows[:_DETECT_PROMPTS]
-        total, team = torch.zeros(1, dtype=torch.float64), loaded.team
+        total, ranks = torch.zeros(1, dtype=torch.float64), loaded.ranks
 
         def collect(batch: Batch) -> None:
             nonlocal total
             probabilities = last_logits(loaded.model, batch).double().softmax(-1)
             total = total + probabilities.sum(0).cpu()
 
-        with team.working(), torch.inference_mode():
-            own = team.share(sample)
+        with ranks.fail_together(), torch.inference_mode():
+            own = ranks.split(sample)
             for_each_batch(loaded.model, own, collect, batch_size, "refusal tokens")
-        means.append(_summed(team.every(total)) / len(sample))
+        means.append(_summed(ranks.all_gather(total)) / len(sample))
     return detect_refusal_tokens(*means)
 
 
-def named_refusal_tokens(loaded: Loaded, names: Sequence[str]) -> list[int]:
+def named_refusal_tokens(loaded: LoadedModel, names: Sequence[str]) -> list[int]:
     """The refusal tokens that ``--refusal-token`` names.
 
     Raises:
@@ -298,7 +301,7 @@ def refusal_tokens_shown(harmful: Tensor, harmless: Tensor) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Seen:
+class BatchActivations:
     """One batch's last-token logits and activations.
 
     Attributes:
@@ -312,11 +315,11 @@ class Seen:
     activations: Tensor
 
 
-def look(
+def collect_activations(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     positions: Sequence[int],
-    use: Callable[[Seen], None],
+    use: Callable[[BatchActivations], None],
     batch_size: int | str = "auto",
     description: str = "extract",
 ) -> None:
@@ -327,12 +330,12 @@ def look(
         def run(batch: Batch) -> None:
             logits = last_logits(model, batch, needed)
             last = logits if needed == 1 else logits[:, -1]
-            use(Seen(batch.rows, last, captured()))
+            use(BatchActivations(batch.rows, last, captured()))
 
         for_each_batch(model, prompts, run, batch_size, description)
 
 
-def _summed_probabilities(seen: Sequence[Seen]) -> Tensor:
+def _summed_probabilities(seen: Sequence[BatchActivations]) -> Tensor:
     """Summed next-token probabilities, float64 ``[vocabulary]`` on the CPU; ``[1]`` if none."""
     return _summed([one.logits.double().softmax(-1).sum(0).cpu() for one in seen])
 
@@ -349,9 +352,9 @@ def mean_resid_pre(
     sign: float = 1.0,
     batch_size: int | str = "auto",
     description: str = "extract",
-    seen: Sequence[Seen] = (),
+    seen: Sequence[BatchActivations] = (),
     keep: Callable[[Sequence[int], Tensor], None] | None = None,
-    team: Team | None = None,
+    ranks: RankGroup | None = None,
 ) -> tuple[Tensor, Kept]:
     """Mean ``resid_pre`` over prompts, reduced batch by batch to one float64 sum.
 
@@ -365,19 +368,19 @@ def mean_resid_pre(
         description: shown beside the progress bar.
         seen: the first prompts, where they have been run already.
         keep: called with the rows of each batch and their activations.
-        team: the processes whose prompts make up the mean, by an all-reduce of their sums.
+        ranks: the processes whose prompts make up the mean, by an all-reduce of their sums.
 
     Returns:
         float64 ``[n_positions, n_layers, d_model]`` on the CPU (NaN if no prompt counts), and for
         each prompt, of all ranks, whether it counts.
     """
-    team = team or ALONE
+    ranks = ranks or ALONE
     shape = len(positions), len(decoder_blocks(model)), stream_width(model, find_writers(model))
     total = torch.zeros(shape, dtype=torch.float64)
     kept = [True] * len(prompts)
     first = sum(len(one.rows) for one in seen)
 
-    def accumulate(one: Seen, offset: int = 0) -> None:
+    def accumulate(one: BatchActivations, offset: int = 0) -> None:
         nonlocal total
         counts = torch.ones(len(one.rows), dtype=torch.bool)
         if refusal_tokens is not None:
@@ -390,16 +393,18 @@ def mean_resid_pre(
         if keep is not None:
             keep([row + offset for row in one.rows], one.activations)
 
-    with team.working():
+    with ranks.fail_together():
         for one in seen:
             accumulate(one)
         rest = prompts[first:]
-        look(model, rest, positions, lambda one: accumulate(one, first), batch_size, description)
-    total, kept = team.total(total), team.gather(kept)
+        collect_activations(
+            model, rest, positions, lambda one: accumulate(one, first), batch_size, description
+        )
+    total, kept = ranks.all_reduce_sum(total), ranks.gather(kept)
     return total / sum(kept) if any(kept) else total * float("nan"), tuple(kept)
 
 
-def check_enough(name: str, kept: int, given: int, option: str) -> None:
+def require_min_prompts(name: str, kept: int, given: int, option: str) -> None:
     """Refuse to go on with too few prompts after filtering.
 
     Raises:

@@ -24,16 +24,23 @@ from abliterate.errors import UsageError
 from abliterate.inference.candidate_batches import (
     Cache,
     Candidates,
-    Piece,
-    Tricks,
+    FastPathFlags,
+    PromptBatch,
     expanded,
     shared_prefix,
 )
-from abliterate.inference.forward import Batch, can_pad, in_step, input_device, last_logits, pad
-from abliterate.inference.interventions import ablate_units, add_vectors, shifted
-from abliterate.inference.partial_forward import joining, last_token_only, recorded
-from abliterate.inference.token_batches import Budget, attempt
-from abliterate.metrics.logit_metrics import Measure
+from abliterate.inference.forward import (
+    Batch,
+    can_pad,
+    input_device,
+    is_tensor_parallel,
+    last_logits,
+    left_pad,
+)
+from abliterate.inference.interventions import ablate_at, add_vectors, shifted
+from abliterate.inference.partial_forward import last_token_only, recorded, rows_join_at_layer
+from abliterate.inference.token_batches import TokenBudget, attempt
+from abliterate.metrics.logit_metrics import LogitMetric
 from abliterate.writers import WriterPlan, decoder_blocks, find_writers
 
 _CACHE_BYTES = 1 << 30
@@ -41,7 +48,7 @@ _CACHE_BYTES = 1 << 30
 _TOKENS_PER_LOGITS = 16
 
 
-class Replay:
+class InterventionRunner:
     """A model, and what its prompts have in common.
 
     Attributes:
@@ -56,11 +63,13 @@ class Replay:
         model: PreTrainedModel,
         prompts: Sequence[Sequence[int]],
         batch_size: int | str = "auto",
-        tricks: Tricks | None = None,
+        tricks: FastPathFlags | None = None,
     ) -> None:
         self.model = model
-        self.tricks = tricks or Tricks()
-        self.budget = Budget(input_device(model), batch_size, in_step=in_step(model))
+        self.tricks = tricks or FastPathFlags()
+        self.budget = TokenBudget(
+            input_device(model), batch_size, in_step=is_tensor_parallel(model)
+        )
         self.prefix = shared_prefix(prompts) if self.tricks.prefix and can_pad(model) else 0
         self._opening = list(prompts[0][: self.prefix])
         self._blocks = decoder_blocks(model)
@@ -78,11 +87,13 @@ class Replay:
             self._as_tuple = recording.as_tuple
             self._base = tuple((layer.keys, layer.values) for layer in cache.layers)
 
-    def piece(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], keep: int = 1) -> Piece:
+    def piece(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], keep: int = 1
+    ) -> PromptBatch:
         """A batch of the prompts ``rows``."""
-        return Piece(pad(self.model, prompts, rows, self.prefix), keep)
+        return PromptBatch(left_pad(self.model, prompts, rows, self.prefix), keep)
 
-    def baseline(self, piece: Piece) -> tuple[Piece, Tensor]:
+    def baseline(self, piece: PromptBatch) -> tuple[PromptBatch, Tensor]:
         """Run the unmodified model.
 
         Returns:
@@ -97,15 +108,15 @@ class Replay:
         self._as_tuple = recording.as_tuple
         return replace(piece, streams=tuple(recording.streams)), logits
 
-    def baselines(self, piece: Piece) -> list[tuple[Piece, Tensor]]:
+    def baselines(self, piece: PromptBatch) -> list[tuple[PromptBatch, Tensor]]:
         """The same in one batch, or in several where memory needs it."""
-        runs: list[tuple[Piece, Tensor]] = []
+        runs: list[tuple[PromptBatch, Tensor]] = []
         if not attempt(lambda: runs.append(self.baseline(piece))):
             self._shrink(*piece.batch.input_ids.shape)
             return [run for half in piece.halves() for run in self.baselines(half)]
         return runs
 
-    def prepare(self, vectors: Tensor, layers: Sequence[int] | None = None) -> Candidates:
+    def prefill(self, vectors: Tensor, layers: Sequence[int] | None = None) -> Candidates:
         """Candidates ``[candidates, d_model]`` with their opening tokens run, if they are shared.
 
         Args:
@@ -160,7 +171,7 @@ class Replay:
         each = sum(t.numel() * t.element_size() for layer in self._base for t in layer)
         return max(1, _CACHE_BYTES // each)
 
-    def measure(self, candidates: Candidates, piece: Piece, measure: Measure) -> Tensor:
+    def measure(self, candidates: Candidates, piece: PromptBatch, measure: LogitMetric) -> Tensor:
         """``measure`` of every candidate on every prompt of ``piece``.
 
         Returns:
@@ -221,7 +232,7 @@ class Replay:
             )
         self.budget.failed(rows, rows * width)
 
-    def logits(self, candidates: Candidates, piece: Piece) -> Tensor:
+    def logits(self, candidates: Candidates, piece: PromptBatch) -> Tensor:
         """Logits ``[candidates, prompts, kept tokens, vocabulary]`` in one forward pass."""
         n, k = len(candidates), len(piece.batch.rows)
         b = piece.batch
@@ -245,7 +256,7 @@ class Replay:
         return logits.unsqueeze(1) if keep == 1 else logits
 
     def _opening_batch(self, rows: int) -> Batch:
-        return pad(self.model, [self._opening] * rows, range(rows))
+        return left_pad(self.model, [self._opening] * rows, range(rows))
 
     @contextmanager
     def _changed(
@@ -257,7 +268,7 @@ class Replay:
         vectors = vectors if n > 1 else vectors[0]
         change: AbstractContextManager[None]
         if layers is None:
-            change = ablate_units(self.model, vectors, self._sites)
+            change = ablate_at(self.model, vectors, self._sites)
         elif self.tricks.resume and streams:
             starts = {}
             for layer in set(layers):
@@ -266,7 +277,7 @@ class Replay:
                 own = vectors[first * prompts : (first + count) * prompts] if n > 1 else vectors
                 starts[layer] = shifted(start, own)
             counts = [prompts * candidates.active(index) for index in range(len(self._blocks))]
-            change = joining(self._blocks, counts, starts, self._as_tuple)
+            change = rows_join_at_layer(self._blocks, counts, starts, self._as_tuple)
         else:
             assert len(set(layers)) == 1
             change = add_vectors(self._blocks[layers[0]], vectors)

@@ -21,7 +21,7 @@ _MIN_PREFIX = 4
 
 
 @dataclass(frozen=True)
-class Tricks:
+class FastPathFlags:
     """What is saved, beside the vocabulary projection.
 
     Attributes:
@@ -81,7 +81,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PromptBatch:
     """A batch of prompts without their shared opening tokens.
 
     Attributes:
@@ -94,7 +94,7 @@ class Piece:
     keep: int = 1
     streams: tuple[Tensor, ...] = ()
 
-    def part(self, which: slice, width: int) -> Piece:
+    def part(self, which: slice, width: int) -> PromptBatch:
         """Some of the prompts, which are not longer than ``width`` tokens."""
         b = self.batch
         cached = b.attention_mask.shape[1] - b.input_ids.shape[1]
@@ -105,9 +105,11 @@ class Piece:
             torch.cat([mask[:, :cached], mask[:, -width:]], dim=1),
             b.position_ids[which, -width:],
         )
-        return Piece(batch, self.keep, tuple(stream[which, -width:] for stream in self.streams))
+        return PromptBatch(
+            batch, self.keep, tuple(stream[which, -width:] for stream in self.streams)
+        )
 
-    def halves(self) -> Iterator[Piece]:
+    def halves(self) -> Iterator[PromptBatch]:
         """The first and the second half of the prompts."""
         half, width = len(self.batch.rows) // 2, self.batch.input_ids.shape[1]
         yield self.part(slice(None, half), width)

@@ -16,7 +16,7 @@ from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.forward import padding_token
 from abliterate.inference.generation import stop_tokens
 from abliterate.inference.interventions import ablate, add, unit_direction
-from abliterate.models.loading import Loaded, require_token, text_config
+from abliterate.models.loading import LoadedModel, require_token, text_config
 from abliterate.prompts.chat_template import ChatFormat, render_turns
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
@@ -68,7 +68,7 @@ class Conversation:
         turns: user and assistant in turn, as chat templates take them.
     """
 
-    loaded: Loaded
+    loaded: LoadedModel
     direction: Direction | None
     chat: ChatFormat = field(default_factory=ChatFormat)
     decoding: Decoding = field(default_factory=Decoding)

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.console import log
-from abliterate.inference.batched_interventions import Replay
-from abliterate.inference.candidate_batches import Tricks
-from abliterate.inference.forward import can_pad, last_logits, pad
+from abliterate.inference.batched_interventions import InterventionRunner
+from abliterate.inference.candidate_batches import FastPathFlags
+from abliterate.inference.forward import can_pad, last_logits, left_pad
 from abliterate.inference.interventions import ablate, add
 from abliterate.inference.token_batches import out_of_memory
 from abliterate.writers import decoder_blocks
@@ -24,25 +24,25 @@ _ROUNDING_HALF = 2e-2
 _WRONG = 0.1
 # From the fastest to what any architecture allows that treats the rows of a batch alike.
 _LADDER = (
-    Tricks(),
-    Tricks(join=False),
-    Tricks(prefix=False),
-    Tricks(join=False, prefix=False),
-    Tricks(join=False, last=False),
-    Tricks(join=False, last=False, prefix=False),
-    Tricks(join=False, last=False, resume=False),
-    Tricks(join=False, last=False, prefix=False, resume=False),
+    FastPathFlags(),
+    FastPathFlags(join=False),
+    FastPathFlags(prefix=False),
+    FastPathFlags(join=False, prefix=False),
+    FastPathFlags(join=False, last=False),
+    FastPathFlags(join=False, last=False, prefix=False),
+    FastPathFlags(join=False, last=False, resume=False),
+    FastPathFlags(join=False, last=False, prefix=False, resume=False),
 )
 # What an architecture that does not allow a trick may raise.
 _FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
 
 
-def verified_replay(
+def verified_runner(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     vectors: Tensor,
     batch_size: int | str = "auto",
-) -> Replay:
+) -> InterventionRunner:
     """The fastest way to run ``prompts`` that gives what full passes give.
 
     Args:
@@ -59,10 +59,10 @@ def verified_replay(
     full = _full_passes(model, ends, vectors, layers)
     spread = float(full.double().std()) + 1e-30
 
-    def off(tricks: Tricks) -> float:
+    def off(tricks: FastPathFlags) -> float:
         """How far from full passes, relative to the logits' spread; infinite if it fails."""
         try:
-            replay = Replay(model, prompts, batch_size, tricks)
+            replay = InterventionRunner(model, prompts, batch_size, tricks)
             return _difference(replay, ends, vectors, layers, full) / spread
         except _FAILURES as error:
             if out_of_memory(error):
@@ -78,9 +78,9 @@ def verified_replay(
         if rounding < difference < _WRONG and not noise:
             noise = off(_LADDER[-1])
         if difference <= max(rounding, 4 * noise):
-            return Replay(model, prompts, batch_size, tricks)
+            return InterventionRunner(model, prompts, batch_size, tricks)
         log.info("%s differs from full passes by %.1e: not used", tricks, difference)
-    return Replay(model, prompts, batch_size, replace(_LADDER[-1], rows=False))
+    return InterventionRunner(model, prompts, batch_size, replace(_LADDER[-1], rows=False))
 
 
 def _full_passes(
@@ -95,12 +95,12 @@ def _full_passes(
         for vector, ids, layer in zip(vectors, prompts, layers, strict=True):
             change = add(model, vector, layer) if added else ablate(model, vector)
             with change, torch.inference_mode():
-                rows.append(last_logits(model, pad(model, [ids], [0]))[0])
+                rows.append(last_logits(model, left_pad(model, [ids], [0]))[0])
     return torch.stack(rows).view(2, 2, -1)
 
 
 def _difference(
-    replay: Replay,
+    replay: InterventionRunner,
     prompts: Sequence[Sequence[int]],
     vectors: Tensor,
     layers: tuple[int, int],
@@ -113,8 +113,8 @@ def _difference(
     together = [both] if replay.tricks.join else [[at] for at in both]
     for rows in [both] if can_pad(replay.model) else [[row] for row in both]:
         piece, _ = replay.baseline(replay.piece(prompts, rows))
-        got = [replay.logits(replay.prepare(units), piece)]
-        parts = [replay.prepare(vectors[which], [layers[at] for at in which]) for which in together]
+        got = [replay.logits(replay.prefill(units), piece)]
+        parts = [replay.prefill(vectors[which], [layers[at] for at in which]) for which in together]
         got.append(torch.cat([replay.logits(part, piece) for part in parts]))
         for at, row in enumerate(rows):
             for way in (0, 1):

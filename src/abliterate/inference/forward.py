@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abliterate.console import progress_bar
-from abliterate.distributed.rank_group import ALONE, Team
+from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import UnsupportedArchitectureError, UsageError
-from abliterate.inference.token_batches import Budget, attempt, group_rows
+from abliterate.inference.token_batches import TokenBudget, attempt, group_rows
 from abliterate.models.loading import embedding_rows, require_token, text_config
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
@@ -84,13 +84,13 @@ def stand_in(model: PreTrainedModel, device: torch.device, paddable: bool) -> No
 @torch.inference_mode()
 def _padding_is_masked(model: PreTrainedModel) -> bool:
     ids = list(range(3, 43))
-    alone = last_logits(model, pad(model, [ids[:16]], [0]), 8)[0].double()
-    padded = last_logits(model, pad(model, [ids[:16], ids], [0, 1]), 8)[0].double()
+    alone = last_logits(model, left_pad(model, [ids[:16]], [0]), 8)[0].double()
+    padded = last_logits(model, left_pad(model, [ids[:16], ids], [0, 1]), 8)[0].double()
     rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((padded - alone).abs().max() <= rounding * alone.std())
 
 
-def pad(
+def left_pad(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     rows: Sequence[int],
@@ -143,7 +143,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
-def in_step(model: PreTrainedModel) -> bool:
+def is_tensor_parallel(model: PreTrainedModel) -> bool:
     """Whether other ranks hold parts of the model, and run every pass along with this one."""
     return (getattr(model, "_tp_size", None) or 1) > 1
 
@@ -174,7 +174,7 @@ def for_each_batch(
             does not fit into memory.
     """
     device = input_device(model)
-    budget, mix = Budget(device, batch_size, grow, in_step(model)), can_pad(model)
+    budget, mix = TokenBudget(device, batch_size, grow, is_tensor_parallel(model)), can_pad(model)
     left = list(range(len(prompts)))
     planned: list[tuple[int, ...]] = []
     size = budget.tokens
@@ -186,7 +186,7 @@ def for_each_batch(
                 # Longest last in the list, first out: what does not fit shows at once.
                 planned = [tuple(left[index] for index in group) for group in groups]
                 size = budget.tokens
-            batch = pad(model, prompts, planned.pop())
+            batch = left_pad(model, prompts, planned.pop())
             tokens = batch.input_ids.numel()
             started = time.perf_counter()
             if not attempt(partial(run, batch)):
@@ -248,24 +248,24 @@ def all_last_logits(
     batch_size: int | str = "auto",
     intervention: AbstractContextManager[None] | None = None,
     description: str = "prompts",
-    team: Team | None = None,
+    ranks: RankGroup | None = None,
 ) -> Tensor:
     """Last-token logits ``[n, vocabulary]`` on the CPU, under an intervention if one is given.
 
     The ranks of a ``team`` run some of the prompts each, and all get all logits.
     """
-    team = team or ALONE
-    own = team.share(prompts)
+    ranks = ranks or ALONE
+    own = ranks.split(prompts)
     out: list[Tensor | None] = [None] * len(own)
 
     def run(batch: Batch) -> None:
         for row, logits in zip(batch.rows, last_logits(model, batch).cpu(), strict=True):
             out[row] = logits
 
-    with team.working(), torch.inference_mode(), intervention or nullcontext():
+    with ranks.fail_together(), torch.inference_mode(), intervention or nullcontext():
         for_each_batch(model, own, run, batch_size, description)
     rows = [logits for logits in out if logits is not None]
-    return team.gather_rows(torch.stack(rows) if rows else torch.empty(0, 0))
+    return ranks.gather_rows(torch.stack(rows) if rows else torch.empty(0, 0))
 
 
 @contextmanager

@@ -19,13 +19,13 @@ from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.forward import (
     Batch,
     can_pad,
-    in_step,
     input_device,
-    pad,
+    is_tensor_parallel,
+    left_pad,
     padding_token,
 )
-from abliterate.inference.token_batches import Budget, attempt, group_rows
-from abliterate.models.loading import Loaded
+from abliterate.inference.token_batches import TokenBudget, attempt, group_rows
+from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
 
 # Keys and values of this many tokens, prompt and answer together, are held at once; a batch that
@@ -37,7 +37,7 @@ OnAnswer = Callable[[int, list[int]], str | None]
 
 
 def greedy_answers(
-    loaded: Loaded,
+    loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int | str = "auto",
@@ -76,23 +76,25 @@ def greedy_answers(
             "generate: use --no-offload on a machine with room for the weights"
         )
     answers: list[list[int]] = [[] for _ in prompts]
-    team, known = loaded.team, set(done)
-    if not team.alone:
+    ranks, known = loaded.ranks, set(done)
+    if not ranks.is_unsplit:
         left = [row for row in range(len(prompts)) if row not in known]
-        for turn in team.rounds(left):
-            own = [prompts[row] for row in team.share(turn)]
-            alone = replace(loaded, team=ALONE)
-            with team.working():
+        for turn in ranks.chunks(left):
+            own = [prompts[row] for row in ranks.split(turn)]
+            alone = replace(loaded, ranks=ALONE)
+            with ranks.fail_together():
                 found = greedy_answers(
                     alone, own, max_new_tokens, batch_size, description, chat=chat
                 )
-            for row, answer in zip(turn, team.gather(found), strict=True):
+            for row, answer in zip(turn, ranks.gather(found), strict=True):
                 answers[row] = answer
                 if on_answer:
                     on_answer(row, answer)
         return answers
     model = loaded.model
-    budget = Budget(input_device(model), batch_size, grow=False, in_step=in_step(model))
+    budget = TokenBudget(
+        input_device(model), batch_size, grow=False, in_step=is_tensor_parallel(model)
+    )
     budget.tokens = _TOKENS.get(budget.device.type, _TOKENS_ACCELERATOR)
     mix = can_pad(loaded.model)
     decoder = _Decoder(loaded, max_new_tokens, mix, stop_tokens(loaded, chat))
@@ -120,7 +122,7 @@ def greedy_answers(
             rows = planned.pop()  # the longest first: what does not fit shows at once
             if known.issuperset(rows):
                 continue
-            batch = pad(loaded.model, prompts, rows)
+            batch = left_pad(loaded.model, prompts, rows)
             if attempt(partial(decoder.run, batch, keep)):
                 continue
             if len(rows) == 1:
@@ -134,7 +136,7 @@ def greedy_answers(
     return answers
 
 
-def stop_tokens(loaded: Loaded, chat: ChatFormat | None = None) -> list[int]:
+def stop_tokens(loaded: LoadedModel, chat: ChatFormat | None = None) -> list[int]:
     """End-of-turn tokens: the generation config's, the tokenizer's and the chat template's own."""
     configured = getattr(loaded.model.generation_config, "eos_token_id", None)
     found = configured if isinstance(configured, list) else [configured]
@@ -149,7 +151,9 @@ def stop_tokens(loaded: Loaded, chat: ChatFormat | None = None) -> list[int]:
 class _Decoder:
     """Greedy decoding of one batch after another."""
 
-    def __init__(self, loaded: Loaded, max_new_tokens: int, mix: bool, stops: list[int]) -> None:
+    def __init__(
+        self, loaded: LoadedModel, max_new_tokens: int, mix: bool, stops: list[int]
+    ) -> None:
         self.model: Any = loaded.model
         self.max_new_tokens = max_new_tokens
         self.stops = stops

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
 from abliterate.inference.forward import block_input
-from abliterate.writers import Site, decoder_blocks, find_writers, stream_width
+from abliterate.writers import HookPoint, decoder_blocks, find_writers, stream_width
 
 
 def unit_direction(direction: Tensor, width: int) -> Tensor:
@@ -85,13 +85,13 @@ def ablate(model: PreTrainedModel, direction: Tensor, scale: float = 1.0) -> Ite
             "only the whole direction can be ablated"
         )
     # c - (c . u) u with u = sqrt(s) r is c - s (c . r) r.
-    with ablate_units(model, unit * math.sqrt(scale), plan.sites if scale else ()):
+    with ablate_at(model, unit * math.sqrt(scale), plan.sites if scale else ()):
         yield
 
 
 @contextmanager
-def ablate_units(
-    model: PreTrainedModel, units: Tensor | Callable[[], Tensor | None], sites: Sequence[Site]
+def ablate_at(
+    model: PreTrainedModel, units: Tensor | Callable[[], Tensor | None], sites: Sequence[HookPoint]
 ) -> Iterator[None]:
     """Project unit directions out of what passes ``sites``.
 
@@ -108,22 +108,22 @@ def ablate_units(
     else:
         width = stream_width(model, find_writers(model))
 
-    def cleaned(value: Tensor, fresh: bool = False) -> Tensor:
+    def ablated(value: Tensor, inplace: bool = False) -> Tensor:
         key = value.device, value.dtype
         if not isinstance(units, Tensor):
             now = units()
-            return value if now is None else project_out(value, now.to(*key), fresh)
+            return value if now is None else project_out(value, now.to(*key), inplace)
         if key not in moved:
             moved[key] = units.to(*key)
-        return project_out(value, moved[key], fresh)
+        return project_out(value, moved[key], inplace)
 
     with ExitStack() as stack:
         for site in sites:
             module = model.get_submodule(site.module)
             if site.at == "output":
-                handle = module.register_forward_hook(_output_hook(cleaned, site.index))
+                handle = module.register_forward_hook(_output_hook(ablated, site.index))
             else:
-                hook = _input_hook(cleaned, width)
+                hook = _input_hook(ablated, width)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
@@ -207,36 +207,36 @@ def per_row(vectors: Tensor, hidden: Tensor) -> Tensor:
 _FRESH = (nn.Linear, nn.Embedding, Conv1D)
 
 
-def project_out(written: Tensor, units: Tensor, fresh: bool = False) -> Tensor:
+def project_out(written: Tensor, units: Tensor, inplace: bool = False) -> Tensor:
     """``written`` less its component along unit directions, by one rank-1 update.
 
     Args:
         written: ``[..., d_model]`` (or several streams of that width side by side); with one
             direction per row its first axis is the batch.
         units: ``[d_model]`` or ``[batch, d_model]``, in the device and dtype of ``written``.
-        fresh: ``written`` may be overwritten.
+        inplace: ``written`` may be overwritten.
     """
     width = units.shape[-1]
-    fresh = fresh and not written.requires_grad and written.is_contiguous()
+    inplace = inplace and not written.requires_grad and written.is_contiguous()
     if units.dim() == 2:
         rows = written.reshape(len(units), -1, width)
         along = torch.bmm(rows, units.unsqueeze(2))
-        batched = rows.baddbmm_ if fresh else rows.baddbmm
+        batched = rows.baddbmm_ if inplace else rows.baddbmm
         return batched(along, units.unsqueeze(1), alpha=-1).view(written.shape)
     flat = written.reshape(-1, width)
-    update = flat.addmm_ if fresh else flat.addmm
+    update = flat.addmm_ if inplace else flat.addmm
     return update((flat @ units).unsqueeze(1), units.unsqueeze(0), alpha=-1).view(written.shape)
 
 
-def _output_hook(cleaned: Callable[[Tensor, bool], Tensor], index: int) -> Callable[..., Any]:
+def _output_hook(ablated: Callable[[Tensor, bool], Tensor], index: int) -> Callable[..., Any]:
     def project(module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
-            return cleaned(output, isinstance(module, _FRESH))
+            return ablated(output, isinstance(module, _FRESH))
         if isinstance(output, dict):  # a ModelOutput
             key = list(output)[index]
-            output[key] = cleaned(output[key], False)
+            output[key] = ablated(output[key], False)
             return output
-        items = [cleaned(v, False) if i == index else v for i, v in enumerate(output)]
+        items = [ablated(v, False) if i == index else v for i, v in enumerate(output)]
         if hasattr(output, "_fields"):  # a named tuple takes its fields one by one
             return type(output)(*items)
         return items if isinstance(output, list) else tuple(items)
@@ -244,7 +244,7 @@ def _output_hook(cleaned: Callable[[Tensor, bool], Tensor], index: int) -> Calla
     return project
 
 
-def _input_hook(cleaned: Callable[[Tensor, bool], Tensor], width: int) -> Callable[..., Any]:
+def _input_hook(ablated: Callable[[Tensor, bool], Tensor], width: int) -> Callable[..., Any]:
     def is_stream(value: Any) -> bool:
         is_float = isinstance(value, Tensor) and value.is_floating_point()
         return bool(is_float and value.shape[-1] % width == 0)
@@ -252,10 +252,10 @@ def _input_hook(cleaned: Callable[[Tensor, bool], Tensor], width: int) -> Callab
     def project(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for at, value in enumerate(args):
             if is_stream(value):
-                return (*args[:at], cleaned(value, False), *args[at + 1 :]), kwargs
+                return (*args[:at], ablated(value, False), *args[at + 1 :]), kwargs
         for key, value in kwargs.items():
             if is_stream(value):
-                return args, kwargs | {key: cleaned(value, False)}
+                return args, kwargs | {key: ablated(value, False)}
         return None
 
     return project

@@ -60,7 +60,7 @@ def recorded(blocks: Sequence[nn.Module]) -> Iterator[Recording]:
 
 
 @contextmanager
-def joining(
+def rows_join_at_layer(
     blocks: Sequence[nn.Module],
     counts: Sequence[int],
     starts: Mapping[int, Tensor],

@@ -22,7 +22,7 @@ _OVERHEAD_ACCELERATOR = 1024
 _FASTER = 1.05
 
 
-class Budget:
+class TokenBudget:
     """Padded tokens per forward pass, found while running.
 
     A batch that nearly fills the budget doubles it, unless the last doubling did not raise the
@@ -119,7 +119,7 @@ def parse_batch_size(batch_size: int | str) -> int | None:
 
 def group_rows(
     lengths: Sequence[int],
-    budget: Budget,
+    budget: TokenBudget,
     mix: bool = True,
     max_rows: int | None = None,
     overhead: int | None = None,

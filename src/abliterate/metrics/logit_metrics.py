@@ -12,13 +12,13 @@ from abliterate.metrics.refusal import kl_divergence, kl_floor, refusal_score
 
 # From logits ``[candidates, prompts, kept tokens, vocabulary]`` and the prompts' rows to float64
 # ``[candidates, prompts]``.
-Measure = Callable[[Tensor, tuple[int, ...]], Tensor]
+LogitMetric = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 # Logits that are scored in float64 at once.
 _CHUNK = 1 << 22
 
 
-def refusal_measure(tokens: Sequence[int]) -> Measure:
+def refusal_metric(tokens: Sequence[int]) -> LogitMetric:
     """The refusal score at the last token."""
 
     def measure(logits: Tensor, rows: tuple[int, ...]) -> Tensor:
@@ -32,7 +32,7 @@ def refusal_measure(tokens: Sequence[int]) -> Measure:
 
 
 @dataclass(frozen=True)
-class Reference:
+class BaselineLogits:
     """The unmodified model's next-token distributions after prompts, for the KL of candidates.
 
     Attributes:
@@ -46,7 +46,7 @@ class Reference:
     @classmethod
     def of(
         cls, parts: Iterable[tuple[Tensor, tuple[int, ...]]], counts: Sequence[int]
-    ) -> Reference:
+    ) -> BaselineLogits:
         """From the unmodified model's passes.
 
         Args:
@@ -62,7 +62,7 @@ class Reference:
         return cls(logits, floor)
 
     def kl(self, logits: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """A ``Measure``: KL of each candidate and prompt, averaged over the tokens that count."""
+        """A ``LogitMetric``: KL of each candidate and prompt, mean over the tokens that count."""
         result = logits.new_empty(logits.shape[:2], dtype=torch.float64)
         counts = [len(self.logits[row]) for row in rows]
         size = max(1, _CHUNK // logits.shape[-1] // len(logits) // max(counts))

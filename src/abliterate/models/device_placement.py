@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from abliterate.distributed.rank_group import ALONE, Team
+from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import UnsupportedArchitectureError, UsageError
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -28,12 +28,12 @@ class Placement:
         device_map: accelerate's: a strategy, or devices (``disk`` is one) by module; None for one
             device.
         tensor_parallel: each rank of the team holds a part of every matrix.
-        team: the ranks.
+        ranks: the ranks.
     """
 
     device_map: str | Mapping[str, Any] | None = None
     tensor_parallel: bool = False
-    team: Team = ALONE
+    ranks: RankGroup = ALONE
 
     @property
     def is_spread(self) -> bool:
@@ -44,7 +44,9 @@ class Placement:
         if self.tensor_parallel:
             from transformers.distributed import DistributedConfig
 
-            return {"distributed_config": DistributedConfig(tp_size=self.team.size, tp_plan="auto")}
+            return {
+                "distributed_config": DistributedConfig(tp_size=self.ranks.size, tp_plan="auto")
+            }
         if self.device_map is not None:
             # For what goes to disk in another form than the checkpoint's (experts that are fused).
             folder = tempfile.mkdtemp(prefix="abliterate-")
@@ -60,7 +62,7 @@ class Placement:
                    else parameter.numel() for parameter in model.parameters())  # fmt: skip
         whole = sum(parameter.numel() for parameter in model.parameters())
         share = f"{here / whole:.0%} of the parameters on each"
-        return f"{', '.join(devices(model))}, {self.team.size} ranks with {share}"
+        return f"{', '.join(devices(model))}, {self.ranks.size} ranks with {share}"
 
 
 def devices(model: Any) -> list[str]:
@@ -73,7 +75,7 @@ def devices(model: Any) -> list[str]:
 
 
 def find_placement(
-    team: Team, device: str, device_map: str | None, tensor_parallel: bool
+    ranks: RankGroup, device: str, device_map: str | None, tensor_parallel: bool
 ) -> Placement:
     """The placement that ``--device``, ``--device-map`` and ``--tensor-parallel`` ask for.
 
@@ -83,17 +85,17 @@ def find_placement(
     if device_map is not None:
         if tensor_parallel:
             raise UsageError("--device-map and --tensor-parallel exclude each other: choose one")
-        if team.size > 1:
+        if ranks.size > 1:
             raise UsageError(
                 "--device-map gives one process all devices, but a launcher started "
-                f"{team.size}: run without it, or use --tensor-parallel"
+                f"{ranks.size}: run without it, or use --tensor-parallel"
             )
         if device != "auto":
             raise UsageError(f"--device-map and --device {device} exclude each other: choose one")
         return Placement(parse_device_map(device_map))
     if not tensor_parallel:
-        return Placement(team=team)
-    if team.size == 1:
+        return Placement(ranks=ranks)
+    if ranks.size == 1:
         raise UsageError(
             "--tensor-parallel needs a process for each part: start it with "
             "`torchrun --nproc-per-node N -m abliterate ...`"
@@ -105,7 +107,7 @@ def find_placement(
             f"--tensor-parallel computes on every rank's own {kind}, not on --device {device}: "
             "leave --device out"
         )
-    return Placement(tensor_parallel=True, team=team.together())
+    return Placement(tensor_parallel=True, ranks=ranks.together())
 
 
 def parse_device_map(text: str) -> str | dict[str, Any]:
@@ -136,7 +138,7 @@ def parse_device_map(text: str) -> str | dict[str, Any]:
     return dict(devices)
 
 
-def check_plan(config: Any, team: Team, placement: Placement) -> None:
+def check_plan(config: Any, ranks: RankGroup, placement: Placement) -> None:
     """Refuse tensor parallelism that transformers would not do, or do wrong.
 
     Raises:
@@ -152,9 +154,9 @@ def check_plan(config: Any, team: Team, placement: Placement) -> None:
         )
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
-        if isinstance(heads, int) and heads % team.size:
+        if isinstance(heads, int) and heads % ranks.size:
             raise UsageError(
-                f"--tensor-parallel: {team.size} ranks cannot share {heads} {name[4:-6]} heads "
+                f"--tensor-parallel: {ranks.size} ranks cannot share {heads} {name[4:-6]} heads "
                 f"({name}): start as many ranks as divide them"
             )
 

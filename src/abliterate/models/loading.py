@@ -42,7 +42,7 @@ from abliterate.checkpoints.shards import (
     weight_files,
 )
 from abliterate.console import bars_hidden
-from abliterate.distributed.rank_group import ALONE, Team
+from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
 from abliterate.models.bounded_build import TooLargeError, bounded_build
 from abliterate.models.device_placement import Placement, check_plan, own_device
@@ -57,28 +57,31 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready to run, with its tokenizer and the checkpoint they came from.
 
     Attributes:
         model: the model.
         tokenizer: its tokenizer.
         checkpoint: where both came from.
-        team: the processes that share the work with it.
+        ranks: the processes that share the work with it.
         stream: where the model is larger than memory, what runs it block by block
-            (``abliterate.offload.Stream``); ``model`` then has no weights of its own.
+            (``abliterate.offload.OffloadedModel``); ``model`` then has no weights of its own.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     checkpoint: Checkpoint
-    team: Team = ALONE
+    ranks: RankGroup = ALONE
     stream: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.model, PreTrainedModel):
             _tokenizers[self.model] = self.tokenizer
 
+
+# The name that the library's users know.
+Loaded = LoadedModel
 
 # Names tokens in errors, where a model is at hand without its tokenizer.
 _tokenizers: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
@@ -226,7 +229,7 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     placement: Placement | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """Load model and tokenizer for inference, from safetensors only.
 
     Args:
@@ -247,7 +250,7 @@ def load_model(
     placement = placement or Placement()
     model = load_weights(checkpoint, device, dtype, trust_remote_code, placement)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
-    return Loaded(model, tokenizer, checkpoint, placement.team)
+    return LoadedModel(model, tokenizer, checkpoint, placement.ranks)
 
 
 def load_weights(
@@ -259,7 +262,7 @@ def load_weights(
 ) -> PreTrainedModel:
     """The model alone, as :func:`load_model` loads it."""
     placement = placement or Placement()
-    team = placement.team
+    ranks = placement.ranks
     place = pick_device(device)
     if bars_hidden():
         transformers.utils.logging.disable_progress_bar()
@@ -269,10 +272,10 @@ def load_weights(
     for name in getattr(type(config), "extra_files", ()):
         if os.path.lexists(checkpoint.folder / name):
             read_shard(inside(checkpoint.folder, checkpoint.folder / name))
-    check_plan(text_config(config), team, placement)
-    copies = 1 if placement.is_spread else team.on_this_machine
+    check_plan(text_config(config), ranks, placement)
+    copies = 1 if placement.is_spread else ranks.on_this_machine
     # What memory is free now differs from rank to rank; the dtype must not.
-    number = team.tell(pick_dtype(dtype, config, checkpoint.folder, place, copies))
+    number = ranks.broadcast(pick_dtype(dtype, config, checkpoint.folder, place, copies))
     try:
         with bounded_build(*_bounds(config, shards)):
             model, info = model_class(config).from_pretrained(

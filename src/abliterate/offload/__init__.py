@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abliterate.offload.layer_streaming import Job, Stream
+from abliterate.offload.layer_streaming import BatchRun, OffloadedModel
 from abliterate.offload.open_model import (
     free_memory,
     load_or_stream,
@@ -12,8 +12,8 @@ from abliterate.offload.open_model import (
 )
 
 __all__ = [
-    "Job",
-    "Stream",
+    "BatchRun",
+    "OffloadedModel",
     "free_memory",
     "load_or_stream",
     "must_stream",

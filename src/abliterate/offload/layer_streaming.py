@@ -30,7 +30,7 @@ _SWEEP = 128 << 20
 
 
 @dataclass(eq=False)
-class Job:
+class BatchRun:
     """A batch on its way through the model.
 
     Attributes:
@@ -65,13 +65,13 @@ class Job:
 class _Running(Pass):
     """A pass, and the job that it is of."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BatchRun) -> None:
         super().__init__(job.call)
         self.job = job
         self.parked: Parked | None = None
 
 
-class Stream:
+class OffloadedModel:
     """A model whose blocks come from disk one after the other.
 
     Attributes:
@@ -94,7 +94,7 @@ class Stream:
         self.device = weights.device
         self.activations = Activations(activation_memory, folder)
         self.passes = 0
-        self.current: Job | None = None
+        self.current: BatchRun | None = None
         self._as_tuple = False
         self._park = parking(weights.device)
         self._lot = Lot(self.activations)
@@ -133,13 +133,13 @@ class Stream:
         """Give the files back."""
         self.weights.mapped.close()
 
-    def run(self, jobs: Sequence[Job], description: str = "stream") -> None:
+    def run(self, jobs: Sequence[BatchRun], description: str = "stream") -> None:
         """Take all jobs through the model together, reading each weight once.
 
         Raises:
             RuntimeError: memory ran out, or whatever the model itself raises.
         """
-        later: dict[int, list[Job]] = {}
+        later: dict[int, list[BatchRun]] = {}
         running: list[_Running] = []
         threads = torch.get_num_threads()
         self.passes += 1
@@ -171,7 +171,7 @@ class Stream:
         assert request is not None
         return request.module
 
-    def _start(self, job: Job, running: list[_Running]) -> None:
+    def _start(self, job: BatchRun, running: list[_Running]) -> None:
         one = _Running(job)
         running.append(one)
         self._go_on(one, running, one.start)

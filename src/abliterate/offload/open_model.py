@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 from abliterate.console import log
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
-from abliterate.inference.candidate_batches import Tricks
-from abliterate.inference.fast_path import verified_replay
+from abliterate.inference.candidate_batches import FastPathFlags
+from abliterate.inference.fast_path import verified_runner
 from abliterate.inference.forward import can_pad, stand_in
 from abliterate.models.device_placement import Placement
 from abliterate.models.loading import (
     Checkpoint,
-    Loaded,
+    LoadedModel,
     find_checkpoint,
     load_config,
     load_model,
@@ -24,7 +24,7 @@ from abliterate.models.loading import (
     pick_dtype,
     require_safetensors,
 )
-from abliterate.offload.layer_streaming import RESIDENT, Stream
+from abliterate.offload.layer_streaming import RESIDENT, OffloadedModel
 from abliterate.offload.weights import Weights
 from abliterate.writers import find_writers, stream_width
 from abliterate.writers.tiny_model import ShrinkError, shrunken
@@ -153,7 +153,7 @@ def load_or_stream(
     offload: bool | None = None,
     activation_memory: str | None = None,
     placement: Placement | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """The model in memory, or streamed from disk where it is told to or has to be.
 
     Args:
@@ -171,7 +171,7 @@ def load_or_stream(
     """
     where = (device, dtype, trust_remote_code)
     budget = parse_memory(activation_memory, "--activation-memory") if activation_memory else None
-    if placement is not None and (placement.is_spread or placement.team.size > 1):
+    if placement is not None and (placement.is_spread or placement.ranks.size > 1):
         if offload:
             raise UsageError(
                 "--offload streams one model in one process: leave out --device-map, "
@@ -190,7 +190,7 @@ def open_stream(
     trust_remote_code: bool = False,
     activation_memory: int | None = None,
     resident: int = RESIDENT,
-) -> Loaded:
+) -> LoadedModel:
     """A model that is read block by block while it runs; the tokenizer as usual.
 
     Args:
@@ -226,12 +226,12 @@ def open_stream(
     weights.mapped.transient = sum(file.stat().st_size for file in files) > free - budget
     try:
         stand_in(weights.model, place, _can_pad(weights.model))
-        stream = Stream(weights, budget, resident=resident)
+        stream = OffloadedModel(weights, budget, resident=resident)
     except BaseException:
         weights.mapped.close()
         raise
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
-    return Loaded(weights.model, tokenizer, checkpoint, stream=stream)
+    return LoadedModel(weights.model, tokenizer, checkpoint, stream=stream)
 
 
 def _can_pad(model: PreTrainedModel) -> bool:
@@ -250,13 +250,13 @@ def _can_pad(model: PreTrainedModel) -> bool:
     return type(copy) is type(model) and can_pad(copy)
 
 
-def replay_tricks(model: PreTrainedModel) -> Tricks:
+def replay_tricks(model: PreTrainedModel) -> FastPathFlags:
     """What may be saved when candidates replay prompts, tried on a small random copy."""
     copy = shrunken(model.config)
     if type(copy) is not type(model):
-        return Tricks(rows=False, prefix=False, resume=False, last=False)
+        return FastPathFlags(rows=False, prefix=False, resume=False, last=False)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(2, stream_width(copy, find_writers(copy)), generator=generator)
     prompts = [list(range(3, 20)), list(range(5, 14))]
     with torch.inference_mode():
-        return verified_replay(copy, prompts, vectors.double()).tricks
+        return verified_runner(copy, prompts, vectors.double()).tricks

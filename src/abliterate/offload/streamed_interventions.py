@@ -9,14 +9,14 @@ from functools import partial
 
 from torch import Tensor
 
-from abliterate.inference.forward import Batch, last_logits, pad
+from abliterate.inference.forward import Batch, last_logits, left_pad
 from abliterate.inference.interventions import (
-    ablate_units,
+    ablate_at,
     check_direction,
     per_row,
     unit_direction,
 )
-from abliterate.offload.layer_streaming import Job, Stream
+from abliterate.offload.layer_streaming import BatchRun, OffloadedModel
 from abliterate.offload.weight_passes import Rows, batches, flow, retry, streaming_budget
 from abliterate.writers import find_writers
 from abliterate.writers.op_trace import elements_of
@@ -24,7 +24,7 @@ from abliterate.writers.residual_stream import ratio
 
 
 @dataclass(frozen=True)
-class Change:
+class Intervention:
     """What is done to the model while some rows of prompts run.
 
     Attributes:
@@ -40,12 +40,12 @@ class Change:
 
 
 def changed_job(
-    stream: Stream,
+    stream: OffloadedModel,
     batch: Batch,
-    change: Change | None,
+    change: Intervention | None,
     use: Callable[[Tensor], None],
     entering: Callable[[], Tensor] | None = None,
-) -> Job:
+) -> BatchRun:
     """A job that runs a batch of prompts under each direction of a change.
 
     Args:
@@ -64,7 +64,7 @@ def changed_job(
         batch.position_ids.repeat(n, 1),
     )
     rows, tokens = several.input_ids.shape
-    job = Job(
+    job = BatchRun(
         partial(last_logits, stream.model, several),
         lambda logits: use(logits.view(n, len(batch.rows), -1)),
         (rows, tokens),
@@ -93,7 +93,7 @@ def changed_job(
 
 
 def logits_under(
-    stream: Stream,
+    stream: OffloadedModel,
     prompts: Sequence[Sequence[int]],
     changes: Mapping[str, tuple[Tensor, int | None] | None],
     batch_size: int | str = "auto",
@@ -116,20 +116,20 @@ def logits_under(
         InputError: a direction does not fit the model.
     """
     found: dict[str, Tensor] = {}
-    ready: dict[str, Change | None] = {}
+    ready: dict[str, Intervention | None] = {}
     for name, given in changes.items():
         if given is None:
             ready[name] = None
             continue
         vector, layer = given
         check = unit_direction if layer is None else check_direction
-        ready[name] = Change(check(vector, stream.width)[None], layer)
+        ready[name] = Intervention(check(vector, stream.width)[None], layer)
     budget = streaming_budget(stream, batch_size)
 
-    def jobs() -> list[Job]:
+    def jobs() -> list[BatchRun]:
         made = []
         for rows in batches(stream, prompts, budget):
-            batch = pad(stream.model, prompts, rows)
+            batch = left_pad(stream.model, prompts, rows)
             for name, change in ready.items():
 
                 def use(logits: Tensor, name: str = name, rows: Rows = rows) -> None:
@@ -146,17 +146,17 @@ def logits_under(
     return found
 
 
-def ablating(stream: Stream) -> AbstractContextManager[None]:
+def ablating(stream: OffloadedModel) -> AbstractContextManager[None]:
     """Within the context, each job's ``units`` are projected out of what its pass writes."""
 
     def units() -> Tensor | None:
         return None if stream.current is None else stream.current.units
 
-    return ablate_units(stream.model, units, find_writers(stream.model).sites)
+    return ablate_at(stream.model, units, find_writers(stream.model).sites)
 
 
 def leak_of(
-    stream: Stream,
+    stream: OffloadedModel,
     direction: Tensor,
     prompts: Sequence[Sequence[int]],
     batch_size: int | str = "auto",
@@ -178,10 +178,10 @@ def leak_of(
         for tensor in (hidden, *after[:1]):
             worst = max(worst, ratio(tensor, unit))
 
-    def job(rows: Rows) -> Job:
-        batch = pad(stream.model, prompts, rows)
+    def job(rows: Rows) -> BatchRun:
+        batch = left_pad(stream.model, prompts, rows)
         shape = (len(rows), batch.input_ids.shape[1])
-        return Job(partial(last_logits, stream.model, batch), lambda _: None, shape, see=see)
+        return BatchRun(partial(last_logits, stream.model, batch), lambda _: None, shape, see=see)
 
     flow(stream, prompts, job, batch_size, "verify: prompts", mix=False)
     return worst

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import UsageError
-from abliterate.inference.forward import can_pad, last_logits, logits_needed, pad, token_streams
-from abliterate.inference.token_batches import Budget, group_rows, out_of_memory
-from abliterate.offload.layer_streaming import Job, Stream
+from abliterate.inference.forward import (
+    can_pad,
+    last_logits,
+    left_pad,
+    logits_needed,
+    token_streams,
+)
+from abliterate.inference.token_batches import TokenBudget, group_rows, out_of_memory
+from abliterate.offload.layer_streaming import BatchRun, OffloadedModel
 
 Rows = tuple[int, ...]
 
@@ -21,7 +27,7 @@ CPU_TOKENS = 2048
 
 
 def look(
-    stream: Stream,
+    stream: OffloadedModel,
     prompts: Sequence[Sequence[int]],
     positions: Sequence[int],
     batch_size: int | str = "auto",
@@ -48,8 +54,8 @@ def look(
     needed, where = logits_needed(model, positions), list(positions)
     logits: list[Tensor] = []
 
-    def job(rows: Rows) -> Job:
-        batch, at = pad(model, prompts, rows), torch.tensor(rows)
+    def job(rows: Rows) -> BatchRun:
+        batch, at = left_pad(model, prompts, rows), torch.tensor(rows)
 
         def see(layer: int, hidden: Tensor, output: object) -> None:
             streams = token_streams(hidden, batch.input_ids.shape, width)[:, where]
@@ -61,7 +67,7 @@ def look(
                 logits.append(stream.activations.empty((len(prompts), last.shape[-1]), last.dtype))
             logits[0][at] = last.cpu()
 
-        return Job(
+        return BatchRun(
             partial(last_logits, model, batch, needed),
             use,
             (len(rows), batch.input_ids.shape[1]),
@@ -74,9 +80,9 @@ def look(
 
 
 def flow(
-    stream: Stream,
+    stream: OffloadedModel,
     prompts: Sequence[Sequence[int]],
-    job: Callable[[Rows], Job],
+    job: Callable[[Rows], BatchRun],
     batch_size: int | str = "auto",
     description: str = "stream",
     mix: bool = True,
@@ -99,22 +105,27 @@ def flow(
           description)  # fmt: skip
 
 
-def streaming_budget(stream: Stream, batch_size: int | str = "auto") -> Budget:
+def streaming_budget(stream: OffloadedModel, batch_size: int | str = "auto") -> TokenBudget:
     """Tokens per batch; fixed, as the batches of a pass are made before it starts."""
-    budget = Budget(stream.device, batch_size, grow=False)
+    budget = TokenBudget(stream.device, batch_size, grow=False)
     if stream.device.type == "cpu":
         budget.tokens = CPU_TOKENS
     return budget
 
 
 def batches(
-    stream: Stream, prompts: Sequence[Sequence[int]], budget: Budget, mix: bool = True
+    stream: OffloadedModel, prompts: Sequence[Sequence[int]], budget: TokenBudget, mix: bool = True
 ) -> list[Rows]:
     """Which prompts share a batch."""
     return group_rows(list(map(len, prompts)), budget, mix and can_pad(stream.model))
 
 
-def retry(stream: Stream, budget: Budget, jobs: Callable[[], list[Job]], description: str) -> None:
+def retry(
+    stream: OffloadedModel,
+    budget: TokenBudget,
+    jobs: Callable[[], list[BatchRun]],
+    description: str,
+) -> None:
     """One reading of the model for the jobs made within ``budget``, halved until they fit.
 
     Raises:

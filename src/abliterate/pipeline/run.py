@@ -42,12 +42,12 @@ def run_pipeline(session: Session, run: Path) -> dict[str, Any]:
         InputError: a prompt source that a later stage could not read, another process writes to
             ``run``, or it holds a foreign file of such a name.
     """
-    team, files = session.placement.team, EXTRACT_FILES | SELECT_FILES | EVALUATE_FILES
+    ranks, files = session.placement.ranks, EXTRACT_FILES | SELECT_FILES | EVALUATE_FILES
     check_settings(session)
-    with writing(team, run, "run", files):
+    with writing(ranks, run, "run", files):
         # Before hours of work; the editor looks again before it replaces anything.
         if not is_begun(run / MODEL):
-            team.lead(lambda: check_absent(run / MODEL, overwrite=True))
+            ranks.run_on_main(lambda: check_absent(run / MODEL, overwrite=True))
         return _run_stages(session, run)
 
 

@@ -37,7 +37,7 @@ from abliterate.run_folder import (
     PARTIAL,
     SELECTION,
     Session,
-    finished,
+    load_if_current,
     prompt_keys,
     prompt_sources,
     writing,
@@ -72,12 +72,12 @@ SELECT_FILES: dict[str, Kind] = {
 
 def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, Any]:
     """Extract candidate directions into ``run``; returns the record ``extract.json``."""
-    with writing(session.placement.team, run, "extract", EXTRACT_FILES):
+    with writing(session.placement.ranks, run, "extract", EXTRACT_FILES):
         return _extract(session, run, reuse)
 
 
 def _extract(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
-    team = session.placement.team
+    ranks = session.placement.ranks
     settings, seed = session.settings.extract, session.settings.model.seed
     prompts = {
         kind: load_prompts(source, "train", settings.n_train, seed, option="--n-train")
@@ -91,10 +91,12 @@ def _extract(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
     outputs = {DIRECTIONS: tensors} | (
         {ACTIVATIONS: kept_file} if settings.save_activations else {}
     )
-    if settings.save_activations and not team.alone:
+    if settings.save_activations and not ranks.is_unsplit:
         raise UsageError("--save-activations needs all prompts in one process: run it by itself")
-    team.same(inputs, "model, prompt set or package version")
-    if reuse and (done := team.lead(lambda: finished(run / EXTRACT, inputs, outputs))):
+    ranks.assert_equal(inputs, "model, prompt set or package version")
+    if reuse and (
+        done := ranks.run_on_main(lambda: load_if_current(run / EXTRACT, inputs, outputs))
+    ):
         return done
     loaded = session.loaded
     started = time.perf_counter()
@@ -165,7 +167,7 @@ def _extract(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
         write_json(run / EXTRACT, record)
         return record
 
-    return team.lead(write)
+    return ranks.run_on_main(write)
 
 
 @contextmanager
@@ -194,13 +196,13 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     Raises:
         SelectionError: no candidate passes; ``selection.json`` keeps the scores all the same.
     """
-    with writing(session.placement.team, run, "select", SELECT_FILES):
+    with writing(session.placement.ranks, run, "select", SELECT_FILES):
         return _select(session, run, reuse)
 
 
 def _select(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
-    team = session.placement.team
-    extracted = team.lead(lambda: read_extract(run))
+    ranks = session.placement.ranks
+    extracted = ranks.run_on_main(lambda: read_extract(run))
     settings, seed = session.settings.select, session.settings.model.seed
     sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
     prompts = {
@@ -215,19 +217,23 @@ def _select(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
         | {
             "settings": settings.model_dump(),
             "prompts": prompt_keys(prompts, keep_text=True),
-            "directions": team.lead(lambda: hash_file(tensors) if tensors.exists() else None),
+            "directions": ranks.run_on_main(
+                lambda: hash_file(tensors) if tensors.exists() else None
+            ),
             "refusal_tokens": extracted["refusal_tokens"],
         }
     )
-    team.same(inputs, "model, prompt set or package version")
+    ranks.assert_equal(inputs, "model, prompt set or package version")
     outputs = {FILE_NAME: direction}
-    if reuse and (done := team.lead(lambda: finished(run / SELECTION, inputs, outputs))):
+    if reuse and (
+        done := ranks.run_on_main(lambda: load_if_current(run / SELECTION, inputs, outputs))
+    ):
         return done
-    extraction = team.lead(lambda: Extraction.load(tensors, extracted))
-    known = team.lead(lambda: load_partial(partial, inputs, extracted["n_layers"]))
+    extraction = ranks.run_on_main(lambda: Extraction.load(tensors, extracted))
+    known = ranks.run_on_main(lambda: load_partial(partial, inputs, extracted["n_layers"]))
 
     def save(scores: Mapping[Key, Score]) -> None:
-        if team.leads:
+        if ranks.is_main:
             save_partial(partial, inputs, scores)
 
     _check_refusal_tokens(session, extraction, run)
@@ -285,7 +291,7 @@ def _select(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
         partial.unlink(missing_ok=True)
         return record
 
-    record = team.lead(write)
+    record = ranks.run_on_main(write)
     try:
         result.require_winner()
     except SelectionError as error:

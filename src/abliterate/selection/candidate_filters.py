@@ -74,8 +74,8 @@ class Score:
 
     def why_dropped(self, thresholds: Thresholds) -> str | None:
         """The filter other than its layer that drops it by what is known, in the paper's order."""
-        known = [getattr(self, metric) for metric in self.computed]
-        if any(map(math.isnan, known)):
+        require_score = [getattr(self, metric) for metric in self.computed]
+        if any(map(math.isnan, require_score)):
             return "nan"
         kl = self.kl_at_least if self.kl_divergence is None else self.kl_divergence
         if kl is not None and kl > thresholds.kl:
@@ -94,7 +94,7 @@ def first_pruned_layer(n_layers: int, thresholds: Thresholds) -> int:
     return int(n_layers * (1.0 - thresholds.prune_layers))
 
 
-def judge(scores: Sequence[Score], n_layers: int, thresholds: Thresholds) -> list[Score]:
+def apply_filters(scores: Sequence[Score], n_layers: int, thresholds: Thresholds) -> list[Score]:
     """Apply the filters, in the paper's order: NaN, last layers, KL, induce."""
     first_pruned = first_pruned_layer(n_layers, thresholds)
 
@@ -109,7 +109,7 @@ def judge(scores: Sequence[Score], n_layers: int, thresholds: Thresholds) -> lis
     reasons = [reason(score) for score in scores]
     kept = [at for at, why in enumerate(reasons) if why is None]
     if kept:
-        best = min((known(scores[at].bypass_score), at) for at in kept)
+        best = min((require_score(scores[at].bypass_score), at) for at in kept)
         for at, score in enumerate(scores):
             has_lost = score.bypass_score is not None and (score.bypass_score, at) > best
             if reasons[at] == "unknown" and has_lost:
@@ -120,19 +120,19 @@ def judge(scores: Sequence[Score], n_layers: int, thresholds: Thresholds) -> lis
     ]
 
 
-def choose(judged: Sequence[Score]) -> Score | None:
+def best_candidate(judged: Sequence[Score]) -> Score | None:
     """The kept candidate with the lowest bypass score; ties go to the earlier in the list."""
     kept = [score for score in judged if score.kept]
-    return min(kept, key=lambda score: known(score.bypass_score), default=None)
+    return min(kept, key=lambda score: require_score(score.bypass_score), default=None)
 
 
-def known(value: float | None) -> float:
+def require_score(value: float | None) -> float:
     """A score that must have been computed."""
     assert value is not None
     return value
 
 
-def why_none(judged: Sequence[Score], thresholds: Thresholds) -> str:
+def explain_no_candidate(judged: Sequence[Score], thresholds: Thresholds) -> str:
     """Why no candidate passes, in one line."""
     counts = Counter(score.reason for score in judged)
     names = {
@@ -172,7 +172,7 @@ def why_none(judged: Sequence[Score], thresholds: Thresholds) -> str:
         if s.reason == "layer" and s.computed == METRICS and s.why_dropped(thresholds) is None
     ]
     if by_layer:
-        near = min(by_layer, key=lambda score: (score.layer, known(score.bypass_score)))
+        near = min(by_layer, key=lambda score: (score.layer, require_score(score.bypass_score)))
         misses.append(
             f"position {near.position} layer {near.layer} fails by its layer only "
             "(--prune-layers 0 admits it)"
@@ -188,11 +188,11 @@ def _induces(score: Score, thresholds: Thresholds) -> bool:
 
 
 def _most_induce(score: Score) -> float:
-    return known(score.induce_at_most if score.induce_score is None else score.induce_score)
+    return require_score(score.induce_at_most if score.induce_score is None else score.induce_score)
 
 
 def _least_kl(score: Score) -> float:
-    return known(score.kl_at_least if score.kl_divergence is None else score.kl_divergence)
+    return require_score(score.kl_at_least if score.kl_divergence is None else score.kl_divergence)
 
 
 def _round_up(value: float, sign: int = 1) -> str:

@@ -20,13 +20,19 @@ import torch
 from torch import Tensor
 
 from abliterate.console import progress_bar
-from abliterate.inference.batched_interventions import Replay
+from abliterate.inference.batched_interventions import InterventionRunner
 from abliterate.inference.candidate_batches import Candidates
-from abliterate.inference.fast_path import verified_replay
+from abliterate.inference.fast_path import verified_runner
 from abliterate.metrics.refusal import MAX_REFUSAL_SCORE
-from abliterate.selection.candidate_filters import Score, choose, first_pruned_layer, judge, known
-from abliterate.selection.search_inputs import Key, Task
-from abliterate.selection.validation_batches import Round, Rounds
+from abliterate.selection.candidate_filters import (
+    Score,
+    apply_filters,
+    best_candidate,
+    first_pruned_layer,
+    require_score,
+)
+from abliterate.selection.search_inputs import Key, SearchInputs
+from abliterate.selection.validation_batches import Round, ValidationBatches
 
 # A bound this close to a threshold does not reject: sums in another order may be on its other side.
 _MARGIN = 1e-9
@@ -34,7 +40,7 @@ _MARGIN = 1e-9
 _AT_A_TIME = 4
 
 
-class Scorer:
+class CandidateSearch:
     """The state of a search: scores so far, and how prompts are run.
 
     Attributes:
@@ -44,7 +50,7 @@ class Scorer:
 
     def __init__(
         self,
-        task: Task,
+        task: SearchInputs,
         known: Mapping[Key, Score] | None = None,
         save: Callable[[Mapping[Key, Score]], None] | None = None,
     ) -> None:
@@ -64,15 +70,15 @@ class Scorer:
         self.usable = [key for key in wanted if key not in useless]
 
     @cached_property
-    def replay(self) -> Replay:
+    def replay(self) -> InterventionRunner:
         task = self.task
         prompts = [*task.harmful, *task.harmless, *(task.answered or ())]
         keys = [self.usable[0], self.usable[-1]]
-        return verified_replay(task.model, prompts, task.vectors(keys), task.batch_size)
+        return verified_runner(task.model, prompts, task.vectors(keys), task.batch_size)
 
     @cached_property
-    def rounds(self) -> Rounds:
-        return Rounds(self.task, self.replay)
+    def rounds(self) -> ValidationBatches:
+        return ValidationBatches(self.task, self.replay)
 
     def run(self) -> list[Score]:
         """Score what is not known yet; all scores by position, then layer."""
@@ -82,7 +88,7 @@ class Scorer:
         try:
             self._share_out(self.lacks_induce, self._induce)
             self._share_out(self._lacks_bypass, self._kl_and_bypass)
-            with self.task.team.working():  # the same on every rank: it is little
+            with self.task.ranks.fail_together():  # the same on every rank: it is little
                 self._complete_kl([key for key in self.usable if self._is_lazy(key)])
         finally:
             self.save(self.scores)
@@ -92,13 +98,13 @@ class Scorer:
         self, lacking: Callable[[Key], bool], measure: Callable[[Sequence[Key]], None]
     ) -> None:
         """``measure`` the candidates that lack something, some on each rank of the team."""
-        team = self.task.team
-        for keys in team.rounds([key for key in self.usable if lacking(key)]):
-            own = team.share(keys)
-            with team.working():
+        ranks = self.task.ranks
+        for keys in ranks.chunks([key for key in self.usable if lacking(key)]):
+            own = ranks.split(keys)
+            with ranks.fail_together():
                 measure(own)
-            if not team.alone:
-                found = team.gather([self.scores[key] for key in own])
+            if not ranks.is_unsplit:
+                found = ranks.gather([self.scores[key] for key in own])
                 self.scores |= zip(keys, found, strict=True)
                 self.save(self.scores)
 
@@ -148,7 +154,7 @@ class Scorer:
                 if not (replay.tricks.join and replay.tricks.resume):
                     together = min(together, same)
                 some, left = left[:together], left[together:]
-                candidates = replay.prepare(task.vectors(some), [key[1] for key in some])
+                candidates = replay.prefill(task.vectors(some), [key[1] for key in some])
                 table = torch.full(
                     (len(some), len(task.harmless)), MAX_REFUSAL_SCORE, dtype=torch.float64
                 )
@@ -192,7 +198,9 @@ class Scorer:
     def _complete_kl(self, keys: Sequence[Key]) -> None:
         """KL of the candidates with the lowest bypass, up to the first that passes."""
         while True:
-            judged = judge(list(self.scores.values()), self.task.n_layers, self.task.thresholds)
+            judged = apply_filters(
+                list(self.scores.values()), self.task.n_layers, self.task.thresholds
+            )
             open_ones = [
                 score
                 for score in judged
@@ -201,14 +209,14 @@ class Scorer:
             if not open_ones:
                 return
             # As the choice goes: the first of those that have the lowest.
-            best = min(open_ones, key=lambda score: known(score.bypass_score))
+            best = min(open_ones, key=lambda score: require_score(score.bypass_score))
             key = best.position, best.layer
             self._kl([key], self._ablated([key]), True)
             self.save(self.scores)
 
     def _ablated(self, keys: Sequence[Key]) -> Candidates:
         units = self.task.vectors(keys)
-        return self.replay.prepare(units / units.norm(dim=1, keepdim=True))
+        return self.replay.prefill(units / units.norm(dim=1, keepdim=True))
 
     def _kl(
         self,
@@ -289,7 +297,7 @@ class Scorer:
         return set(alive)
 
     def _show(self, bar: Any, left: int) -> None:
-        judged = judge(list(self.scores.values()), self.task.n_layers, self.task.thresholds)
-        best = choose(judged)
+        judged = apply_filters(list(self.scores.values()), self.task.n_layers, self.task.thresholds)
+        best = best_candidate(judged)
         found = f"position {best.position} layer {best.layer}" if best else "none yet"
         bar.set_postfix_str(f"{left} candidates left, best: {found}")

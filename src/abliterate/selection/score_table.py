@@ -14,9 +14,9 @@ from abliterate.selection.candidate_filters import (
     METRICS,
     Score,
     Thresholds,
-    choose,
-    judge,
-    why_none,
+    apply_filters,
+    best_candidate,
+    explain_no_candidate,
 )
 from abliterate.storage.artifacts import read_json, write_json
 
@@ -30,7 +30,7 @@ def choose_again(
         InputError: a score that the search left out could change the choice.
         SelectionError: no candidate passes.
     """
-    judged = judge(scores, n_layers, thresholds)
+    judged = apply_filters(scores, n_layers, thresholds)
     unknown = [score for score in judged if score.reason == "unknown"]
     if unknown:
         first = unknown[0]
@@ -42,9 +42,9 @@ def choose_again(
             + " was not computed, as stricter thresholds dropped it: run select with these "
             "thresholds, or with --search exhaustive"
         )
-    winner = choose(judged)
+    winner = best_candidate(judged)
     if winner is None:
-        raise SelectionError(why_none(judged, thresholds))
+        raise SelectionError(explain_no_candidate(judged, thresholds))
     return winner, judged
 
 

@@ -10,19 +10,33 @@ from torch import Tensor
 
 from abliterate.direction import Direction
 from abliterate.errors import SelectionError, UsageError
-from abliterate.extraction.means import Extraction, check_enough
+from abliterate.extraction.means import Extraction, require_min_prompts
 from abliterate.inference.forward import all_last_logits
 from abliterate.inference.generation import greedy_answers
 from abliterate.metrics.refusal import refusal_score
-from abliterate.models.loading import Loaded
+from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts
-from abliterate.selection.candidate_filters import Score, Thresholds, choose, judge, why_none
-from abliterate.selection.candidate_search import Scorer
-from abliterate.selection.search_inputs import Key, Search, Task
+from abliterate.selection.candidate_filters import (
+    Score,
+    Thresholds,
+    apply_filters,
+    best_candidate,
+    explain_no_candidate,
+)
+from abliterate.selection.candidate_search import CandidateSearch
+from abliterate.selection.search_inputs import Key, Search, SearchInputs
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
-__all__ = ["Score", "Selection", "Thresholds", "choose", "judge", "select", "why_none"]
+__all__ = [
+    "Score",
+    "Selection",
+    "Thresholds",
+    "apply_filters",
+    "best_candidate",
+    "explain_no_candidate",
+    "select",
+]
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class Selection:
                 misses and names the option that would admit them.
         """
         if self.winner is None:
-            raise SelectionError(why_none(self.scores, self.thresholds))
+            raise SelectionError(explain_no_candidate(self.scores, self.thresholds))
         return self.winner
 
     def direction(self, extraction: Extraction) -> Direction:
@@ -81,7 +95,7 @@ def parse_kl_on(text: str) -> int:
 
 
 def select(
-    loaded: Loaded,
+    loaded: LoadedModel,
     extraction: Extraction,
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
@@ -143,7 +157,7 @@ def select(
             )
         streamed = StreamedSearch(
             loaded.stream,
-            Task(
+            SearchInputs(
                 loaded.model,
                 extraction.directions,
                 extraction.positions,
@@ -163,8 +177,8 @@ def select(
         harmless_score < 0 if filter else torch.ones_like(harmless_score, dtype=torch.bool)
     )
     if filter:
-        check_enough("harmful", int(use_harmful.sum()), len(harmful), "n-val")
-        check_enough("harmless", int(use_harmless.sum()), len(harmless), "n-val")
+        require_min_prompts("harmful", int(use_harmful.sum()), len(harmful), "n-val")
+        require_min_prompts("harmless", int(use_harmless.sum()), len(harmless), "n-val")
     harmless_used = [ids for ids, use in zip(harmless_ids, use_harmless, strict=True) if use]
     answered, lengths = None, None
     if n_answer:
@@ -172,7 +186,7 @@ def select(
         # The last answer token is predicted, not read.
         answered = [ids + new[:-1] for ids, new in zip(harmless_used, answers, strict=True)]
         lengths = list(map(len, answers))
-    task = Task(
+    task = SearchInputs(
         loaded.model,
         extraction.directions,
         extraction.positions,
@@ -185,17 +199,17 @@ def select(
         search,
         all_layers,
         batch_size,
-        loaded.team,
+        loaded.ranks,
     )
     if streamed is None:
-        scores = Scorer(task, known, save).run()
+        scores = CandidateSearch(task, known, save).run()
     else:
         scores = streamed.run(use_harmful, use_harmless, save)
-    judged = judge(scores, extraction.directions.shape[1], thresholds)
+    judged = apply_filters(scores, extraction.directions.shape[1], thresholds)
     return Selection(
         tuple(judged),
         thresholds,
-        choose(judged),
+        best_candidate(judged),
         float(harmful_score[use_harmful].mean()),
         float(harmless_score[use_harmless].mean()),
         int(use_harmful.sum()),
@@ -204,12 +218,15 @@ def select(
 
 
 def _refusal_scores(
-    loaded: Loaded, prompts: Sequence[Sequence[int]], tokens: Sequence[int], batch_size: int | str
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    batch_size: int | str,
 ) -> Tensor:
     """Of the unmodified model, float64 ``[prompts]``; each rank of a team runs some prompts."""
-    own = loaded.team.share(prompts)
+    own = loaded.ranks.split(prompts)
     scores = torch.empty(0, dtype=torch.float64)
-    with loaded.team.working():
+    with loaded.ranks.fail_together():
         if own:
             scores = refusal_score(all_last_logits(loaded.model, own, batch_size), tokens)
-    return loaded.team.gather_rows(scores)
+    return loaded.ranks.gather_rows(scores)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from abliterate.distributed.rank_group import ALONE, Team
+from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.selection.candidate_filters import Thresholds, first_pruned_layer
 
 Search = Literal["staged", "exhaustive"]
@@ -22,7 +22,7 @@ _VANISHING = 1e-9
 
 
 @dataclass(frozen=True)
-class Task:
+class SearchInputs:
     """What candidates are scored on.
 
     Attributes:
@@ -39,7 +39,7 @@ class Task:
         search: ``staged`` skips what cannot change the choice, ``exhaustive`` nothing.
         all_layers: score the candidates of the pruned layers too.
         batch_size: prompts per forward pass, or ``auto``.
-        team: the processes that score some candidates each.
+        ranks: the processes that score some candidates each.
     """
 
     model: PreTrainedModel
@@ -54,7 +54,7 @@ class Task:
     search: Search = "staged"
     all_layers: bool = False
     batch_size: int | str = "auto"
-    team: Team = ALONE
+    ranks: RankGroup = ALONE
 
     @property
     def n_layers(self) -> int:

@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 from abliterate.console import log
-from abliterate.inference.forward import pad
-from abliterate.inference.token_batches import Budget
+from abliterate.inference.forward import left_pad
+from abliterate.inference.token_batches import TokenBudget
 from abliterate.metrics.refusal import kl_divergence, refusal_score
-from abliterate.offload.layer_streaming import Job, Stream
+from abliterate.offload.layer_streaming import BatchRun, OffloadedModel
 from abliterate.offload.open_model import replay_tricks
-from abliterate.offload.streamed_interventions import Change, ablating, changed_job
+from abliterate.offload.streamed_interventions import Intervention, ablating, changed_job
 from abliterate.offload.weight_passes import Rows, batches, retry, streaming_budget
 from abliterate.selection.candidate_filters import Score
-from abliterate.selection.candidate_search import Scorer
-from abliterate.selection.search_inputs import Key, Task
+from abliterate.selection.candidate_search import CandidateSearch
+from abliterate.selection.search_inputs import Key, SearchInputs
 
 # A batch keeps its embeddings while it flows, beside the stream.
 _COPIES = 2
 
 
 class StreamedSearch:
-    """The search of ``selection.candidate_search.Scorer``, in few readings of a streamed model.
+    """The search of ``selection.candidate_search.CandidateSearch``, in few readings of a streamed model.
 
     Attributes:
         harmful_scores: refusal score of each harmful prompt, float64, unmodified model.
@@ -39,7 +39,7 @@ class StreamedSearch:
     """
 
     def __init__(
-        self, stream: Stream, task: Task, known: Mapping[Key, Score] | None = None
+        self, stream: OffloadedModel, task: SearchInputs, known: Mapping[Key, Score] | None = None
     ) -> None:
         self.stream, self.task, self.known = stream, task, known
         self.tricks = replay_tricks(stream.model)
@@ -62,7 +62,7 @@ class StreamedSearch:
             use_harmless: the same for harmless prompts.
             save: called with all scores after each reading.
         """
-        scorer = Scorer(self.task, self.known, save)
+        scorer = CandidateSearch(self.task, self.known, save)
         for key, values in self._induce.items():
             score = scorer.scores[key]
             value = float(values[use_harmless].mean())
@@ -93,7 +93,7 @@ class StreamedSearch:
             yield list(keys[first : first + size])
 
     def _first_readings(self) -> None:
-        scorer = Scorer(self.task, self.known)
+        scorer = CandidateSearch(self.task, self.known)
         keys = [key for key in scorer.usable if scorer.lacks_induce(key)]
         tokens = sum(map(len, self.task.harmless))
         portions = list(self._portions(keys, tokens)) or [[]]
@@ -108,7 +108,7 @@ class StreamedSearch:
                 "select: induce",
             )
 
-    def _induce_jobs(self, keys: Sequence[Key], budget: Budget, whole: bool) -> list[Job]:
+    def _induce_jobs(self, keys: Sequence[Key], budget: TokenBudget, whole: bool) -> list[BatchRun]:
         """The unmodified model on the prompts, and each candidate from its layer on.
 
         Args:
@@ -116,7 +116,7 @@ class StreamedSearch:
             budget: tokens to a batch.
             whole: the harmful prompts too, and the baselines are kept.
         """
-        jobs: list[Job] = []
+        jobs: list[BatchRun] = []
         task, stream = self.task, self.stream
         by_layer: dict[int, list[Key]] = {}
         for key in keys:
@@ -129,17 +129,17 @@ class StreamedSearch:
                     self.harmful_scores[list(rows)] = scores.cpu()
 
                 jobs.append(
-                    changed_job(stream, pad(stream.model, task.harmful, rows), None, harmful)
+                    changed_job(stream, left_pad(stream.model, task.harmful, rows), None, harmful)
                 )
         for rows in batches(stream, task.harmless, budget):
             jobs += self._harmless_jobs(rows, by_layer, budget)
         return jobs
 
     def _harmless_jobs(
-        self, rows: Rows, by_layer: Mapping[int, Sequence[Key]], budget: Budget
-    ) -> list[Job]:
+        self, rows: Rows, by_layer: Mapping[int, Sequence[Key]], budget: TokenBudget
+    ) -> list[BatchRun]:
         task, stream = self.task, self.stream
-        batch = pad(stream.model, task.harmless, rows)
+        batch = left_pad(stream.model, task.harmless, rows)
         entered: dict[int, Tensor] = {}
 
         def keep(layer: int, hidden: Tensor) -> Tensor:
@@ -178,18 +178,22 @@ class StreamedSearch:
                     def entering(layer: int = layer) -> Tensor:
                         return entered[layer]
 
-                change = Change(vectors[at], layer)
+                change = Intervention(vectors[at], layer)
                 jobs.append(changed_job(stream, batch, change, use, entering))
         return jobs
 
-    def _together(self, n: int, shape: Sequence[int], budget: Budget) -> Iterator[slice]:
+    def _together(self, n: int, shape: Sequence[int], budget: TokenBudget) -> Iterator[slice]:
         """Which candidates share a batch."""
         size = budget.share(*shape) if self.tricks.rows else 1
         for first in range(0, n, size):
             yield slice(first, first + size)
 
     def _ablate(
-        self, scorer: Scorer, keys: Sequence[Key], harmful: Sequence[int], harmless: Sequence[int]
+        self,
+        scorer: CandidateSearch,
+        keys: Sequence[Key],
+        harmful: Sequence[int],
+        harmless: Sequence[int],
     ) -> None:
         """KL and bypass of candidates, in one reading."""
         task, stream = self.task, self.stream
@@ -210,8 +214,8 @@ class StreamedSearch:
 
         budget = streaming_budget(self.stream, self.task.batch_size)
 
-        def jobs() -> list[Job]:
-            made: list[Job] = []
+        def jobs() -> list[BatchRun]:
+            made: list[BatchRun] = []
             for prompts, used, measure in (
                 (task.harmless, harmless, measure_kl),
                 (task.harmful, harmful, measure_bypass),
@@ -219,7 +223,7 @@ class StreamedSearch:
                 own = [prompts[row] for row in used]
                 for group in batches(stream, own, budget):
                     rows = [used[index] for index in group]
-                    batch = pad(stream.model, prompts, rows)
+                    batch = left_pad(stream.model, prompts, rows)
                     for at in self._together(len(keys), batch.input_ids.shape, budget):
 
                         def use(
@@ -230,7 +234,7 @@ class StreamedSearch:
                         ) -> None:
                             measure(logits, at, rows)
 
-                        made.append(changed_job(stream, batch, Change(units[at]), use))
+                        made.append(changed_job(stream, batch, Intervention(units[at]), use))
             return made
 
         with ablating(stream):

@@ -11,15 +11,15 @@ from functools import cached_property
 
 from torch import Tensor
 
-from abliterate.inference.batched_interventions import Replay
-from abliterate.inference.candidate_batches import Piece
+from abliterate.inference.batched_interventions import InterventionRunner
+from abliterate.inference.candidate_batches import PromptBatch
 from abliterate.inference.forward import can_pad
 from abliterate.inference.token_batches import group_rows
-from abliterate.metrics.logit_metrics import Measure, Reference, refusal_measure
-from abliterate.selection.search_inputs import Task
+from abliterate.metrics.logit_metrics import BaselineLogits, LogitMetric, refusal_metric
+from abliterate.selection.search_inputs import SearchInputs
 
 # A batch of prompts, and what to read from its logits.
-Round = tuple[Piece, Measure]
+Round = tuple[PromptBatch, LogitMetric]
 
 # KL is tried on one in this many prompts before bypass is measured.
 _TRIED = 8
@@ -28,22 +28,22 @@ _TRIED = 8
 _SHARED = 8
 
 
-class Rounds:
+class ValidationBatches:
     """The batches of a search."""
 
-    def __init__(self, task: Task, replay: Replay) -> None:
+    def __init__(self, task: SearchInputs, replay: InterventionRunner) -> None:
         self.task, self.replay = task, replay
 
     @cached_property
     def bypass(self) -> list[Round]:
         """All harmful prompts."""
-        measure = refusal_measure(self.task.refusal_tokens)
+        measure = refusal_metric(self.task.refusal_tokens)
         return [(piece, measure) for piece in self._pieces(self.task.harmful)]
 
     @cached_property
     def induce(self) -> list[Round]:
         """All harmless prompts, after some of which candidates may be rejected."""
-        measure = refusal_measure(self.task.refusal_tokens)
+        measure = refusal_metric(self.task.refusal_tokens)
         return [(piece, measure) for piece in self._harmless[0]]
 
     @cached_property
@@ -70,7 +70,7 @@ class Rounds:
         return rounds(order[:first], 1), rounds(rest, 4), rounds(rest, 1, 1), reference.floor
 
     @cached_property
-    def _harmless(self) -> tuple[list[Piece], Reference]:
+    def _harmless(self) -> tuple[list[PromptBatch], BaselineLogits]:
         """Batches after which candidates may be rejected by induce, and what KL compares with."""
         prompts, prefix = self.task.harmless, self.replay.prefix
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -95,11 +95,11 @@ class Rounds:
         return cut, reference
 
     def _reference(
-        self, pieces: Sequence[Piece], counts: Sequence[int]
-    ) -> tuple[list[Piece], Reference]:
+        self, pieces: Sequence[PromptBatch], counts: Sequence[int]
+    ) -> tuple[list[PromptBatch], BaselineLogits]:
         runs = [run for piece in pieces for run in self.replay.baselines(piece)]
         parts = ((logits, piece.batch.rows) for piece, logits in runs)
-        return [piece for piece, _ in runs], Reference.of(parts, counts)
+        return [piece for piece, _ in runs], BaselineLogits.of(parts, counts)
 
     def _pieces(
         self,
@@ -108,7 +108,7 @@ class Rounds:
         steps: int = 1,
         n_answer: Sequence[int] | None = None,
         shared: int = _SHARED,
-    ) -> list[Piece]:
+    ) -> list[PromptBatch]:
         """Batches of ``prompts`` (of some of them), of at most 1 / ``steps`` of them each, which
         run for about ``shared`` candidates at once."""
         rows = range(len(prompts)) if rows is None else rows

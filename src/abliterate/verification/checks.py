@@ -22,12 +22,12 @@ from abliterate.console import progress
 from abliterate.direction import Direction
 from abliterate.editing.edit_plan import TensorEdit, make_plan
 from abliterate.editing.file_names import RECORD
-from abliterate.editing.matrix_orthogonalization import Recipe
+from abliterate.editing.matrix_orthogonalization import EditStrength
 from abliterate.editing.options import tied_matrices_agree
 from abliterate.editing.shard_tasks import Files
 from abliterate.editing.tensor_changes import resolve_edits
 from abliterate.errors import CheckpointError
-from abliterate.models.loading import Checkpoint, Loaded, require_token
+from abliterate.models.loading import Checkpoint, LoadedModel, require_token
 from abliterate.storage.artifacts import read_record
 from abliterate.verification.declared_edit import (
     ExpectedTensor,
@@ -159,7 +159,7 @@ def _against_source(
     shards = read_shards(edited.folder)
     declared = declared_edit(edited, shards, source, direction, trust_remote_code)
     quantized = find_quantized(shards, read_config(edited.folder))
-    recipe = Recipe(declared.options.scale, declared.options.norm_preserve)
+    recipe = EditStrength(declared.options.scale, declared.options.norm_preserve)
     checks, changed = list[WriterCheck](), list[str]()
     present = [t for name, t in declared.tensors.items() if name in shards.tensors]
     with ExitStack() as stack:
@@ -197,7 +197,7 @@ def _against_source(
 
 
 def _computed(
-    expected: ExpectedTensor, edited: StoredValues, files: Files, recipe: Recipe
+    expected: ExpectedTensor, edited: StoredValues, files: Files, recipe: EditStrength
 ) -> Iterator[WriterCheck]:
     """Each edit of a tensor, or the one of none that makes it a plain tensor."""
     assert expected.origin is not None
@@ -241,7 +241,9 @@ def _same_constant(mine: TensorEntry, content: bytes, files: Files) -> bool:
     return bool(((stored - expected).abs() <= allowed).all())
 
 
-def measure_leak(loaded: Loaded, direction: Direction, prompts: Sequence[Sequence[int]]) -> float:
+def measure_leak(
+    loaded: LoadedModel, direction: Direction, prompts: Sequence[Sequence[int]]
+) -> float:
     """Largest ``|h[l, t] . r| / ||h[l, t]||`` over block boundaries, prompts and tokens.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
 from abliterate.checkpoints.shards import ShardSet, TensorEntry, same_bytes
 from abliterate.direction import Direction
-from abliterate.editing.auxiliary_files import find_carried
+from abliterate.editing.auxiliary_files import find_auxiliary_files
 from abliterate.editing.edit_plan import TensorEdit, tied_tensors
 from abliterate.editing.file_names import CARD, RECORD
 from abliterate.editing.options import EditOptions, promise
@@ -218,9 +218,9 @@ def check_files(
         wrong = _loaded_config_differs(edited, source)
         conflict = tied_conflict(edited, shards)
         wrong += [conflict] if conflict else []
-    mine = find_carried(edited.folder, shards.shards, (RECORD, CARD, CONFIG, _INDEX))
+    mine = find_auxiliary_files(edited.folder, shards.shards, (RECORD, CARD, CONFIG, _INDEX))
     names = declared.planned.full.shards.shards
-    theirs = find_carried(source.folder, names, (RECORD, CARD, CONFIG, _INDEX))
+    theirs = find_auxiliary_files(source.folder, names, (RECORD, CARD, CONFIG, _INDEX))
     same = _same_file if declared.recorded else _same_content
     for path in sorted(theirs.files):
         if path not in mine.files:

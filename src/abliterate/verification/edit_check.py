@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from abliterate.editing.edit_plan import TensorEdit
-from abliterate.editing.matrix_orthogonalization import Recipe
+from abliterate.editing.matrix_orthogonalization import EditStrength
 from abliterate.verification.stored_values import Box, StoredValues, cut
 
 _READ, _COMPUTED = 1 << 22, 1 << 18  # elements at a time
@@ -70,7 +70,7 @@ def check_writer(
     edit: TensorEdit,
     edited: StoredValues,
     source: StoredValues | None = None,
-    recipe: Recipe | None = None,
+    recipe: EditStrength | None = None,
     diagnose: bool = False,
 ) -> WriterCheck:
     """Check one edit of one tensor, each file read once (twice where rows keep their norms).
@@ -82,7 +82,7 @@ def check_writer(
         recipe: how much the edit removes; None for all.
         diagnose: look for the reason why it is not the edit; done where it is not.
     """
-    recipe, sums = recipe or Recipe(), _Sums()
+    recipe, sums = recipe or EditStrength(), _Sums()
     whole = edit.region or tuple((0, size) for size in edited.shape)
     for region in _regions(whole, edit.axis, recipe):
         factors = None
@@ -104,7 +104,7 @@ def check_writer(
     return WriterCheck(edit.name, along / norm, bound / norm, along <= bound, kept)
 
 
-def _regions(region: Box, axis: int, recipe: Recipe) -> Iterator[Box]:
+def _regions(region: Box, axis: int, recipe: EditStrength) -> Iterator[Box]:
     """Rows keep their norms over so many columns at most."""
     trailing = [i for i in range(axis + 1, len(region)) if region[i][1] - region[i][0] > 1]
     if not recipe.keep_norms or len(trailing) != 1:
@@ -153,7 +153,9 @@ def _removed(original: Tensor, edit: TensorEdit) -> tuple[Tensor, Tensor]:
     return removed, along_last.norm(dim=-1, keepdim=True)
 
 
-def _row_factors(region: Box, edit: TensorEdit, source: StoredValues, recipe: Recipe) -> Tensor:
+def _row_factors(
+    region: Box, edit: TensorEdit, source: StoredValues, recipe: EditStrength
+) -> Tensor:
     """By how much rows along other axes than the stream grow, to have their norms again."""
     lead = [behind - first for first, behind in region[: edit.axis + 1]]
     shape = (*lead, *(1 for _ in region[edit.axis + 1 :]))
@@ -185,7 +187,7 @@ def _add(
     edit: TensorEdit,
     edited: StoredValues,
     source: StoredValues | None,
-    recipe: Recipe,
+    recipe: EditStrength,
     block: tuple[Box, Tensor, Tensor | None, Tensor | None],
     diagnose: bool,
 ) -> None:
@@ -233,7 +235,7 @@ def _add(
             sums.first = tuple(start + i for i, (start, _) in zip(index, box, strict=True))
 
 
-def _problem(sums: _Sums, recipe: Recipe, bound: float) -> str:
+def _problem(sums: _Sums, recipe: EditStrength, bound: float) -> str:
     """In what the tensor is not the declared edit; empty where it is."""
     off = math.sqrt(sums.off)
     coherent = bound + 3 * math.sqrt(sums.noise)

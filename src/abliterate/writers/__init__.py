@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 
 from abliterate.errors import PlanError, UnsupportedArchitectureError
 from abliterate.writers.discovery import DiscoveryError, discover
-from abliterate.writers.plan import Gain, Obstacle, Site, Writer, WriterPlan
+from abliterate.writers.plan import Gain, HookPoint, Obstacle, Writer, WriterPlan
 from abliterate.writers.proof import Proof, prove, prove_in_place
 from abliterate.writers.tiny_model import ShrinkError
 
 __all__ = [
     "Gain",
+    "HookPoint",
     "Obstacle",
     "Proof",
-    "Site",
     "Writer",
     "WriterPlan",
     "decoder_blocks",

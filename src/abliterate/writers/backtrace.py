@@ -33,7 +33,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Found:
+class ReachedParameter:
     """A parameter where a path ended: its name, d_model axis, gains, part, and what used it.
 
     ``product`` says that the use was a product or a lookup, rather than a plain addition.
@@ -52,11 +52,11 @@ class Walk:
     """What the walk found: the graph between nodes, writers and obstacles."""
 
     children: dict[Node, list[Node]] = field(default_factory=dict)
-    ends: dict[Node, list[Found | Obstacle]] = field(default_factory=dict)
+    ends: dict[Node, list[ReachedParameter | Obstacle]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Ask:
+class Query:
     """A tensor, its channel axis, when it was read, by which write; gains and part so far."""
 
     tensor: Tensor
@@ -68,7 +68,7 @@ class Ask:
     product: bool = False
 
 
-def node_of(trace: Trace, ask: Ask) -> Node:
+def node_of(trace: Trace, ask: Query) -> Node:
     """The node that a tensor was when it was read."""
     version = trace.version(ask.tensor, ask.seq)
     stride = ask.tensor.stride(ask.axis)
@@ -127,7 +127,7 @@ class Walker:
         self.buffers = {storage_of(b): name for name, b in model.named_buffers()}
         self.walk = Walk()
 
-    def run(self, asks: Iterable[Ask]) -> Walk:
+    def run(self, asks: Iterable[Query]) -> Walk:
         """Walk back from each ask; everything that is reached is visited once."""
         pending = list(asks)
         while pending:
@@ -150,14 +150,14 @@ class Walker:
                 pending.append(step)
         return self.walk
 
-    def _end(self, node: Node, end: Found | Obstacle) -> None:
+    def _end(self, node: Node, end: ReachedParameter | Obstacle) -> None:
         self.walk.ends[node].append(end)
 
-    def _module(self, ask: Ask, node: Node) -> str:
+    def _module(self, ask: Query, node: Node) -> str:
         write = self.ctx.trace.last_write(ask.tensor, ask.seq) or ask.reader
         return write.op.module if write else ""
 
-    def _below(self, ask: Ask, node: Node) -> list[Ask]:
+    def _below(self, ask: Query, node: Node) -> list[Query]:
         """The asks that this one leads to; records an end where it leads to none."""
         if ask.gains and self._plain(node) in self.stream:
             raise StreamScaled(ask.gains[0])
@@ -167,7 +167,7 @@ class Walker:
             axis = axis_with(owner[1], node.stride, size)
             if axis is None or owner[1].shape[axis] != size:
                 raise Blocked(f"the channels are only a part of an axis of {owner[0]}")
-            found = Found(owner[0], axis, ask.gains, ask.part, ask.reader, ask.product)
+            found = ReachedParameter(owner[0], axis, ask.gains, ask.part, ask.reader, ask.product)
             self._end(node, found)
             return []
         write = self.ctx.trace.last_write(ask.tensor, ask.seq)
@@ -186,13 +186,13 @@ class Walker:
         return below
 
     @staticmethod
-    def _next(ask: Ask, write: Write, step: Step) -> Ask:
+    def _next(ask: Query, write: Write, step: Step) -> Query:
         if ask.part is not None and (step.gain is not None or step.part is not None):
             raise Blocked("only a part of the channels is multiplied or put together")
         gains = ask.gains if step.gain is None else (step.gain, *ask.gains)
         product = step.product or (ask.product and write.op.name in MOVES)
         part = step.part or ask.part
-        return Ask(step.tensor, step.axis, write.op.seq, gains, part, write, product)
+        return Query(step.tensor, step.axis, write.op.seq, gains, part, write, product)
 
     @staticmethod
     def _plain(node: Node) -> Node:

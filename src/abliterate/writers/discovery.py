@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from abliterate.writers.backtrace import Ask, Found, Walk, Walker, node_of
+from abliterate.writers.backtrace import Query, ReachedParameter, Walk, Walker, node_of
 from abliterate.writers.gains import Context
 from abliterate.writers.hook_points import SiteFinder
 from abliterate.writers.op_trace import Trace, record, storage_of, tensors_in
@@ -47,7 +47,7 @@ def _layer(parameter: str, blocks: Sequence[BlockCall]) -> int | None:
     return None
 
 
-def _looked_up(found: Found, layer: int | None) -> Tensor | None:
+def _looked_up(found: ReachedParameter, layer: int | None) -> Tensor | None:
     """The indices that a table was looked up with; None if it is no table.
 
     Indexing a parameter inside a block picks experts, outside it is a table of embeddings.
@@ -60,7 +60,7 @@ def _looked_up(found: Found, layer: int | None) -> Tensor | None:
     return next((t for t in tensors_in(use.op.arguments["indices"])), None)
 
 
-def _kind(found: Found, layer: int | None, batch: int) -> Kind:
+def _kind(found: ReachedParameter, layer: int | None, batch: int) -> Kind:
     """What a writer belongs to: tables by what looks them up, the rest by where they are."""
     indices = _looked_up(found, layer)
     if indices is not None:
@@ -128,11 +128,11 @@ def _writers(
     return tuple(sorted(seen.values(), key=lambda w: (order[w.parameter], len(w.gains))))
 
 
-def _asks(blocks: Sequence[BlockCall]) -> list[Ask]:
+def _asks(blocks: Sequence[BlockCall]) -> list[Query]:
     asks = []
     for block in blocks:
-        asks.append(Ask(block.stream_in, block.stream_in.ndim - 1, block.begin))
-        asks.append(Ask(block.stream_out, block.stream_out.ndim - 1, block.end))
+        asks.append(Query(block.stream_in, block.stream_in.ndim - 1, block.begin))
+        asks.append(Query(block.stream_out, block.stream_out.ndim - 1, block.end))
     return asks
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from abliterate.writers.backtrace import Ask, Node, Walk, node_of
+from abliterate.writers.backtrace import Node, Query, Walk, node_of
 from abliterate.writers.op_trace import Call, Trace
-from abliterate.writers.plan import Site
+from abliterate.writers.plan import HookPoint
 from abliterate.writers.residual_stream import BlockCall
 
 
@@ -45,17 +45,17 @@ class SiteFinder:
         self.parents = _plain_parents(walk)
         self.stream = _reaching(self.parents, self.boundaries)
         self.makers = self._makers()
-        self.sites: dict[Site, None] = {}
+        self.sites: dict[HookPoint, None] = {}
 
     def _last(self, tensor: Tensor, seq: int) -> Node:
-        return node_of(self.trace, Ask(tensor, tensor.ndim - 1, seq))
+        return node_of(self.trace, Query(tensor, tensor.ndim - 1, seq))
 
     def _is_channels(self, tensor: Tensor) -> bool:
         return tensor.ndim > 1 and tensor.shape[-1] % self.size == 0 and tensor.is_floating_point()
 
-    def _makers(self) -> dict[Node, list[Site]]:
+    def _makers(self) -> dict[Node, list[HookPoint]]:
         """For each node, modules that output it and never anything that is not such a term."""
-        makers: dict[Node, list[Site]] = {}
+        makers: dict[Node, list[HookPoint]] = {}
         bad: set[tuple[str, int]] = set()
         for call in self.trace.calls:
             for index, tensor in enumerate(call.outputs):
@@ -65,7 +65,7 @@ class SiteFinder:
                 if node is None or node not in self.walk.children or node in self.stream:
                     bad.add((call.module, index))
                 else:
-                    site = Site(call.module, self._layer(call), "output", index)
+                    site = HookPoint(call.module, self._layer(call), "output", index)
                     makers.setdefault(node, []).append(site)
         return {n: [s for s in sites if (s.module, s.index) not in bad]
                 for n, sites in makers.items()}  # fmt: skip
@@ -76,7 +76,7 @@ class SiteFinder:
                 return block.layer
         return None
 
-    def find(self) -> tuple[Site, ...]:
+    def find(self) -> tuple[HookPoint, ...]:
         """Sites in the order of the model's blocks, those before the first block first."""
         terms = self.boundaries - self.stream
         for node in self.stream:
@@ -91,7 +91,7 @@ class SiteFinder:
                 self._cover_sum(node)
         return tuple(sorted(self.sites, key=self._order))
 
-    def _order(self, site: Site) -> tuple[int, str, int]:
+    def _order(self, site: HookPoint) -> tuple[int, str, int]:
         return (-1 if site.layer is None else site.layer, site.module, site.index)
 
     def _cover(self, node: Node, seen: set[Node]) -> bool:
@@ -131,15 +131,15 @@ class SiteFinder:
             if first is None or not self._is_channels(first) or not call.module:
                 continue
             if self._last(first, call.begin) == node:
-                self.sites[Site(call.module, self._layer(call), "input")] = None
+                self.sites[HookPoint(call.module, self._layer(call), "input")] = None
         for parent in self.parents.get(node, []):
             self._cover_sum(parent)
 
     def _cover_boundary(self, node: Node) -> None:
         for block in self.blocks:
             if self._last(block.stream_out, block.end) == node:
-                self.sites[Site(block.module, block.layer, "output", block.index)] = None
+                self.sites[HookPoint(block.module, block.layer, "output", block.index)] = None
                 return
         for block in self.blocks:
             if self._last(block.stream_in, block.begin) == node:
-                self.sites[Site(block.module, block.layer, "input")] = None
+                self.sites[HookPoint(block.module, block.layer, "input")] = None

@@ -70,7 +70,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Site:
+class HookPoint:
     """A place where ``ablate`` projects the direction out of the forward pass.
 
     Attributes:
@@ -104,7 +104,7 @@ class WriterPlan:
     """
 
     writers: tuple[Writer, ...]
-    sites: tuple[Site, ...]
+    sites: tuple[HookPoint, ...]
     obstacles: tuple[Obstacle, ...] = ()
     d_model: int = 0
     blocks: tuple[str, ...] = ()
