@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import abliterate
-from abliterate import Direction, Extraction, LoadedModel, Prompt, Thresholds
+from abliterate import Direction, Extraction, Loaded, Prompt, Thresholds
 from abliterate.errors import AbliterateError, InputError, SelectionError, UsageError
 
 _PROMPTS = [Prompt("a short one"), Prompt("another, longer one", "x")]
@@ -19,12 +19,12 @@ _NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny: Callable[..., Path]) -> LoadedModel:
+def loaded(tiny: Callable[..., Path]) -> Loaded:
     return abliterate.load_model(str(tiny("llama")), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def extraction(loaded: LoadedModel) -> Extraction:
+def extraction(loaded: Loaded) -> Extraction:
     other = [Prompt("something else"), Prompt("and more")]
     return abliterate.extract(loaded, _PROMPTS, other, refusal_tokens=["I"], filter=False)
 
@@ -37,9 +37,7 @@ def extraction(loaded: LoadedModel) -> Extraction:
         ([Prompt(3)], UsageError),
     ],
 )  # fmt: skip
-def test_what_are_no_prompts(
-    loaded: LoadedModel, extraction: Extraction, prompts: Any, kind
-) -> None:
+def test_what_are_no_prompts(loaded: Loaded, extraction: Extraction, prompts: Any, kind) -> None:
     def evaluate(harmful: Any, harmless: Any) -> None:
         abliterate.evaluate(loaded, harmful, harmless, [5], interventions=["baseline"])
 
@@ -62,7 +60,7 @@ def test_what_are_no_prompts(
         torch.ones(48, dtype=torch.complex64), [1.0] * 48, None, "r", Direction(torch.ones(48)),
     ],
 )  # fmt: skip
-def test_what_is_no_direction(loaded: LoadedModel, vector: Any) -> None:
+def test_what_is_no_direction(loaded: Loaded, vector: Any) -> None:
     with pytest.raises(InputError, match="direction"), abliterate.ablate(loaded.model, vector):
         pass
     with pytest.raises(InputError, match="direction"), abliterate.add(loaded.model, vector, 1):
@@ -70,20 +68,20 @@ def test_what_is_no_direction(loaded: LoadedModel, vector: Any) -> None:
 
 
 @pytest.mark.parametrize("layer", [None, -1, 4, 10**9, 1.0, True, "1", torch.tensor(1)])
-def test_what_is_no_layer(loaded: LoadedModel, layer: Any) -> None:
+def test_what_is_no_layer(loaded: Loaded, layer: Any) -> None:
     with pytest.raises(InputError, match="layers 0 to 3"):
         abliterate.add(loaded.model, torch.ones(48), layer).__enter__()
 
 
 @pytest.mark.parametrize("number", [_NAN, float("inf"), None, "1", True])
-def test_what_is_no_coefficient(loaded: LoadedModel, number: Any) -> None:
+def test_what_is_no_coefficient(loaded: Loaded, number: Any) -> None:
     with pytest.raises(UsageError, match="finite number"):
         abliterate.add(loaded.model, torch.ones(48), 1, number).__enter__()
     with pytest.raises(UsageError, match="between 0 and 1"):
         abliterate.ablate(loaded.model, torch.ones(48), number).__enter__()
 
 
-def test_a_coefficient_that_overflows_the_model(loaded: LoadedModel) -> None:
+def test_a_coefficient_that_overflows_the_model(loaded: Loaded) -> None:
     with pytest.raises(UsageError, match=r"too large for torch\.float32"):
         abliterate.add(loaded.model, torch.ones(48), 1, 1e39).__enter__()
 
@@ -96,19 +94,19 @@ def test_a_coefficient_that_overflows_the_model(loaded: LoadedModel) -> None:
         ({"interventions": ["add"]}, "direction"),
     ],
 )  # fmt: skip
-def test_evaluate_refuses_what_it_cannot_run(loaded: LoadedModel, options: Any, words: str) -> None:
+def test_evaluate_refuses_what_it_cannot_run(loaded: Loaded, options: Any, words: str) -> None:
     given = {"interventions": ["baseline"], "max_new_tokens": 2} | options
     with pytest.raises(UsageError, match=words):
         abliterate.evaluate(loaded, _PROMPTS, _PROMPTS, [5], **given)
 
 
 @pytest.mark.parametrize("tokens", [[], ["I"], [-1], [512], [1.5]])
-def test_what_are_no_refusal_tokens(loaded: LoadedModel, tokens: Any) -> None:
+def test_what_are_no_refusal_tokens(loaded: Loaded, tokens: Any) -> None:
     with pytest.raises(UsageError, match="refusal token"):
         abliterate.evaluate(loaded, _PROMPTS, _PROMPTS, tokens, interventions=["baseline"])
 
 
-def test_a_prompt_that_comes_again_is_answered_once_and_counts_again(loaded: LoadedModel) -> None:
+def test_a_prompt_that_comes_again_is_answered_once_and_counts_again(loaded: Loaded) -> None:
     options: dict[str, Any] = {"interventions": ["baseline"], "max_new_tokens": 4}
     twice = [*_PROMPTS, Prompt(_PROMPTS[0].text, "again"), _PROMPTS[1]]
     found = abliterate.evaluate(loaded, twice, twice, [5], **options)["baseline"]
@@ -134,7 +132,7 @@ def test_what_are_no_thresholds(values: dict[str, float]) -> None:
 @pytest.mark.parametrize("search", ["staged", "exhaustive"])
 @pytest.mark.parametrize("value", [0.0, _NAN, float("inf")])
 def test_select_without_any_direction(
-    loaded: LoadedModel, extraction: Extraction, value: float, search: str, prune_layers: float
+    loaded: Loaded, extraction: Extraction, value: float, search: str, prune_layers: float
 ) -> None:
     none = replace(extraction, mean_harmful=torch.full_like(extraction.mean_harmful, value),
                    mean_harmless=torch.zeros_like(extraction.mean_harmless))  # fmt: skip
@@ -147,9 +145,7 @@ def test_select_without_any_direction(
         found.require_winner()
 
 
-def test_one_infinite_candidate_leaves_the_others(
-    loaded: LoadedModel, extraction: Extraction
-) -> None:
+def test_one_infinite_candidate_leaves_the_others(loaded: Loaded, extraction: Extraction) -> None:
     mean = extraction.mean_harmful.clone()
     mean[-1, 2] = float("inf")
     loose = Thresholds(kl=1e9, induce=-1e9, prune_layers=0.0)
@@ -163,7 +159,7 @@ def test_one_infinite_candidate_leaves_the_others(
 
 @pytest.mark.parametrize("shape", [(5, 4, 47), (5, 3, 48), (4, 4, 48), (48,)])
 def test_candidates_of_another_model(
-    loaded: LoadedModel, extraction: Extraction, shape: tuple[int, ...]
+    loaded: Loaded, extraction: Extraction, shape: tuple[int, ...]
 ) -> None:
     count = len(extraction.positions)
     shape = (count - 1, *shape[1:]) if shape[0] == 4 else (count, *shape[1:])

@@ -145,7 +145,7 @@ def _along_rows(
 def orthogonalize_matrix(
     grid: DiskMatrix, basis: Tensor, d_model_is_columns: bool
 ) -> tuple[Tensor, float]:
-    """What lies along the directions, ``[k, columns]`` or where ``d_model_is_columns`` ``[k, rows]``.
+    """What lies along the directions: ``[k, columns]``, or ``[k, rows]`` of a transposed matrix.
 
     Args:
         grid: the matrix; it is only read.

@@ -31,7 +31,7 @@ _COPIES = 2
 
 
 class StreamedSearch:
-    """The search of ``selection.candidate_search.CandidateSearch``, in few readings of a streamed model.
+    """The search of ``CandidateSearch``, in few readings of a streamed model.
 
     Attributes:
         harmful_scores: refusal score of each harmful prompt, float64, unmodified model.
