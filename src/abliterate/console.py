@@ -98,7 +98,7 @@ def progress_bar(description: str, total: int, unit: str = "it") -> Iterator[Any
 def print_json(document: Any) -> None:
     """Write ``document`` to stdout as one JSON document."""
     text = json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from abliterate.errors import UsageError
 
@@ -27,8 +27,26 @@ def _parse_json_object(value: Any) -> Any:
         raise ValueError(f"not a JSON object ({error})") from None
 
 
+def _well_formed(value: Any) -> Any:
+    """Refuse text that no tokenizer and no JSON file takes: bytes that were no UTF-8."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("not valid Unicode text") from None
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            _well_formed(item)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _well_formed(part)
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    _unicode = field_validator("*")(_well_formed)
 
 
 class ModelSettings(_Section):
@@ -41,7 +59,8 @@ class ModelSettings(_Section):
     dtype: str = "auto"
     batch_size: int | str = "auto"
     trust_remote_code: bool = False
-    seed: int = 0
+    # What every generator of random numbers takes.
+    seed: int = Field(0, ge=0, lt=2**32)
     offload: bool | None = None
     activation_memory: str | None = None
 

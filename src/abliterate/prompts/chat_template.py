@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abliterate.errors import CheckpointError, UsageError
+from abliterate.prompts.sources import well_formed
 
 # User texts that differ in how they end, so that only the template's own tokens are common.
 _PROBES = ("a", "Z9", "x?", "end.", "(b)", "é", 'he said "no"', "count to 12", "tab;")
@@ -32,6 +33,7 @@ def render(tokenizer: Any, text: str, chat: ChatFormat) -> str:
 
     Raises:
         CheckpointError: the tokenizer has no chat template, or the template fails.
+        InputError: a text is not valid Unicode.
     """
     return render_turns(tokenizer, [{"role": "user", "content": text}], chat)
 
@@ -43,7 +45,12 @@ def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], chat: ChatF
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: add one to its "
             "folder as chat_template.jinja"
         )
-    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
+    well_formed(chat.response_prefix, "the response prefix")
+    for turn in turns:
+        well_formed(turn["content"], "the prompt")
+    system = []
+    if chat.system is not None:
+        system = [{"role": "system", "content": well_formed(chat.system, "the system message")}]
     try:
         rendered: str = tokenizer.apply_chat_template(
             [*system, *turns], tokenize=False, add_generation_prompt=True, **chat.template_kwargs

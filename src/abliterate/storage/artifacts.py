@@ -54,7 +54,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write ``document`` as indented JSON, atomically. NaN and infinities become null."""
     text = json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, (text + "\n").encode())
+    # Half of a surrogate pair (a path that is no UTF-8) is written as JSON's own escape of it.
+    write_atomically(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def finite(value: Any) -> Any:
