@@ -29,6 +29,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    field_validator,
 )
 
 from abliterate.errors import InputError, UsageError
@@ -81,8 +82,26 @@ def public_url(url: str) -> str:
 _Endpoint = Annotated[str, PlainSerializer(public_url)]
 
 
+def _well_formed(value: Any) -> Any:
+    """Refuse text that no tokenizer and no JSON file takes: bytes that were no UTF-8."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("not valid Unicode text") from None
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            _well_formed(item)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _well_formed(part)
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    _unicode = field_validator("*")(_well_formed)
 
 
 class ModelSettings(_Section):

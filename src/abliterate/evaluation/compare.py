@@ -174,6 +174,8 @@ def evaluate(
         UsageError: an intervention, a prompt, a refusal token or the length is none.
     """
     check_prompts(harmful=harmful, harmless=harmless)
+    if not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"the seed must be a whole number from 0 up, not {seed!r}")
     chat = chat or ChatFormat()
     runs: list[tuple[str, LoadedModel, Context]] = [
         (name, loaded, intervention(loaded, name, direction)) for name in interventions

@@ -52,10 +52,15 @@ class Completion:
             "refused": self.refused,
         }
         if self.safe is not None or self.judge_error is not None:
-            line |= {"safe": self.safe, "judge": self.judge}
+            line |= {"safe": self.safe, "judge": _writable(self.judge)}
         if self.judge_error is not None:
-            line["judge_error"] = self.judge_error
+            line["judge_error"] = _writable(self.judge_error)
         return line
+
+
+def _writable(text: str | None) -> str | None:
+    """A judge's words as UTF-8 can hold them: a reply may spell half of a surrogate pair."""
+    return None if text is None else text.encode(errors="backslashreplace").decode()
 
 
 class CompletionFile:

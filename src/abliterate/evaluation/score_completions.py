@@ -22,7 +22,7 @@ from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_substrings import is_refusal
-from abliterate.prompts.sources import CATEGORY_COLUMNS, read_rows
+from abliterate.prompts.sources import CATEGORY_COLUMNS, read_rows, well_formed
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import check_writable, hash_json, versions, write_atomically
 from abliterate.storage.guarded_files import naming, open_to_extend
@@ -106,7 +106,7 @@ def read_completions(file: Path) -> list[Completion]:
             raise InputError(f"{file}, entry {number}: expected an object, not {row!r:.40}")
         prompt, response = (_text(row, key, file, number) for key in ("prompt", "response"))
         named = next((row[key] for key in CATEGORY_COLUMNS if row.get(key) is not None), None)
-        category = None if named is None else str(named)
+        category = None if named is None else well_formed(str(named), f"{file}, entry {number}")
         found.append(Completion(prompt, category, response, is_refusal(response)))
     if not found:
         raise InputError(f"{file} holds no completions")
@@ -117,7 +117,7 @@ def _text(row: dict[str, Any], key: str, file: Path, number: int) -> str:
     text = row.get(key)
     if not isinstance(text, str):
         raise InputError(f"{file}, entry {number}: no text under '{key}'")
-    return text
+    return well_formed(text, f"{file}, entry {number}")
 
 
 def _judge(judge: Judge, completions: list[Completion], out: Path | None) -> list[Completion]:

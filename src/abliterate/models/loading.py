@@ -142,6 +142,8 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device} cannot be used here: {reason}") from None
+    if chosen.type == "meta":
+        raise UsageError(f"--device {device} holds no weights: nothing can be computed there")
     return chosen
 
 

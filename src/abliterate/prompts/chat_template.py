@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abliterate.errors import CheckpointError, UsageError
+from abliterate.prompts.sources import well_formed
 from abliterate.prompts.template_process import (
     Conversation,
     TemplateError,
@@ -38,6 +39,7 @@ def render(tokenizer: Any, text: str, chat: ChatFormat) -> str:
     Raises:
         CheckpointError: the tokenizer has no chat template, or the template fails or passes the
             bounds of time, memory and length.
+        InputError: a text is not valid Unicode.
     """
     return render_turns(tokenizer, [{"role": "user", "content": text}], chat)
 
@@ -53,7 +55,13 @@ def _render_all(tokenizer: Any, chats: Sequence[Conversation], chat: ChatFormat)
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: add one to its "
             "folder as chat_template.jinja"
         )
-    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
+    well_formed(chat.response_prefix, "the response prefix")
+    for turns in chats:
+        for turn in turns:
+            well_formed(turn["content"], "the prompt")
+    system = []
+    if chat.system is not None:
+        system = [{"role": "system", "content": well_formed(chat.system, "the system message")}]
     try:
         rendered = render_conversations(
             tokenizer, [[*system, *turns] for turns in chats], True, chat.template_kwargs

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, UsageError
-from abliterate.prompts.sources import FILE_TYPES, TEXT_COLUMNS, read_rows
+from abliterate.prompts.sources import FILE_TYPES, TEXT_COLUMNS, read_rows, well_formed
 from abliterate.storage.artifacts import hash_json
 
 NAMES = ("pile", "alpaca", "own")
@@ -141,6 +141,7 @@ def _texts(rows: Sequence[Any], where: str) -> list[Example]:
     found = []
     for number, row in enumerate(rows, 1):
         text = row if isinstance(row, str) else _cell(row, TEXT_COLUMNS, where, number)
+        well_formed(text, f"{where}, entry {number}")
         if text.strip():
             found.append(Example(text))
     return found
@@ -161,5 +162,5 @@ def _cell(row: Any, columns: Sequence[str], where: str, number: int) -> str:
     if isinstance(row, Mapping):
         value = next((row[column] for column in columns if column in row), None)
         if isinstance(value, str):
-            return value
+            return well_formed(value, f"{where}, entry {number}")
     raise InputError(f"{where}, entry {number}: no text in a column {' or '.join(columns)}")

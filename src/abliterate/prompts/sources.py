@@ -51,6 +51,22 @@ class Prompt:
     category: str | None = None
 
 
+def well_formed(text: str, where: str) -> str:
+    """``text`` itself, if it is text: JSON can spell half of a surrogate pair, which is none.
+
+    Raises:
+        InputError: it cannot be written as UTF-8, so that no tokenizer takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise InputError(
+            f"{where}: not valid Unicode text (a lone surrogate, U+{code:04X})"
+        ) from None
+    return text
+
+
 def check_prompts(**kinds: Sequence[Prompt]) -> None:
     """Refuse what are no prompts before a model runs on them.
 
@@ -254,7 +270,9 @@ def _to_prompts(rows: list[Any], where: str, column: str | None) -> tuple[Prompt
                 f"{where}, entry {number}: the prompt is no text but {type(text).__name__}"
             )
         if text.strip():
-            prompts.append(Prompt(text.strip(), None if category is None else str(category)))
+            entry = f"{where}, entry {number}"
+            named = None if category is None else well_formed(str(category), entry)
+            prompts.append(Prompt(well_formed(text, entry).strip(), named))
     return tuple(prompts)
 
 
