@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from abliterate.storage.artifacts import finite
+from abliterate.storage.guarded_files import naming
 
 T = TypeVar("T")
 
 log = logging.getLogger("abliterate")
+#: What an error about it calls it.
+STDOUT = "standard output"
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -98,7 +101,8 @@ def progress_bar(description: str, total: int, unit: str = "it") -> Iterator[Any
 def print_json(document: Any) -> None:
     """Write ``document`` to stdout as one JSON document."""
     text = json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    with naming(STDOUT):
+        sys.stdout.write(text + "\n")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
@@ -114,9 +118,11 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], left: int
         table.add_row(*(escape(cell) for cell in row))
     # Off a terminal rich would fold everything into 80 columns: let each table be as wide as it is.
     width = None if sys.stdout.isatty() else 1000
-    Console(file=sys.stdout, width=width, highlight=False).print(table)
+    with naming(STDOUT):
+        Console(file=sys.stdout, width=width, highlight=False).print(table)
 
 
 def print_line(text: str = "") -> None:
     """Write a line of a result to stdout."""
-    sys.stdout.write(text + "\n")
+    with naming(STDOUT):
+        sys.stdout.write(text + "\n")
