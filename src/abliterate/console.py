@@ -20,10 +20,13 @@ from functools import cache
 from typing import IO, Any, TypeVar
 
 from abliterate.storage.artifacts import finite
+from abliterate.storage.guarded_files import naming
 
 T = TypeVar("T")
 
 log = logging.getLogger("abliterate")
+#: What an error about it calls it.
+STDOUT = "standard output"
 
 #: Characters of a line, and of a cell of a table; what is longer loses its middle.
 LINE, CELL = 4000, 600
@@ -109,7 +112,8 @@ def redact(text: str) -> str:
 def _write(stream: IO[str], text: str) -> None:
     """Write to a stream whose encoding may lack some of the characters."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    with naming(STDOUT if stream is sys.stdout else "standard error"):
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -252,7 +256,8 @@ def print_json(document: Any) -> None:
         escaped.encode(encoding)
     except UnicodeEncodeError:
         escaped = json.dumps(finite(document), indent=2, allow_nan=False)
-    sys.stdout.write(escaped + "\n")
+    with naming(STDOUT):
+        sys.stdout.write(escaped + "\n")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
@@ -267,7 +272,8 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], left: int
         table.add_row(*map(_cell, row))
     # Off a terminal rich would fold everything into 80 columns: let each table be as wide as it is.
     width = None if sys.stdout.isatty() else 1000
-    Console(file=sys.stdout, width=width, highlight=False).print(table)
+    with naming(STDOUT):
+        Console(file=sys.stdout, width=width, highlight=False).print(table)
 
 
 def _cell(text: object) -> Any:

@@ -3,9 +3,11 @@ not the tool's own; and one process at a time writes to it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,3 +248,13 @@ def test_demo_holds_its_folder_and_spares_a_foreign_model(fails, tmp_path: Path)
     lock = hold(tmp_path)
     assert "in use" in fails("demo", "-o", tmp_path, code=3)
     lock.release()
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_full_disk_behind_the_output_is_named(more: tuple[str, ...], monkeypatch, capfd) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115 (closing it fails, too)
+    monkeypatch.setattr(sys, "stdout", full)
+    assert main(["prompts", "harmful", *more]) == 3
+    assert capfd.readouterr().err == "error: standard output: No space left on device\n"
+    with contextlib.suppress(OSError):
+        full.close()

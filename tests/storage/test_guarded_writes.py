@@ -126,6 +126,19 @@ def test_a_part_of_a_folder_is_held_beside_the_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_filesystem_without_locks_is_worked_on_with_a_warning(
+    tmp_path: Path, monkeypatch, caplog
+) -> None:
+    def missing(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    monkeypatch.setattr(locks.log, "propagate", True)
+    with caplog.at_level("WARNING", "abliterate"), hold_folder(tmp_path, "select"):
+        assert f"{tmp_path} has no locks" in caplog.text
+    assert os.listdir(tmp_path) == []
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 from abliterate.inference.token_batches import TokenBudget
+from abliterate.storage.guarded_files import naming
 
 _SAMPLE = 256 << 20
 _COPIED = 64 << 20
@@ -34,9 +35,10 @@ def disk_speed(folder: Path | None) -> float:
     if largest is not None and largest.stat().st_size >= 1 << 20:
         return _read_speed(largest)
     with tempfile.NamedTemporaryFile(prefix="abliterate-speed-") as file:
-        file.write(os.urandom(1 << 20) * 64)
-        file.flush()
-        os.fsync(file.fileno())
+        with naming(file.name):
+            file.write(os.urandom(1 << 20) * 64)
+            file.flush()
+            os.fsync(file.fileno())
         return _read_speed(Path(file.name))
 
 

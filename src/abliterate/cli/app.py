@@ -28,6 +28,7 @@ from abliterate.cli import (
 from abliterate.cli import options as opt
 from abliterate.cli.commands import open_session
 from abliterate.console import (
+    STDOUT,
     debugging,
     print_error,
     print_json,
@@ -76,8 +77,8 @@ def _run(argv: Sequence[str] | None) -> int:
             prog_name="abliterate",
             standalone_mode=False,
         )
-        with naming("standard output"):
-            sys.stdout.flush()
+        with naming(STDOUT):
+            sys.stdout.flush()  # a full disk behind it must not pass unseen
         if result == 130:  # typer turns Ctrl-C into this value
             return _fail("interrupted", 130)
         return result if isinstance(result, int) else 0

@@ -6,7 +6,9 @@ it that the next holder overwrites.
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import re
 import socket
@@ -27,8 +29,11 @@ from abliterate.storage.guarded_files import (
     remove_temporaries,
 )
 
+log = logging.getLogger("abliterate")
+
 LOCK = ".abliterate.lock"
 _OF_LOCK = re.compile(r"\.abliterate(-\w+)?\.(lock|holder\.json)")
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 # A holder that is just ending: not worth an error.
 _PATIENCE, _POLL = 0.2, 0.02
 # The locks of this thread: what runs within a stage that holds one may take it again.
@@ -98,12 +103,17 @@ def hold(lock: Path, subject: Path, command: str) -> Iterator[None]:
         for path in (lock, holder_file(lock)):
             if check_regular(path) and path.stat().st_nlink != 1:
                 raise InputError(f"{path} has a further name (a hard link): remove it")
-        native = FileLock(lock, timeout=_PATIENCE, poll_interval=_POLL)
+        # No soft lock: its marker would be the file itself, which may be a journal.
+        native = FileLock(lock, timeout=_PATIENCE, poll_interval=_POLL, fallback_to_soft=False)
         try:
             with naming(lock):
                 native.acquire()
         except Timeout:
             raise InputError(_in_use(subject, holder_file(lock))) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.warning("the filesystem of %s has no locks: keep other processes away", subject)
         token = _held.set(_held.get() | {key})
         try:
             _sign(holder_file(lock), command)
