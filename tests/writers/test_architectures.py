@@ -40,9 +40,9 @@ VISION_LANGUAGE = (
 
 # Where a bias of the MLP before a layer can hold the addition; all others are refused by name.
 ADDED = {
-    "arcee", "biogpt", "bloom", "codegen", "cwm", "fuyu", "gpt2", "gpt_bigcode", "gpt_neo",
-    "gpt_neox", "gptj", "granite", "granite_swa", "helium", "iquestcoder", "jais2", "llama",
-    "minicpm3", "nemotron", "opt", "persimmon", "phi", "recurrent_gemma", "reformer",
+    "arcee", "biogpt", "bloom", "codegen", "cwm", "deepseek_v2", "fuyu", "gpt2", "gpt_bigcode",
+    "gpt_neo", "gpt_neox", "gptj", "granite", "granite_swa", "helium", "iquestcoder", "jais2",
+    "llama", "minicpm3", "nemotron", "opt", "persimmon", "phi", "recurrent_gemma", "reformer",
 }  # fmt: skip
 # Their blocks see other positions than the prompt's tokens.
 NO_TOKENS = {"blt": "byte patches", "cpmant": "a prefix of the model's own"}

@@ -8,6 +8,7 @@ between that matrix and the stream, the bias is divided by it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.editing.shard_layout import NewTensor, TensorChanges
 from abliterate.errors import CheckpointError, InputError
 from abliterate.inference.interventions import unit_direction
+from abliterate.models.loading import empty_model
 from abliterate.storage.write_buffers import as_bytes
 
 
@@ -91,18 +93,29 @@ def plan_addition(
         return Addition(name, layer, *shares, TensorChanges(replaced=change), None)
     added: dict[str, dict[str, NewTensor]] = {}
     bias = vector.to(DTYPES[entry.dtype])
-    for tensor in plan.shards.tensors.values():
+    for other, shape in _switched_on(plan.config).items():
         # The configuration has one switch for all biases of all MLPs: the others are zero.
-        if tensor.name.endswith((".mlp.gate_proj.weight", ".mlp.up_proj.weight")) or (
-            tensor.name.endswith(".mlp.down_proj.weight")
-        ):
-            other = tensor.name.removesuffix("weight") + "bias"
-            content = bias if other == name else torch.zeros(tensor.shape[0], dtype=bias.dtype)
-            of_shard = added.setdefault(tensor.file.name, {})
-            of_shard[other] = _constant(_same_dtype(tensor, entry), content)
+        tensor = plan.shards.tensors.get(other.removesuffix("bias") + "weight")
+        if tensor is None:
+            raise CheckpointError(
+                f"a '{config.get('model_type')}' model with a bias for --add needs '{other}' too, "
+                "for which the files have no place: use the add intervention at run time"
+            )
+        content = bias if other == name else torch.zeros(shape, dtype=bias.dtype)
+        of_shard = added.setdefault(tensor.file.name, {})
+        of_shard[other] = _constant(_same_dtype(tensor, entry), content)
     share = _share(bias, direction.vector)
     fresh = {**config, "mlp_bias": True}
     return Addition(name, layer, 0.0, share, TensorChanges(added=added), fresh)
+
+
+def _switched_on(config: Any) -> dict[str, tuple[int, ...]]:
+    """The parameters that a model has only with ``mlp_bias``, and their shapes."""
+    with_biases = deepcopy(config)
+    with_biases.get_text_config(decoder=True).mlp_bias = True
+    before = empty_model(config).state_dict()
+    after = empty_model(with_biases).state_dict()
+    return {name: tuple(t.shape) for name, t in after.items() if name not in before}
 
 
 def _last_writer(plan: EditPlan, layer: int, direction: Direction, kind: str) -> TensorEdit:
