@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# The README's second command: lint, types, the floors of the house and the whole test suite. Arguments go to pytest.
+# The README's second command: lint, types, the floors of the house and the whole test suite.
+# Arguments go to pytest. --lowest, first: the suite alone, with the lowest versions that
+# pyproject.toml allows.
+lowest=no
+if [ "${1:-}" = --lowest ]; then lowest=yes; shift; fi
 source "$(dirname "$0")/setup.sh"
 # The report is tested in a real browser. Without one its tests say that they were skipped.
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
@@ -8,9 +12,11 @@ if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id 
         --no-install-recommends chromium; } >/dev/null 2>&1 ||
         echo "warning: chromium could not be installed" >&2
 fi
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/mypy
-.venv/bin/lint-imports --no-cache --no-logo
+if [ "$lowest" = no ]; then # what lint and types say depends on the versions: the newest have the say
+    $venv/bin/ruff check .
+    $venv/bin/ruff format --check .
+    $venv/bin/mypy
+    $venv/bin/lint-imports --no-cache --no-logo
+fi
 # One worker a core and a file a worker (its fixtures run once); each keeps torch to one thread (tests/conftest.py).
-exec .venv/bin/python -m pytest -n "$(nproc 2>/dev/null || echo 2)" --dist loadfile "$@"
+exec $venv/bin/python -m pytest -n "$(nproc 2>/dev/null || echo 2)" --dist loadfile "$@"

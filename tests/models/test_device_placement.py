@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3MoeConfig
 from abliterate.cli.app import main
 from abliterate.distributed.rank_group import RankGroup
 from abliterate.errors import UnsupportedArchitectureError, UsageError
+from abliterate.models import library_versions
 from abliterate.models.device_placement import Placement, check_plan, find_placement, own_device
+from abliterate.models.library_versions import has_distributed_tensors
 
 SIZES = ("--n-train", "12", "--n-val", "9", "--n-test", "3", "--max-new-tokens", "5")
 LOOSE = ("--no-filter", "--refusal-token", "40", "--kl-threshold", "1000",
@@ -100,6 +102,7 @@ def check_same(run: Path, reference: Path) -> None:
         check_close(ours[name]["kl_divergence"], outcome["kl_divergence"])
 
 
+@pytest.mark.skipif(not has_distributed_tensors(), reason="transformers is older than 5.16")
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
 def test_tensor_parallel_ranks_give_what_one_process_gives(
     name: str, checkpoints, on_one_device, tmp_path: Path
@@ -113,6 +116,14 @@ def test_tensor_parallel_ranks_give_what_one_process_gives(
     (share,) = {line.split("with ")[1] for line in done.err.splitlines() if "ranks with" in line}
     assert 50 <= int(share.split("%")[0]) <= 55, share
     check_same(run, on_one_device[name])
+
+
+def test_tensor_parallelism_of_an_old_transformers_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library_versions, "has_distributed_tensors", lambda: False)
+    with pytest.raises(UsageError, match=r"needs transformers 5\.16 or newer: upgrade it"):
+        check_plan(moe_config(), RankGroup(size=2), Placement(tensor_parallel=True))
 
 
 # Blocks in memory and on disk in turn: each starts where another device's output arrives.

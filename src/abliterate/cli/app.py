@@ -10,10 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.exceptions import TyperException
 
 from abliterate.cli import (
     analysis,
@@ -44,6 +43,12 @@ from abliterate.storage.guarded_files import naming
 
 if TYPE_CHECKING:
     pass
+
+#: What typer raises for wrong usage. Its module and name differ between releases (click's own, then
+#: a copy of click's, then typer's); it is the most general parent that formats its message.
+UsageProblem: type[Any] = next(
+    kind for kind in reversed(typer.BadParameter.__mro__) if hasattr(kind, "format_message")
+)
 
 app = typer.Typer(
     help="Find, test and remove the refusal direction of a language model "
@@ -84,7 +89,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return result if isinstance(result, int) else 0
     except AbliterateError as error:
         return _fail(str(error), error.exit_code, error)
-    except TyperException as error:
+    except UsageProblem as error:
         message = error.format_message()
         return _fail(message, 2, error) if message else 2  # no message: the help was shown
     except typer.Abort:

@@ -143,7 +143,7 @@ def check_plan(config: Any, ranks: RankGroup, placement: Placement) -> None:
 
     Raises:
         UnsupportedArchitectureError: the architecture has no plan for it.
-        UsageError: its heads cannot be dealt out to the ranks.
+        UsageError: its heads cannot be dealt out to the ranks, or transformers is too old.
     """
     if not placement.tensor_parallel:
         return
@@ -159,6 +159,13 @@ def check_plan(config: Any, ranks: RankGroup, placement: Placement) -> None:
                 f"--tensor-parallel: {ranks.size} ranks cannot share {heads} {name[4:-6]} heads "
                 f"({name}): start as many ranks as divide them"
             )
+    from abliterate.models.library_versions import has_distributed_tensors
+
+    if not has_distributed_tensors():
+        raise UsageError(
+            "--tensor-parallel needs transformers 5.16 or newer: upgrade it, or use "
+            "--device-map auto"
+        )
 
 
 def own_device(device: torch.device) -> torch.device:

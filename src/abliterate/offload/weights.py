@@ -21,7 +21,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    convert_and_load_state_dict_in_model,
     dot_natural_key,
     rename_source_key,
 )
@@ -34,6 +33,7 @@ from transformers.utils.logging import (
 
 from abliterate.checkpoints.shards import read_shards
 from abliterate.errors import CheckpointError, UsageError
+from abliterate.models.library_versions import load_tensors
 from abliterate.models.loading import Checkpoint, empty_model
 from abliterate.offload.mmap_weights import Mapped
 
@@ -194,7 +194,7 @@ class Weights:
             return
         tensors = {name: self.mapped.tensor(name) for name in names}
         with _one_by_one():
-            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._config)
+            info = load_tensors(self.model, tensors, self._config)
         texts = [str(text) for text in info.conversion_errors.values()]
         # As the allocators of a CPU and of an accelerator say it.
         if any(words in text for text in texts for words in ("allocate memory", "out of memory")):
