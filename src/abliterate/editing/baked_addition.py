@@ -17,7 +17,7 @@ from abliterate.checkpoints.shards import DTYPES, TensorEntry
 from abliterate.direction import Direction
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.editing.shard_layout import Changes, NewTensor
-from abliterate.errors import CheckpointError, InputError
+from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.inference.interventions import unit_direction
 from abliterate.storage.write_buffers import as_bytes
 
@@ -57,6 +57,7 @@ def plan_addition(
     Raises:
         CheckpointError: the architecture has no place for that bias.
         InputError: the direction does not say its layer, or comes from the first.
+        UsageError: the coefficient is too large for the checkpoint's dtype.
     """
     if direction.layer is None:
         raise InputError("the direction does not record its layer, which --add needs: use one that "
@@ -75,7 +76,7 @@ def plan_addition(
     old = plan.shards.tensors.get(name)
     if old is not None:
         before = plan.shards.values(name).double()
-        bias = (before + vector).to(DTYPES[old.dtype])
+        bias = _stored(before + vector, DTYPES[old.dtype], coeff)
         change = {name: (name, _constant(old.dtype, bias))}
         shares = _share(before, direction.vector), _share(bias, direction.vector)
         return Addition(name, layer, *shares, Changes(replaced=change), None)
@@ -85,7 +86,7 @@ def plan_addition(
             "addition: use the add intervention at run time"
         )
     added: dict[str, dict[str, NewTensor]] = {}
-    bias = vector.to(DTYPES[entry.dtype])
+    bias = _stored(vector, DTYPES[entry.dtype], coeff)
     for tensor in plan.shards.tensors.values():
         # The configuration has one switch for all biases of all MLPs: the others are zero.
         if tensor.name.endswith((".mlp.gate_proj.weight", ".mlp.up_proj.weight")) or (
@@ -126,6 +127,14 @@ def _same_dtype(tensor: TensorEntry, entry: TensorEntry) -> str:
             f"'{tensor.name}' and '{entry.name}' differ in dtype: --add cannot tell the biases'"
         )
     return entry.dtype
+
+
+def _stored(bias: Tensor, dtype: torch.dtype, coeff: float) -> Tensor:
+    """``bias`` in the checkpoint's dtype, if that can hold it."""
+    stored = bias.to(dtype)
+    if not bool(stored.isfinite().all()):
+        raise UsageError(f"--add {coeff:g} times the direction is too large for {dtype}")
+    return stored
 
 
 def _constant(dtype: str, values: Tensor) -> NewTensor:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from abliterate.checkpoints.shards import Stamp
 from abliterate.editing.matrix_orthogonalization import Sums
-from abliterate.errors import CheckpointError
+from abliterate.errors import CheckpointError, UsageError
 from abliterate.storage.file_io import exchange, sync_file
 
 _JOURNAL = Path("journal.jsonl")
@@ -27,7 +27,13 @@ _FILES, _CURRENT, _REPLACED, _FETCHED = "files", "current", "replaced", "fetched
 
 
 def partial_of(out: Path) -> Path:
-    """The sibling in which ``out`` is made."""
+    """The sibling in which ``out`` is made.
+
+    Raises:
+        UsageError: ``out`` is a folder like ``.`` that cannot be made anew under its name.
+    """
+    if out.name in ("", ".."):
+        raise UsageError(f"output {out} has no name of its own: name a folder to make")
     return out.with_name(out.name + ".partial")
 
 
