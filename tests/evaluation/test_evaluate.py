@@ -120,9 +120,8 @@ def test_any_subset_of_interventions(tiny, cli, fails, direction, prompts, tmp_p
 @pytest.fixture(autouse=True)
 def _other_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is no edit of the others."""
-    from transformers import LlamaConfig
-
     import conftest
+    from transformers import LlamaConfig
 
     small = conftest._SMALL | {"vocab_size": 520}
     monkeypatch.setitem(conftest.CONFIGS, "other", lambda: LlamaConfig(**small))
