@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from judge_server import endpoint
+
+from abliterate.direction import Direction, save_direction
 
 _HALF = "half a pair \ud83d"
 _QUICK = ("--refusal-token", "I", "--no-filter", "--n-train", "4", "-q")
@@ -64,3 +67,43 @@ def test_a_judge_that_spells_half_of_a_character(cli, tmp_path: Path) -> None:
     assert found.code == 0, found.err
     assert found.json["scores"]["safety_score"] == 0.0
     assert json.loads(out.read_text())["safe"] is False
+
+
+@pytest.fixture
+def vector(tmp_path: Path) -> Path:
+    path = tmp_path / "direction.safetensors"
+    save_direction(path, Direction(torch.linspace(-1, 2, 48).double(), -1, 2), "tiny")
+    return path
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "/"])
+def test_an_output_without_a_name(
+    tiny, fails, vector: Path, out: str, tmp_path, monkeypatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    line = fails("orthogonalize", tiny("llama"), "--direction", vector, "-o", out, code=2)
+    assert "has no name of its own" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"here", vector.name}
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-bias"])
+def test_an_addition_that_the_dtype_cannot_hold(tiny, fails, vector: Path, kind, tmp_path) -> None:
+    out = tmp_path / "out"
+    line = fails(
+        "orthogonalize", tiny(kind), "--direction", vector, "-o", out, "--add=1e39", code=2
+    )
+    assert "--add 1e+39 times the direction is too large for torch.float32" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--as-lora",)])
+def test_a_scale_that_the_dtype_cannot_hold(tiny, fails, vector: Path, options, tmp_path) -> None:
+    """No infinity is written, into weights or into an adapter."""
+    out = tmp_path / "out"
+    base = ("orthogonalize", tiny("llama"), "--direction", vector, "-o", out, *options)
+    for scale in ("1e39", "1e308"):
+        assert "no longer fit" in fails(*base, f"--scale={scale}", code=4)
+    assert not out.exists()

@@ -20,7 +20,7 @@ from abliterate.direction import Direction
 from abliterate.editing.addition_scale import addition_scale
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.editing.shard_layout import NewTensor, TensorChanges
-from abliterate.errors import CheckpointError, InputError
+from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.inference.interventions import unit_direction
 from abliterate.models.loading import empty_model
 from abliterate.storage.write_buffers import as_bytes
@@ -61,6 +61,7 @@ def plan_addition(
     Raises:
         CheckpointError: the architecture has no place for that bias.
         InputError: the direction does not say its layer, or comes from the first.
+        UsageError: the coefficient is too large for the checkpoint's dtype.
     """
     if direction.layer is None:
         raise InputError("the direction does not record its layer, which --add needs: use one that "
@@ -87,12 +88,12 @@ def plan_addition(
     vector = coeff / scale * direction.vector.double()
     if old is not None:
         before = plan.shards.values(name).double()
-        bias = (before + vector).to(DTYPES[old.dtype])
+        bias = _stored(before + vector, DTYPES[old.dtype], coeff)
         change = {name: (name, _constant(old.dtype, bias))}
         shares = _share(before, direction.vector), _share(bias, direction.vector)
         return Addition(name, layer, *shares, TensorChanges(replaced=change), None)
     added: dict[str, dict[str, NewTensor]] = {}
-    bias = vector.to(DTYPES[entry.dtype])
+    bias = _stored(vector, DTYPES[entry.dtype], coeff)
     for other, shape in _switched_on(plan.config).items():
         # The configuration has one switch for all biases of all MLPs: the others are zero.
         tensor = plan.shards.tensors.get(other.removesuffix("bias") + "weight")
@@ -145,6 +146,14 @@ def _same_dtype(tensor: TensorEntry, entry: TensorEntry) -> str:
             f"'{tensor.name}' and '{entry.name}' differ in dtype: --add cannot tell the biases'"
         )
     return entry.dtype
+
+
+def _stored(bias: Tensor, dtype: torch.dtype, coeff: float) -> Tensor:
+    """``bias`` in the checkpoint's dtype, if that can hold it."""
+    stored = bias.to(dtype)
+    if not bool(stored.isfinite().all()):
+        raise UsageError(f"--add {coeff:g} times the direction is too large for {dtype}")
+    return stored
 
 
 def _constant(dtype: str, values: Tensor) -> NewTensor:

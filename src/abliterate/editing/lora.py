@@ -59,7 +59,7 @@ def write_adapter(
         base: its name.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinity.
+        CheckpointError: a tensor holds NaN or infinity, or the edit makes it overflow.
     """
     tensors: dict[str, Tensor] = {}
     sums = []
@@ -67,6 +67,12 @@ def write_adapter(
         down, part = _coefficients(edit, shards)
         module = f"base_model.model.{edit.name.removesuffix('.weight')}"
         up = (-scale * edit.basis.T).to(torch.float32)
+        # What is added to the weights is their product, no entry of which is larger than this.
+        largest = up.abs().double().amax(0) @ down.abs().double().amax(1)
+        if not bool(largest < torch.finfo(torch.float32).max):
+            raise CheckpointError(
+                f"tensor '{edit.name}' has values that no longer fit float32 once it is edited"
+            )
         if edit.kind == "embedding":
             tensors[f"{module}.lora_embedding_A"] = down
             tensors[f"{module}.lora_embedding_B"] = up

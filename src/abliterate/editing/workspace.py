@@ -34,7 +34,13 @@ _FOLDERS = (_CURRENT, _FILES, _FETCHED, _REPLACED)
 
 
 def partial_of(out: Path) -> Path:
-    """The sibling in which ``out`` is made."""
+    """The sibling in which ``out`` is made.
+
+    Raises:
+        UsageError: ``out`` is a folder like ``.`` that cannot be made anew under its name.
+    """
+    if out.name in ("", ".."):
+        raise UsageError(f"output {out} has no name of its own: name a folder to make")
     return out.with_name(out.name + ".partial")
 
 
