@@ -43,6 +43,7 @@ ADDED = {
     "arcee", "biogpt", "bloom", "codegen", "cwm", "deepseek_v2", "fuyu", "gpt2", "gpt_bigcode",
     "gpt_neo", "gpt_neox", "gptj", "granite", "granite_swa", "helium", "iquestcoder", "jais2",
     "llama", "minicpm3", "nemotron", "opt", "persimmon", "phi", "recurrent_gemma", "reformer",
+    "seed_oss", "smollm3", "starcoder2",
 }  # fmt: skip
 # Their blocks see other positions than the prompt's tokens.
 NO_TOKENS = {"blt": "byte patches", "cpmant": "a prefix of the model's own"}
