@@ -1,8 +1,9 @@
 """Every setting of the pipeline, declared once; the lowest floor but errors, and as light.
 
-``sections`` declares them, ``marks`` says what a declaration can hold beside a type, a default and
-bounds, ``loading`` reads them from TOML files, given options and the records of earlier stages. The
-command line's options (``cli.options``) and a report's commands come from the same declarations.
+``sections`` declares them; ``marks`` is what a declaration can say beside a type, a default and
+bounds, ``values`` what single values must be; ``loading`` reads settings from TOML files, given
+options and the records of earlier stages. The command line's options (``cli.options``) and the
+commands in a report come from the same declarations.
 """
 
 from abliterate.settings.loading import Tables, load_settings, parse_layers, take_recorded
@@ -18,26 +19,20 @@ from abliterate.settings.marks import (
     sections_of,
 )
 from abliterate.settings.sections import (
-    ChatSettings,
-    EvaluateSettings,
     ExtractSettings,
     ModelSettings,
     OrthogonalizeSettings,
-    SelectSettings,
     Settings,
-    public_url,
 )
+from abliterate.settings.values import public_url
 
 __all__ = [
-    "ChatSettings",
-    "EvaluateSettings",
     "ExtractSettings",
     "Granted",
     "ModelSettings",
     "Option",
     "OrthogonalizeSettings",
     "Recorded",
-    "SelectSettings",
     "Settings",
     "Tables",
     "flags_of",

@@ -13,10 +13,7 @@ never marked, so that it stands on the command line or in a configuration file o
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -29,66 +26,21 @@ from pydantic import (
 )
 
 from abliterate.settings.marks import Granted, Option, Recorded
-
-
-def _parse_json_object(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not a JSON object ({error})") from None
-
-
-def _check_revision(value: str | None) -> str | None:
-    """A name that git allows, so that it can also be part of a path in the hub's cache."""
-    if value is not None and (
-        not value.isprintable()
-        or " " in value
-        or ".." in value
-        or value.startswith(("/", "-"))
-        or not 0 < len(value) <= 255
-    ):
-        raise ValueError("must name a branch, tag or commit")
-    return value
-
-
-def public_url(url: str) -> str:
-    """A URL as records and messages may have it: without user, password, query and fragment."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises where the host is followed by something else
-    except ValueError:
-        return "***"
-    if not parts.netloc:
-        return url.rpartition("@")[2].partition("?")[0].partition("#")[0]
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
+from abliterate.settings.values import (
+    check_revision,
+    parse_json_object,
+    public_url,
+    well_formed,
+)
 
 # Attributes have the whole address; what is dumped into records has no secret.
 _Endpoint = Annotated[str, PlainSerializer(public_url)]
 
 
-def _well_formed(value: Any) -> Any:
-    """Refuse text that no tokenizer and no JSON file takes: bytes that were no UTF-8."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError("not valid Unicode text") from None
-    elif isinstance(value, Mapping):
-        for item in value.items():
-            _well_formed(item)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _well_formed(part)
-    return value
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    _unicode = field_validator("*")(_well_formed)
+    _unicode = field_validator("*")(well_formed)
 
 
 # The headings of --help.
@@ -123,7 +75,7 @@ class ModelSettings(_Section):
 
     revision: Annotated[
         str | None,
-        AfterValidator(_check_revision),
+        AfterValidator(check_revision),
         Recorded(),
         Option(
             "Hub branch, tag or commit.",
@@ -215,7 +167,7 @@ class ChatSettings(_Section):
     ] = None
     template_kwargs: Annotated[
         dict[str, Any],
-        BeforeValidator(_parse_json_object),
+        BeforeValidator(parse_json_object),
         Recorded(),
         Option(
             "JSON object of chat template variables.",
