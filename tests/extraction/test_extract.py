@@ -148,7 +148,7 @@ def test_filter_that_leaves_too_few_prompts_says_what_to_do(tiny, fails, tmp_pat
         (("--device", "abacus"), 2, "--device abacus"),
         (("--n-train", "0"), 2, "--n-train"),
         (("--n-train", "100000"), 3, "lower --n-train"),
-        (("--chat-template-kwargs", "{"), 2, "--template-kwargs"),
+        (("--chat-template-kwargs", "{"), 2, "--chat-template-kwargs"),
         (("--harmful", "nothing.txt"), 3, "nothing.txt"),
         (("--no-such-option",), 2, "--no-such-option"),
     ],

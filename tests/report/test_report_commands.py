@@ -217,9 +217,9 @@ def test_a_record_with_settings_of_another_version_prints_no_unknown_option() ->
 
 def test_the_rows_of_an_evaluation_keep_their_names(monkeypatch, tmp_path: Path) -> None:
     """What the report prints names the same rows when evaluate reads it."""
-    import abliterate.models.loading as loading
+    import abliterate.checkpoints.checkpoint as checkpoints
 
-    monkeypatch.setattr(loading, "find_checkpoint", lambda name: Checkpoint(name, Path(name)))
+    monkeypatch.setattr(checkpoints, "find_checkpoint", lambda name: Checkpoint(name, Path(name)))
     places = {
         "orthogonalized": "runs/x/model", "model": "runs/x/model", "a=b": "c/a=b", "plain": "plain",
         "org-name": "org/name",

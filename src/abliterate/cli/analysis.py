@@ -8,20 +8,16 @@ from typing import Annotated
 import typer
 
 from abliterate.cli import options as opt
-from abliterate.cli.commands import later_session, model_options
-from abliterate.console import print_json, print_line, set_up
+from abliterate.cli.commands import later_session
+from abliterate.console import print_json, print_line
 from abliterate.errors import UsageError
 
-_Run = Annotated[Path, typer.Argument(help="Run folder of select.", show_default=False)]
-_Moved = Annotated[
-    str | None,
-    typer.Option("--model", help="Checkpoint, if it has moved since extract.", show_default=False),
-]
 
-
+@opt.command()
 def inspect(
-    run: _Run,
-    model: _Moved = None,
+    *,
+    run: opt.SelectedRun,
+    model: opt.MovedModel = None,
     position: Annotated[
         int | None,
         typer.Option(
@@ -30,20 +26,13 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    revision: opt.Revision = None,
-    device: opt.Device = None,
-    dtype: opt.Dtype = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
+    given: opt.Given,
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Describe the directions: PCA, separation, cosines, norms and logit lens, layer by layer."""
-    set_up(quiet, debug)
     from abliterate.analysis.inspection_record import finished_inspection
     from abliterate.cli.analysis_tables import show_inspection
 
-    given = {"model": model_options(revision, device, dtype, None, trust_remote_code, None)}
     session = later_session(run, model, None, given)
     record = finished_inspection(session, run, position)
     if record is None:
@@ -53,8 +42,10 @@ def inspect(
     print_json(record) if as_json else show_inspection(record, run)
 
 
+@opt.command()
 def trace(
-    run: _Run,
+    *,
+    run: opt.SelectedRun,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -85,19 +76,11 @@ def trace(
         typer.Option("--n-prompts", help="Prompts per kind. Default: all.", show_default=False),
     ] = None,
     heads: Annotated[int, typer.Option("--heads", help="Attention heads to list.")] = 10,
-    model: _Moved = None,
-    revision: opt.Revision = None,
-    device: opt.Device = None,
-    dtype: opt.Dtype = None,
-    batch_size: opt.BatchSize = None,
-    seed: opt.Seed = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
+    model: opt.MovedModel = None,
+    given: opt.Given,
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Follow prompts along the direction, with and without a suffix of yours."""
-    set_up(quiet, debug)
     from abliterate.analysis.trace_request import TraceRequest, check_request
     from abliterate.cli.analysis_tables import show_trace
     from abliterate.prompts.suffixes import read_suffix
@@ -105,7 +88,6 @@ def trace(
     text = None if suffix is None else read_suffix(suffix)
     request = TraceRequest(prompts, harmless, n_prompts, text, heads)
     check_request(request)
-    given = {"model": model_options(revision, device, dtype, batch_size, trust_remote_code, seed)}
     session = later_session(run, model, None, given)
     from abliterate.analysis.direction_trace import trace_stage
 
@@ -113,6 +95,7 @@ def trace(
     print_json(record) if as_json else show_trace(record, run)
 
 
+@opt.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     output: Annotated[
@@ -142,11 +125,8 @@ def report(
         ),
     ] = None,
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Write one self-contained page of everything that a run folder holds."""
-    set_up(quiet, debug)
     from abliterate.report import build_report, read_run, write_pngs
     from abliterate.storage.artifacts import check_writable, write_atomically
     from abliterate.storage.ownership import claim_file, is_page

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -40,9 +40,6 @@ from abliterate.distributed import rank_process
 from abliterate.errors import AbliterateError
 from abliterate.settings import load_settings
 from abliterate.storage.guarded_files import naming
-
-if TYPE_CHECKING:
-    pass
 
 #: What typer raises for wrong usage. Its module and name differ between releases (click's own, then
 #: a copy of click's, then typer's); it is the most general parent that formats its message.
@@ -134,6 +131,7 @@ def root(
 
 
 @app.command()
+@opt.command()
 def prompts(
     source: Annotated[
         str, typer.Argument(help="Set name, preset, file or hub dataset.", show_default=False)
@@ -141,87 +139,17 @@ def prompts(
     examples: Annotated[int, typer.Option(help="How many examples to show.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Show what a prompt source holds: counts, splits, categories and examples."""
     from abliterate.cli.tables import describe_source, show_source
 
-    set_up(quiet, debug)
     document = describe_source(source, examples, seed)
     print_json(document) if as_json else show_source(document)
 
 
 app.command()(commands.extract)
 app.command()(commands.select)
-
-
-@app.command()
-def orthogonalize(
-    model: opt.Model,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder to write.", show_default=False)
-    ],
-    direction: Annotated[
-        str,
-        typer.Option("--direction", help="Run folder or safetensors file.", show_default=False),
-    ],
-    overwrite: opt.Overwrite = None,
-    allow_leak: opt.AllowLeak = None,
-    layers: opt.Layers = None,
-    components: opt.Components = None,
-    scale: opt.Scale = None,
-    norm_preserve: opt.NormPreserve = None,
-    tied_embeddings: opt.TiedEmbeddings = None,
-    add: opt.Add = None,
-    as_lora: opt.AsLora = None,
-    requantize: opt.Requantize = None,
-    dequantize: opt.Dequantize = None,
-    device: opt.EditDevice = None,
-    jobs: opt.Jobs = None,
-    low_disk: opt.LowDisk = None,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
-    config: opt.Config = None,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
-) -> None:
-    """Write a checkpoint that cannot write along the direction."""
-    set_up(quiet, debug)
-    settings = load_settings(
-        config,
-        {
-            "model": {"revision": revision, "trust_remote_code": trust_remote_code},
-            "orthogonalize": {
-                "overwrite": overwrite,
-                "allow_leak": allow_leak,
-                "layers": layers,
-                "components": components,
-                "scale": scale,
-                "norm_preserve": norm_preserve,
-                "tied_embeddings": tied_embeddings,
-                "add": add,
-                "as_lora": as_lora,
-                "requantize": requantize,
-                "dequantize": dequantize,
-                "device": device,
-                "jobs": jobs,
-                "low_disk": low_disk,
-            },
-        },
-    )
-    from abliterate.cli.tables import show_edit
-    from abliterate.direction import load_direction
-
-    vector = load_direction(direction)
-    session = open_session(model, settings, settings.orthogonalize.low_disk)
-    from abliterate.pipeline.stages import orthogonalize_stage
-
-    record = orthogonalize_stage(session, vector, output)
-    print_json(record) if as_json else show_edit(record, output)
-
-
+app.command()(commands.orthogonalize)
 app.command()(checks.verify)
 app.command()(evaluate_commands.evaluate)
 app.command()(evaluate_commands.score)
@@ -238,16 +166,14 @@ app.command()(plan_command.plan)
 
 
 @app.command()
+@opt.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")] = Path(
         "runs/demo"
     ),
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Run the whole pipeline on the bundled model and show what changed."""
-    set_up(quiet, debug)
     from abliterate.cli.tables import show_examples, show_run
     from abliterate.pipeline.run import run_pipeline
     from abliterate.resources import config_dir, demo_model_dir

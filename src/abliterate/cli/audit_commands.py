@@ -8,13 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from abliterate.cli import options as opt
-from abliterate.console import print_json, print_line, print_table, set_up
+from abliterate.console import print_json, print_line, print_table
 
 #: Exit codes by verdict.
 EXIT_CODES = {"clean": 0, "edited": 7, "undecided": 8}
 
 
+@opt.command()
 def audit(
+    *,
     checkpoint: opt.Model,
     base: Annotated[
         str | None,
@@ -42,19 +44,16 @@ def audit(
             show_default=False,
         ),
     ] = None,
-    revision: opt.Revision = None,
+    given: opt.Given,
     device: Annotated[
         str, typer.Option("--device", help="Where to compute: cpu, cuda, auto, ...")
     ] = "cpu",
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> int:
     """Tell from its files whether a checkpoint was abliterated, and along what.
 
     Exit code 0 if it is clean, 7 if it was edited, 8 if that cannot be told.
     """  # fmt: skip
-    set_up(quiet, debug)
     from abliterate.auditing.report import audit as judge
     from abliterate.direction import Direction, load_direction, save_direction
     from abliterate.errors import UsageError
@@ -69,7 +68,7 @@ def audit(
         check_writable(output.parent)
         # A direction that select chose has its position: it is no output of this command.
         claim_file(output, has_metadata("layer", "model", position="None"), "audit -o")
-    target = find_checkpoint(checkpoint, revision)
+    target = find_checkpoint(checkpoint, given["model"]["revision"])
     known = load_direction(direction) if direction else None
     found = judge(target, find_checkpoint(base) if base else None, known, place)
     document = finite(found.document())
@@ -130,15 +129,13 @@ def _show(name: str, document: dict[str, Any], has_direction: bool) -> None:
         print_line(f"direction: {where}" if where else "-o FILE writes the recovered direction")
 
 
+@opt.command()
 def diff(
     a: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", show_default=False)],
     b: Annotated[str, typer.Argument(help="Another of its architecture.", show_default=False)],
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor: unchanged, rank 1, low rank or dense."""
-    set_up(quiet, debug)
     from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.storage.artifacts import finite
 

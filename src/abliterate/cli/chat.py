@@ -16,7 +16,6 @@ from abliterate.console import (
     print_json,
     print_note,
     print_text,
-    set_up,
 )
 from abliterate.errors import AbliterateError, InputError, UsageError
 from abliterate.settings import load_settings
@@ -183,7 +182,9 @@ def _loop(lines: Iterator[str], line: Callable[[str], bool], forgiving: bool) ->
             print_error(str(error))
 
 
+@opt.command()
 def chat(
+    *,
     model: opt.Model,
     direction: opt.DirectionFrom = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="Begin with the ablation.")] = False,
@@ -199,50 +200,22 @@ def chat(
     temperature: Annotated[
         float, typer.Option("--temperature", help="Of sampling; 0: greedy.")
     ] = 0.0,
-    max_new_tokens: opt.MaxNewTokens = None,
-    system: opt.System = None,
-    chat_template_kwargs: opt.TemplateKwargs = None,
-    response_prefix: opt.ResponsePrefix = None,
-    revision: opt.Revision = None,
-    device: opt.Device = None,
-    dtype: opt.Dtype = None,
-    seed: opt.Seed = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
+    given: opt.Given,
     config: opt.Config = None,
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Talk to a model, and switch the intervention in mid-conversation.
 
     At a terminal /help lists the commands. From a pipe every line is a turn or a command, and each
     answer goes to stdout; --json prints all turns at the end.
     """
-    set_up(quiet, debug)
     if ablate and add is not None:
         raise UsageError("--ablate and --add exclude each other")
     coeff = None if add is None else _number("--add", str(add))
     if direction is None and (ablate or add is not None or compare):
         wanted = "--ablate" if ablate else "--compare" if add is None else "--add"
         raise UsageError(f"{wanted} needs --direction")
-    settings = load_settings(
-        config,
-        {
-            "model": {
-                "revision": revision,
-                "device": device,
-                "dtype": dtype,
-                "seed": seed,
-                "trust_remote_code": trust_remote_code,
-            },
-            "chat": {
-                "system": system,
-                "template_kwargs": chat_template_kwargs,
-                "response_prefix": response_prefix,
-            },
-            "evaluate": {"max_new_tokens": max_new_tokens},
-        },
-    )
+    settings = load_settings(config, given)
     from abliterate.cli.commands import open_session
     from abliterate.direction import load_direction
     from abliterate.inference.dialogue import Conversation, Decoding, Steering

@@ -9,16 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from abliterate.cli import options as opt
-from abliterate.console import print_json, print_line, print_table, set_up
+from abliterate.console import print_json, print_line, print_table
 from abliterate.errors import UsageError
 
 
+@opt.command(last=("revision", "trust_remote_code"))
 def verify(
+    *,
     edited: Annotated[str, typer.Argument(help="The edited checkpoint.", show_default=False)],
-    direction: Annotated[
-        str,
-        typer.Option("--direction", help="Run folder or safetensors file.", show_default=False),
-    ],
+    direction: opt.Direction,
     source: Annotated[
         str | None,
         typer.Option(
@@ -30,23 +29,14 @@ def verify(
     forward: Annotated[
         bool, typer.Option("--forward", help="Also measure the leak on real prompts.")
     ] = False,
-    harmful: opt.Harmful = None,
-    harmless: opt.Harmless = None,
     n_prompts: Annotated[int, typer.Option(help="Prompts per kind for --forward.")] = 16,
-    device: opt.Device = None,
-    offload: opt.Offload = None,
-    activation_memory: opt.ActivationMemory = None,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
+    given: opt.Given,
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> int:
     """Prove from its files that a checkpoint cannot write along the direction.
 
     Exit code 0 if every check holds, 6 if one fails.
     """
-    set_up(quiet, debug)
     if n_prompts < 1:
         raise UsageError(f"--n-prompts must be at least 1, not {n_prompts}")
     from dataclasses import replace
@@ -54,10 +44,11 @@ def verify(
     from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.direction import load_direction
 
-    trust = bool(trust_remote_code)
+    model, prompts = given["model"], given["extract"]
+    trust = bool(model["trust_remote_code"])
     checkpoint = find_checkpoint(edited)
     vector = load_direction(direction)
-    base = None if source is None else find_checkpoint(source, revision)
+    base = None if source is None else find_checkpoint(source, model["revision"])
     from abliterate.checkpoints.shards import read_shards
     from abliterate.offload import load_or_stream
     from abliterate.prompts.chat_template import ChatFormat, encode
@@ -67,11 +58,11 @@ def verify(
 
     result = check(checkpoint, vector, base, trust)
     if forward:
-        where = (device or "auto", "float32", trust)
-        loaded = load_or_stream(checkpoint, *where, offload, activation_memory)
+        where = (model["device"] or "auto", "float32", trust)
+        loaded = load_or_stream(checkpoint, *where, model["offload"], model["activation_memory"])
         texts = [
             prompt.text
-            for kind in (harmful or "harmful", harmless or "harmless")
+            for kind in (prompts["harmful"] or "harmful", prompts["harmless"] or "harmless")
             for prompt in load_prompts(kind, "test", n_prompts, option="--n-prompts")
         ]
         result = replace(
@@ -121,22 +112,19 @@ def _show_verification(edited: str, result: Any, compared: bool) -> None:
     print_line("passed" if result.passed else "FAILED")
 
 
+@opt.command()
 def writers(
     model: opt.Model,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
+    given: opt.Given,
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> None:
     """List what writes to the residual stream, from config and index alone."""
-    set_up(quiet, debug)
     from abliterate.checkpoints.checkpoint import find_checkpoint
 
-    checkpoint = find_checkpoint(model, revision)
+    checkpoint = find_checkpoint(model, given["model"]["revision"])
     from abliterate.editing.edit_plan import describe_writers
 
-    document = describe_writers(checkpoint, bool(trust_remote_code))
+    document = describe_writers(checkpoint, bool(given["model"]["trust_remote_code"]))
     if as_json:
         return print_json(document)
     rows = [

@@ -10,18 +10,15 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.commands import later_session
-from abliterate.console import print_json, print_line, print_table, set_up
+from abliterate.console import print_json, print_line, print_table
 from abliterate.errors import UsageError
 
 
+@opt.command()
 def fragility(
-    run: Annotated[Path, typer.Argument(help="Run folder of select.", show_default=False)],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", help="Checkpoint, if it has moved since extract.", show_default=False
-        ),
-    ] = None,
+    *,
+    run: opt.SelectedRun,
+    model: opt.MovedModel = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -29,14 +26,7 @@ def fragility(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Fractions from 0 to 1.")] = 11,
-    n_test: Annotated[
-        int | None,
-        typer.Option(help="Test prompts per kind. Default: 32.", show_default=False),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Longest answer, in tokens. Default: 64.", show_default=False),
-    ] = None,
+    given: opt.Given,
     picture: Annotated[
         bool, typer.Option("--picture/--no-picture", help="Draw fragility.html.")
     ] = True,
@@ -46,20 +36,10 @@ def fragility(
             "--image", help="Also png or svg (needs a Chrome); repeatable.", show_default=False
         ),
     ] = None,
-    harmful: opt.LaterHarmful = None,
-    harmless: opt.LaterHarmless = None,
-    revision: opt.Revision = None,
-    device: opt.Device = None,
-    dtype: opt.Dtype = None,
-    batch_size: opt.BatchSize = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
     config: opt.Config = None,
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Measure how much of refusal hangs on one direction: remove it by and by."""
-    set_up(quiet, debug)
     for kind in image or ():
         if kind not in ("png", "svg"):
             raise UsageError(f"--image must be png or svg, not '{kind}'")
@@ -69,21 +49,6 @@ def fragility(
 
     if picture:
         require_plotly()
-    given: dict[str, Any] = {
-        "model": {
-            "revision": revision,
-            "device": device,
-            "dtype": dtype,
-            "batch_size": batch_size,
-            "trust_remote_code": trust_remote_code,
-        },
-        "evaluate": {
-            "harmful": harmful,
-            "harmless": harmless,
-            "n_test": n_test,
-            "max_new_tokens": max_new_tokens,
-        },
-    }
     session = later_session(run, model, config, given)
     chosen, out = session.settings.evaluate, output or run
     if picture:

@@ -7,11 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from abliterate.cli import options as opt
-from abliterate.console import print_json, print_line, print_table, set_up
+from abliterate.console import print_json, print_line, print_table
 from abliterate.errors import UsageError
 
 
+@opt.command(last=("dtype", "revision", "trust_remote_code"))
 def plan(
+    *,
     model: opt.Model,
     memory: Annotated[
         str | None,
@@ -25,22 +27,17 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    activation_memory: opt.ActivationMemory = None,
-    dtype: opt.Dtype = None,
     n_train: Annotated[int, typer.Option(help="Training prompts per kind.")] = 128,
     n_val: Annotated[int, typer.Option(help="Validation prompts per kind.")] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens of a prompt, template included.")] = 32,
     positions: Annotated[int, typer.Option(help="Positions that are looked at.")] = 5,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
+    given: opt.Given,
     as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Estimate memory, time and passes of each stage from config.json alone."""
-    set_up(quiet, debug)
     if min(n_train, n_val, tokens, positions) < 1:
         raise UsageError("--n-train, --n-val, --tokens and --positions must be at least 1")
+    asked = given["model"]
     import psutil
     import torch
 
@@ -48,8 +45,8 @@ def plan(
     from abliterate.models.loading import Checkpoint, load_config, pick_device, present_shards
     from abliterate.offload import free_memory, parse_memory
 
-    folder = resource_estimate.config_folder(model, revision)
-    trust = bool(trust_remote_code)
+    folder = resource_estimate.config_folder(model, asked["revision"])
+    trust = bool(asked["trust_remote_code"])
     checkpoint = Checkpoint(model, folder)
     config = load_config(checkpoint, trust)
     here = pick_device("auto")
@@ -58,7 +55,7 @@ def plan(
         gpu = free_memory(here) if here.type == "cuda" else 0
     else:
         gpu = 0 if gpu_memory.strip() == "0" else parse_memory(gpu_memory, "--gpu-memory")
-    number = resource_estimate.dtype_of(dtype or "auto", config, gpu > 0)
+    number = resource_estimate.dtype_of(asked["dtype"] or "auto", config, gpu > 0)
     shape = resource_estimate.shape_of(config, number, trust, present_shards(checkpoint))
     speed: float | None = None
     if not gpu or here.type != "cpu":
@@ -67,12 +64,13 @@ def plan(
     machine = resource_estimate.Machine(
         main, gpu, machine_benchmark.disk_speed(folder), speed, machine_benchmark.copy_speed()
     )
+    activations = asked["activation_memory"]
     work = resource_estimate.Workload(
         n_train,
         n_val,
         tokens,
         positions,
-        parse_memory(activation_memory, "--activation-memory") if activation_memory else None,
+        parse_memory(activations, "--activation-memory") if activations else None,
         psutil.Process().memory_info().rss,
     )
     document = resource_estimate.as_document(model, config, shape, machine, work)

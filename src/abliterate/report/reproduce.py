@@ -14,24 +14,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pydantic import BaseModel
+
 from abliterate.direction import FILE_NAME
 from abliterate.report.collect import Document, Run
-from abliterate.settings import Settings, is_recorded
+from abliterate.settings import (
+    Settings,
+    flags_of,
+    granted,
+    is_recorded,
+    option_for,
+    options_of,
+    sections_of,
+)
 
-# Settings whose option is called otherwise.
-_FLAGS = {"template_kwargs": "--chat-template-kwargs", "refusal_tokens": "--refusal-token"}
-# No command takes it; it only says whether `--overwrite` was needed.
-_NO_OPTION = {"overwrite"}
-# What the reader must grant: a flag that is left out, a value that is named by a placeholder.
-_TRUST = "trust_remote_code"
-_PLACEHOLDERS = {"judge_url": "JUDGE_URL", "tasks_dir": "TASKS_DIR"}
-_DIRECTION = "DIRECTION"
-# Commands that have options for some of the model's settings only, and none for the chat format.
-_OPTIONS_OF = {
-    "inspect": {"device", "dtype"},
-    "trace": {"device", "dtype", "batch_size", "seed"},
-}
-_SECTIONS: dict[str, Any] = {name: field.default for name, field in Settings.model_fields.items()}
+_TRUST, _DIRECTION = "trust_remote_code", "DIRECTION"
+_SECTIONS = sections_of(Settings)
 
 
 def commands(run: Run, edited: Path | None = None) -> list[str]:
@@ -46,11 +44,12 @@ def commands(run: Run, edited: Path | None = None) -> list[str]:
     base: Mapping[str, Any] = {}
     if run.extract is not None:
         base = run.extract["settings"]
-        own = _changed(base, {}, ("model", "chat", "extract"))
+        own = _changed("extract", base, {}, ("model", "chat", "extract"))
         done.append(["extract", *_model(run.extract), "-o", folder, *own])
     if run.selection is not None:
         own = _later("select", run.selection, base)
-        done.append(["select", folder, *own, *_changed(run.selection["settings"], {}, ("select",))])
+        own += _changed("select", run.selection["settings"], {}, ("select",))
+        done.append(["select", folder, *own])
     if run.edit is not None:
         place = _argument(edited or run.edit_folder or "")
         source = _model(run.edit, "source")
@@ -90,9 +89,10 @@ def notes(run: Run) -> list[str]:
         )
     if run.evaluation is not None:
         settings = run.evaluation["settings"].get("evaluate", {})
-        for key, placeholder in _PLACEHOLDERS.items():
-            if settings.get(key) is not None:
-                found.append(f"{placeholder}: {_public(str(settings[key]))}, by the record.")
+        for key in _SECTIONS["evaluate"].model_fields:
+            mark = granted(_SECTIONS["evaluate"], key)
+            if mark is not None and mark.placeholder and settings.get(key) is not None:
+                found.append(f"{mark.placeholder}: {_public(str(settings[key]))}, by the record.")
         if (direction := run.evaluation.get("direction")) and not _own_direction(run):
             found.append(f"{_DIRECTION}: the file with {direction['sha256']}.")
     return found
@@ -115,61 +115,69 @@ def _argument(value: Any) -> str:
 def _model(record: Document, key: str = "model") -> list[str]:
     identity = record[key]
     revision = identity.get("revision")
-    return [_argument(identity["id"]), *(_option("revision", revision))]
+    return [_argument(identity["id"]), *_option("--revision", revision)]
 
 
 def _changed(
-    settings: Mapping[str, Any], base: Mapping[str, Any], tables: Sequence[str]
+    command: str, settings: Mapping[str, Any], base: Mapping[str, Any], tables: Sequence[str]
 ) -> list[str]:
-    """The options whose values are not what a command has without them.
+    """The command's options for values that are not what it has without them.
 
     Args:
+        command: its name; settings that it has no option for are left out.
         settings: what a stage recorded.
         base: what the stage took its recorded settings from; empty where it took none.
-        tables: which tables have options of that stage.
+        tables: which tables to look at.
     """
     found: list[str] = []
     for table in tables:
-        defaults, held = _SECTIONS[table], settings.get(table, {})
-        for key in type(defaults).model_fields:
-            usual = getattr(defaults, key)
-            if table in base and is_recorded(type(defaults), key):
+        section, held = _SECTIONS[table], settings.get(table, {})
+        for key, field in section.model_fields.items():
+            usual = field.get_default(call_default_factory=True)
+            if table in base and is_recorded(section, key):
                 usual = base[table].get(key, usual)
             # The revision is the commit that the record's model names.
-            if key != "revision" and key in held and held[key] != usual:
-                found += _option(key, held[key])
+            told = key == "revision" or option_for(command, section, key) is None
+            if not told and key in held and held[key] != usual:
+                found += _setting(section, key, held[key])
     return found
 
 
-def _option(key: str, value: Any) -> Iterator[str]:
-    if key in _NO_OPTION or key == _TRUST or value is None:
-        return
-    flag = _FLAGS.get(key, "--" + key.replace("_", "-"))
-    if isinstance(value, bool):
-        yield flag if value else flag.replace("--", "--no-", 1)
-    elif isinstance(value, list | tuple):
+def _setting(section: type[BaseModel], key: str, value: Any) -> Iterator[str]:
+    """The option that gives a setting this value; what the reader must grant is not repeated."""
+    flag, _, negated = flags_of(section, key).partition("/")
+    mark = granted(section, key)
+    if value is not None and mark is not None:
+        value = mark.placeholder
+    if value is True or (value is False and negated):
+        yield flag if value else negated
+    elif value is not None and any(option.implied for option in options_of(section, key)):
+        yield f"{flag}={value}"  # its value may be left out, so it cannot stand apart
+    elif value is not False:
+        yield from _option(flag, value)
+
+
+def _option(flag: str, value: Any) -> Iterator[str]:
+    """The flag with its value, once for each of several; nothing for None."""
+    if isinstance(value, list | tuple):
         for item in value:
-            yield from _option(key, item)
-    else:
+            yield from _option(flag, item)
+    elif value is not None:
         text = json.dumps(value) if isinstance(value, Mapping) else str(value)
-        text = _PLACEHOLDERS.get(key, text)
         # A value such as -5,-1 would be read as an option of its own.
-        joined = text.startswith("-") or key == "save_activations"
-        yield from [f"{flag}={text}"] if joined else [flag, text]
+        yield from [f"{flag}={text}"] if text.startswith("-") else [flag, text]
 
 
 def _later(command: str, record: Document, base: Mapping[str, Any]) -> list[str]:
     """Options for the model and the prompts of a stage that starts from what extract recorded."""
     settings = record["settings"]
-    if (taken := _OPTIONS_OF.get(command)) is not None:
-        held = settings.get("model", {})
-        return _changed({"model": {k: v for k, v in held.items() if k in taken}}, base, ("model",))
-    own, train = settings.get(command, {}), settings.get("extract", {})
+    found = _changed(command, settings, base, ("model", "chat", "extract"))
+    if command not in _SECTIONS:
+        return found
     # Prompts that no option of the stage names are those of its configuration file's [extract].
+    own, train = settings.get(command, {}), settings.get("extract", {})
     named = {k: train[k] for k in ("harmful", "harmless") if k in train and own.get(k) is None}
-    if command == "evaluate" and "refusal_tokens" in train:
-        named["refusal_tokens"] = train["refusal_tokens"]
-    return _changed({**settings, "extract": named}, base, ("model", "chat", "extract"))
+    return found + _changed("extract", {"extract": named}, base, ("extract",))
 
 
 def _edit(record: Document) -> list[str]:
@@ -177,7 +185,7 @@ def _edit(record: Document) -> list[str]:
     quantized = options.pop("quantized", None)
     options |= {} if quantized is None else {quantized.removesuffix("d"): True}
     leak = float(record.get("leak_of_plan") or 0.0)
-    found = _changed({"orthogonalize": options}, {}, ("orthogonalize",))
+    found = _changed("orthogonalize", {"orthogonalize": options}, {}, ("orthogonalize",))
     if leak > 1e-3:  # an architecture that is edited only on request
         found += ["--allow-leak", f"{math.ceil(leak * 1000) / 1000:g}"]
     return found
@@ -210,9 +218,9 @@ def _evaluate(run: Run, record: Document, base: Mapping[str, Any]) -> list[str]:
         command += [part for name in asked for part in ("--intervention", name)]
     for name in edited:
         place = str(places.get(name, {}).get("id") or run.edit_folder or name)
-        command += _option("checkpoint", _named(name, place))
+        command += _option("--checkpoint", _named(name, place))
     command += _later("evaluate", record, base)
-    return command + _changed(record["settings"], {}, ("evaluate",))
+    return command + _changed("evaluate", record["settings"], {}, ("evaluate",))
 
 
 def _named(name: str, place: str) -> str:
@@ -224,11 +232,11 @@ def _named(name: str, place: str) -> str:
 def _trace(record: Document, folder: str, base: Mapping[str, Any]) -> list[str]:
     command = ["trace", folder]
     asked = record["request"]
-    command += _option("prompts", asked["harmful"])
-    command += _option("harmless", asked["harmless"])
-    command += _option("n_prompts", asked["n_prompts"])
+    command += _option("--prompts", asked["harmful"])
+    command += _option("--harmless", asked["harmless"])
+    command += _option("--n-prompts", asked["n_prompts"])
     if record["suffix"]:
         command.append(f"--suffix={record['suffix']['text']}")
     if asked["n_heads"] != 10:
-        command += _option("heads", asked["n_heads"])
+        command += _option("--heads", asked["n_heads"])
     return command + _later("trace", record, base)

@@ -1,0 +1,48 @@
+"""Every setting of the pipeline, declared once; the lowest floor but errors, and as light.
+
+``sections`` declares them; ``marks`` is what a declaration can say beside a type, a default and
+bounds, ``values`` what single values must be; ``loading`` reads settings from TOML files, given
+options and the records of earlier stages. The command line's options (``cli.options``) and the
+commands in a report come from the same declarations.
+"""
+
+from abliterate.settings.loading import Tables, load_settings, parse_layers, take_recorded
+from abliterate.settings.marks import (
+    Granted,
+    Option,
+    Recorded,
+    flags_of,
+    granted,
+    is_recorded,
+    option_for,
+    options_of,
+    sections_of,
+)
+from abliterate.settings.sections import (
+    ExtractSettings,
+    ModelSettings,
+    OrthogonalizeSettings,
+    Settings,
+)
+from abliterate.settings.values import public_url
+
+__all__ = [
+    "ExtractSettings",
+    "Granted",
+    "ModelSettings",
+    "Option",
+    "OrthogonalizeSettings",
+    "Recorded",
+    "Settings",
+    "Tables",
+    "flags_of",
+    "granted",
+    "is_recorded",
+    "load_settings",
+    "option_for",
+    "options_of",
+    "parse_layers",
+    "public_url",
+    "sections_of",
+    "take_recorded",
+]

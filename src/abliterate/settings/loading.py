@@ -1,0 +1,147 @@
+"""Settings from TOML files, from the options that were given, and from the records of stages."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from abliterate.errors import InputError, UsageError
+from abliterate.settings.marks import flags_of, is_recorded, sections_of
+from abliterate.settings.sections import Settings
+
+Tables = Mapping[str, Mapping[str, Any]]
+
+
+def load_settings(
+    file: Path | None = None,
+    options: Tables | None = None,
+    base: Tables | None = None,
+    schema: type[Settings] = Settings,
+) -> Settings:
+    """Settings from a TOML file and the options that were given.
+
+    Args:
+        file: the configuration, or None for the defaults.
+        options: per table, the options that win over the file; None values are skipped.
+        base: per table, what an earlier stage recorded; the file and the options win over it.
+        schema: the settings that there are.
+
+    Raises:
+        UsageError: the file is missing or no TOML, or a key or value is wrong; the message names
+            the nearest valid key.
+    """
+    configured = {} if file is None else _read_toml(file)
+    where = "the recorded settings" if file is None else str(file)
+    _check_keys(configured, where, schema)
+    document: dict[str, dict[str, Any]] = {}
+    for layer in (base or {}, configured, options or {}):
+        for table, values in layer.items():
+            given = {key: value for key, value in values.items() if value is not None}
+            document[table] = {**document.get(table, {}), **given}
+    try:
+        return schema.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        table, *rest = (str(part) for part in first["loc"])
+        key = ".".join(rest) or table
+        given_option = (options or {}).get(table, {}).get(key) is not None
+        source = (
+            flags_of(sections_of(schema)[table], key).partition("/")[0]
+            if given_option
+            else f"{where}: [{table}] {key}"
+        )
+        message = first["msg"].removeprefix("Value error, ")
+        given_value = "what it holds" if key == "judge_url" else repr(first["input"])
+        raise UsageError(f"{source}: {message}, not {given_value}") from None
+
+
+def parse_layers(text: str | None) -> frozenset[int] | None:
+    """The layers that ``10-25`` or ``3,5-7`` names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+        first, last = (int(end or ends[1]) for end in ends.groups()) if ends else (1, 0)
+        if last < first:
+            raise UsageError(f"--layers must be such as 10-25 or 3,5-7, not '{text}'")
+        layers.update(range(first, last + 1))
+    return frozenset(layers)
+
+
+def take_recorded(
+    document: Any, where: str, schema: type[BaseModel] = Settings
+) -> dict[str, dict[str, Any]]:
+    """What a record of settings may decide for a later stage: the ``base`` of load_settings.
+
+    All of the record is checked by type; of that, only settings marked :class:`Recorded` are taken.
+
+    Args:
+        document: the record's settings, as parsed JSON.
+        where: the file, for error messages.
+        schema: the settings that there are.
+
+    Raises:
+        InputError: an unknown table or setting, or a value of the wrong type or out of bounds.
+    """
+    try:
+        checked = schema.model_validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":  # parsed once already: it is about its characters
+            raise InputError(
+                f"{where}: the settings hold half a character: run extract again"
+            ) from None
+        table, *rest = (*map(str, first["loc"]), "")
+        name = f"[{table}] {'.'.join(filter(None, rest))}".strip() if table else "the settings"
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(
+            f"{where}: {name}: {message}, not {first['input']!r:.80}: run extract again"
+        ) from None
+    taken: dict[str, dict[str, Any]] = {}
+    for table in schema.model_fields:
+        section: BaseModel = getattr(checked, table)
+        taken[table] = {
+            name: getattr(section, name)
+            for name in type(section).model_fields
+            if name in section.model_fields_set and is_recorded(type(section), name)
+        }
+    return taken
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"configuration file {file} does not exist") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"configuration file {file} is not readable TOML: {error}") from None
+
+
+def _check_keys(document: Mapping[str, Any], where: str, schema: type[BaseModel]) -> None:
+    tables = sections_of(schema)
+    for table, values in document.items():
+        if table not in tables:
+            raise UsageError(f"{where}: unknown table [{table}]{_nearest(table, tables)}")
+        if not isinstance(values, dict):
+            raise UsageError(f"{where}: [{table}] must be a table")
+        keys = tables[table].model_fields
+        for key in values:
+            if key not in keys:
+                raise UsageError(f"{where}: unknown key '{key}' in [{table}]{_nearest(key, keys)}")
+
+
+def _nearest(name: str, valid: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    return f", did you mean '{close[0]}'?" if close else f" (valid: {', '.join(valid)})"

@@ -1,0 +1,86 @@
+"""What a setting's declaration can say beside its type, default and bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Marks a setting that later stages take from a run folder's record.
+
+    Without the mark a setting is never taken from there. Mark what names the experiment and can do
+    nothing else: see ``abliterate.settings.sections``.
+    """
+
+
+@dataclass(frozen=True)
+class Granted:
+    """Marks a setting that a report's commands never repeat from a record: the reader grants it.
+
+    Attributes:
+        placeholder: what stands for the value in the command; None: the option is left out.
+    """
+
+    placeholder: str | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """The option by which commands override a setting. A setting may have several, each of its own
+    commands, if they say different things.
+
+    Attributes:
+        help: what ``--help`` says. The default is shown behind it, unless it tells the default.
+        panel: the heading that it stands under; None: with the command's own options.
+        commands: the commands that have it.
+        flags: its spelling, where that is not the setting's name; of a switch that can be turned
+            off too, both: ``--filter/--no-filter``.
+        implied: the value of the flag alone, of an option whose value may be left out.
+    """
+
+    help: str
+    panel: str | None
+    commands: tuple[str, ...]
+    flags: str | None = None
+    implied: str | None = None
+
+
+def sections_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The sections of settings, by the names of their tables."""
+    found: dict[str, type[BaseModel]] = {}
+    for table, field in schema.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, BaseModel)
+        found[table] = field.annotation
+    return found
+
+
+def is_recorded(section: type[BaseModel], name: str) -> bool:
+    """Whether later stages take this setting of a section from a run folder's record."""
+    return any(isinstance(mark, Recorded) for mark in section.model_fields[name].metadata)
+
+
+def granted(section: type[BaseModel], name: str) -> Granted | None:
+    """The mark of a setting that no report repeats."""
+    marks = section.model_fields[name].metadata
+    return next((mark for mark in marks if isinstance(mark, Granted)), None)
+
+
+def options_of(section: type[BaseModel], name: str) -> list[Option]:
+    """The options of a setting."""
+    return [mark for mark in section.model_fields[name].metadata if isinstance(mark, Option)]
+
+
+def option_for(command: str, section: type[BaseModel], name: str) -> Option | None:
+    """The option that a command has for a setting, if it has one."""
+    found = options_of(section, name)
+    return next((option for option in found if command in option.commands), None)
+
+
+def flags_of(section: type[BaseModel], name: str) -> str:
+    """How a setting's option is spelled: ``--n-train``, ``--filter/--no-filter``."""
+    spelled = (option.flags for option in options_of(section, name) if option.flags)
+    return next(spelled, "--" + name.replace("_", "-"))

@@ -1,0 +1,437 @@
+"""Every setting of the pipeline, with the paper's values as defaults.
+
+A configuration file has the tables ``[model]``, ``[chat]``, ``[extract]``, ``[select]``,
+``[orthogonalize]`` and ``[evaluate]``; options on the command line win over it. A field is all that
+there is to declare: its option appears in the commands that its :class:`Option` names, in the order
+of the fields.
+
+A run folder is data, and may come from a stranger: a later stage takes from its record only the
+settings that are marked :class:`Recorded` here, which name the experiment. What grants something
+(code, addresses, keys, folders to read code from or to write to) or says how a machine is used is
+never marked, so that it stands on the command line or in a configuration file or nowhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    field_validator,
+)
+
+from abliterate.settings.marks import Granted, Option, Recorded
+from abliterate.settings.values import (
+    check_revision,
+    parse_json_object,
+    public_url,
+    well_formed,
+)
+
+# Attributes have the whole address; what is dumped into records has no secret.
+_Endpoint = Annotated[str, PlainSerializer(public_url)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    _unicode = field_validator("*")(well_formed)
+
+
+# The headings of --help.
+_MODEL, _CHAT, _PROMPTS, _METHOD = "Model", "Chat format", "Prompts", "Method"
+_EDIT, _STORAGE = "Other edits than the paper's", "Formats and machine"
+_CAPABILITY, _JUDGE = "Capability", "Judge"
+
+# Commands that have the same options.
+_STAGES = ("extract", "select", "evaluate", "run")
+_WITH_CHECKPOINT = (
+    "orthogonalize",
+    "verify",
+    "writers",
+    "plan",
+    "inspect",
+    "trace",
+    "fragility",
+    "chat",
+)
+_EXTRACT, _SELECT = ("extract", "run"), ("select", "run")
+_EDITING, _EVALUATE, _SCORE = ("orthogonalize",), ("evaluate",), ("evaluate", "score")
+
+# Help texts of settings that more than one section has.
+_SOURCE = "Set name, file or org/name[/config][@revision][:split], each with optional [column]."
+_LATER_HARMFUL = "Harmful prompts. Default: what extract used."
+_LATER_HARMLESS = "Harmless prompts. Default: what extract used."
+_FILTER = "Drop harmful prompts that are answered and harmless ones that are refused."
+
+
+class ModelSettings(_Section):
+    """Where and how the model runs."""
+
+    revision: Annotated[
+        str | None,
+        AfterValidator(check_revision),
+        Recorded(),
+        Option(
+            "Hub branch, tag or commit.",
+            _MODEL,
+            (*_STAGES, *_WITH_CHECKPOINT, "audit"),
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        Option(
+            "auto, cpu, cuda, cuda:1, mps, ...",
+            _MODEL,
+            (*_STAGES, "score", "verify", "inspect", "trace", "fragility", "chat"),
+        ),
+    ] = "auto"
+    device_map: Annotated[
+        str | None,
+        Option(
+            "Spread the model over this machine's devices: auto, or JSON of devices by module.",
+            _MODEL,
+            _STAGES,
+        ),
+    ] = None
+    tensor_parallel: Annotated[
+        bool,
+        Option(
+            "Under torchrun: every rank holds a part of each matrix.",
+            _MODEL,
+            _STAGES,
+            "--tensor-parallel/--no-tensor-parallel",
+        ),
+    ] = False
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "float64"],
+        Recorded(),
+        Option(
+            "auto, float32, bfloat16 or float16. auto: the checkpoint's own; float32 on a CPU.",
+            _MODEL,
+            (*_STAGES, "score", "inspect", "trace", "fragility", "chat", "plan"),
+        ),
+    ] = "auto"
+    batch_size: Annotated[
+        int | str,
+        Option(
+            "Prompts per forward pass, or auto.",
+            _MODEL,
+            (*_STAGES, "score", "trace", "fragility"),
+        ),
+    ] = "auto"
+    offload: Annotated[
+        bool | None,
+        Option(
+            "Stream the layers from disk, with all prompts at once. Default: if the weights do not "
+            "fit into memory.",
+            _MODEL,
+            (*_STAGES, "verify"),
+            "--offload/--no-offload",
+        ),
+    ] = None
+    activation_memory: Annotated[
+        str | None,
+        Option(
+            "Memory for activations under --offload, such as 8GB; more goes to mapped files. "
+            "Default: half of what is free.",
+            _MODEL,
+            (*_STAGES, "verify", "plan"),
+        ),
+    ] = None
+    # Bounds: what numpy, torch and lm-eval all take.
+    seed: Annotated[
+        int, Recorded(), Option("Of all sampling.", _MODEL, (*_STAGES, "trace", "chat"))
+    ] = Field(0, ge=0, le=2**32 - 1)
+    trust_remote_code: Annotated[
+        bool,
+        Granted(),
+        Option(
+            "Run the Python code that the checkpoint brings along.",
+            _MODEL,
+            (*_STAGES, *_WITH_CHECKPOINT, "score"),
+        ),
+    ] = False
+
+
+class ChatSettings(_Section):
+    """How a prompt becomes a conversation."""
+
+    system: Annotated[
+        str | None, Recorded(), Option("System message.", _CHAT, (*_STAGES, "chat"))
+    ] = None
+    template_kwargs: Annotated[
+        dict[str, Any],
+        BeforeValidator(parse_json_object),
+        Recorded(),
+        Option(
+            "JSON object of chat template variables.",
+            _CHAT,
+            (*_STAGES, "chat"),
+            "--chat-template-kwargs",
+        ),
+    ] = Field(default_factory=dict)
+    response_prefix: Annotated[
+        str,
+        Recorded(),
+        Option("Text that the assistant's turn starts with.", _CHAT, (*_STAGES, "chat")),
+    ] = ""
+
+
+class ExtractSettings(_Section):
+    """Training prompts and positions (paper, section 2.3)."""
+
+    harmful: Annotated[
+        str,
+        Recorded(),
+        Option(f"Harmful prompts. {_SOURCE}", _PROMPTS, (*_EXTRACT, "verify")),
+    ] = "harmful"
+    harmless: Annotated[
+        str, Recorded(), Option("Harmless prompts, likewise.", _PROMPTS, (*_EXTRACT, "verify"))
+    ] = "harmless"
+    n_train: Annotated[
+        int, Recorded(), Option("Training prompts per kind.", _PROMPTS, _EXTRACT)
+    ] = Field(128, ge=1)
+    positions: Annotated[
+        str,
+        Recorded(),
+        Option("post-instruction, last, or a list such as -5,-1.", _METHOD, _EXTRACT),
+    ] = "post-instruction"
+    filter: Annotated[
+        bool, Recorded(), Option(_FILTER, _PROMPTS, _EXTRACT, "--filter/--no-filter")
+    ] = True
+    refusal_tokens: Annotated[
+        tuple[str, ...],
+        Recorded(),
+        Option(
+            "Token string, id or preset (llama-2, llama-3, gemma, yi, qwen); repeatable. "
+            "Default: detected.",
+            _METHOD,
+            (*_EXTRACT, "evaluate"),
+            "--refusal-token",
+        ),
+    ] = ()
+    save_activations: Annotated[
+        str | None,
+        Option(
+            "Keep each prompt's vectors for inspect, of all layers or of those given as =3,5-7.",
+            _METHOD,
+            _EXTRACT,
+            implied="all",
+        ),
+    ] = None
+    activation_positions: Annotated[
+        Literal["last", "all"],
+        Option(
+            "last: keep the vectors of the last position. all: of every position.",
+            _METHOD,
+            _EXTRACT,
+        ),
+    ] = "last"
+
+
+class SelectSettings(_Section):
+    """Validation prompts and filters (paper, appendix C). None: the sources of ``extract``."""
+
+    harmful: Annotated[str | None, Option(_LATER_HARMFUL, _PROMPTS, ("select",))] = None
+    harmless: Annotated[str | None, Option(_LATER_HARMLESS, _PROMPTS, ("select",))] = None
+    n_val: Annotated[int, Option("Validation prompts per kind.", _PROMPTS, _SELECT)] = Field(
+        32, ge=1
+    )
+    filter: Annotated[bool, Option(_FILTER, _PROMPTS, _SELECT, "--filter/--no-filter")] = True
+    kl_threshold: Annotated[float, Option("Largest KL divergence.", _METHOD, _SELECT)] = Field(
+        0.1, ge=0
+    )
+    induce_threshold: Annotated[float, Option("Smallest induce score.", _METHOD, _SELECT)] = 0.0
+    prune_layers: Annotated[
+        float, Option("Share of the last layers that is left out.", _METHOD, _SELECT)
+    ] = Field(0.2, ge=0, lt=1)
+    search: Annotated[
+        Literal["staged", "exhaustive"],
+        Option(
+            "staged: leave out what cannot change the choice. exhaustive: every score, for plots.",
+            _METHOD,
+            _SELECT,
+        ),
+    ] = "staged"
+    all_layers: Annotated[
+        bool,
+        Option("Score the candidates of the left-out layers too, for plots.", _METHOD, _SELECT),
+    ] = False
+    kl_on: Annotated[
+        str,
+        Option(
+            "last: KL at the last prompt token. response:N: mean over the first N answer tokens.",
+            _METHOD,
+            _SELECT,
+        ),
+    ] = Field("last", pattern=r"^(last|response:[1-9][0-9]*)$")
+
+
+class OrthogonalizeSettings(_Section):
+    """The edited checkpoint; see ``abliterate.editing.options.EditOptions``."""
+
+    overwrite: Annotated[
+        bool,
+        Granted(),
+        Option(
+            "Replace the output, if it is an edited checkpoint of ours and holds nothing else.",
+            _METHOD,
+            _EDITING,
+        ),
+    ] = False
+    allow_leak: Annotated[
+        float | None,
+        Option(
+            "Edit an architecture that cannot be made exact, if no more than this share of the "
+            "residual stream remains along the direction.",
+            _METHOD,
+            _EDITING,
+        ),
+    ] = Field(default=None, ge=0)
+    layers: Annotated[str | None, Option("Blocks to edit: 10-25, or 3,5-7.", _EDIT, _EDITING)] = (
+        None
+    )
+    components: Annotated[
+        str | None,
+        Option(
+            "Any of attention, mlp, embedding (or mixer, expert, position, other), with commas.",
+            _EDIT,
+            _EDITING,
+        ),
+    ] = None
+    scale: Annotated[float, Option("Share of the direction to remove.", _EDIT, _EDITING)] = 1.0
+    norm_preserve: Annotated[bool, Option("Rows keep their norm.", _EDIT, _EDITING)] = False
+    tied_embeddings: Annotated[
+        Literal["untie", "share", "skip"],
+        Option(
+            "untie (the head keeps the original), share (both are edited) or skip (neither).",
+            _EDIT,
+            _EDITING,
+        ),
+    ] = "untie"
+    requantize: Annotated[
+        bool,
+        Option("Store edited FP8 and MXFP4 tensors in their format again.", _STORAGE, _EDITING),
+    ] = False
+    dequantize: Annotated[bool, Option("Write them as bfloat16.", _STORAGE, _EDITING)] = False
+    add: Annotated[
+        float | None,
+        Option(
+            "Bake in the addition of this multiple of the direction instead, as a bias.",
+            _EDIT,
+            _EDITING,
+        ),
+    ] = None
+    as_lora: Annotated[bool, Option("Write a PEFT adapter instead.", _EDIT, _EDITING)] = False
+    device: Annotated[str, Option("Where to compute: cpu, cuda, ...", _STORAGE, _EDITING)] = "cpu"
+    jobs: Annotated[
+        int | None, Option("Cores to use, up to 16. Default: all.", _STORAGE, _EDITING)
+    ] = Field(None, ge=1)
+    low_disk: Annotated[
+        bool,
+        Option(
+            "Fetch the shards of a hub id one by one; each is dropped once it is edited.",
+            _STORAGE,
+            _EDITING,
+        ),
+    ] = False
+
+
+class EvaluateSettings(_Section):
+    """Test prompts, decoding, judge and capability checks.
+
+    None for the prompts: the sources of ``extract``, and all that they hold.
+    """
+
+    harmful: Annotated[str | None, Option(_LATER_HARMFUL, _PROMPTS, ("evaluate", "fragility"))] = (
+        None
+    )
+    harmless: Annotated[
+        str | None, Option(_LATER_HARMLESS, _PROMPTS, ("evaluate", "fragility"))
+    ] = None
+    n_test: Annotated[
+        int | None,
+        Option("Test prompts per kind. Default: all.", _PROMPTS, ("evaluate", "run")),
+        Option("Test prompts per kind. Default: 32.", None, ("fragility",)),
+    ] = Field(None, ge=1)
+    max_new_tokens: Annotated[
+        int,
+        Option("Longest answer.", _METHOD, ("evaluate", "run", "chat")),
+        Option("Longest answer, in tokens. Default: 64.", None, ("fragility",)),
+    ] = Field(512, ge=1)
+    corpus: Annotated[
+        tuple[str, ...],
+        Option(
+            "Measure loss and perplexity on pile, alpaca, own (baseline completions), pile=FILE or "
+            "alpaca=FILE (or a hub id); repeatable.",
+            _CAPABILITY,
+            _EVALUATE,
+        ),
+    ] = ()
+    corpus_texts: Annotated[int, Option("Texts per corpus.", _CAPABILITY, _EVALUATE)] = Field(
+        4096, ge=1
+    )
+    corpus_tokens: Annotated[int, Option("Longest text, in tokens.", _CAPABILITY, _EVALUATE)] = (
+        Field(256, ge=2)
+    )
+    tasks: Annotated[
+        str | None,
+        Option("lm-eval tasks with commas: mmlu,arc_challenge,gsm8k.", _CAPABILITY, _EVALUATE),
+    ] = None
+    tasks_dir: Annotated[
+        str | None,
+        Granted("TASKS_DIR"),
+        Option("Folder of further task definitions.", _CAPABILITY, _EVALUATE),
+    ] = None
+    task_limit: Annotated[int | None, Option("Examples per task.", _CAPABILITY, _EVALUATE)] = Field(
+        None, ge=1
+    )
+    judge: Annotated[
+        str | None, Option("A Llama Guard checkpoint: folder or hub id.", _JUDGE, _SCORE)
+    ] = None
+    judge_url: Annotated[
+        _Endpoint | None,
+        Granted("JUDGE_URL"),
+        Option(
+            "An OpenAI-compatible endpoint, such as http://localhost:8000/v1; key in "
+            "OPENAI_API_KEY.",
+            _JUDGE,
+            _SCORE,
+        ),
+    ] = None
+    judge_model: Annotated[str | None, Option("Its name at the endpoint.", _JUDGE, _SCORE)] = None
+    judge_template: Annotated[
+        Literal["llama-guard", "prompt"],
+        Option(
+            "llama-guard: send the conversation. prompt: ask any model for safe or unsafe.",
+            _JUDGE,
+            _SCORE,
+        ),
+    ] = "llama-guard"
+    judge_timeout: Annotated[
+        float,
+        Option(
+            "Seconds for one attempt as a whole: connection, question and the reply's last byte.",
+            _JUDGE,
+            _SCORE,
+        ),
+    ] = Field(60.0, gt=0)
+    judge_retries: Annotated[int, Option("Further attempts.", _JUDGE, _SCORE)] = Field(4, ge=0)
+    judge_concurrency: Annotated[int, Option("Requests at once.", _JUDGE, _SCORE)] = Field(8, ge=1)
+
+
+class Settings(_Section):
+    """All settings of a run."""
+
+    model: ModelSettings = ModelSettings()
+    chat: ChatSettings = ChatSettings()
+    extract: ExtractSettings = ExtractSettings()
+    select: SelectSettings = SelectSettings()
+    orthogonalize: OrthogonalizeSettings = OrthogonalizeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()

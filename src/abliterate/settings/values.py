@@ -1,0 +1,59 @@
+"""What single values of settings must be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+
+def parse_json_object(value: Any) -> Any:
+    """An object from its JSON text; what is no text stays."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a JSON object ({error})") from None
+
+
+def check_revision(value: str | None) -> str | None:
+    """A name that git allows, so that it can also be part of a path in the hub's cache."""
+    if value is not None and (
+        not value.isprintable()
+        or " " in value
+        or ".." in value
+        or value.startswith(("/", "-"))
+        or not 0 < len(value) <= 255
+    ):
+        raise ValueError("must name a branch, tag or commit")
+    return value
+
+
+def public_url(url: str) -> str:
+    """A URL as records and messages may have it: without user, password, query and fragment."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where the host is followed by something else
+    except ValueError:
+        return "***"
+    if not parts.netloc:
+        return url.rpartition("@")[2].partition("?")[0].partition("#")[0]
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def well_formed(value: Any) -> Any:
+    """Refuse text that no tokenizer and no JSON file takes: bytes that were no UTF-8."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("not valid Unicode text") from None
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            well_formed(item)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            well_formed(part)
+    return value
