@@ -22,6 +22,7 @@ from abliterate.writers import find_writers, stream_width
 REFUSED = {
     "ctrl": "adds the buffer transformer.pos_encoding",
     "doge": "per-channel gain model.layers.1.input_residual",
+    "dory": "model.layers.0: multiplied per channel by a gate",
     "gemma3n_text": "the residual stream, or a normed copy of it, is added",
     "longcat_flash": "the residual stream, or a normed copy of it, is added",
     "minimax": "per-channel gain model.layers.1.input_layernorm.weight",

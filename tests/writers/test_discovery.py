@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures.zoo import require
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -75,6 +76,7 @@ POST_NORM = {"gemma2", "gemma4_text", "olmo2", "inkling_text", "bloom"}
 
 @cache
 def _original(kind: str) -> PreTrainedModel:
+    require(kind)
     return shrunken(CONFIG_MAPPING[kind](**CASES[kind]))
 
 
@@ -85,6 +87,7 @@ def _plan(kind: str) -> WriterPlan:
 
 def _model(kind: str) -> PreTrainedModel:
     """A fresh copy: same parameters, free to be edited."""
+    require(kind)
     return shrunken(CONFIG_MAPPING[kind](**CASES[kind]))
 
 
