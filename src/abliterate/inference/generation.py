@@ -16,6 +16,7 @@ from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE
 from abliterate.errors import UsageError
 from abliterate.inference.decoding import decoding_config, plain_decoding
+from abliterate.inference.engine import OnAnswer
 from abliterate.inference.forward import (
     Batch,
     can_pad,
@@ -32,8 +33,6 @@ from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
 # runs out of memory all the same halves it.
 _TOKENS = {"cpu": 16384}
 _TOKENS_ACCELERATOR = 65536
-
-OnAnswer = Callable[[int, list[int]], str | None]
 
 
 def greedy_answers(
@@ -70,11 +69,6 @@ def greedy_answers(
     """
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
-    if loaded.stream is not None:
-        raise UsageError(
-            "--offload would read the whole model for every token of an answer, so it does not "
-            "generate: use --no-offload on a machine with room for the weights"
-        )
     answers: list[list[int]] = [[] for _ in prompts]
     ranks, known = loaded.ranks, set(done)
     if not ranks.is_unsplit:
