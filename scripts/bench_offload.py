@@ -177,9 +177,8 @@ def extract(
         open_model.load_tokenizer = lambda *_: None  # the prompts are token ids
         loaded = open_stream(str(folder), "cpu", "float32", activation_memory=budget)
         opened = time.perf_counter()
-        assert loaded.stream is not None
-        _, seen = look(loaded.stream, ids, _POSITIONS, size)
-        loaded.stream.close()
+        _, seen = look(loaded.engine.offloaded, ids, _POSITIONS, size)
+        loaded.engine.offloaded.close()
         return opened, seen.mean(0, dtype=torch.float64)
     if mode == "memory":  # for scripts/check_plan.py
         model = load_weights(Checkpoint(str(folder), folder), "cpu", "float32")

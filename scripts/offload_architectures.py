@@ -29,11 +29,11 @@ from architectures.zoo import (  # noqa: E402
 )
 
 from abliterate.errors import AbliterateError  # noqa: E402
-from abliterate.extraction.means import BatchActivations  # noqa: E402
-from abliterate.extraction.means import collect_activations as look_in_memory  # noqa: E402
+from abliterate.inference.engine import BatchActivations  # noqa: E402
+from abliterate.inference.in_memory import collect_activations  # noqa: E402
 from abliterate.models.loading import Checkpoint, load_weights  # noqa: E402
-from abliterate.offload import opening  # noqa: E402
-from abliterate.offload.weight_passes import collect_activations  # noqa: E402
+from abliterate.offload import open_model  # noqa: E402
+from abliterate.offload.weight_passes import look  # noqa: E402
 
 VISION_LANGUAGE = (
     "aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "llava", "mistral3", "paligemma",
@@ -52,17 +52,17 @@ def compare(folder: Path) -> tuple[float, float, float]:
     def keep(seen: BatchActivations) -> None:
         plain.update({r: (seen.logits[i], seen.activations[i]) for i, r in enumerate(seen.rows)})
 
-    look_in_memory(model, PROMPTS, POSITIONS, keep, 2)
-    loaded = opening.open_stream(
+    collect_activations(model, PROMPTS, POSITIONS, keep, 2)
+    loaded = open_model.open_stream(
         checkpoint, "cpu", "float32", activation_memory=1 << 30, resident=0
     )
-    logits, activations = collect_activations(loaded.stream, PROMPTS, POSITIONS, 2)
+    logits, activations = look(loaded.engine.offloaded, PROMPTS, POSITIONS, 2)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    loaded.stream.close()
+    loaded.engine.offloaded.close()
     return (
         max(float((logits[r] - one).abs().max() / one.std()) for r, (one, _) in plain.items()),
         max(float((activations[r] - one).norm() / one.norm()) for r, (_, one) in plain.items()),
-        loaded.stream.bytes_read / size,
+        loaded.engine.offloaded.bytes_read / size,
     )
 
 
@@ -70,7 +70,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    opening.load_tokenizer = lambda *_: None  # the prompts are token ids
+    open_model.load_tokenizer = lambda *_: None  # the prompts are token ids
     types = sys.argv[1:] or [*decoder_only_types(), *(f"{name} (VL)" for name in VISION_LANGUAGE)]
     print("| type | logits | activations | read, of checkpoint |")
     print("|---|---:|---:|---:|")

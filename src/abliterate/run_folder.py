@@ -80,10 +80,15 @@ class Session:
 
         return must_stream(self.checkpoint, model.device, model.dtype, model.trust_remote_code)
 
+    @property
+    def generates(self) -> bool:
+        """Whether the models that are opened give answers, not first tokens alone."""
+        return not self.offload
+
     def load(self, checkpoint: Checkpoint) -> LoadedModel:
         import torch
 
-        from abliterate.inference.forward import input_device
+        from abliterate.inference.in_memory import engine_of
         from abliterate.offload import load_or_stream
 
         model, where = self.settings.model, self.placement
@@ -98,9 +103,7 @@ class Session:
                 model.activation_memory,
                 where,
             )
-        verb = "streaming" if loaded.stream else "loaded"
-        place = input_device(loaded.model).type if loaded.stream else where.describe(loaded.model)
-        log.info("%s %s (%s, %s)", verb, checkpoint.name, loaded.model.dtype, place)
+        log.info("%s", engine_of(loaded).opened(where))
         return loaded
 
     def load_in_memory(self) -> LoadedModel:
@@ -125,8 +128,9 @@ class Session:
     def release(self) -> None:
         """Let go of the model; it is loaded again when it is next needed."""
         if (loaded := self.__dict__.pop("loaded", None)) is not None:
-            if loaded.stream is not None:
-                loaded.stream.close()
+            from abliterate.inference.in_memory import engine_of
+
+            engine_of(loaded).close()
             del loaded
             gc.collect()
             import torch

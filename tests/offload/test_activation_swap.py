@@ -56,12 +56,12 @@ def test_a_pass_finds_its_tensors_as_it_left_them(
     checkpoint = Checkpoint(str(tmp_path), tmp_path)
     plain, _ = mean_resid_pre(load_weights(checkpoint, "cpu", "float32"), PROMPTS, [-2, -1])
     loaded = open_model.open_stream(checkpoint, "cpu", "float32", activation_memory=1 << 30)
-    _, seen = look(loaded.stream, PROMPTS, [-2, -1], 2)
+    _, seen = look(loaded.engine.offloaded, PROMPTS, [-2, -1], 2)
     assert (seen.mean(0, dtype=torch.float64) - plain).norm() <= 1e-5 * plain.norm()
     assert parked
     assert not any(parked)  # nothing stayed
-    assert loaded.stream.activations.peak > 0
-    assert not loaded.stream._lot.away
+    assert loaded.engine.offloaded.activations.peak > 0
+    assert not loaded.engine.offloaded._lot.away
 
 
 def test_selection_and_evaluation_are_the_same(parked: list[int], cli, tmp_path: Path) -> None:

@@ -105,9 +105,12 @@ def test_first_token_logits_under_interventions(kind: str, tiny) -> None:
     vector = torch.randn(48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     prompts = [list(range(3, 3 + n)) for n in (9, 14, 14, 20)]
     got = logits_under(
-        loaded.stream, prompts, {"plain": None, "ablate": (vector, None), "add": (vector, 2)}, 2
+        loaded.engine.offloaded,
+        prompts,
+        {"plain": None, "ablate": (vector, None), "add": (vector, 2)},
+        2,
     )
-    assert loaded.stream.passes == 1
+    assert loaded.engine.offloaded.passes == 1
     wanted = {
         "plain": all_last_logits(plain, prompts),
         "ablate": all_last_logits(plain, prompts, intervention=ablate(plain, vector)),
@@ -202,7 +205,7 @@ def test_unusual_architectures_stream_as_they_run(
     loaded = open_model.open_stream(
         checkpoint, "cpu", "float32", activation_memory=1 << 12, resident=0
     )
-    _, seen = look(loaded.stream, prompts, [-2, -1], 2)
+    _, seen = look(loaded.engine.offloaded, prompts, [-2, -1], 2)
     streamed = seen.mean(0, dtype=torch.float64)
     assert (streamed - plain).norm() <= 1e-5 * plain.norm()
 
@@ -213,7 +216,9 @@ def test_an_error_midway_ends_every_pass(tiny) -> None:
     from abliterate.inference.forward import last_logits, left_pad
     from abliterate.offload import BatchRun, open_stream
 
-    stream = open_stream(str(tiny("llama")), "cpu", "float32", activation_memory=1 << 20).stream
+    stream = open_stream(
+        str(tiny("llama")), "cpu", "float32", activation_memory=1 << 20
+    ).engine.offloaded
     batches = [left_pad(stream.model, [[5, 6, 7, 8]], [0]) for _ in range(4)]
 
     def jobs(fail_at: int, done: list[torch.Tensor]) -> list[BatchRun]:

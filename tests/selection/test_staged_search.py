@@ -21,14 +21,19 @@ from transformers import (
     PreTrainedModel,
 )
 
-from abliterate import ablate, add
+from abliterate import ablate
 from abliterate.inference.batched_interventions import InterventionRunner
 from abliterate.inference.candidate_batches import FastPathFlags
 from abliterate.inference.fast_path import verified_runner
+from abliterate.inference.forward import all_last_logits
+from abliterate.inference.in_memory import InMemoryEngine
 from abliterate.inference.token_batches import TokenBudget, group_rows
 from abliterate.metrics.refusal import MAX_REFUSAL_SCORE, kl_divergence, kl_floor, refusal_score
+from abliterate.models.loading import LoadedModel
 from abliterate.selection.candidate_filters import Score, Thresholds, apply_filters, best_candidate
 from abliterate.selection.candidate_search import CandidateSearch
+from abliterate.selection.few_passes import FewPassesSearch
+from abliterate.selection.reference import score_candidate_reference
 from abliterate.selection.score_table import score_record
 from abliterate.selection.search_inputs import SearchInputs
 
@@ -57,30 +62,10 @@ def _task(folder: Path | PreTrainedModel, **changes) -> SearchInputs:
     return replace(task, **changes)
 
 
-def _logits(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in prompts])
-
-
 def _plain(task: SearchInputs) -> dict[tuple[int, int], Score]:
     """One candidate and prompt at a time."""
-    scores = {}
-    baseline = _logits(task.model, task.harmless)
-    for row, position in enumerate(task.positions):
-        for layer in range(4):
-            vector = task.directions[row, layer]
-            if float(vector.norm()) == 0:
-                scores[position, layer] = Score(position, layer, math.nan, math.nan, math.nan)
-                continue
-            with ablate(task.model, vector):
-                bypass = refusal_score(_logits(task.model, task.harmful), TOKENS).mean()
-                kl = kl_divergence(baseline, _logits(task.model, task.harmless)).mean()
-            with add(task.model, vector, layer):
-                induce = refusal_score(_logits(task.model, task.harmless), TOKENS).mean()
-            scores[position, layer] = Score(
-                position, layer, float(bypass), float(induce), float(kl)
-            )
-    return scores
+    keys = [(position, layer) for position in task.positions for layer in range(4)]
+    return {key: score_candidate_reference(task, key) for key in keys}
 
 
 def _agree(one: Score, other: Score) -> None:
@@ -132,6 +117,26 @@ def test_staged_exhaustive_and_plain_choose_the_same(kind: str, tiny) -> None:
     assert len(winners) > 2
     assert spared > 100
     assert stopped > 10
+
+
+def test_few_passes_in_memory_agree_with_plain(tiny) -> None:
+    task = _task(tiny("llama"), search="exhaustive", batch_size=3)
+    harmful, harmless = torch.ones(7, dtype=torch.bool), torch.ones(10, dtype=torch.bool)
+    harmful[2], harmless[-3] = False, False
+    search = FewPassesSearch(InMemoryEngine(LoadedModel(task.model, None, None)), task)
+    refused, answered = search.baseline_scores()
+    for prompts, scores in ((task.harmful, refused), (task.harmless, answered)):
+        logits = all_last_logits(task.model, prompts)
+        assert scores == pytest.approx(refusal_score(logits, TOKENS), abs=1e-4)
+    kept = replace(
+        task,
+        harmful=[ids for row, ids in enumerate(task.harmful) if harmful[row]],
+        harmless=[ids for row, ids in enumerate(task.harmless) if harmless[row]],
+    )
+    plain = _plain(kept)
+    for score in search.run(harmful, harmless):
+        assert len(score.computed) == 3
+        _agree(plain[score.position, score.layer], score)
 
 
 _SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ from abliterate.evaluation.completions import (
     scores,
     share_changes,
 )
-from abliterate.inference.forward import all_last_logits
-from abliterate.inference.generation import greedy_answers
-from abliterate.inference.interventions import ablate, add
+from abliterate.inference.engine import Change
+from abliterate.inference.in_memory import engine_of, under
 from abliterate.metrics.intervals import bootstrap
 from abliterate.metrics.refusal import (
     check_refusal_tokens,
@@ -113,14 +113,17 @@ def intervention(loaded: LoadedModel, name: str, direction: Direction | None) ->
         UsageError: the name is unknown, or it needs a direction or a source layer it lacks.
     """
     check_intervention(name, direction)
+    change = change_of(name, direction)
+    return lambda: under(loaded.model, change)
+
+
+def change_of(name: str, direction: Direction | None) -> Change:
+    """What an intervention, checked, does to the model."""
     if direction is None or name == "baseline":
-        return nullcontext
+        return None
     if name == "ablate":
-        return lambda: ablate(loaded.model, direction.vector)
-    layer = direction.layer
-    assert layer is not None
-    coeff = 1.0 if name == "add" else -1.0
-    return lambda: add(loaded.model, direction.vector, layer, coeff)
+        return direction.vector, None
+    return (direction.vector if name == "add" else -direction.vector), direction.layer
 
 
 def check_intervention(name: str, direction: Direction | None) -> None:
@@ -177,17 +180,21 @@ def evaluate(
     if not isinstance(seed, int) or seed < 0:
         raise UsageError(f"the seed must be a whole number from 0 up, not {seed!r}")
     chat = chat or ChatFormat()
-    runs: list[tuple[str, LoadedModel, Context]] = [
-        (name, loaded, intervention(loaded, name, direction)) for name in interventions
+    for name in interventions:
+        check_intervention(name, direction)
+    runs: list[tuple[str, LoadedModel, Change]] = [
+        (name, loaded, change_of(name, direction)) for name in interventions
     ]
-    runs += [(name, other, nullcontext) for name, other in (edited or {}).items()]
+    runs += [(name, other, None) for name, other in (edited or {}).items()]
     prompts = {"harmful": harmful, "harmless": harmless}
     ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in KINDS}
-    baseline = all_last_logits(loaded.model, ids["harmless"], batch_size, ranks=loaded.ranks)
+    harmless_ids = {"harmless": ids["harmless"]}
+    unmodified = engine_of(loaded).last_logits(harmless_ids, {"": None}, batch_size)
+    baseline = unmodified[""]["harmless"]
     check_refusal_tokens(refusal_tokens, baseline.shape[1])
     outcomes = {}
-    for name, subject, context in runs:
-        done = []
+    for name, subject, change in runs:
+        context, done = partial(under, subject.model, change), []
         for kind in KINDS:
             rows = {prompt.text: row for row, prompt in enumerate(prompts[kind])}
             own = [ids[kind][row] for row in rows.values()]
@@ -195,7 +202,7 @@ def evaluate(
             complete(subject, own, file, context, max_new_tokens, batch_size, (name, kind), chat)
             said = {completion.prompt: completion for completion in file.completions}
             done.append(tuple(replace(said[p.text], category=p.category) for p in prompts[kind]))
-        metrics = measure(subject, ids, baseline, refusal_tokens, context, batch_size, seed)
+        metrics = measure(subject, ids, baseline, refusal_tokens, change, batch_size, seed)
         outcomes[name] = Outcome(done[0], done[1], metrics, {}, {})
     return outcomes
 
@@ -212,7 +219,7 @@ def measure(
     ids: Mapping[str, Sequence[Sequence[int]]],
     baseline: Tensor,
     refusal_tokens: Sequence[int],
-    context: Context = nullcontext,
+    change: Change = None,
     batch_size: int | str = "auto",
     seed: int = 0,
 ) -> Metrics:
@@ -223,17 +230,16 @@ def measure(
         ids: token ids of the prompts, by kind.
         baseline: last-token logits ``[n, vocabulary]`` of the unmodified model on harmless prompts.
         refusal_tokens: ids of the first tokens that count as refusing.
-        context: the intervention.
+        change: the intervention.
         batch_size: prompts per forward pass, or ``auto``.
         seed: of the bootstrap.
 
     Raises:
         InputError: the model has another vocabulary than the baseline.
     """
-    harmful, harmless = (
-        all_last_logits(subject.model, ids[kind], batch_size, context(), ranks=subject.ranks)
-        for kind in KINDS
-    )
+    prompts = {kind: ids[kind] for kind in KINDS}
+    logits = engine_of(subject).last_logits(prompts, {"": change}, batch_size)[""]
+    harmful, harmless = (logits[kind] for kind in KINDS)
     return metrics_of(harmful, harmless, baseline, refusal_tokens, subject.checkpoint.name, seed)
 
 
@@ -327,7 +333,7 @@ def complete(
 
     if len(done) < len(prompts):
         with context(), file.writing():
-            greedy_answers(subject, ids, max_new_tokens, batch_size, where, answered, done, chat)
+            engine_of(subject).answers(ids, max_new_tokens, batch_size, where, answered, done, chat)
     log.info("%s: %d of %d refused", where, refused, len(prompts))
 
 

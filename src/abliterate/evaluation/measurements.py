@@ -26,15 +26,18 @@ from abliterate.evaluation.compare import (
     complete,
     encode_prompts,
     intervention,
-    measure,
     metrics_of,
 )
 from abliterate.evaluation.completions import Completion, CompletionFile
+from abliterate.evaluation.first_tokens import FirstTokenLogits
 from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
 from abliterate.evaluation.losses import measure_loss
-from abliterate.evaluation.streamed import StreamedLogits
-from abliterate.extraction.means import find_refusal_tokens, refusal_tokens_shown
-from abliterate.inference.forward import all_last_logits
+from abliterate.extraction.means import (
+    DETECT_PROMPTS,
+    named_refusal_tokens,
+    refusal_tokens_shown,
+)
+from abliterate.inference.in_memory import engine_of
 from abliterate.models.loading import Checkpoint, LoadedModel
 from abliterate.prompts.corpora import Corpus, Example
 from abliterate.prompts.sources import Prompt
@@ -69,7 +72,7 @@ class Work:
 
     def run(self, name: str) -> None:
         """Complete, measure and benchmark one row."""
-        for kind in KINDS if not self.session.offload else ():
+        for kind in KINDS if self.session.generates else ():
             self.complete(name, kind)
         key: dict[str, Any] = {
             "prompts": prompt_keys(self.prompts, keep_text=True),
@@ -125,7 +128,7 @@ class Work:
         )
 
     def _made(self, name: str, kind: str, judged: bool) -> tuple[Completion, ...] | None:
-        if self.session.offload:
+        if not self.session.generates:
             return None
         completions = self.files[name, kind].completions
         return completions if judged else _unjudged(completions)
@@ -146,21 +149,17 @@ class Work:
     @cached_property
     def baseline(self) -> Tensor:
         """Last-token logits of the unmodified model on harmless prompts."""
-        base = self.session.loaded
-        if base.stream is not None:
-            return self.streamed.of("baseline")["harmless"]
-        return all_last_logits(base.model, self.ids["harmless"], self._batch_size, ranks=base.ranks)
+        return self.logits.of("baseline", ["harmless"])["harmless"]
 
     @cached_property
     def refusal_tokens(self) -> list[dict[str, Any]]:
         def find() -> list[dict[str, Any]]:
             base = self.session.loaded
-            harmful, harmless = (self.ids[kind] for kind in KINDS)
-            if base.stream is not None and not self.named_tokens:
-                found = refusal_tokens_shown(*self.streamed.of("baseline").values())
+            if self.named_tokens:
+                found = named_refusal_tokens(base, list(self.named_tokens))
             else:
-                found = find_refusal_tokens(
-                    base, harmful, harmless, list(self.named_tokens), self._batch_size
+                found = refusal_tokens_shown(
+                    *self.logits.of("baseline", KINDS, DETECT_PROMPTS).values()
                 )
             return [{"id": i, "token": base.tokenizer.decode([i])} for i in found]
 
@@ -169,14 +168,14 @@ class Work:
         return found
 
     @cached_property
-    def streamed(self) -> StreamedLogits:
-        """First-token logits of a streamed model."""
+    def logits(self) -> FirstTokenLogits:
+        """Last-token logits of the rows."""
 
         def load(name: str) -> LoadedModel:
             return self._subject(name)[0] if name in self.edited else self.session.loaded
 
         rows = [name for name in self.rows if name not in self.edited]
-        return StreamedLogits(load, rows, self.direction, self.ids, self._batch_size)
+        return FirstTokenLogits(load, rows, self.direction, self.ids, self._batch_size)
 
     @property
     def _batch_size(self) -> int | str:
@@ -186,12 +185,9 @@ class Work:
         tokens = [token["id"] for token in self.refusal_tokens]
         seed = self.session.settings.model.seed
         baseline = self.baseline  # before another model takes the base's place
-        if self.session.offload:
-            seen = self.streamed.of(name)
-            who = self.edited[name].name if name in self.edited else self.session.checkpoint.name
-            return metrics_of(seen["harmful"], seen["harmless"], baseline, tokens, who, seed)
-        subject, context = self._subject(name)
-        return measure(subject, self.ids, baseline, tokens, context, self._batch_size, seed)
+        seen = self.logits.of(name)
+        who = self.edited[name].name if name in self.edited else self.session.checkpoint.name
+        return metrics_of(seen["harmful"], seen["harmless"], baseline, tokens, who, seed)
 
     def _loss(self, name: str, corpus: str) -> dict[str, Any]:
         settings = self.session.settings.evaluate
@@ -253,8 +249,7 @@ class Work:
     def release(self) -> None:
         """Let go of all models."""
         for loaded in self._loaded.values():
-            if loaded.stream is not None:
-                loaded.stream.close()
+            engine_of(loaded).close()
         self._loaded.clear()
         self.session.release()
 

@@ -195,7 +195,7 @@ def _evaluate(
         "intervals": share_methods(),
         "bootstrap": bootstrap_settings(seed),
         "refusal_tokens": work.refusal_tokens,
-        "offload": work.streamed.readings if session.offload else None,
+        "offload": work.logits.readings if session.offload else None,
         "settings": session.settings.model_dump(include={"model", "chat", "extract", "evaluate"}),
         "seed": seed,
         "versions": versions(),

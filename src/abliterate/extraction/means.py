@@ -15,24 +15,16 @@ from transformers import PreTrainedModel
 from abliterate.console import log
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import InputError
-from abliterate.inference.forward import (
-    Batch,
-    capture_resid_pre,
-    for_each_batch,
-    last_logits,
-    logits_needed,
-)
+from abliterate.inference.engine import ActivationReader, BatchActivations
+from abliterate.inference.in_memory import InMemoryReader, engine_of
 from abliterate.metrics.refusal import detect_refusal_tokens, refusal_score, resolve_refusal_tokens
 from abliterate.models.loading import LoadedModel, require_token
 from abliterate.prompts.chat_template import ChatFormat, encode, parse_positions, position_tokens
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.storage.artifacts import read_tensors
-from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 # How many prompts of each kind the refusal tokens are detected from.
-_DETECT_PROMPTS = 32
-# Of a streamed model's activations, which may lie in a mapped file, so many prompts at a time.
-_SEEN_ROWS = 16
+DETECT_PROMPTS = 32
 # Fewer prompts than this make a mean that is mostly noise.
 _MIN_PROMPTS = 8
 
@@ -138,60 +130,37 @@ def extract(
     """
     check_prompts(harmful=harmful, harmless=harmless)
     chat = chat or ChatFormat()
-    model, tokenizer = loaded.model, loaded.tokenizer
-    where = parse_positions(positions, tokenizer, chat)
+    tokenizer = loaded.tokenizer
+    position_list = parse_positions(positions, tokenizer, chat)
     harmful_ids = encode(tokenizer, [prompt.text for prompt in harmful], chat)
     harmless_ids = encode(tokenizer, [prompt.text for prompt in harmless], chat)
     shortest = min(map(len, (*harmful_ids, *harmless_ids)))
-    if shortest < -where[0]:
+    if shortest < -position_list[0]:
         raise InputError(
-            f"position {where[0]} lies before the start of a prompt of {shortest} "
+            f"position {position_list[0]} lies before the start of a prompt of {shortest} "
             "tokens: pass later --positions"
         )
-    ranks = loaded.ranks
+    engine, ranks = engine_of(loaded), loaded.ranks
     given = {"harmful": ranks.split(harmful_ids), "harmless": ranks.split(harmless_ids)}
+    reader = engine.resid_pre(given, position_list, batch_size)
     # What the refusal tokens are detected from is not run again for the means.
     seen: dict[str, list[BatchActivations]] = {kind: [] for kind in given}
-    if loaded.stream is not None:
-        seen = _look_together(loaded.stream, given, where, batch_size)
     if refusal_tokens:
         tokens = named_refusal_tokens(loaded, refusal_tokens)
-    elif loaded.stream is not None:
-        tokens = detect_refusal_tokens(
-            *(
-                _summed_probabilities(seen[kind][: _DETECT_PROMPTS // _SEEN_ROWS])
-                / min(_DETECT_PROMPTS, len(rows))
-                for kind, rows in given.items()
-            )
-        )
     else:
-        first = len(ranks.split(range(_DETECT_PROMPTS)))
-        with ranks.fail_together():
-            for kind, rows in given.items():
-                sample = rows[:first]
-                collect_activations(
-                    model, sample, where, seen[kind].append, batch_size, f"extract: {kind}"
-                )
-        tokens = detect_refusal_tokens(
-            *(
-                _summed(ranks.all_gather(_summed_probabilities(seen[kind])))
-                / min(_DETECT_PROMPTS, n)
-                for kind, n in (("harmful", len(harmful_ids)), ("harmless", len(harmless_ids)))
-            )
-        )
+        counts = {"harmful": len(harmful_ids), "harmless": len(harmless_ids)}
+        tokens = _detect_refusal_tokens(reader, counts, seen, ranks)
 
     def mean(kind: str, sign: float) -> tuple[Tensor, Kept]:
-        result, kept = mean_resid_pre(
-            model,
-            given[kind],
-            where,
-            tokens if filter else None,
-            sign,
-            batch_size,
-            f"extract: {kind}",
-            seen[kind],
-            keep and partial(keep, kind),
-            ranks,
+        result, kept = _mean(
+            reader,
+            kind,
+            len(given[kind]),
+            seen=seen[kind],
+            refusal_tokens=tokens if filter else None,
+            sign=sign,
+            keep=keep and partial(keep, kind),
+            ranks=ranks,
         )
         if filter:
             require_min_prompts(kind, sum(kept), len(kept), "n-train")
@@ -202,35 +171,12 @@ def extract(
     return Extraction(
         mean_harmful,
         mean_harmless,
-        where,
-        tuple(position_tokens(tokenizer, where, chat)),
+        position_list,
+        tuple(position_tokens(tokenizer, position_list, chat)),
         tuple(tokens),
         kept_harmful,
         kept_harmless,
     )
-
-
-def _look_together(
-    stream: Any,
-    given: Mapping[str, Sequence[Sequence[int]]],
-    positions: Sequence[int],
-    batch_size: int | str,
-) -> dict[str, list[BatchActivations]]:
-    """All prompts of every kind in one reading of a streamed model."""
-    from abliterate.offload.weight_passes import look as look_streamed
-
-    everything = [ids for rows in given.values() for ids in rows]
-    logits, activations = look_streamed(stream, everything, positions, batch_size)
-    seen: dict[str, list[BatchActivations]] = {}
-    start = 0
-    for kind, rows in given.items():
-        seen[kind] = []
-        for first in range(0, len(rows), _SEEN_ROWS):
-            part = tuple(range(first, min(first + _SEEN_ROWS, len(rows))))
-            at = slice(start + first, start + first + len(part))
-            seen[kind].append(BatchActivations(part, logits[at], activations[at]))
-        start += len(rows)
-    return seen
 
 
 def find_refusal_tokens(
@@ -251,28 +197,9 @@ def find_refusal_tokens(
     """
     if names:
         return named_refusal_tokens(loaded, names)
-    if loaded.stream is not None:
-        from abliterate.offload.streamed_interventions import logits_under
-
-        both = [*harmful[:_DETECT_PROMPTS], *harmless[:_DETECT_PROMPTS]]
-        logits = logits_under(loaded.stream, both, {"": None}, batch_size, "refusal tokens")[""]
-        n = len(harmful[:_DETECT_PROMPTS])
-        return refusal_tokens_shown(logits[:n], logits[n:])
-    means = []
-    for rows in (harmful, harmless):
-        sample = rows[:_DETECT_PROMPTS]
-        total, ranks = torch.zeros(1, dtype=torch.float64), loaded.ranks
-
-        def collect(batch: Batch) -> None:
-            nonlocal total
-            probabilities = last_logits(loaded.model, batch).double().softmax(-1)
-            total = total + probabilities.sum(0).cpu()
-
-        with ranks.fail_together(), torch.inference_mode():
-            own = ranks.split(sample)
-            for_each_batch(loaded.model, own, collect, batch_size, "refusal tokens")
-        means.append(_summed(ranks.all_gather(total)) / len(sample))
-    return detect_refusal_tokens(*means)
+    sample = {"harmful": harmful[:DETECT_PROMPTS], "harmless": harmless[:DETECT_PROMPTS]}
+    found = engine_of(loaded).last_logits(sample, {"": None}, batch_size, "refusal tokens")[""]
+    return refusal_tokens_shown(found["harmful"], found["harmless"])
 
 
 def named_refusal_tokens(loaded: LoadedModel, names: Sequence[str]) -> list[int]:
@@ -293,46 +220,39 @@ def refusal_tokens_shown(harmful: Tensor, harmless: Tensor) -> list[int]:
     return detect_refusal_tokens(
         *(
             # Row by row: a float64 copy of all would be larger than what is looked at.
-            _summed(row.double().softmax(-1) for row in rows[:_DETECT_PROMPTS])
-            / len(rows[:_DETECT_PROMPTS])
+            _summed(row.double().softmax(-1) for row in rows[:DETECT_PROMPTS])
+            / len(rows[:DETECT_PROMPTS])
             for rows in (harmful, harmless)
         )
     )
 
 
-@dataclass(frozen=True)
-class BatchActivations:
-    """One batch's last-token logits and activations.
+def _detect_refusal_tokens(
+    reader: ActivationReader,
+    counts: Mapping[str, int],
+    seen: Mapping[str, list[BatchActivations]],
+    ranks: RankGroup,
+) -> list[int]:
+    """The refusal tokens that the first prompts show.
 
-    Attributes:
-        rows: which prompts they are of.
-        logits: ``[batch, vocabulary]``.
-        activations: ``[batch, n_positions, n_layers, d_model]``.
+    Args:
+        reader: gives this rank's prompts.
+        counts: how many prompts of each kind all ranks have.
+        seen: gets what the prompts that were run have shown.
+        ranks: the processes that share the prompts.
     """
-
-    rows: tuple[int, ...]
-    logits: Tensor
-    activations: Tensor
-
-
-def collect_activations(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    positions: Sequence[int],
-    use: Callable[[BatchActivations], None],
-    batch_size: int | str = "auto",
-    description: str = "extract",
-) -> None:
-    """Run ``prompts`` once and call ``use`` on what each batch shows."""
-    needed = logits_needed(model, positions)
-    with torch.inference_mode(), capture_resid_pre(model, positions) as captured:
-
-        def run(batch: Batch) -> None:
-            logits = last_logits(model, batch, needed)
-            last = logits if needed == 1 else logits[:, -1]
-            use(BatchActivations(batch.rows, last, captured()))
-
-        for_each_batch(model, prompts, run, batch_size, description)
+    first = len(ranks.split(range(DETECT_PROMPTS)))
+    with ranks.fail_together():
+        for kind, batches in seen.items():
+            own = len(ranks.split(range(counts[kind])))
+            reader.read(kind, range(min(first, own)), batches.append, f"extract: {kind}")
+    return detect_refusal_tokens(
+        *(
+            _summed(ranks.all_gather(_summed_probabilities(seen[kind])))
+            / min(DETECT_PROMPTS, counts[kind])
+            for kind in ("harmful", "harmless")
+        )
+    )
 
 
 def _summed_probabilities(seen: Sequence[BatchActivations]) -> Tensor:
@@ -351,55 +271,69 @@ def mean_resid_pre(
     refusal_tokens: Sequence[int] | None = None,
     sign: float = 1.0,
     batch_size: int | str = "auto",
-    description: str = "extract",
-    seen: Sequence[BatchActivations] = (),
-    keep: Callable[[Sequence[int], Tensor], None] | None = None,
-    ranks: RankGroup | None = None,
 ) -> tuple[Tensor, Kept]:
-    """Mean ``resid_pre`` over prompts, reduced batch by batch to one float64 sum.
+    """Mean ``resid_pre`` over prompts of a model in memory.
 
     Args:
         model: the model.
-        prompts: token ids; of a team, this rank's share of them.
+        prompts: token ids.
         positions: where to look, counted from each prompt's end.
         refusal_tokens: if given, only prompts whose refusal score has the sign ``sign`` count.
         sign: +1 keeps refused prompts, -1 keeps answered ones.
         batch_size: prompts per forward pass, or ``auto``.
-        description: shown beside the progress bar.
-        seen: the first prompts, where they have been run already.
-        keep: called with the rows of each batch and their activations.
-        ranks: the processes whose prompts make up the mean, by an all-reduce of their sums.
 
     Returns:
         float64 ``[n_positions, n_layers, d_model]`` on the CPU (NaN if no prompt counts), and for
-        each prompt, of all ranks, whether it counts.
+        each prompt whether it counts.
     """
-    ranks = ranks or ALONE
-    shape = len(positions), len(decoder_blocks(model)), stream_width(model, find_writers(model))
-    total = torch.zeros(shape, dtype=torch.float64)
-    kept = [True] * len(prompts)
-    first = sum(len(one.rows) for one in seen)
+    reader = InMemoryReader(model, {"": prompts}, positions, batch_size)
+    return _mean(reader, "", len(prompts), refusal_tokens=refusal_tokens, sign=sign)
 
-    def accumulate(one: BatchActivations, offset: int = 0) -> None:
+
+def _mean(
+    reader: ActivationReader,
+    kind: str,
+    n_prompts: int,
+    *,
+    seen: Sequence[BatchActivations] = (),
+    refusal_tokens: Sequence[int] | None = None,
+    sign: float = 1.0,
+    keep: Callable[[Sequence[int], Tensor], None] | None = None,
+    ranks: RankGroup = ALONE,
+) -> tuple[Tensor, Kept]:
+    """As :func:`mean_resid_pre`, reduced batch by batch to one float64 sum.
+
+    Args:
+        reader: gives the activations.
+        kind: of which prompts.
+        n_prompts: how many of them there are; of several ranks, this one's share.
+        seen: the first of them, where they have been run already.
+        refusal_tokens: if given, only prompts whose refusal score has the sign ``sign`` count.
+        sign: +1 keeps refused prompts, -1 keeps answered ones.
+        keep: called with the rows of each batch and their activations.
+        ranks: the processes whose prompts make up the mean, by an all-reduce of their sums.
+    """
+    total = torch.zeros(reader.shape, dtype=torch.float64)
+    kept = [True] * n_prompts
+
+    def accumulate(batch: BatchActivations) -> None:
         nonlocal total
-        counts = torch.ones(len(one.rows), dtype=torch.bool)
+        counts = torch.ones(len(batch.rows), dtype=torch.bool)
         if refusal_tokens is not None:
-            counts = (sign * refusal_score(one.logits, refusal_tokens) > 0).cpu()
-        chosen = one.activations[counts.to(one.activations.device)]
-        summed = chosen.sum(0, dtype=torch.float64).cpu()
-        total += summed
-        for row, flag in zip(one.rows, counts.tolist(), strict=True):
-            kept[row + offset] = flag
+            counts = (sign * refusal_score(batch.logits, refusal_tokens) > 0).cpu()
+        chosen = batch.activations[counts.to(batch.activations.device)]
+        total += chosen.sum(0, dtype=torch.float64).cpu()
+        for row, flag in zip(batch.rows, counts.tolist(), strict=True):
+            kept[row] = flag
         if keep is not None:
-            keep([row + offset for row in one.rows], one.activations)
+            keep(list(batch.rows), batch.activations)
 
     with ranks.fail_together():
-        for one in seen:
-            accumulate(one)
-        rest = prompts[first:]
-        collect_activations(
-            model, rest, positions, lambda one: accumulate(one, first), batch_size, description
-        )
+        for batch in seen:
+            accumulate(batch)
+        first = sum(len(batch.rows) for batch in seen)
+        description = f"extract: {kind}".removesuffix(": ")
+        reader.read(kind, range(first, n_prompts), accumulate, description)
     total, kept = ranks.all_reduce_sum(total), ranks.gather(kept)
     return total / sum(kept) if any(kept) else total * float("nan"), tuple(kept)
 

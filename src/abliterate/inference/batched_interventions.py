@@ -11,16 +11,16 @@ computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from abliterate.errors import UsageError
 from abliterate.inference.candidate_batches import (
     Cache,
     Candidates,
@@ -32,6 +32,7 @@ from abliterate.inference.candidate_batches import (
 from abliterate.inference.forward import (
     Batch,
     can_pad,
+    does_not_fit,
     input_device,
     is_tensor_parallel,
     last_logits,
@@ -111,8 +112,7 @@ class InterventionRunner:
     def baselines(self, piece: PromptBatch) -> list[tuple[PromptBatch, Tensor]]:
         """The same in one batch, or in several where memory needs it."""
         runs: list[tuple[PromptBatch, Tensor]] = []
-        if not attempt(lambda: runs.append(self.baseline(piece))):
-            self._shrink(*piece.batch.input_ids.shape)
+        if not self._fits(lambda: runs.append(self.baseline(piece)), *piece.batch.input_ids.shape):
             return [run for half in piece.halves() for run in self.baselines(half)]
         return runs
 
@@ -139,8 +139,7 @@ class InterventionRunner:
                 with self._changed(some, 1, self._base_streams):
                     self._run(batch, cache)
 
-            if not attempt(run):
-                self._shrink(len(some), self.prefix)
+            if not self._fits(run, len(some), self.prefix):
                 continue
             found = {
                 index: (layer.keys, layer.values)
@@ -190,16 +189,17 @@ class InterventionRunner:
                 logits = self.logits(some, piece)
                 result.append(measure(logits, piece.batch.rows).cpu())
 
+            rows = len(some) * n_prompts
             started = time.perf_counter()
-            if attempt(run):
-                self.budget.ran(len(some) * n_prompts * width, time.perf_counter() - started)
-            elif len(some) == 1 and n_prompts > 1:
-                result = [
-                    torch.cat([self.measure(some, half, measure) for half in piece.halves()], dim=1)
-                ]
-            else:
-                self._shrink(len(some) * n_prompts, width)
+            if len(some) == 1 and n_prompts > 1:  # what is left to make smaller is the prompts
+                ran = attempt(run)
+                if not ran:
+                    halves = [self.measure(some, half, measure) for half in piece.halves()]
+                    result = [torch.cat(halves, dim=1)]
+            elif not (ran := self._fits(run, rows, width)):
                 continue
+            if ran:
+                self.budget.ran(rows * width, time.perf_counter() - started)
             found += result
             done += len(some)
         return torch.cat(found)
@@ -224,13 +224,12 @@ class InterventionRunner:
             found[owner] = self.model.get_submodule(owner)
         return list(found.values())
 
-    def _shrink(self, rows: int, width: int) -> None:
-        if rows == 1:
-            raise UsageError(
-                f"a single prompt of {self.prefix + width} tokens does not fit into the memory of "
-                f"{self.budget.device.type}: use a smaller --dtype or another --device"
-            )
-        self.budget.failed(rows, rows * width)
+    def _fits(self, run: Callable[[], None], rows: int, width: int) -> bool:
+        """Run a batch; False, and a smaller budget, where memory ran out."""
+        tokens = self.prefix + width
+        return self.budget.try_batch(
+            run, rows, rows * width, partial(does_not_fit, tokens, self.budget.device)
+        )
 
     def logits(self, candidates: Candidates, piece: PromptBatch) -> Tensor:
         """Logits ``[candidates, prompts, kept tokens, vocabulary]`` in one forward pass."""

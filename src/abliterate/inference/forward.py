@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE, RankGroup
-from abliterate.errors import UnsupportedArchitectureError, UsageError
-from abliterate.inference.token_batches import TokenBudget, attempt, group_rows
+from abliterate.errors import UnsupportedArchitectureError
+from abliterate.inference.token_batches import TokenBudget, group_rows
 from abliterate.models.loading import embedding_rows, require_token, text_config
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
@@ -187,22 +187,24 @@ def for_each_batch(
                 planned = [tuple(left[index] for index in group) for group in groups]
                 size = budget.tokens
             batch = left_pad(model, prompts, planned.pop())
-            tokens = batch.input_ids.numel()
+            rows, width = batch.input_ids.shape
             started = time.perf_counter()
-            if not attempt(partial(run, batch)):
-                if len(batch.rows) == 1:
-                    raise UsageError(
-                        f"a single prompt of {len(prompts[batch.rows[0]])} tokens does not fit "
-                        f"into the memory of {device.type}: use a smaller --dtype or another "
-                        "--device"
-                    )
-                budget.failed(len(batch.rows), tokens)
+            too_long = partial(does_not_fit, len(prompts[batch.rows[0]]), device)
+            if not budget.try_batch(partial(run, batch), rows, rows * width, too_long):
                 planned = []
                 continue
-            budget.ran(tokens, time.perf_counter() - started)
+            budget.ran(rows * width, time.perf_counter() - started)
             done = set(batch.rows)
             left = [row for row in left if row not in done]
             bar.update(len(batch.rows))
+
+
+def does_not_fit(tokens: int, device: torch.device) -> str:
+    """What to say where a single prompt runs out of memory."""
+    return (
+        f"a single prompt of {tokens} tokens does not fit into the memory of {device.type}: use a "
+        "smaller --dtype or another --device"
+    )
 
 
 def logits_needed(model: PreTrainedModel, positions: Sequence[int]) -> int:

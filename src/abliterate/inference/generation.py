@@ -16,6 +16,7 @@ from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE
 from abliterate.errors import UsageError
 from abliterate.inference.decoding import decoding_config, plain_decoding
+from abliterate.inference.engine import OnAnswer
 from abliterate.inference.forward import (
     Batch,
     can_pad,
@@ -24,7 +25,7 @@ from abliterate.inference.forward import (
     left_pad,
     padding_token,
 )
-from abliterate.inference.token_batches import TokenBudget, attempt, group_rows
+from abliterate.inference.token_batches import TokenBudget, group_rows
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
 
@@ -32,8 +33,6 @@ from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
 # runs out of memory all the same halves it.
 _TOKENS = {"cpu": 16384}
 _TOKENS_ACCELERATOR = 65536
-
-OnAnswer = Callable[[int, list[int]], str | None]
 
 
 def greedy_answers(
@@ -70,11 +69,6 @@ def greedy_answers(
     """
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
-    if loaded.stream is not None:
-        raise UsageError(
-            "--offload would read the whole model for every token of an answer, so it does not "
-            "generate: use --no-offload on a machine with room for the weights"
-        )
     answers: list[list[int]] = [[] for _ in prompts]
     ranks, known = loaded.ranks, set(done)
     if not ranks.is_unsplit:
@@ -123,16 +117,16 @@ def greedy_answers(
             if known.issuperset(rows):
                 continue
             batch = left_pad(loaded.model, prompts, rows)
-            if attempt(partial(decoder.run, batch, keep)):
-                continue
-            if len(rows) == 1:
-                raise UsageError(
-                    f"a prompt of {len(prompts[rows[0]])} tokens and an answer of "
-                    f"{max_new_tokens} do not fit into the memory of {budget.device.type}: lower "
-                    "--max-new-tokens, use a smaller --dtype or another --device"
-                )
-            budget.failed(len(rows), len(rows) * (batch.input_ids.shape[1] + max_new_tokens))
-            planned = plan([row for group in [*planned, rows] for row in group])
+            tokens = len(rows) * (batch.input_ids.shape[1] + max_new_tokens)
+            too_long = partial(
+                "a prompt of {} tokens and an answer of {} do not fit into the memory of {}: lower "
+                "--max-new-tokens, use a smaller --dtype or another --device".format,
+                len(prompts[rows[0]]),
+                max_new_tokens,
+                budget.device.type,
+            )
+            if not budget.try_batch(partial(decoder.run, batch, keep), len(rows), tokens, too_long):
+                planned = plan([row for group in [*planned, rows] for row in group])
     return answers
 
 

@@ -94,6 +94,32 @@ class TokenBudget:
         if self.rows is not None:
             self.rows = max(1, rows // 2)
 
+    def try_batch(
+        self, run: Callable[[], None], rows: int, tokens: int, alone: Callable[[], str]
+    ) -> bool:
+        """Run a batch; where memory runs out, halve the budget for smaller ones.
+
+        The one way in which batches shrink: whoever gets False makes its batches again.
+
+        Args:
+            run: runs the batch.
+            rows: its rows.
+            tokens: its padded tokens.
+            alone: what to say where a single row does not fit.
+
+        Returns:
+            Whether it ran.
+
+        Raises:
+            UsageError: a single row does not fit, or ranks in step cannot shrink their batches.
+        """
+        if attempt(run):
+            return True
+        if rows == 1:
+            raise UsageError(alone())
+        self.failed(rows, tokens)
+        return False
+
     def _has_room(self, tokens: int) -> bool:
         """Whether twice as many tokens are likely to fit; an accelerator says so itself."""
         if self.device.type != "cpu":

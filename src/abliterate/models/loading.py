@@ -65,15 +65,15 @@ class LoadedModel:
         tokenizer: its tokenizer.
         checkpoint: where both came from.
         ranks: the processes that share the work with it.
-        stream: where the model is larger than memory, what runs it block by block
-            (``abliterate.offload.OffloadedModel``); ``model`` then has no weights of its own.
+        engine: what runs it (``abliterate.inference.engine.Engine``) where it was opened in another
+            way than into memory; ``model`` may then have no weights of its own.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     checkpoint: Checkpoint
     ranks: RankGroup = ALONE
-    stream: Any = None
+    engine: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.model, PreTrainedModel):

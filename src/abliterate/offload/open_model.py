@@ -9,8 +9,6 @@ from transformers import PreTrainedModel
 
 from abliterate.console import log
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
-from abliterate.inference.candidate_batches import FastPathFlags
-from abliterate.inference.fast_path import verified_runner
 from abliterate.inference.forward import can_pad, stand_in
 from abliterate.models.device_placement import Placement
 from abliterate.models.loading import (
@@ -24,9 +22,9 @@ from abliterate.models.loading import (
     pick_dtype,
     require_safetensors,
 )
+from abliterate.offload.engine import OffloadedEngine
 from abliterate.offload.layer_streaming import RESIDENT, OffloadedModel
 from abliterate.offload.weights import Weights
-from abliterate.writers import find_writers, stream_width
 from abliterate.writers.tiny_model import ShrinkError, shrunken
 
 #: What activations may take unless ``--activation-memory`` says otherwise: half of what is free.
@@ -231,7 +229,8 @@ def open_stream(
         weights.mapped.close()
         raise
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
-    return LoadedModel(weights.model, tokenizer, checkpoint, stream=stream)
+    engine = OffloadedEngine(stream, checkpoint.name)
+    return LoadedModel(weights.model, tokenizer, checkpoint, engine=engine)
 
 
 def _can_pad(model: PreTrainedModel) -> bool:
@@ -248,15 +247,3 @@ def _can_pad(model: PreTrainedModel) -> bool:
             "--no-offload"
         ) from None
     return type(copy) is type(model) and can_pad(copy)
-
-
-def replay_tricks(model: PreTrainedModel) -> FastPathFlags:
-    """What may be saved when candidates replay prompts, tried on a small random copy."""
-    copy = shrunken(model.config)
-    if type(copy) is not type(model):
-        return FastPathFlags(rows=False, prefix=False, resume=False, last=False)
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(2, stream_width(copy, find_writers(copy)), generator=generator)
-    prompts = [list(range(3, 20)), list(range(5, 14))]
-    with torch.inference_mode():
-        return verified_runner(copy, prompts, vectors.double()).tricks

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from abliterate.errors import UsageError
 from abliterate.inference.forward import (
     can_pad,
     last_logits,
@@ -16,7 +15,7 @@ from abliterate.inference.forward import (
     logits_needed,
     token_streams,
 )
-from abliterate.inference.token_batches import TokenBudget, group_rows, out_of_memory
+from abliterate.inference.token_batches import TokenBudget, group_rows
 from abliterate.offload.layer_streaming import BatchRun, OffloadedModel
 
 Rows = tuple[int, ...]
@@ -131,19 +130,21 @@ def retry(
     Raises:
         UsageError: a single row does not fit into memory.
     """
-    while True:
-        some = jobs()
-        try:
-            stream.run(some, description)
-            return
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        # The whole pass starts again: a batch too large shows at the first block.
-        most = max(job.rows for job in some)
-        if most == 1:
-            raise UsageError(
-                f"a single prompt and a block do not fit into the memory of {stream.device.type}: "
-                "use a smaller --dtype, a smaller --activation-memory or another --device"
-            )
-        budget.failed(most, max(job.rows * job.width for job in some))
+    # The whole pass starts again: a batch too large shows at the first block.
+    while not _one_reading(stream, budget, jobs(), description):
+        pass
+
+
+def _one_reading(
+    stream: OffloadedModel, budget: TokenBudget, jobs: list[BatchRun], description: str
+) -> bool:
+    """Whether the jobs fitted into memory; else the budget is smaller."""
+    return budget.try_batch(
+        partial(stream.run, jobs, description),
+        max((job.rows for job in jobs), default=1),
+        max((job.rows * job.width for job in jobs), default=1),
+        lambda: (
+            f"a single prompt and a block do not fit into the memory of {stream.device.type}: use "
+            "a smaller --dtype, a smaller --activation-memory or another --device"
+        ),
+    )

@@ -24,8 +24,7 @@ from abliterate.extraction.kept_activations import (
     choose_layers,
 )
 from abliterate.extraction.means import Extraction, extract
-from abliterate.inference.forward import input_device
-from abliterate.models.device_placement import devices
+from abliterate.inference.in_memory import engine_of
 from abliterate.models.loading import text_config
 from abliterate.prompts.chat_template import parse_positions
 from abliterate.prompts.sampling import load_prompts
@@ -115,7 +114,7 @@ def _extract(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
         if writer is not None:
             writer.finish({"harmful": result.kept_harmful, "harmless": result.kept_harmless})
     seconds = time.perf_counter() - started
-    decode = loaded.tokenizer.decode
+    decode, engine = loaded.tokenizer.decode, engine_of(loaded)
 
     def write() -> dict[str, Any]:
         if writer is None:
@@ -133,10 +132,8 @@ def _extract(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
             "model": session.identity,
             "model_type": loaded.model.config.model_type,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": input_device(loaded.model).type
-            if loaded.stream
-            else ", ".join(devices(loaded.model)),
-            "offload": loaded.stream and loaded.stream.summary(),
+            "device": engine.devices,
+            "offload": engine.summary(),
             "positions": [
                 {"position": position, "token": token}
                 for position, token in zip(result.positions, result.tokens, strict=True)
@@ -268,7 +265,7 @@ def _select(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
             "n_layers": extracted["n_layers"],
             "search": settings.search,
             "kl_on": settings.kl_on,
-            "offload": session.loaded.stream and session.loaded.stream.summary(),
+            "offload": engine_of(session.loaded).summary(),
             "baselines": {
                 "harmful_refusal_score": result.harmful_score,
                 "harmless_refusal_score": result.harmless_score,

@@ -5,7 +5,8 @@ enough to reject most of those that fail it; measures bypass on what is left; an
 the lowest bypass up, until one passes: that one wins. Induce and KL are summed batch by batch: as
 no KL is below its prompt's ``kl_floor`` and no refusal score above ``MAX_REFUSAL_SCORE``, a partial
 sum that fails with these in place of what is left rejects exactly. What was not measured could not
-have changed the choice under the thresholds given.
+have changed the choice under the thresholds given. What each score is says
+:func:`abliterate.selection.reference.score_candidate_reference`.
 """
 
 from __future__ import annotations
@@ -224,7 +225,11 @@ class CandidateSearch:
         candidates: Candidates,
         complete: bool = False,
     ) -> dict[Key, Tensor]:
-        """Measure KL, giving up on candidates that cannot pass.
+        """Measure KL with early stopping: give up on candidates that cannot pass.
+
+        Invariant: every row of ``table`` holds a prompt's KL where it was measured and its lower
+        bound where not, so that the row's mean is never above the candidate's KL, and equals it
+        once all prompts are measured. A mean above the threshold rejects exactly.
 
         Args:
             keys: the candidates.
@@ -232,33 +237,40 @@ class CandidateSearch:
             complete: measure all prompts, also of those whose KL may turn out not to matter.
 
         Returns:
-            Tables of those that were only tried.
+            Tables of those whose KL was put off after the first prompts.
         """
         limit = math.inf if self.exhaustive else self.task.thresholds.kl + _MARGIN
-        # One that is completed is likely to pass: no step is worth a batch of its own.
-        tried, rest, whole, floor = self.rounds.kl
-        rest = whole if complete else rest
-        table = torch.stack([self._tables.get(key, floor) for key in keys]).clone()
-        alive = set(range(len(keys)))
+        probe_batches, remaining_batches, full_batches, kl_lower_bound = self.rounds.kl
+        if complete:  # likely to pass: no step is worth a batch of its own
+            remaining_batches = full_batches
+        table = torch.stack([self._tables.get(key, kl_lower_bound) for key in keys]).clone()
+        surviving = set(range(len(keys)))
         if not all(key in self._tables for key in keys):
-            alive = self._rounds(candidates, tried, table, lambda low: low > limit, not rest)
-        lazy = set() if complete else {at for at in alive if self._is_lazy(keys[at])}
+            surviving = self._rounds(
+                candidates, probe_batches, table, lambda low: low > limit, not remaining_batches
+            )
         # One that fails so far is likely to be rejected before all prompts: sooner than by bypass.
-        sample = [row for piece, _ in tried for row in piece.batch.rows]
-        lazy -= {at for at in lazy if float(table[at, sample].mean()) > limit}
-        going = sorted(alive - lazy)
-        if going and rest:
-            own = table[going]
-            done = self._rounds(candidates.pick(going), rest, own, lambda low: low > limit)
-            table[going] = own
-            alive = lazy | {going[at] for at in done}
+        probed = [row for piece, _ in probe_batches for row in piece.batch.rows]
+        kl_deferred = {
+            index
+            for index in (() if complete else surviving)
+            if self._is_lazy(keys[index]) and float(table[index, probed].mean()) <= limit
+        }
+        chosen = sorted(surviving - kl_deferred)
+        if chosen and remaining_batches:
+            rows = table[chosen]
+            passed = self._rounds(
+                candidates.pick(chosen), remaining_batches, rows, lambda low: low > limit
+            )
+            table[chosen] = rows
+            surviving = kl_deferred | {chosen[index] for index in passed}
         for index, key in enumerate(keys):
             value, score = float(table[index].mean()), self.scores[key]
-            if index not in alive:
+            if index not in surviving:
                 self.scores[key] = replace(score, kl_at_least=value)
-            elif index not in lazy or not rest:
+            elif index not in kl_deferred or not remaining_batches:
                 self.scores[key] = replace(score, kl_divergence=value, kl_at_least=None)
-        return {keys[at]: table[at] for at in lazy} if rest else {}
+        return {keys[index]: table[index] for index in kl_deferred} if remaining_batches else {}
 
     def _rounds(
         self,

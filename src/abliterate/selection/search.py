@@ -11,9 +11,7 @@ from torch import Tensor
 from abliterate.direction import Direction
 from abliterate.errors import SelectionError, UsageError
 from abliterate.extraction.means import Extraction, require_min_prompts
-from abliterate.inference.forward import all_last_logits
-from abliterate.inference.generation import greedy_answers
-from abliterate.metrics.refusal import refusal_score
+from abliterate.inference.in_memory import engine_of
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts
@@ -24,7 +22,8 @@ from abliterate.selection.candidate_filters import (
     best_candidate,
     explain_no_candidate,
 )
-from abliterate.selection.candidate_search import CandidateSearch
+from abliterate.selection.few_passes import FewPassesSearch
+from abliterate.selection.many_passes import ManyPassesSearch
 from abliterate.selection.search_inputs import Key, Search, SearchInputs
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
@@ -140,72 +139,24 @@ def select(
     n_answer = parse_kl_on(kl_on)
     if search not in ("staged", "exhaustive"):
         raise UsageError(f"--search must be staged or exhaustive, not '{search}'")
-    tokens = extraction.refusal_tokens
-    harmful_ids = encode(loaded.tokenizer, [prompt.text for prompt in harmful], chat)
-    harmless_ids = encode(loaded.tokenizer, [prompt.text for prompt in harmless], chat)
-    streamed = None
-    if loaded.stream is None:
-        harmful_score = _refusal_scores(loaded, harmful_ids, tokens, batch_size)
-        harmless_score = _refusal_scores(loaded, harmless_ids, tokens, batch_size)
-    else:
-        from abliterate.selection.streamed_search import StreamedSearch
-
-        if n_answer:
-            raise UsageError(
-                "--kl-on response:N needs the model's answers, which --offload cannot generate in "
-                "few readings of it: use --kl-on last"
-            )
-        streamed = StreamedSearch(
-            loaded.stream,
-            SearchInputs(
-                loaded.model,
-                extraction.directions,
-                extraction.positions,
-                harmful_ids,
-                harmless_ids,
-                tokens,
-                thresholds=thresholds,
-                search=search,
-                all_layers=all_layers,
-                batch_size=batch_size,
-            ),
-            known,
-        )
-        harmful_score, harmless_score = streamed.harmful_scores, streamed.harmless_scores
-    use_harmful = harmful_score > 0 if filter else torch.ones_like(harmful_score, dtype=torch.bool)
-    use_harmless = (
-        harmless_score < 0 if filter else torch.ones_like(harmless_score, dtype=torch.bool)
-    )
-    if filter:
-        require_min_prompts("harmful", int(use_harmful.sum()), len(harmful), "n-val")
-        require_min_prompts("harmless", int(use_harmless.sum()), len(harmless), "n-val")
-    harmless_used = [ids for ids, use in zip(harmless_ids, use_harmless, strict=True) if use]
-    answered, lengths = None, None
-    if n_answer:
-        answers = greedy_answers(loaded, harmless_used, n_answer, batch_size, "select: answers")
-        # The last answer token is predicted, not read.
-        answered = [ids + new[:-1] for ids, new in zip(harmless_used, answers, strict=True)]
-        lengths = list(map(len, answers))
-    task = SearchInputs(
+    inputs = SearchInputs(
         loaded.model,
         extraction.directions,
         extraction.positions,
-        [ids for ids, use in zip(harmful_ids, use_harmful, strict=True) if use],
-        harmless_used,
-        extraction.refusal_tokens,
-        answered,
-        lengths,
-        thresholds,
-        search,
-        all_layers,
-        batch_size,
-        loaded.ranks,
+        _encode(loaded, harmful, chat),
+        _encode(loaded, harmless, chat),
+        refusal_tokens=extraction.refusal_tokens,
+        thresholds=thresholds,
+        search=search,
+        all_layers=all_layers,
+        batch_size=batch_size,
+        ranks=loaded.ranks,
     )
-    if streamed is None:
-        scores = CandidateSearch(task, known, save).run()
-    else:
-        scores = streamed.run(use_harmful, use_harmless, save)
-    judged = apply_filters(scores, extraction.directions.shape[1], thresholds)
+    passes = _open_search(loaded, inputs, n_answer, known)
+    harmful_score, harmless_score = passes.baseline_scores()
+    use_harmful, use_harmless = _filter_prompts(harmful_score, harmless_score, filter)
+    scores = passes.run(use_harmful, use_harmless, save)
+    judged = apply_filters(scores, inputs.n_layers, thresholds)
     return Selection(
         tuple(judged),
         thresholds,
@@ -217,16 +168,33 @@ def select(
     )
 
 
-def _refusal_scores(
-    loaded: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    tokens: Sequence[int],
-    batch_size: int | str,
-) -> Tensor:
-    """Of the unmodified model, float64 ``[prompts]``; each rank of a team runs some prompts."""
-    own = loaded.ranks.split(prompts)
-    scores = torch.empty(0, dtype=torch.float64)
-    with loaded.ranks.fail_together():
-        if own:
-            scores = refusal_score(all_last_logits(loaded.model, own, batch_size), tokens)
-    return loaded.ranks.gather_rows(scores)
+def _encode(loaded: LoadedModel, prompts: Sequence[Prompt], chat: ChatFormat) -> list[list[int]]:
+    return encode(loaded.tokenizer, [prompt.text for prompt in prompts], chat)
+
+
+def _open_search(
+    loaded: LoadedModel, inputs: SearchInputs, n_answer: int, known: Mapping[Key, Score] | None
+) -> ManyPassesSearch | FewPassesSearch:
+    """The search that suits what a pass of the model costs."""
+    engine = engine_of(loaded)
+    if n_answer:
+        engine.require_answers("--kl-on response:N", "--kl-on last")
+    if engine.reads_weights_every_pass:
+        return FewPassesSearch(engine, inputs, known)
+    return ManyPassesSearch(loaded, inputs, n_answer, known)
+
+
+def _filter_prompts(harmful: Tensor, harmless: Tensor, filter: bool) -> tuple[Tensor, Tensor]:
+    """Which harmful and which harmless prompts count, bool, by their refusal scores.
+
+    Raises:
+        InputError: too few are left.
+    """
+    if not filter:
+        return torch.ones_like(harmful, dtype=torch.bool), torch.ones_like(
+            harmless, dtype=torch.bool
+        )
+    use_harmful, use_harmless = harmful > 0, harmless < 0
+    require_min_prompts("harmful", int(use_harmful.sum()), len(harmful), "n-val")
+    require_min_prompts("harmless", int(use_harmless.sum()), len(harmless), "n-val")
+    return use_harmful, use_harmless

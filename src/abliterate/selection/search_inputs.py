@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.distributed.rank_group import ALONE, RankGroup
-from abliterate.selection.candidate_filters import Thresholds, first_pruned_layer
+from abliterate.selection.candidate_filters import Score, Thresholds, first_pruned_layer
 
 Search = Literal["staged", "exhaustive"]
 # Position and layer.
 Key = tuple[int, int]
+# Called with all scores whenever candidates are finished.
+Save = Callable[[Mapping[Key, Score]], None]
 
 # A direction shorter than this, relative to the longest candidate, is rounding noise.
 _VANISHING = 1e-9

@@ -27,7 +27,8 @@ from abliterate.editing.options import tied_matrices_agree
 from abliterate.editing.shard_tasks import Files
 from abliterate.editing.tensor_changes import resolve_edits
 from abliterate.errors import CheckpointError
-from abliterate.models.loading import Checkpoint, LoadedModel, require_token
+from abliterate.inference.in_memory import engine_of
+from abliterate.models.loading import Checkpoint, LoadedModel
 from abliterate.storage.artifacts import read_record
 from abliterate.verification.declared_edit import (
     ExpectedTensor,
@@ -44,8 +45,6 @@ from abliterate.verification.stored_values import (
     open_values,
     raw_box,
 )
-from abliterate.writers import find_writers
-from abliterate.writers.residual_stream import leak
 
 # The promise on the residual stream itself, by the dtype that the weights are stored in.
 LEAK_BOUNDS = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-3, "BF16": 1e-3}
@@ -254,18 +253,7 @@ def measure_leak(
     Raises:
         CheckpointError: the embedding has no row for a token.
     """
-    if loaded.stream is not None:
-        from abliterate.offload.streamed_interventions import leak_of
-
-        return leak_of(loaded.stream, direction.vector, prompts)
-    blocks = find_writers(loaded.model).blocks
-    for ids in prompts:
-        require_token(loaded.model, max(ids, default=0), "the prompts")
-    device = loaded.model.get_input_embeddings().weight.device
-    return max(
-        leak(loaded.model, direction.vector, torch.tensor([ids], device=device), blocks)
-        for ids in progress(prompts, "verify: prompts", total=len(prompts))
-    )
+    return engine_of(loaded).leak(direction.vector, prompts)
 
 
 def leak_bound(plan_shards: ShardSet) -> float:

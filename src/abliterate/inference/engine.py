@@ -1,0 +1,169 @@
+"""What the stages ask of a model, wherever its weights lie while it computes.
+
+A model in memory answers through :mod:`abliterate.inference.in_memory`, one whose layers come from
+disk through ``abliterate.offload``; which of them is decided once, where the model is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from abliterate.models.device_placement import Placement
+from abliterate.prompts.chat_template import ChatFormat
+
+Prompts = Sequence[Sequence[int]]
+# None is the model as it is, else a direction ``[d_model]`` with the block at whose input it is
+# added (as it is), or None to ablate it.
+Change = tuple[Tensor, int | None] | None
+# Called with row and token ids of an answer; gives what is shown beside the bar.
+OnAnswer = Callable[[int, list[int]], str | None]
+
+
+@dataclass(frozen=True)
+class BatchActivations:
+    """One batch's last-token logits and activations.
+
+    Attributes:
+        rows: which prompts they are of.
+        logits: ``[batch, vocabulary]``.
+        activations: ``[batch, n_positions, n_layers, d_model]``.
+    """
+
+    rows: tuple[int, ...]
+    logits: Tensor
+    activations: Tensor
+
+
+class ActivationReader(Protocol):
+    """``resid_pre`` of several kinds of prompts, read as far as it is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``n_positions, n_layers, d_model``."""
+
+    def read(
+        self,
+        kind: str,
+        rows: range,
+        use: Callable[[BatchActivations], None],
+        description: str = "extract",
+    ) -> None:
+        """Call ``use`` on batches that cover ``rows`` of a kind once, in any order."""
+
+
+@dataclass(frozen=True)
+class CandidateRun:
+    """Prompts and the directions that they run under, as a part of one pass.
+
+    Attributes:
+        prompts: token ids.
+        rows: which of them run.
+        vectors: ``[candidates, d_model]``, unit vectors to ablate or vectors to add.
+        layers: None to ablate everywhere, else the block at whose input each is added.
+        use: takes logits ``[candidates, prompts, vocabulary]``, which candidates and which rows
+            they are of. It is called again for the same ones where memory ran out in between.
+        baseline: takes logits ``[prompts, vocabulary]`` of the unmodified model and their rows.
+    """
+
+    prompts: Prompts
+    rows: Sequence[int]
+    vectors: Tensor | None = None
+    layers: Sequence[int] | None = None
+    use: Callable[[Tensor, Sequence[int], Sequence[int]], None] | None = None
+    baseline: Callable[[Tensor, Sequence[int]], None] | None = None
+
+
+class Engine(Protocol):
+    """How a model is run.
+
+    ``prompts`` are token ids by kind, ``batch_size`` is prompts per batch or ``auto``, and results
+    are on the CPU.
+    """
+
+    @property
+    def reads_weights_every_pass(self) -> bool:
+        """Whether a pass costs so much that all that is wanted belongs into as few as possible."""
+
+    @property
+    def devices(self) -> str:
+        """What kinds of devices it computes on."""
+
+    def opened(self, placement: Placement) -> str:
+        """How the model was opened, and where, for the log."""
+
+    def summary(self) -> dict[str, int] | None:
+        """What artifacts record of the passes so far; None if there is nothing to say."""
+
+    def close(self) -> None:
+        """Give files back; the model cannot be run any more."""
+
+    def last_logits(
+        self,
+        prompts: Mapping[str, Prompts],
+        changes: Mapping[str, Change],
+        batch_size: int | str = "auto",
+        description: str = "prompts",
+    ) -> dict[str, dict[str, Tensor]]:
+        """Last-token logits ``[prompts, vocabulary]``, by name of the change and kind.
+
+        Raises:
+            InputError: a direction does not fit the model.
+        """
+
+    def resid_pre(
+        self, prompts: Mapping[str, Prompts], positions: Sequence[int], batch_size: int | str
+    ) -> ActivationReader:
+        """What gives ``resid_pre`` at ``positions``, with last-token logits."""
+
+    def leak(self, direction: Tensor, prompts: Prompts) -> float:
+        """Largest ``|h[l, t] . r| / ||h[l, t]||`` over block boundaries, prompts and tokens.
+
+        Raises:
+            CheckpointError: the embedding has no row for a token.
+        """
+
+    def candidates_at_once(self, tokens: int) -> int:
+        """How many candidates can share a pass over so many tokens of prompts."""
+
+    def candidate_bytes(self, tokens: int) -> int:
+        """Memory that one candidate's activations take in such a pass."""
+
+    def run_candidates(
+        self, runs: Sequence[CandidateRun], batch_size: int | str, description: str
+    ) -> None:
+        """Everything that ``runs`` ask for, in one pass.
+
+        Raises:
+            UsageError: a single prompt does not fit into memory.
+        """
+
+    def collector(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An empty tensor on the CPU to collect results of passes in."""
+
+    def require_answers(self, option: str = "", instead: str = "") -> None:
+        """Refuse an option that needs answers where the model does not generate.
+
+        Raises:
+            UsageError: it does not.
+        """
+
+    def answers(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int,
+        batch_size: int | str = "auto",
+        description: str = "complete",
+        on_answer: OnAnswer | None = None,
+        done: Collection[int] = (),
+        chat: ChatFormat | None = None,
+    ) -> list[list[int]]:
+        """Greedy answers; see :func:`abliterate.inference.generation.greedy_answers`.
+
+        Raises:
+            UsageError: the model does not generate, or as that function does.
+        """

@@ -1,0 +1,214 @@
+"""A model whose weights lie in memory, as the stages ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from abliterate.console import progress
+from abliterate.inference.engine import (
+    ActivationReader,
+    BatchActivations,
+    CandidateRun,
+    Change,
+    Engine,
+    OnAnswer,
+    Prompts,
+)
+from abliterate.inference.forward import (
+    Batch,
+    all_last_logits,
+    capture_resid_pre,
+    for_each_batch,
+    last_logits,
+    logits_needed,
+)
+from abliterate.inference.generation import greedy_answers
+from abliterate.inference.interventions import ablate, add
+from abliterate.models.device_placement import Placement, devices
+from abliterate.models.loading import LoadedModel, require_token
+from abliterate.prompts.chat_template import ChatFormat
+from abliterate.writers import decoder_blocks, find_writers, stream_width
+from abliterate.writers.residual_stream import leak
+
+
+def engine_of(loaded: LoadedModel) -> Engine:
+    """What runs a model: the engine that it was opened with, else it is simply in memory."""
+    engine: Engine = loaded.engine or InMemoryEngine(loaded)
+    return engine
+
+
+@dataclass(frozen=True)
+class InMemoryEngine:
+    """Passes of a model in memory; the ranks of its group run some prompts each."""
+
+    loaded: LoadedModel
+
+    @property
+    def reads_weights_every_pass(self) -> bool:
+        return False
+
+    @property
+    def devices(self) -> str:
+        return ", ".join(devices(self.loaded.model))
+
+    def opened(self, placement: Placement) -> str:
+        model = self.loaded.model
+        name, where = self.loaded.checkpoint.name, placement.describe(model)
+        return f"loaded {name} ({model.dtype}, {where})"
+
+    def summary(self) -> dict[str, int] | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+    def last_logits(
+        self,
+        prompts: Mapping[str, Prompts],
+        changes: Mapping[str, Change],
+        batch_size: int | str = "auto",
+        description: str = "prompts",
+    ) -> dict[str, dict[str, Tensor]]:
+        model, ranks = self.loaded.model, self.loaded.ranks
+        return {
+            name: {
+                kind: all_last_logits(
+                    model, rows, batch_size, under(model, change), description, ranks
+                )
+                for kind, rows in prompts.items()
+            }
+            for name, change in changes.items()
+        }
+
+    def resid_pre(
+        self, prompts: Mapping[str, Prompts], positions: Sequence[int], batch_size: int | str
+    ) -> ActivationReader:
+        return InMemoryReader(self.loaded.model, prompts, positions, batch_size)
+
+    def leak(self, direction: Tensor, prompts: Prompts) -> float:
+        model = self.loaded.model
+        blocks = find_writers(model).blocks
+        for ids in prompts:
+            require_token(model, max(ids, default=0), "the prompts")
+        device = model.get_input_embeddings().weight.device
+        return max(
+            leak(model, direction, torch.tensor([ids], device=device), blocks)
+            for ids in progress(prompts, "verify: prompts", total=len(prompts))
+        )
+
+    def candidates_at_once(self, tokens: int) -> int:
+        return 1 << 20  # they run one after the other
+
+    def candidate_bytes(self, tokens: int) -> int:
+        return 0
+
+    def run_candidates(
+        self, runs: Sequence[CandidateRun], batch_size: int | str, description: str
+    ) -> None:
+        for run in runs:
+            self._run_candidates(run, batch_size, description)
+
+    def _run_candidates(self, run: CandidateRun, batch_size: int | str, description: str) -> None:
+        """One candidate after the other on each batch: what faster ways have to agree with."""
+        model = self.loaded.model
+        vectors: Sequence[Tensor] = () if run.vectors is None else list(run.vectors)
+        layers = [None] * len(vectors) if run.layers is None else run.layers
+
+        def on_batch(batch: Batch) -> None:
+            rows = [run.rows[index] for index in batch.rows]
+            if run.baseline is not None:
+                run.baseline(last_logits(model, batch), rows)
+            for index, change in enumerate(zip(vectors, layers, strict=True)):
+                with under(model, change):
+                    logits = last_logits(model, batch)
+                if run.use is not None:
+                    run.use(logits[None], [index], rows)
+
+        with torch.inference_mode():
+            prompts = [run.prompts[row] for row in run.rows]
+            for_each_batch(model, prompts, on_batch, batch_size, description)
+
+    def collector(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def require_answers(self, option: str = "", instead: str = "") -> None:
+        pass
+
+    def answers(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int,
+        batch_size: int | str = "auto",
+        description: str = "complete",
+        on_answer: OnAnswer | None = None,
+        done: Collection[int] = (),
+        chat: ChatFormat | None = None,
+    ) -> list[list[int]]:
+        return greedy_answers(
+            self.loaded, prompts, max_new_tokens, batch_size, description, on_answer, done, chat
+        )
+
+
+@dataclass(frozen=True)
+class InMemoryReader:
+    """Runs the prompts that are asked for, each time that they are."""
+
+    model: PreTrainedModel
+    prompts: Mapping[str, Prompts]
+    positions: Sequence[int]
+    batch_size: int | str = "auto"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        width = stream_width(self.model, find_writers(self.model))
+        return len(self.positions), len(decoder_blocks(self.model)), width
+
+    def read(
+        self,
+        kind: str,
+        rows: range,
+        use: Callable[[BatchActivations], None],
+        description: str = "extract",
+    ) -> None:
+        def shifted(batch: BatchActivations) -> None:
+            own = tuple(rows[index] for index in batch.rows)
+            use(BatchActivations(own, batch.logits, batch.activations))
+
+        chosen = [self.prompts[kind][row] for row in rows]
+        collect_activations(
+            self.model, chosen, self.positions, shifted, self.batch_size, description
+        )
+
+
+def collect_activations(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    positions: Sequence[int],
+    use: Callable[[BatchActivations], None],
+    batch_size: int | str = "auto",
+    description: str = "extract",
+) -> None:
+    """Run ``prompts`` once and call ``use`` on what each batch shows."""
+    needed = logits_needed(model, positions)
+    with torch.inference_mode(), capture_resid_pre(model, positions) as captured:
+
+        def run(batch: Batch) -> None:
+            logits = last_logits(model, batch, needed)
+            last = logits if needed == 1 else logits[:, -1]
+            use(BatchActivations(batch.rows, last, captured()))
+
+        for_each_batch(model, prompts, run, batch_size, description)
+
+
+def under(model: PreTrainedModel, change: Change) -> AbstractContextManager[None]:
+    """The intervention that a change is."""
+    if change is None:
+        return nullcontext()
+    vector, layer = change
+    return ablate(model, vector) if layer is None else add(model, vector, layer)
