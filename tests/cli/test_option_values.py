@@ -64,3 +64,18 @@ def test_a_judge_that_spells_half_of_a_character(cli, tmp_path: Path) -> None:
     assert found.code == 0, found.err
     assert found.json["scores"]["safety_score"] == 0.0
     assert json.loads(out.read_text())["safe"] is False
+
+
+@pytest.mark.parametrize("place", ["", ".", "/"])
+def test_an_output_without_a_name(tiny, fails, place: str, tmp_path: Path, monkeypatch) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    save_file({"direction": torch.ones(48)}, "direction.safetensors")
+    model = tiny("llama")
+    line = fails(
+        "orthogonalize", model, "--direction", "direction.safetensors", "-o", place, code=2
+    )
+    assert "names no folder" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["direction.safetensors"]

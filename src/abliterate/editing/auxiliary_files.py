@@ -41,8 +41,10 @@ def check_target(source: Path, out: Path) -> None:
     """Refuse an output that would harm the source.
 
     Raises:
-        UsageError: it overlaps the source.
+        UsageError: it overlaps the source, or has no name: ``.`` and ``/``.
     """
+    if not out.name:
+        raise UsageError(f"--output {out} names no folder: choose one that is not there yet")
     real = source.resolve()
     for target in (out.resolve(), partial_of(out).resolve()):
         if target == real or real in target.parents or target in real.parents:
