@@ -355,6 +355,12 @@ def live_columns(labels: Sequence[str]) -> Iterator[list[Callable[[str], None]]]
         yield [append_to(column) for column in columns]
 
 
+def flush_output() -> None:
+    """Hand on what was written to stdout: a full disk behind it must not pass unseen."""
+    with naming(STDOUT):
+        sys.stdout.flush()
+
+
 def stop_output() -> None:
     """Say no more: the reader of our output went away."""
     sys.stderr.close()

@@ -106,7 +106,7 @@ def _in_memory(large: Path, folder: Path) -> Extraction:
     """What extraction gives with the weights in memory, where equal layers are one."""
     folder.mkdir()
     for file in large.iterdir():
-        (folder / file.name).symlink_to(file)
+        (folder / file.name).hardlink_to(file)
     config = json.loads((large / "config.json").read_text())
     short = {"num_hidden_layers": DISTINCT, "layer_types": None}
     (folder / "config.json").unlink()

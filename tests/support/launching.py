@@ -36,6 +36,10 @@ def check_close(ours: Any, theirs: Any, tolerance: float = 1e-3) -> None:
         assert list(ours) == list(theirs)
         for key, value in theirs.items():
             check_close(ours[key], value, tolerance)
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            check_close(one, other, tolerance)
     elif isinstance(theirs, float):
         assert abs(ours - theirs) <= tolerance
     else:

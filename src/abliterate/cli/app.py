@@ -27,8 +27,8 @@ from abliterate.cli import (
 from abliterate.cli import options as opt
 from abliterate.cli.commands import open_session
 from abliterate.console import (
-    STDOUT,
     debugging,
+    flush_output,
     print_error,
     print_json,
     print_line,
@@ -39,7 +39,6 @@ from abliterate.console import (
 from abliterate.distributed import rank_process
 from abliterate.errors import AbliterateError
 from abliterate.settings import load_settings
-from abliterate.storage.guarded_files import naming
 
 #: What typer raises for wrong usage. Its module and name differ between releases (click's own, then
 #: a copy of click's, then typer's); it is the most general parent that formats its message.
@@ -79,8 +78,7 @@ def _run(argv: Sequence[str] | None) -> int:
             prog_name="abliterate",
             standalone_mode=False,
         )
-        with naming(STDOUT):
-            sys.stdout.flush()  # a full disk behind it must not pass unseen
+        flush_output()
         if result == 130:  # typer turns Ctrl-C into this value
             return _fail("interrupted", 130)
         return result if isinstance(result, int) else 0
