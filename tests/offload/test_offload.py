@@ -298,3 +298,19 @@ def test_evaluate_scores_the_first_tokens_of_a_streamed_model(cli, fails, tmp_pa
     assert cli("inspect", run).code == 0
     line = fails("evaluate", model, "--direction", run, "--corpus", "own", "--offload", code=2)
     assert "--corpus" in line
+
+
+def test_answers_are_refused_with_the_option_to_use(tiny) -> None:
+    import abliterate
+    from abliterate.errors import UsageError
+    from abliterate.offload import open_stream
+
+    loaded = open_stream(str(tiny("llama")), "cpu", "float32", activation_memory=1 << 20)
+    prompts = [abliterate.Prompt(f"Question {n}") for n in range(8)]
+    means = torch.randn(2, 1, 4, 48, generator=torch.Generator().manual_seed(0)).double()
+    extraction = abliterate.Extraction(means[0], means[1], (-1,), ("x",), (5,))
+    with pytest.raises(UsageError, match="use --kl-on last"):
+        abliterate.select(loaded, extraction, prompts, prompts, kl_on="response:2")
+    with pytest.raises(UsageError, match="use --no-offload"):
+        abliterate.evaluate(loaded, prompts, prompts, [5], interventions=["baseline"])
+    assert loaded.engine.offloaded.passes == 1  # evaluate's baseline

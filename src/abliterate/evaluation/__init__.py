@@ -1,4 +1,4 @@
 """What a model answers under interventions, and what the answers are worth.
 
-Uses ``inference`` and ``offload`` for the passes, ``prompts`` and ``metrics`` for the rest.
+Uses ``inference`` for the passes, ``prompts`` and ``metrics`` for the rest.
 """

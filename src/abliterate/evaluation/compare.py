@@ -74,7 +74,7 @@ class Outcome:
     """What one intervention did.
 
     Attributes:
-        harmful: completions of the harmful test prompts; None of a streamed model.
+        harmful: completions of the harmful test prompts; None if answers were not generated.
         harmless: completions of the harmless ones.
         metrics: from the logits.
         losses: cross-entropy by corpus, as records hold it.

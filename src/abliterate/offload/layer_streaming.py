@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -267,20 +267,29 @@ class OffloadedModel:
 
     def _place(self, resident: int) -> None:
         """Decide of every module whether it is kept, streamed, or read row by row."""
-        model, weights = self.model, self.weights
-        self._order = decoder_blocks(model)
-        self._projections: list[nn.Module] = []
-        inside = {id(m) for block in self._order for m in block.modules()}
+        self._order = decoder_blocks(self.model)
         self._plain = [block.forward for block in self._order]
         for block in self._order:
             replace_forward(block, partial(self._enter, block))
-        decoder = model.get_decoder()
-        core = {id(m) for m in decoder.modules()} | {id(m) for m in model.children()} | {id(model)}
+        inside = {id(m) for block in self._order for m in block.modules()}
+        outside = [module for module in self.model.modules() if id(module) not in inside]
+        streamed = self._stream_large(outside, resident)
+        self._projections = self._wait_at_head()
+        self._keep_small(outside, streamed)
+        self._keep_first_parameters(inside, streamed)
+
+    def _stream_large(self, outside: Sequence[nn.Module], resident: int) -> set[Slot]:
+        """Read embeddings row by row and the head in parts, if they are larger than ``resident``.
+
+        Returns:
+            What is not kept in memory of them.
+        """
+        model, weights = self.model, self.weights
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         streamed: set[Slot] = set()
-        for module in model.modules():
+        for module in outside:
             slots = weights.direct_slots(module)
-            if id(module) in inside or not slots:
+            if not slots:
                 continue
             # A head of its own is needed at the end alone: where memory is short it is read then.
             late = module is head and weights.mapped.transient and len(slots[0].owners) == 1
@@ -292,25 +301,39 @@ class OffloadedModel:
             elif module is head and type(module) is nn.Linear and weights.source(slots[0]):
                 streamed.add(slots[0])
                 weights.load([slot for slot in slots if slot not in streamed], keep=True)
-        if type(head) is nn.Linear and weights.direct_slots(head):
-            # Also one that stays in memory: one product of all batches beats one for each.
-            replace_forward(head, partial(self._wait_for_projection, head))
-            self._projections.append(head)
-        for module in model.modules():
+        return streamed
+
+    def _wait_at_head(self) -> list[nn.Module]:
+        """Let passes wait for the vocabulary projection; those that they wait for.
+
+        Also for one that stays in memory: one product of all batches beats one for each.
+        """
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear or not self.weights.direct_slots(head):
+            return []
+        replace_forward(head, partial(self._wait_for_projection, head))
+        return [head]
+
+    def _keep_small(self, outside: Sequence[nn.Module], streamed: Collection[Slot]) -> None:
+        """Load what is left outside the blocks, for good."""
+        model, weights = self.model, self.weights
+        decoder = model.get_decoder()
+        core = {id(m) for m in decoder.modules()} | {id(m) for m in model.children()} | {id(model)}
+        for module in outside:
             slots = [slot for slot in weights.direct_slots(module) if slot not in streamed]
-            if id(module) in inside or not slots:
-                continue
-            if id(module) in core:
+            if slots and id(module) in core:
                 weights.load(slots, keep=True)
-            else:  # a tower beside the text decoder, which text prompts do not reach
+            elif slots:  # a tower beside the text decoder, which text prompts do not reach
                 load_on_use(module, weights, slots)
-        # Code that asks a model for its device gets that of its first parameter.
-        for module in model.modules():
-            first = next(iter(weights.slots_of(module)), None)
+
+    def _keep_first_parameters(self, inside: Collection[int], streamed: Collection[Slot]) -> None:
+        """Code that asks a model for its device gets that of its first parameter."""
+        for module in self.model.modules():
+            first = next(iter(self.weights.slots_of(module)), None)
             if first is None or first in streamed or id(first.owner) in inside:
                 continue
             if isinstance(module, PreTrainedModel):
-                weights.load([first], keep=True)
+                self.weights.load([first], keep=True)
 
     def _wait_for_projection(self, module: nn.Module, hidden: Tensor) -> Any:
         one = this_pass()

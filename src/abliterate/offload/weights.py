@@ -149,15 +149,7 @@ class Weights:
             CheckpointError: a tensor is missing or does not fit.
         """
         wanted = [slot for slot in slots if not slot.kept]
-        absent = [slot for slot in wanted if slot.group is None and slot.empty.is_meta]
-        absent = [slot for slot in absent if isinstance(slot.empty, nn.Parameter)]
-        if absent:
-            raise CheckpointError(
-                f"{self.checkpoint.folder} lacks a usable tensor for parameter "
-                f"'{absent[0].keys[0]}'"
-                + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
-                + ": the checkpoint is incomplete"
-            )
+        self._require_on_disk(wanted)
         groups = list(dict.fromkeys(slot.group for slot in wanted if slot.group))
         self.mapped.fetch(self.names(wanted))
         # What is converted is a copy, whose source need not stay beside it.
@@ -168,6 +160,24 @@ class Weights:
             if not group.plain:
                 self._convert(group.names)
                 self.mapped.forget(group.names)
+        self._place(wanted, keep)
+
+    def _require_on_disk(self, wanted: Sequence[Slot]) -> None:
+        absent = [
+            slot
+            for slot in wanted
+            if slot.group is None and slot.empty.is_meta and isinstance(slot.empty, nn.Parameter)
+        ]
+        if absent:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} lacks a usable tensor for parameter "
+                f"'{absent[0].keys[0]}'"
+                + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+                + ": the checkpoint is incomplete"
+            )
+
+    def _place(self, wanted: Sequence[Slot], keep: bool) -> None:
+        """Leave what was loaded in the slots that want it, and in no others of its groups."""
         mine = set(wanted)
         produced = {key for slot in wanted if slot.group for key in slot.group.targets}
         for key in produced & self._by_key.keys():

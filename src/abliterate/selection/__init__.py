@@ -1,5 +1,5 @@
 """Which candidate: bypass, induce and KL of each, filters, and the search that leaves out what
 cannot change the choice.
 
-Uses ``inference`` and ``offload`` for the passes.
+Uses ``inference`` for the passes.
 """

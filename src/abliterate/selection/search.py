@@ -153,19 +153,9 @@ def select(
         ranks=loaded.ranks,
     )
     passes = _open_search(loaded, inputs, n_answer, known)
-    harmful_score, harmless_score = passes.baseline_scores()
-    use_harmful, use_harmless = _filter_prompts(harmful_score, harmless_score, filter)
-    scores = passes.run(use_harmful, use_harmless, save)
-    judged = apply_filters(scores, inputs.n_layers, thresholds)
-    return Selection(
-        tuple(judged),
-        thresholds,
-        best_candidate(judged),
-        float(harmful_score[use_harmful].mean()),
-        float(harmless_score[use_harmless].mean()),
-        int(use_harmful.sum()),
-        int(use_harmless.sum()),
-    )
+    baselines = passes.baseline_scores()
+    used = _filter_prompts(*baselines, filter)
+    return _result(passes.run(*used, save), inputs, baselines, used)
 
 
 def _encode(loaded: LoadedModel, prompts: Sequence[Prompt], chat: ChatFormat) -> list[list[int]]:
@@ -191,10 +181,32 @@ def _filter_prompts(harmful: Tensor, harmless: Tensor, filter: bool) -> tuple[Te
         InputError: too few are left.
     """
     if not filter:
-        return torch.ones_like(harmful, dtype=torch.bool), torch.ones_like(
-            harmless, dtype=torch.bool
-        )
+        every = torch.ones(len(harmful), dtype=torch.bool)
+        return every, torch.ones(len(harmless), dtype=torch.bool)
     use_harmful, use_harmless = harmful > 0, harmless < 0
     require_min_prompts("harmful", int(use_harmful.sum()), len(harmful), "n-val")
     require_min_prompts("harmless", int(use_harmless.sum()), len(harmless), "n-val")
     return use_harmful, use_harmless
+
+
+def _result(
+    scores: Sequence[Score],
+    inputs: SearchInputs,
+    baselines: tuple[Tensor, Tensor],
+    used: tuple[Tensor, Tensor],
+) -> Selection:
+    """Filter and choose, with the means of the unmodified model on the prompts used."""
+    judged = apply_filters(scores, inputs.n_layers, inputs.thresholds)
+    harmful_score, harmless_score = (
+        float(values[use].mean()) for values, use in zip(baselines, used, strict=True)
+    )
+    n_harmful, n_harmless = (int(use.sum()) for use in used)
+    return Selection(
+        tuple(judged),
+        inputs.thresholds,
+        best_candidate(judged),
+        harmful_score,
+        harmless_score,
+        n_harmful,
+        n_harmless,
+    )
