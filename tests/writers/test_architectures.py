@@ -50,8 +50,8 @@ ADDED = {
 NO_TOKENS = {"blt": "byte patches", "cpmant": "a prefix of the model's own"}
 # Its dynamic mask keeps a fixed number of positions, padding included, of the tiny window here.
 UNEVEN = {"doge"}
-# Runs its blocks several times over; what is seen of a layer is its last run.
-RECURRENT = {"hrm_text"}
+# They run blocks several times over; what is seen of a layer is its last run.
+RECURRENT = {"dory", "hrm_text"}
 PROMPTS = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40, 16), (60, 8))]
 
 

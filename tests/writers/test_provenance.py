@@ -97,3 +97,13 @@ def test_a_permutation_of_another_axis_leaves_one_box() -> None:
     mixed = a.reshape(2, 2, 6).transpose(0, 1).reshape(4, 6)
     (box,) = regions(mixed, 1, SHAPES)  # type: ignore[arg-type]
     assert box == Region(0, ((0, 4), (0, 6)), ((0, 4), (0, 6)), (None, 1))
+
+
+def test_a_tensor_with_another_between_its_rows_stays_in_boxes() -> None:
+    a, b, _ = (leaf(i, shape) for i, shape in enumerate(SHAPES))
+    mixed = torch.cat([a[:2], b, a[2:]])
+    assert regions(mixed, 1, SHAPES) == [  # type: ignore[arg-type]
+        Region(0, ((0, 2), (0, 6)), ((0, 2), (0, 6)), (0, 1)),
+        Region(0, ((6, 8), (0, 6)), ((2, 4), (0, 6)), (0, 1)),
+        Region(1, ((2, 6), (0, 6)), ((0, 4), (0, 6)), (0, 1)),
+    ]

@@ -172,7 +172,7 @@ def _probe(
 
 
 def _merged(boxes: list[Region], axis: int, shapes: Sequence[tuple[int, ...]]) -> list[Region]:
-    """The boxes, as one for each tensor on disk that its boxes fill."""
+    """The boxes, as one for each tensor on disk that its boxes fill side by side."""
     by_source: dict[int, list[Region]] = {}
     for box in boxes:
         by_source.setdefault(box.source, []).append(box)
@@ -185,6 +185,9 @@ def _merged(boxes: list[Region], axis: int, shapes: Sequence[tuple[int, ...]]) -
         spans = zip(*(box.part for box in group), strict=True)
         part = tuple((min(lo for lo, _ in s), max(hi for _, hi in s)) for s in spans)
         whole = tuple((0, n) for n in shapes[source])
+        if _size(part) != _size(whole):  # others lie between its boxes
+            merged += group
+            continue
         merged.append(Region(source, part, whole, group[0].axes))
     return merged
 

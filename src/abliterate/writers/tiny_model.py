@@ -50,7 +50,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_ngroups"), 2),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size"), 16),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 3),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"), VOCAB),
     **dict.fromkeys(("o_lora_rank", "laurel_rank", "adapter_rank", "gated_norm_rank"), 12),
     **dict.fromkeys(("linear_key_head_dim", "hc_lowrank"), 12),
     "linear_value_head_dim": 16,

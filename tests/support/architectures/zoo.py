@@ -104,6 +104,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size"), 16),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 3),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
+    "unpadded_vocab_size": VOCAB - 6,
     "hidden_size_per_layer_input": 24,
     "laurel_rank": 12,
     "lru_width": 64,
