@@ -195,6 +195,7 @@ ALLOWED = {
     ("distributed/rank_process.py", "sys.stderr.flush"),
     ("distributed/rank_process.py", "sys.stdout"),  # of ranks that say nothing: to /dev/null
     ("prompts/template_worker.py", "sys.stdout"),  # the pipe of a process of its own
+    ("prompts/template_worker.py", "sys.stderr"),
     ("cli/options.py", "rich.markup"),  # of help texts, which are ours
 }
 SINKS = {
