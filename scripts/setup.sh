@@ -4,10 +4,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv constraints=constraints.txt
+venv=.venv constraints=constraints.txt extra=dev
 pythons="python3 python3.14 python3.13 python3.12 python3.11 python"
 if [ "${lowest:-}" = yes ]; then
-    venv=.venv-lowest constraints=constraints-lowest.txt
+    venv=.venv-lowest constraints=constraints-lowest.txt extra=test
     pythons="python3.11 python3.12 $pythons" # old releases have no builds for later ones
 fi
 
@@ -39,6 +39,6 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$want" ]; then
     $venv/bin/python -m pip install --quiet --disable-pip-version-check \
         -c $constraints "$(grep '^torch==' $constraints)" >&2
     $venv/bin/python -m pip install --quiet --disable-pip-version-check \
-        -c $constraints -e '.[dev]' >&2
+        -c $constraints -e ".[$extra]" >&2
     echo "$want" > "$stamp"
 fi
