@@ -88,8 +88,11 @@ def test_errors_notes_and_traces_cannot_pass_for_other_lines(capfd) -> None:
 
 
 @pytest.mark.parametrize("name", ["abliterate", "strange.library", "httpx"])
-def test_logs_of_anyone_are_safe(capfd, name: str) -> None:
+def test_logs_of_anyone_are_safe(capfd, monkeypatch, name: str) -> None:
     logger = logging.getLogger(name)
+    monkeypatch.setattr(logger, "level", logging.WARNING)  # libraries quieten some for good
+    monkeypatch.setattr(logger, "disabled", False)
+    logger.manager._clear_cache()
     logger.warning("a %s", EVIL)
     try:
         raise ValueError(EVIL)

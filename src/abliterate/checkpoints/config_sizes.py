@@ -22,6 +22,8 @@ from abliterate.errors import CheckpointError
 CONFIG = "config.json"
 #: More layers, heads, experts, loops or groups than this no model has.
 MOST = 10_000
+# Doge looks its experts up in tables: 16,384 rows by its own default.
+_MOST_EXPERTS = 1 << 20
 #: Numbers and tensors of a model, and the length of one: more than any has.
 NUMBERS, TENSORS, LENGTH = 10**13, 150_000, 1 << 26
 
@@ -151,7 +153,9 @@ def check_sizes(folder: Path, config: Any, held: Held | None) -> None:
 def absurd_count(config: Mapping[str, Any]) -> tuple[str, float] | None:
     """A key of a configuration that counts more than any model has, and its value."""
     for key, value in _numbers(config):
-        if key.rpartition("_")[2].lower() in _COUNTED and not value <= MOST:
+        counted = key.rpartition("_")[2].lower()
+        most = _MOST_EXPERTS if counted == "experts" else MOST
+        if counted in _COUNTED and not value <= most:
             return key, value
     return None
 
