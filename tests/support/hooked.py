@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import abliterate.extraction.means
 from abliterate.cli.app import main
 from abliterate.errors import InputError
+from abliterate.inference import in_memory
 from abliterate.inference.generation import _Decoder
 from abliterate.selection.candidate_search import CandidateSearch
 
@@ -43,7 +43,7 @@ def faulty(work: Callable[..., Any], at: int, what: str) -> Callable[..., Any]:
 if __name__ == "__main__":
     rank, call, what = os.environ.get("FAULT", "-1 1 none").split(" ", 2)
     if os.environ["RANK"] == rank:
-        abliterate.extraction.means.look = faulty(abliterate.extraction.means.look, int(call), what)
+        in_memory.collect_activations = faulty(in_memory.collect_activations, int(call), what)
         CandidateSearch._induce = faulty(CandidateSearch._induce, int(call), what)  # type: ignore[method-assign]
         _Decoder.run = faulty(_Decoder.run, int(call), what)  # type: ignore[method-assign]
     sys.exit(main())
