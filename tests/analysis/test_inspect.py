@@ -256,7 +256,7 @@ def test_an_inspection_that_is_up_to_date_is_shown_without_the_model(
     first = cli("inspect", copy, "--json")
     assert "up to date" not in first.err
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "load_in_memory", lambda session: pytest.fail("the model was loaded"))
+        patch.setattr(Session, "load_in_memory", lambda session: pytest.fail("a model was loaded"))
         again = cli("inspect", copy, "--json")
         assert "inspect.json is up to date" in again.err
         assert again.json == first.json
