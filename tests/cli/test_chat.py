@@ -248,6 +248,17 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._end, text.encode())
 
+    def press(self, key: str, wanted: str) -> None:
+        """Press a key until ``wanted`` appears.
+
+        A Ctrl-C between the prompt and readline's wait for a key is seen with the next key only.
+        """
+        while wanted not in self.text:
+            self.type(key)
+            if select.select([self._end], [], [], 2)[0]:
+                self.text += os.read(self._end, 4096).decode(errors="replace")
+        self.until(wanted)
+
     def code(self) -> int:
         """Wait for the end; the exit code."""
         try:
@@ -273,8 +284,7 @@ def test_at_a_terminal(model: Path, run: Path, refused: str) -> None:
     heading = terminal.until("add 2").splitlines()[-1]
     assert "baseline" in heading  # the columns stand side by side
     terminal.until("> ")
-    terminal.type("\x03")
-    terminal.until("(Ctrl-D or /quit leaves)")
+    terminal.press("\x03", "(Ctrl-D or /quit leaves)")
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.code() == 0

@@ -129,7 +129,7 @@ class RankGroup:
         """What rank 0 alone does, and every rank learns the result of.
 
         Raises:
-            TeamError: rank 0 failed; on rank 0, whatever ``work`` raises.
+            RankError: rank 0 failed; on rank 0, whatever ``work`` raises.
         """
         if self.size == 1:
             return work()
@@ -170,7 +170,7 @@ class RankGroup:
         """Wait for all; if any failed, every rank fails.
 
         Raises:
-            TeamError: another rank failed, or is gone.
+            RankError: another rank failed, or is gone.
         """
         if self.size == 1:
             return
@@ -252,7 +252,7 @@ def join_ranks() -> RankGroup:
     Only the first call's team ``owned`` the connection and may close it.
 
     Raises:
-        TeamError: the other ranks cannot be reached.
+        RankError: the other ranks cannot be reached.
         UsageError: the timeout is no number.
     """
     if not launched():
