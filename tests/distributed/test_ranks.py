@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,8 @@ def test_a_stalled_rank_ends_all_within_the_timeout(tiny_run: Any, tmp_path: Pat
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
 
-    def free_once_rank_0_has_given_up(processes: list[subprocess.Popen[str]]) -> None:
-        processes[0].wait(timeout=300)
+    def free_once_rank_0_has_given_up(processes: list[BaseProcess]) -> None:
+        processes[0].join(timeout=300)
         os.open(pipe, os.O_RDWR)  # never blocks; open until this process ends
 
     zero, one = each_rank(

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from launching import Ended, each_rank
 from safetensors.torch import save_file
-
-HERE = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
@@ -70,61 +68,35 @@ def test_ranks_split_the_shards(
     assert not (tmp_path / "out.partial").exists()
 
 
-def start_ranks(how: str, arguments: list[str]) -> list[subprocess.CompletedProcess[str]]:
-    """Two ranks that meet at a store of this process, as they do under torchrun; no agent is there
-    to end them, so that each must come to its own end."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = []
-    for rank in range(2):
-        environment = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(HERE / "ranks.py"), how, *arguments],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                env={**os.environ, **environment},
-            )
-        )  # fmt: skip
-    done = []
-    for process in processes:
-        out, err = process.communicate(timeout=600)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return done
-
-
-def one_error(done: subprocess.CompletedProcess[str], code: int) -> str:
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def one_error(ended: Ended, code: int) -> str:
+    assert ended.code == code, ended.err
+    assert "Traceback" not in ended.err
+    (line,) = ended.errors
     assert "unexpected" not in line
     return line
 
 
-@pytest.mark.parametrize("how", ["1:finish", "0:write"])
+@pytest.mark.parametrize(("dead", "moment"), [(1, "finish"), (0, "1")])
 def test_a_rank_that_dies_ends_the_other_and_the_work_goes_on(
-    how: str, command: list[str], expected: dict[str, bytes], tmp_path: Path
+    dead: int, moment: str, command: list[str], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     arguments = [*command, "-o", str(tmp_path / "out")]
-    dead = int(how[0])
-    done = start_ranks(how, arguments)
-    assert done[dead].returncode == -signal.SIGKILL
-    line = one_error(done[1 - dead], 4)
+    ended = each_rank(2, *arguments, env={"FAULT": f"{dead} {moment} kill"})
+    assert ended[dead].code == -signal.SIGKILL
+    line = one_error(ended[1 - dead], 4)
     # Which of the two a survivor sees depends on how far the other had come.
     assert "another rank is gone" in line or f"rank {dead} is dead" in line
     assert "run the same command again" in line
     assert not (tmp_path / "out").exists()
-    again = start_ranks("none", arguments)
-    assert [rank.returncode for rank in again] == [0, 0], again[0].stderr
-    assert "going on from" in again[0].stderr  # what the survivor had finished
+    again = each_rank(2, *arguments)
+    assert [rank.code for rank in again] == [0, 0], again[0].err
+    assert "going on from" in again[0].err  # what the survivor had finished
     assert tree(tmp_path / "out") == expected
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_an_error_of_one_rank_is_told_to_all(command: list[str], tmp_path: Path) -> None:
-    done = start_ranks("1:nan", [*command, "-o", str(tmp_path / "out")])
-    assert "tensor 'x' in y.safetensors holds NaN" in one_error(done[1], 4)
-    assert "rank 1 failed: tensor 'x' in y.safetensors holds NaN" in one_error(done[0], 4)
+    ended = each_rank(2, *command, "-o", tmp_path / "out", env={"FAULT": "1 1 raise"})
+    assert "the disk of this rank is on fire" in one_error(ended[1], 3)
+    assert "rank 1 failed: the disk of this rank is on fire" in one_error(ended[0], 4)
     assert not (tmp_path / "out").exists()

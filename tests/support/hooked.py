@@ -1,8 +1,11 @@
 """The command line as one of several ranks, one of which fails at a set moment.
 
 ``FAULT`` is ``RANK CALL DEED``: at its CALL-th piece of work (a batch run of ``extract``, a round
-of ``select``, a batch of answers of ``evaluate``), rank RANK is killed (``kill``), raises
-(``raise``) or waits until somebody opens the named pipe PATH (``wait:PATH``).
+of ``select``, a batch of answers of ``evaluate``, a shard that ``orthogonalize`` is about to write;
+``finish`` is when it has written its first), rank RANK is killed (``kill``), raises (``raise``) or
+waits until somebody opens the named pipe PATH (``wait:PATH``).
+
+A process of its own, or :func:`run_forked` in one that was forked where all is imported already.
 """
 
 from __future__ import annotations
@@ -14,7 +17,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from abliterate.cli.app import main
+from abliterate.editing import orthogonalize
+from abliterate.editing.workspace import Workspace
 from abliterate.errors import InputError
 from abliterate.inference import in_memory
 from abliterate.inference.generation import _Decoder
@@ -40,10 +47,38 @@ def faulty(work: Callable[..., Any], at: int, what: str) -> Callable[..., Any]:
     return run
 
 
-if __name__ == "__main__":
+def and_then(work: Callable[..., Any], what: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> None:
+        work(*args, **kwargs)
+        deed(what)
+
+    return run
+
+
+def install() -> None:
+    """Make the fault of ``FAULT``, if it is this rank's."""
     rank, call, what = os.environ.get("FAULT", "-1 1 none").split(" ", 2)
-    if os.environ["RANK"] == rank:
-        in_memory.collect_activations = faulty(in_memory.collect_activations, int(call), what)
-        CandidateSearch._induce = faulty(CandidateSearch._induce, int(call), what)  # type: ignore[method-assign]
-        _Decoder.run = faulty(_Decoder.run, int(call), what)  # type: ignore[method-assign]
+    if os.environ["RANK"] != rank:
+        return
+    if call == "finish":
+        Workspace.finish = and_then(Workspace.finish, what)  # type: ignore[method-assign]
+        return
+    in_memory.collect_activations = faulty(in_memory.collect_activations, int(call), what)
+    CandidateSearch._induce = faulty(CandidateSearch._induce, int(call), what)  # type: ignore[method-assign]
+    _Decoder.run = faulty(_Decoder.run, int(call), what)  # type: ignore[method-assign]
+    orthogonalize.write_shards = faulty(orthogonalize.write_shards, int(call), what)
+
+
+def run_forked(arguments: list[str], env: dict[str, str], out: str, err: str) -> None:
+    """The command line with its output in two files, as the whole life of a forked process."""
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    install()
+    sys.exit(main(arguments))
+
+
+if __name__ == "__main__":
+    install()
     sys.exit(main())

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import hooked
 from torch.distributed import TCPStore
 
 HOOKED = str(Path(__file__).with_name("hooked.py"))
@@ -63,21 +69,24 @@ def accelerate_launch(ranks: int, *args: str | Path) -> Ended:
 def each_rank(
     ranks: int,
     *args: str | Path,
-    env: Mapping[str, str],
-    meanwhile: Callable[[list[subprocess.Popen[str]]], None] | None = None,
+    env: Mapping[str, str] | None = None,
+    meanwhile: Callable[[list[BaseProcess]], None] | None = None,
 ) -> list[Ended]:
     """The ranks without a launcher, over a store of this process's own (no fixed port).
 
-    ``meanwhile`` gets the processes when all are started.
+    They are forked by a process that has imported all there is to import. No agent is there to end
+    them, so that each must come to its own end. ``meanwhile`` gets the processes when all are
+    started.
     """
     store = TCPStore(
         "localhost", 0, is_master=True, timeout=timedelta(seconds=_LONG), wait_for_workers=False
     )
-    processes = [
-        _start(
-            (HOOKED, *map(str, args)),
-            {
-                **env,
+    with tempfile.TemporaryDirectory() as folder:
+        files = [(f"{folder}/{rank}.out", f"{folder}/{rank}.err") for rank in range(ranks)]
+        processes: list[BaseProcess] = []
+        for rank in range(ranks):
+            variables = {
+                **(env or {}),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
@@ -85,13 +94,40 @@ def each_rank(
                 "MASTER_ADDR": "localhost",
                 "MASTER_PORT": str(store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
-            },
-        )
-        for rank in range(ranks)
-    ]
-    if meanwhile is not None:
-        meanwhile(processes)
-    return [_end(process) for process in processes]
+            }
+            arguments = (list(map(str, args)), variables, *files[rank])
+            processes.append(_forks().Process(target=hooked.run_forked, args=arguments))
+            processes[-1].start()
+        if meanwhile is not None:
+            meanwhile(processes)
+        return [_joined(*each) for each in zip(processes, files, strict=True)]
+
+
+@cache
+def _forks() -> multiprocessing.context.ForkServerContext:
+    """Forks of one process that has the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hooked"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where it is to find them
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _joined(process: BaseProcess, files: tuple[str, str]) -> Ended:
+    process.join(_LONG)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"{process.name} has not ended after {_LONG} s")
+    # A rank that was killed at once has written nothing.
+    texts = [path.read_text() if path.exists() else "" for path in map(Path, files)]
+    return Ended(process.exitcode, *texts)
 
 
 def _start(command: tuple[str, ...], env: Mapping[str, str]) -> subprocess.Popen[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures.roundtrip import Outcome, half_precision, round_trip
+from architectures.roundtrip import Outcome, Shape, half_precision, round_trip
 from architectures.zoo import decoder_only_types, tiny_model, tiny_vision_language_model
 
 from abliterate import add
@@ -52,6 +52,8 @@ NO_TOKENS = {"blt": "byte patches", "cpmant": "a prefix of the model's own"}
 UNEVEN = {"doge"}
 # They run blocks several times over; what is seen of a layer is its last run.
 RECURRENT = {"dory", "hrm_text"}
+# The first type that was edited in bfloat16 for a shape of plan: rounding knows no other.
+ROUNDED: dict[Shape, str] = {}
 PROMPTS = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40, 16), (60, 8))]
 
 
@@ -69,6 +71,7 @@ def _assert_exact(outcome: Outcome) -> None:
 
 @pytest.mark.parametrize("model_type", decoder_only_types())
 def test_every_architecture_is_exact_or_refused(model_type: str, tmp_path: Path) -> None:
+    """Exact in float32; in bfloat16 rounding bounds the leak, once for every shape of plan."""
     outcome = round_trip(lambda: tiny_model(model_type), tmp_path)
     if isinstance(outcome.added, float):
         assert outcome.added <= 1e-4
@@ -77,20 +80,17 @@ def test_every_architecture_is_exact_or_refused(model_type: str, tmp_path: Path)
         assert model_type not in ADDED, outcome.added
         assert f"'{model_type}" in outcome.added or REFUSED.get(model_type, "?") in outcome.added
     if model_type not in REFUSED:
-        return _assert_exact(outcome)
+        _assert_exact(outcome)
+        if ROUNDED.setdefault(outcome.shape, model_type) == model_type:
+            left, verified = half_precision(lambda: tiny_model(model_type), tmp_path / "half")
+            assert left <= 1e-3
+            assert verified
+        return
     assert outcome.edited is None
     assert outcome.hooked <= 1e-5  # under hooks the stream is clean even there
     assert "cannot be made exact" in outcome.refusal
     assert REFUSED[model_type] in outcome.refusal
     assert "--allow-leak" in outcome.refusal
-    return None
-
-
-@pytest.mark.parametrize("model_type", [t for t in decoder_only_types() if t not in REFUSED])
-def test_in_bfloat16_rounding_bounds_the_leak(model_type: str, tmp_path: Path) -> None:
-    left, verified = half_precision(lambda: tiny_model(model_type), tmp_path)
-    assert left <= 1e-3
-    assert verified
 
 
 @pytest.mark.parametrize("model_type", VISION_LANGUAGE)

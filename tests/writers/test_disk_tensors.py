@@ -130,18 +130,21 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
     save_file(changed, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("layout", ["original", "fused"])
 @pytest.mark.parametrize("model_type", decoder_only_types())
-def test_editing_the_files_edits_the_parameters(
-    model_type: str, layout: str, tmp_path: Path
-) -> None:
+def test_editing_the_files_edits_the_parameters(model_type: str, tmp_path: Path) -> None:
+    """In the layout of the published files, and in the library's own where that is another."""
     model = tiny_model(model_type)
-    original = layout == "original"
-    model.save_pretrained(tmp_path, max_shard_size="150KB", save_original_format=original)
-    assert_round_trip(model, tmp_path)
-    plan = prove(type(model).from_pretrained, tmp_path)
-    assert plan.untouched == ()
-    assert {t.parameter for t in plan.tensors} == chosen_axes(model).keys()
+    seen: list[dict[str, tuple[int, ...]]] = []
+    for original in (True, False):
+        folder = tmp_path / f"original-{original}"
+        model.save_pretrained(folder, max_shard_size="150KB", save_original_format=original)
+        if headers(folder) in seen:
+            continue
+        seen.append(headers(folder))
+        assert_round_trip(model, folder)
+        plan = prove(type(model).from_pretrained, folder)
+        assert plan.untouched == ()
+        assert {t.parameter for t in plan.tensors} == chosen_axes(model).keys()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 _proofs: dict[tuple[type, str], Proof] = {}
+# What the small copy does not take over: a checkpoint in another dtype has the same proof.
+_SHAPELESS = frozenset(("_name_or_path", "dtype", "torch_dtype", "transformers_version"))
 _plans: WeakKeyDictionary[PreTrainedModel, WriterPlan] = WeakKeyDictionary()
 
 
@@ -42,7 +45,7 @@ def proof_of(config: Any) -> Proof:
     Raises:
         UnsupportedArchitectureError: no copy can be built, or it has no decoder blocks.
     """
-    key = (type(config), config.to_json_string(use_diff=False))
+    key = (type(config), json.dumps(_shaping(config.to_dict()), sort_keys=True, default=str))
     if key not in _proofs:
         try:
             _proofs[key] = prove(config)
@@ -51,6 +54,13 @@ def proof_of(config: Any) -> Proof:
                 f"architecture '{config.model_type}': its writers cannot be found ({error})"
             ) from None
     return _proofs[key]
+
+
+def _shaping(values: Any) -> Any:
+    """The values of a configuration, and of those within it, that shape the model."""
+    if not isinstance(values, dict):
+        return values
+    return {str(n): _shaping(v) for n, v in values.items() if n not in _SHAPELESS}
 
 
 def plan_for(model: PreTrainedModel, plan: WriterPlan, sample: str) -> WriterPlan:

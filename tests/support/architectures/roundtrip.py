@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 
 from abliterate import ablate, add
 from abliterate.cli.app import main
-from abliterate.writers import find_writers, stream_width
+from abliterate.writers import Gain, find_writers, stream_width
 from abliterate.writers.residual_stream import leak
 
 IDS = torch.randint(3, 100, (2, 13), generator=torch.Generator().manual_seed(3))
+
+Shape = frozenset[tuple[object, ...]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Outcome:
         difference: largest difference between logits of the edited and the hooked model.
         verified: ``verify --source`` passed.
         refusal: the error, if there is no edited checkpoint.
+        shape: what kinds of writers there are, and how each is edited: architectures of one shape
+            take the same way through the editor.
         added: the largest difference between logits of a model under ``add`` and of the checkpoint
             with the addition baked in, or the error that refuses it.
     """
@@ -52,6 +56,7 @@ class Outcome:
     difference: float | None
     verified: bool
     refusal: str
+    shape: Shape = frozenset()
     added: float | str = ""
 
 
@@ -65,6 +70,23 @@ def abliterate(*args: str | Path) -> tuple[int, str, str]:
 
 def _leak(model: PreTrainedModel, direction: torch.Tensor) -> float:
     return leak(model, direction, IDS, find_writers(model).blocks)
+
+
+def _shape(model: PreTrainedModel) -> Shape:
+    def gain(each: Gain) -> tuple[object, ...]:
+        return each.parameter is None, each.offset, each.centred, each.index
+
+    return frozenset(
+        (
+            writer.kind,
+            writer.axis,
+            model.get_parameter(writer.parameter).ndim,
+            writer.bias,
+            writer.part is None,
+            *map(gain, writer.gains),
+        )
+        for writer in find_writers(model).writers
+    )
 
 
 def _logits(model: PreTrainedModel) -> torch.Tensor:
@@ -92,6 +114,7 @@ def round_trip(make: Callable[[], PreTrainedModel], folder: Path) -> Outcome:
         "gains": any(writer.gains or writer.part for writer in plan.writers),
         "before": before,
         "hooked": hooked,
+        "shape": _shape(model),
         "added": _baked_addition(model, direction, folder),
     }
     if code != 0:
@@ -139,6 +162,7 @@ def _baked_addition(model: PreTrainedModel, direction: torch.Tensor, folder: Pat
 
 def half_precision(make: Callable[[], PreTrainedModel], folder: Path) -> tuple[float, bool]:
     """The same for a checkpoint stored in bfloat16: the leak that rounding leaves, and verify."""
+    folder.mkdir()
     model = make()
     plan = find_writers(model)
     width = stream_width(model, plan)
