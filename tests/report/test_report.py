@@ -10,7 +10,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from reporting import BREAKOUT, CHROMIUM, EVIL, make_run
+from reporting import BREAKOUT, CHROMIUM, EVIL
 
 from abliterate.cli.app import main
 
@@ -23,11 +23,6 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
     "--disable-component-update", "--no-first-run",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")

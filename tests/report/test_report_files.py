@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from reporting import EVIL, make_run
+from reporting import EVIL
 from safetensors.torch import load_file
 
 from abliterate.prompts.sampling import load_prompts
@@ -20,11 +20,6 @@ from abliterate.report.collect import read_run
 from abliterate.report.geometry_figures import panel_layers
 from abliterate.report.page import make_figures
 from abliterate.report.reproduce import commands
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("report"))
 
 
 def test_no_completions_leaves_no_prompt_and_no_answer_in_the_file(
