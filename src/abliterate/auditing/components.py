@@ -265,41 +265,43 @@ def _finite(entry: TensorEntry, columns: Tensor) -> Tensor:
     return columns
 
 
-def _count(strip: MatrixSlice) -> int:
-    return strip.rows if strip.d_model_is_columns else strip.columns
+def _count(matrix_slice: MatrixSlice) -> int:
+    return matrix_slice.rows if matrix_slice.d_model_is_columns else matrix_slice.columns
 
 
 def _load(
     entry: TensorEntry,
     stored: Quantized | None,
-    strip: MatrixSlice,
+    matrix_slice: MatrixSlice,
     runs: Sequence[tuple[int, int]],
     files: Files,
     dtype: torch.dtype,
 ) -> Tensor:
     """Runs of neighbouring columns (of neighbouring rows, where rows lie along the stream)."""
-    if strip.d_model_is_columns:
-        grid = _grid(entry, stored, strip, files)
-        step = grid.row_step
+    if matrix_slice.d_model_is_columns:
+        matrix = _open_matrix(entry, stored, matrix_slice, files)
+        step = matrix.row_step
         return torch.cat(
             [
-                grid.load(low, high)[first - low : last - low].T.to(dtype, copy=True)
+                matrix.load(low, high)[first - low : last - low].T.to(dtype, copy=True)
                 for first, last in runs
-                for low, high in [(first // step * step, min(-(-last // step) * step, grid.rows))]
+                for low, high in [(first // step * step, min(-(-last // step) * step, matrix.rows))]
             ],
             dim=1,
         )
     if stored is not None:  # blocks of scales: whole rows, then the columns
-        grid = _grid(entry, stored, strip, files)
-        step = max(grid.row_step, (1 << 22) // strip.columns // grid.row_step * grid.row_step)
+        matrix = _open_matrix(entry, stored, matrix_slice, files)
+        step = max(
+            matrix.row_step, (1 << 22) // matrix_slice.columns // matrix.row_step * matrix.row_step
+        )
         rows = []
-        for row in range(0, strip.rows, step):
-            block = grid.load(row, min(row + step, strip.rows))
+        for row in range(0, matrix_slice.rows, step):
+            block = matrix.load(row, min(row + step, matrix_slice.rows))
             rows.append(torch.cat([block[:, a:b] for a, b in runs], dim=1).to(dtype))
         return torch.cat(rows)
-    narrow = [replace(strip, offset=strip.offset + a, columns=b - a) for a, b in runs]
+    narrow = [replace(matrix_slice, offset=matrix_slice.offset + a, columns=b - a) for a, b in runs]
     # Copies: what is loaded is valid until the next load.
-    parts = (_grid(entry, None, s, files).load(0, s.rows) for s in narrow)
+    parts = (_open_matrix(entry, None, s, files).load(0, s.rows) for s in narrow)
     return _joined([part.to(dtype, copy=True) for part in parts])
 
 
@@ -317,16 +319,16 @@ def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, 
     ]
 
 
-def _grid(
-    entry: TensorEntry, stored: Quantized | None, strip: MatrixSlice, files: Files
+def _open_matrix(
+    entry: TensorEntry, stored: Quantized | None, matrix_slice: MatrixSlice, files: Files
 ) -> DiskMatrix:
     device = torch.device("cpu")
     if stored is not None:
-        return open_quantized(stored, strip, files.open, None, 0, None, device)
+        return open_quantized(stored, matrix_slice, files.open, None, 0, None, device)
     if entry.dtype not in DTYPES:
         raise CheckpointError(
             f"tensor '{entry.name}' is stored as {entry.dtype}, which cannot be read as floats: "
             "audit the checkpoint in bfloat16, float16 or float32 that it was made from"
         )
     source = files.open(entry.file)
-    return PlainDiskMatrix(source, entry.start, None, 0, DTYPES[entry.dtype], strip, device)
+    return PlainDiskMatrix(source, entry.start, None, 0, DTYPES[entry.dtype], matrix_slice, device)

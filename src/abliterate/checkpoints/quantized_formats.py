@@ -101,14 +101,14 @@ def find_quantized(shards: ShardSet, config: Mapping[str, Any]) -> dict[str, Qua
     """
     settings = config.get("quantization_config")
     settings = settings if isinstance(settings, Mapping) else {}
-    found = {}
+    quantized = {}
     for name, entry in shards.tensors.items():
         if entry.dtype == "F8_E4M3" and f"{name}_scale_inv" in shards.tensors:
             scales = shards.tensors[f"{name}_scale_inv"]
-            found[name] = _fp8(entry, scales, settings)
+            quantized[name] = _fp8(entry, scales, settings)
         elif name.endswith("_blocks") and (other := f"{name[:-7]}_scales") in shards.tensors:
-            found[name] = _mxfp4(entry, shards.tensors[other])
-    return found
+            quantized[name] = _mxfp4(entry, shards.tensors[other])
+    return quantized
 
 
 def _fp8(values: TensorEntry, scales: TensorEntry, settings: Mapping[str, Any]) -> Quantized:
@@ -148,7 +148,7 @@ def _misfit(values: TensorEntry, scales: TensorEntry) -> str:
 
 def open_quantized(
     stored: Quantized,
-    strip: MatrixSlice,
+    matrix_slice: MatrixSlice,
     source: Callable[[Path], SourceFile],
     target: TargetFile | None,
     to: int,
@@ -159,7 +159,7 @@ def open_quantized(
 
     Args:
         stored: the tensor.
-        strip: which of its matrices; whole rows.
+        matrix_slice: which of its matrices; whole rows.
         source: opens a source file.
         target: the file to write, or None to read only.
         to: where the tensor's values, or its plain form, start there.
@@ -169,14 +169,18 @@ def open_quantized(
     Raises:
         CheckpointError: only part of the matrix is to be edited.
     """
-    merged = stored.scheme == "mxfp4" and scales_to is None and strip.rows != stored.shape[1]
-    if strip.columns != strip.stride or strip.offset % strip.columns or merged:
+    merged = stored.scheme == "mxfp4" and scales_to is None and matrix_slice.rows != stored.shape[1]
+    if (
+        matrix_slice.columns != matrix_slice.stride
+        or matrix_slice.offset % matrix_slice.columns
+        or merged
+    ):
         raise CheckpointError(f"tensor '{stored.values.name}' cannot be edited in part")
-    kind = _Fp8Grid if stored.scheme == "fp8" else _Fp4Grid
-    return kind(stored, strip, source, target, to, scales_to, device)
+    kind = _Fp8Matrix if stored.scheme == "fp8" else _Fp4Matrix
+    return kind(stored, matrix_slice, source, target, to, scales_to, device)
 
 
-class _BlockGrid:
+class _BlockMatrix:
     """What both formats share: scales are held whole, values come and go in blocks of rows."""
 
     splits = False
@@ -184,17 +188,21 @@ class _BlockGrid:
     def __init__(
         self,
         stored: Quantized,
-        strip: MatrixSlice,
+        matrix_slice: MatrixSlice,
         source: Callable[[Path], SourceFile],
         target: TargetFile | None,
         to: int,
         scales_to: int | None,
         device: torch.device,
     ) -> None:
-        self.rows, self.columns, self.row_step = strip.rows, strip.columns, stored.block[0]
+        self.rows, self.columns, self.row_step = (
+            matrix_slice.rows,
+            matrix_slice.columns,
+            stored.block[0],
+        )
         self._stored, self._source, self._target = stored, source, target
         self._to, self._scales_to, self._device = to, scales_to, device
-        self._first_row = strip.offset // strip.columns
+        self._first_row = matrix_slice.offset // matrix_slice.columns
         self._scales: Tensor | None = None
         self._fresh: Tensor | None = None
         self._plain: Tensor | None = None
@@ -276,7 +284,7 @@ class _BlockGrid:
         raise NotImplementedError
 
 
-class _Fp8Grid(_BlockGrid):
+class _Fp8Matrix(_BlockMatrix):
     """float8_e4m3fn with a scale for each (usually 128 x 128) block."""
 
     def _scale_type(self) -> torch.dtype:
@@ -288,9 +296,9 @@ class _Fp8Grid(_BlockGrid):
 
     def _spread(self, scales: Tensor, block: Tensor) -> Tensor:
         rows, columns = self._stored.block
-        wide = scales.to(torch.float32)
-        wide = wide.repeat_interleave(rows, 0)[: len(block)]
-        return wide.repeat_interleave(columns, 1)[:, : block.shape[1]]
+        spread = scales.to(torch.float32)
+        spread = spread.repeat_interleave(rows, 0)[: len(block)]
+        return spread.repeat_interleave(columns, 1)[:, : block.shape[1]]
 
     def _encode(self, block: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = self._stored.block
@@ -306,7 +314,7 @@ class _Fp8Grid(_BlockGrid):
         return numbers.clamp_(-_FP8_MAX, _FP8_MAX).to(_FP8).view(torch.uint8), scales
 
 
-class _Fp4Grid(_BlockGrid):
+class _Fp4Matrix(_BlockMatrix):
     """float4_e2m1, two to a byte (the first in the low half), with a power of two for each 32."""
 
     def _scale_type(self) -> torch.dtype:

@@ -60,6 +60,11 @@ class Workspace:
     _journal: IO[bytes]
 
     @property
+    def energies(self) -> dict[int, DirectionEnergy]:
+        """What the finished shards measured, by the number of the edit."""
+        return {n: sums for shard in self.finished.values() for n, sums in shard.items()}
+
+    @property
     def folder(self) -> Path:
         return partial_of(self.out)
 
