@@ -28,7 +28,8 @@ from abliterate.checkpoints.quantized_formats import (
     read_config,
 )
 from abliterate.checkpoints.shards import DTYPES, ShardSet, TensorEntry
-from abliterate.editing.edit_plan import Located, TensorEdit, locate_writers
+from abliterate.editing.edit_plan import TensorEdit
+from abliterate.editing.located_writers import Located, locate_writers
 from abliterate.editing.shard_tasks import Files
 from abliterate.editing.tensor_changes import resolve_edits
 from abliterate.errors import CheckpointError

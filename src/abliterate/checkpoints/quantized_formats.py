@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,19 @@ class Quantized:
             return self.values.name, self.shape
         experts, rows, columns = self.shape
         return self.values.name.removesuffix("_blocks"), (experts, columns, rows)
+
+
+def plain_config(config: Any) -> Any:
+    """The configuration of the plain model that a quantized checkpoint stands for.
+
+    Args:
+        config: as transformers reads it; it stays as it is.
+    """
+    plain = deepcopy(config)
+    for section in (plain, plain.get_text_config(decoder=True)):
+        if hasattr(section, "quantization_config"):
+            del section.quantization_config
+    return plain
 
 
 def check_method(folder: Path, config: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from abliterate.errors import PlanError
+from abliterate.writers.parameter_names import parameter_aliases
 from abliterate.writers.provenance import Traced, TraceError, leaf
 from abliterate.writers.tensor_slices import Ranges, Region, RegionError, regions
 
@@ -100,7 +101,7 @@ def disk_map(
     if method := getattr(model.config, "quantization_config", None):
         # Its tensors are codes with scales beside them, on which an edit has no meaning.
         raise PlanError(f"the checkpoint is quantised ({_method(method)}): edit the original")
-    aliases = _aliases(model)
+    aliases = parameter_aliases(model)
     axes = _checked_axes(model, parameters, aliases)
     disk = {name: tuple(shape) for name, shape in on_disk.items()}
     groups, untouched = _groups(model, disk)
@@ -118,13 +119,6 @@ def _method(quantization: Any) -> str:
     if isinstance(quantization, dict):
         return str(quantization.get("quant_method"))
     return str(getattr(quantization, "quant_method", quantization))
-
-
-def _aliases(model: PreTrainedModel) -> dict[str, str]:
-    """The name in ``named_parameters()`` for each name under which a parameter is known."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    everywhere = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in everywhere}
 
 
 def _checked_axes(
