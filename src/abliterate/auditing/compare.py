@@ -10,7 +10,8 @@ from torch import Tensor
 
 from abliterate.auditing.components import CheckpointWriters, Part, open_checkpoint, read_tensor
 from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
-from abliterate.checkpoints.shards import DTYPES, ShardSet, read_shards, same_bytes
+from abliterate.checkpoints.safetensors_header import DTYPES
+from abliterate.checkpoints.shards import ShardSet, read_shards, same_bytes
 from abliterate.console import progress
 from abliterate.editing.edit_plan import TensorEdit
 from abliterate.errors import CheckpointError

@@ -27,7 +27,8 @@ from abliterate.checkpoints.quantized_formats import (
     open_quantized,
     read_config,
 )
-from abliterate.checkpoints.shards import DTYPES, ShardSet, TensorEntry
+from abliterate.checkpoints.safetensors_header import DTYPES, TensorEntry
+from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.edit_plan import TensorEdit
 from abliterate.editing.located_writers import Located, locate_writers
 from abliterate.editing.shard_tasks import Files

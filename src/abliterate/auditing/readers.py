@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from abliterate.auditing.components import CheckpointWriters, read_tensor
-from abliterate.checkpoints.shards import DTYPES
+from abliterate.checkpoints.safetensors_header import DTYPES
 from abliterate.editing.edit_plan import TensorEdit
 
 _SAMPLE = 256

@@ -10,16 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoints.shards import (
+from abliterate.checkpoints.safetensors_header import (
     FileStamp,
-    ShardSet,
     TensorEntry,
     header_length,
-    is_adapter,
-    join_shards,
     parse_shard,
-    shard_names,
 )
+from abliterate.checkpoints.shards import ShardSet, is_adapter, join_shards, shard_names
 from abliterate.console import safe_bar
 from abliterate.errors import CheckpointError, FetchError
 from abliterate.storage.guarded_files import naming

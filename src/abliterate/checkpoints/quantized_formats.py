@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.disk_matrix import DiskMatrix, MatrixSlice
-from abliterate.checkpoints.shards import ShardSet, TensorEntry
+from abliterate.checkpoints.safetensors_header import TensorEntry
+from abliterate.checkpoints.shards import ShardSet
 from abliterate.errors import CheckpointError
 from abliterate.storage.file_io import SourceFile, TargetFile
 from abliterate.storage.write_buffers import as_bytes

@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.checkpoints.shards import FileStamp, inside, is_adapter
+from abliterate.checkpoints.safetensors_header import FileStamp
+from abliterate.checkpoints.shards import check_stamps, inside, is_adapter
 from abliterate.editing.workspace import partial_of
-from abliterate.errors import CheckpointError, DiskSpaceError, UsageError
+from abliterate.errors import DiskSpaceError, UsageError
 from abliterate.storage.file_io import SourceFile, TargetFile, copy_range
 from abliterate.storage.locks import is_of_lock
 
@@ -111,16 +112,7 @@ def check_unchanged(stamps: Mapping[Path, FileStamp]) -> None:
     Raises:
         CheckpointError: a file's size or time of change is another.
     """
-    for path, stamp in stamps.items():
-        try:
-            same = FileStamp.of(path.stat()) == stamp
-        except OSError:
-            same = False
-        if not same:
-            raise CheckpointError(
-                f"{path} changed while it was read: run the command again once nothing writes to "
-                "the source"
-            )
+    check_stamps(stamps, "the source")
 
 
 def check_space(out: Path, sizes: Collection[int], present: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.shards import DTYPES, TensorEntry
+from abliterate.checkpoints.safetensors_header import DTYPES, TensorEntry
 from abliterate.direction import Direction
 from abliterate.editing.addition_scale import addition_scale
 from abliterate.editing.edit_plan import EditPlan, TensorEdit

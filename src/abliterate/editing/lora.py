@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.disk_matrix import PlainDiskMatrix, matrix_slices
-from abliterate.checkpoints.shards import DTYPES, ShardSet
+from abliterate.checkpoints.safetensors_header import DTYPES
+from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.edit_plan import TensorEdit
 from abliterate.editing.matrix_orthogonalization import (
     DirectionEnergy,

@@ -17,7 +17,8 @@ from pathlib import Path
 from threading import Event, Thread
 
 from abliterate.checkpoints.hub import HubRepo
-from abliterate.checkpoints.shards import Shard, inside, read_shard
+from abliterate.checkpoints.safetensors_header import Shard, read_shard
+from abliterate.checkpoints.shards import inside
 from abliterate.editing.shard_layout import ShardLayout
 from abliterate.editing.shard_tasks import EditContext
 from abliterate.editing.shard_writer import write_shards

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.disk_matrix import DiskMatrix
-from abliterate.checkpoints.shards import TensorEntry
+from abliterate.checkpoints.safetensors_header import TensorEntry
 from abliterate.errors import CheckpointError
 
 # A block stays in a core's cache through the handful of passes over it.

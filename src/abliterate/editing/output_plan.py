@@ -12,7 +12,8 @@ import torch
 
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.config_sizes import CONFIG
-from abliterate.checkpoints.shards import INDEX, FileStamp
+from abliterate.checkpoints.safetensors_header import FileStamp
+from abliterate.checkpoints.shards import INDEX
 from abliterate.direction import Direction
 from abliterate.editing.auxiliary_files import AuxiliaryFiles, find_auxiliary_files
 from abliterate.editing.file_names import CARD, RECORD

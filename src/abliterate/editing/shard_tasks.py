@@ -19,7 +19,7 @@ from abliterate.checkpoints.disk_matrix import (
     matrix_slices,
 )
 from abliterate.checkpoints.quantized_formats import Quantized, open_quantized
-from abliterate.checkpoints.shards import DTYPES, TensorEntry
+from abliterate.checkpoints.safetensors_header import DTYPES, TensorEntry
 from abliterate.editing.edit_plan import TensorEdit
 from abliterate.editing.matrix_orthogonalization import (
     DirectionEnergy,

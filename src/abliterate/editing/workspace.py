@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from abliterate.checkpoints.shards import FileStamp
+from abliterate.checkpoints.safetensors_header import FileStamp
 from abliterate.editing.matrix_orthogonalization import DirectionEnergy
 from abliterate.editing.own_checkpoint import check_replaceable
 from abliterate.errors import CheckpointError, InputError, UsageError

@@ -30,13 +30,13 @@ from abliterate.checkpoints.config_sizes import (
     check_sizes,
 )
 from abliterate.checkpoints.hub import check_files
+from abliterate.checkpoints.safetensors_header import read_shard
 from abliterate.checkpoints.shards import (
     INDEX,
     ShardSet,
     check_unchanged,
     inside,
     read_index,
-    read_shard,
     read_shards,
     shard_names,
     weight_files,

@@ -16,7 +16,8 @@ import torch
 
 from abliterate.checkpoints.config_sizes import CONFIG
 from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
-from abliterate.checkpoints.shards import ShardSet, TensorEntry, same_bytes
+from abliterate.checkpoints.safetensors_header import TensorEntry
+from abliterate.checkpoints.shards import ShardSet, same_bytes
 from abliterate.direction import Direction
 from abliterate.editing.auxiliary_files import find_auxiliary_files
 from abliterate.editing.edit_plan import TensorEdit
