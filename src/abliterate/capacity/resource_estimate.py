@@ -20,7 +20,8 @@ from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.shard_writer import edit_memory, usable_cores
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.inference.token_batches import TokenBudget
-from abliterate.models.loading import DTYPES, empty_model, text_config
+from abliterate.models.loading import DTYPES
+from abliterate.models.model_classes import empty_model, text_config
 from abliterate.offload.weight_passes import CPU_TOKENS
 from abliterate.writers import decoder_blocks, find_writers
 

@@ -22,7 +22,7 @@ from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.editing.shard_layout import NewTensor, TensorChanges
 from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.inference.interventions import unit_direction
-from abliterate.models.loading import empty_model
+from abliterate.models.model_classes import empty_model
 from abliterate.storage.write_buffers import as_bytes
 
 

@@ -17,14 +17,8 @@ from abliterate.editing.located_writers import locate_writers
 from abliterate.editing.tied_embeddings import untied_copies
 from abliterate.errors import PlanError, UnsupportedArchitectureError
 from abliterate.inference.interventions import unit_direction
-from abliterate.models.loading import (
-    Checkpoint,
-)
-from abliterate.writers import (
-    Proof,
-    Writer,
-    stream_width,
-)
+from abliterate.models.loading import Checkpoint
+from abliterate.writers import Proof, Writer, stream_width
 from abliterate.writers.discovery import orthonormal, writer_direction
 from abliterate.writers.disk_tensors import DiskTensor
 from abliterate.writers.tensor_slices import Ranges

@@ -24,21 +24,9 @@ from abliterate.checkpoints.shards import ShardSet, read_shards
 from abliterate.console import log
 from abliterate.editing.tied_embeddings import tied_head
 from abliterate.errors import CheckpointError, PlanError, UnsupportedArchitectureError
-from abliterate.models.loading import (
-    Checkpoint,
-    empty_model,
-    load_config,
-    load_weights,
-    require_safetensors,
-    text_config,
-)
-from abliterate.writers import (
-    Proof,
-    WriterPlan,
-    plan_for,
-    proof_of,
-    prove_in_place,
-)
+from abliterate.models.loading import Checkpoint, load_config, load_weights, require_safetensors
+from abliterate.models.model_classes import empty_model, text_config
+from abliterate.writers import Proof, WriterPlan, plan_for, proof_of, prove_in_place
 from abliterate.writers.discovery import DiscoveryError
 from abliterate.writers.disk_tensors import DiskMap, DiskTensor, disk_map
 from abliterate.writers.parameter_names import parameter_aliases

@@ -16,11 +16,8 @@ from abliterate.checkpoints.quantized_formats import (
 )
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.errors import PlanError
-from abliterate.models.loading import (
-    Checkpoint,
-    empty_model,
-    load_config,
-)
+from abliterate.models.loading import Checkpoint, load_config
+from abliterate.models.model_classes import empty_model
 from abliterate.writers.disk_tensors import disk_map
 from abliterate.writers.parameter_names import module_name, parameter_aliases
 

@@ -10,17 +10,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from abliterate.checkpoints.shards import INDEX, read_index, weight_files
 from abliterate.editing.located_writers import prove_writers, read_plain, writer_axes
 from abliterate.editing.tied_embeddings import tied_head
-from abliterate.models.loading import (
-    Checkpoint,
-    empty_model,
-    load_config,
-)
-from abliterate.writers import (
-    Writer,
-    plan_for,
-    proof_of,
-    stream_width,
-)
+from abliterate.models.loading import Checkpoint, load_config
+from abliterate.models.model_classes import empty_model
+from abliterate.writers import Writer, plan_for, proof_of, stream_width
 from abliterate.writers.disk_tensors import disk_map
 
 

@@ -1,4 +1,4 @@
-"""Getting at a model: a local folder or a hub id, its tokenizer, its decoder blocks."""
+"""Loading a model and its tokenizer from a checkpoint, onto which device and in which dtype."""
 
 from __future__ import annotations
 
@@ -7,28 +7,14 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from abliterate.checkpoints.checkpoint import Checkpoint as Checkpoint  # also given from here
 from abliterate.checkpoints.checkpoint import find_checkpoint as find_checkpoint
-from abliterate.checkpoints.config_sizes import (
-    CONFIG,
-    NUMBERS,
-    TENSORS,
-    Held,
-    check_counts,
-    check_sizes,
-)
+from abliterate.checkpoints.config_sizes import Held, check_counts, check_sizes
 from abliterate.checkpoints.hub import check_files
 from abliterate.checkpoints.safetensors_header import read_shard
 from abliterate.checkpoints.shards import (
@@ -46,6 +32,8 @@ from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
 from abliterate.models.bounded_build import TooLargeError, bounded_build
 from abliterate.models.device_placement import Placement, check_plan, own_device
+from abliterate.models.embedding_rows import remember_tokenizer
+from abliterate.models.model_classes import model_class, size_bounds, text_config, too_large
 from abliterate.prompts.template_process import start_rendering
 
 DTYPES = {
@@ -76,55 +64,11 @@ class LoadedModel:
     engine: Any = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, PreTrainedModel):
-            _tokenizers[self.model] = self.tokenizer
+        remember_tokenizer(self.model, self.tokenizer)
 
 
 # The name that the library's users know.
 Loaded = LoadedModel
-
-# Names tokens in errors, where a model is at hand without its tokenizer.
-_tokenizers: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
-
-
-def embedding_rows(model: Any) -> int | None:
-    """How many token ids a model's embedding knows; None where that cannot be said."""
-    embedding = model.get_input_embeddings()
-    rows = getattr(embedding, "num_embeddings", None)
-    if rows is None:
-        rows = next(iter(getattr(getattr(embedding, "weight", None), "shape", ())), None)
-    if not isinstance(rows, int):
-        return None
-    said = getattr(text_config(model), "vocab_size", None)  # where ranks hold parts of it
-    return max(rows, said) if isinstance(said, int) else rows
-
-
-def require_token(model: Any, token: int, where: str) -> None:
-    """Refuse a token for which the embedding has no row.
-
-    A tokenizer often has more tokens than that: it matters only once one is fed to the model.
-
-    Args:
-        model: the model.
-        token: its id.
-        where: what it occurs in, in words.
-
-    Raises:
-        CheckpointError: there is no row.
-    """
-    rows = embedding_rows(model)
-    if rows is None or token < rows:
-        return
-    tokenizer = _tokenizers.get(model) if isinstance(model, PreTrainedModel) else None
-    name, size = "", ""
-    if tokenizer is not None:
-        name = f" {tokenizer.convert_ids_to_tokens(token)!r}"
-        size = f", the tokenizer {len(tokenizer):,} tokens"
-    raise CheckpointError(
-        f"token{name} (id {token}) of {where} has no row in the embedding of "
-        f"{getattr(model, 'name_or_path', '') or 'the model'}, which has {rows:,} rows{size}: give "
-        "a tokenizer and chat template that belong to the model"
-    )
 
 
 def pick_device(device: str) -> torch.device:
@@ -279,7 +223,7 @@ def load_weights(
     # What memory is free now differs from rank to rank; the dtype must not.
     number = ranks.broadcast(pick_dtype(dtype, config, checkpoint.folder, place, copies))
     try:
-        with bounded_build(*_bounds(config, shards)):
+        with bounded_build(*size_bounds(config, shards)):
             model, info = model_class(config).from_pretrained(
                 checkpoint.folder,
                 config=config,
@@ -292,7 +236,7 @@ def load_weights(
                 **placement.loading_options(),
             )
     except TooLargeError as error:
-        raise _too_large(config, error, shards) from None
+        raise too_large(config, error, shards) from None
     except Exception as error:
         raise _loading_error(checkpoint, error) from None
     check_unchanged(shards)
@@ -304,97 +248,6 @@ def load_weights(
             + ": the checkpoint is incomplete"
         )
     return cast(PreTrainedModel, (model if placement.is_spread else model.to(place)).eval())
-
-
-def has_causal_class(config: Any) -> bool:
-    """Whether transformers has a class for a language model of exactly this configuration."""
-    return type(config) in AutoModelForCausalLM._model_mapping or _named_class(config) is not None
-
-
-def _named_class(config: Any) -> Any:
-    """The class that ``architectures`` names, where the auto classes do not know the config."""
-    names = getattr(config, "architectures", None) or [""]
-    return getattr(transformers, names[0], None)
-
-
-def model_class(config: Any) -> Any:
-    """The class whose ``from_pretrained`` loads the language model of ``config``.
-
-    A text decoder inside a vision-language model comes with the whole of it, unless transformers
-    has a text-only class for that configuration.
-    """
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    if type(config) in AutoModelForImageTextToText._model_mapping:
-        return AutoModelForImageTextToText
-    return _named_class(config) or AutoModelForCausalLM
-
-
-def build_model(config: Any, **options: Any) -> PreTrainedModel:
-    """A model of ``config`` with random weights, on the current default device.
-
-    Args:
-        config: its configuration.
-        options: as for ``from_config`` (``dtype``, ``attn_implementation``, ...).
-    """
-    kind = model_class(config)
-    if hasattr(kind, "from_config"):
-        return cast(PreTrainedModel, kind.from_config(config, **options))
-    options.pop("trust_remote_code", None)
-    return cast(PreTrainedModel, kind._from_config(config, **options))
-
-
-def empty_model(
-    config: Any, trust_remote_code: bool = False, shards: ShardSet | None = None, **options: Any
-) -> PreTrainedModel:
-    """The model of a configuration on the meta device: names and shapes, no memory.
-
-    Args:
-        config: its configuration.
-        trust_remote_code: the checkpoint's own code may run.
-        shards: its tensors, which a model is not built far beyond.
-        options: as for :func:`build_model`.
-
-    Raises:
-        CheckpointError: the configuration contradicts itself, or is that of a larger model.
-    """
-    bounds = (NUMBERS, TENSORS) if shards is None else _bounds(config, shards)
-    try:
-        with torch.device("meta"), bounded_build(*bounds):
-            model = build_model(config, trust_remote_code=trust_remote_code, **options)
-    except TooLargeError as error:
-        raise _too_large(config, error, shards) from None
-    except Exception as error:  # whatever the architecture's own constructor raises
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"a '{config.model_type}' model cannot be built from config.json ({reason})"
-        ) from None
-    layers = Held(dict.fromkeys(name for name, _ in model.named_parameters())).layers
-    held = None if shards is None else Held.of(shards)
-    if held is not None and layers is not None and held.layers is not None and layers > held.layers:
-        raise _too_large(config, TooLargeError(f"{layers:,} layers"), shards)
-    return model
-
-
-def _bounds(config: Any, shards: ShardSet) -> tuple[int, int]:
-    """Elements and tensors of a model beyond which these shards are not its weights."""
-    # Some pack eight numbers into one; tied weights count twice, and so does what a quantizer
-    # puts in the place of another.
-    packed = 8 if getattr(config, "quantization_config", None) else 1
-    elements, tensors = Held.of(shards).elements, len(shards.tensors)
-    return 4 * packed * elements + (1 << 24), 8 * tensors + 10_000
-
-
-def _too_large(what: Any, error: TooLargeError, shards: ShardSet | None) -> CheckpointError:
-    if shards is None:
-        kind = getattr(what, "model_type", what)
-        return CheckpointError(
-            f"config.json describes a '{kind}' model of {error}, which cannot be: it is damaged"
-        )
-    return CheckpointError(
-        f"{shards.folder / CONFIG} describes a model of {error}, but the files beside it hold "
-        f"{Held.of(shards)} with {Held.of(shards).elements:,} numbers: they do not belong together"
-    )
 
 
 def require_safetensors(checkpoint: Checkpoint) -> None:
@@ -420,9 +273,3 @@ def _loading_error(checkpoint: Checkpoint, error: Exception, what: str = "") -> 
         text = "its tensors have other shapes than its config.json says"
     short = text[:300] or type(error).__name__
     return CheckpointError(f"{what}{checkpoint.name} cannot be loaded: {short}")
-
-
-def text_config(model_or_config: Any) -> Any:
-    """The configuration of the text decoder (itself, where there is no nested one)."""
-    config = getattr(model_or_config, "config", model_or_config)
-    return config.get_text_config(decoder=True)

@@ -34,7 +34,8 @@ from transformers.utils.logging import (
 from abliterate.checkpoints.shards import read_shards
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.models.library_versions import load_tensors
-from abliterate.models.loading import Checkpoint, empty_model
+from abliterate.models.loading import Checkpoint
+from abliterate.models.model_classes import empty_model
 from abliterate.offload.mmap_weights import Mapped
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from abliterate.checkpoints.config_sizes import absurd_count
 from abliterate.models.bounded_build import bounded_build
-from abliterate.models.loading import build_model, has_causal_class
+from abliterate.models.model_classes import build_model, has_causal_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
