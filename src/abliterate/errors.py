@@ -61,3 +61,8 @@ class InterruptedWorkError(AbliterateError):
     """Ctrl-C came midway; the message says what was kept and how to go on."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says, or its type where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from abliterate.console import debugging, hide, redact
 from abliterate.errors import CheckpointError, UsageError
+from abliterate.extras import import_extra
 from abliterate.prompts.template_process import TemplateError, render_conversations
 from abliterate.settings import public_url
 
@@ -340,12 +341,7 @@ def _short(error: BaseException) -> str:
 
 def _openai() -> Any:
     """The client library, quiet unless debugging."""
-    try:
-        import openai
-    except ImportError:
-        raise UsageError(
-            "--judge-url needs the openai package: pip install 'abliterate[eval]'"
-        ) from None
+    openai = import_extra("openai", "--judge-url", "the openai package", "eval")
     if not debugging():
         import logging
 

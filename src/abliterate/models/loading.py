@@ -29,7 +29,7 @@ from abliterate.checkpoints.shards import (
 )
 from abliterate.console import bars_hidden
 from abliterate.distributed.rank_group import ALONE, RankGroup
-from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
+from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError, first_line
 from abliterate.models.bounded_build import TooLargeError, bounded_build
 from abliterate.models.device_placement import Placement, check_plan, own_device
 from abliterate.models.embedding_rows import remember_tokenizer
@@ -84,8 +84,7 @@ def pick_device(device: str) -> torch.device:
         chosen = own_device(torch.device(device))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device} cannot be used here: {reason}") from None
+        raise UsageError(f"--device {device} cannot be used here: {first_line(error)}") from None
     if chosen.type == "meta":
         raise UsageError(f"--device {device} holds no weights: nothing can be computed there")
     return chosen

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import InputError, UsageError
+from abliterate.errors import InputError, UsageError, first_line
+from abliterate.prompts.hub_datasets import HubDataset, HubDatasetError
 from abliterate.resources import data_dir
 
 TEXT_COLUMNS = ("instruction", "prompt", "goal", "text", "question", "behavior")
@@ -37,9 +38,6 @@ PRESETS = {
     "alpaca": "tatsu-lab/alpaca:train[instruction]",
 }
 
-_HUB_ID = re.compile(
-    r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.\[\]%+:-]+?))?"
-)
 _COLUMN = re.compile(r"(?P<rest>.+)\[(?P<column>[^\[\]]+)\]", re.DOTALL)
 
 
@@ -123,11 +121,8 @@ def read_source(spec: str) -> PromptSource:
     path = Path(expanded)
     if path.suffix.lower() in FILE_TYPES or path.exists():
         return PromptSource(spec, "file", {"all": _read_file(path, column)})
-    if (match := _HUB_ID.fullmatch(expanded)) and not expanded.startswith((".", "/", "~")):
-        prompts = _read_hub(
-            spec, match["id"], match["config"], match["revision"], match["split"] or "train", column
-        )
-        return PromptSource(spec, "hub", {"all": prompts})
+    if (dataset := HubDataset.parse(expanded)) is not None:
+        return PromptSource(spec, "hub", {"all": _read_hub(spec, dataset, column)})
     known = ", ".join((*BUNDLED, *PRESETS))
     raise InputError(
         f"prompt source '{spec}' is neither a set ({known}), an existing file "
@@ -190,8 +185,7 @@ def _parquet_rows(path: Path, raw: bytes) -> list[Any]:
     try:
         return list(pq.read_table(io.BytesIO(raw)).to_pylist())
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a readable parquet file: {reason}") from None
+        raise InputError(f"{path} is not a readable parquet file: {first_line(error)}") from None
 
 
 def _text_rows(path: Path, kind: str, text: str) -> list[Any]:
@@ -224,17 +218,12 @@ def _parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where}: not valid JSON ({error})") from None
 
 
-def _read_hub(
-    spec: str, name: str, config: str | None, revision: str | None, split: str, column: str | None
-) -> tuple[Prompt, ...]:
-    import datasets
-
+def _read_hub(spec: str, dataset: HubDataset, column: str | None) -> tuple[Prompt, ...]:
     try:
-        rows = list(datasets.load_dataset(name, config, split=split, revision=revision))
-    except Exception as error:  # the hub client's many error types have no narrower common base
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        rows = dataset.rows()
+    except HubDatasetError as error:
         raise InputError(
-            f"hub dataset '{spec}' cannot be loaded ({reason}): check the id, split and network, "
+            f"hub dataset '{spec}' cannot be loaded ({error}): check the id, split and network, "
             "set HF_TOKEN if it is gated, or pass a local file"
         ) from None
     # Alpaca-style rows whose instruction needs a separate input are no prompts of their own (paper,
