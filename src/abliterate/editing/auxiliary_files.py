@@ -63,7 +63,7 @@ def find_auxiliary_files(
     Raises:
         CheckpointError: a symlink leaves the checkpoint.
     """
-    files, left = {}, []
+    files, left_behind = {}, []
     for path in _walk(source):
         relative = path.relative_to(source)
         if is_of_lock(relative.name):
@@ -73,10 +73,10 @@ def find_auxiliary_files(
         status = inside(source, path).stat()
         unedited = path.suffix.lower() in _OTHER_WEIGHTS or is_adapter(path.name)
         if unedited or not stat.S_ISREG(status.st_mode):
-            left.append(str(relative))
+            left_behind.append(str(relative))
         else:
             files[relative] = FileStamp.of(status)
-    return AuxiliaryFiles(files, tuple(left))
+    return AuxiliaryFiles(files, tuple(left_behind))
 
 
 def _walk(source: Path) -> Iterator[Path]:

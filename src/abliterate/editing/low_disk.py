@@ -64,9 +64,9 @@ def plan_steps(
         The steps, and the bytes of disk space needed at the worst moment beyond the output's.
     """
     needs = {id(layout): _sources(layout, context) - set(cached) for layout in layouts}
-    own = {id(layout): frozenset({layout.shard.path.name}) for layout in layouts}
+    itself = {id(layout): frozenset({layout.shard.path.name}) for layout in layouts}
     # In place goes what needs nothing but itself; its other users come before.
-    alone = {key for key, names in needs.items() if names == own[key]}
+    alone = {key for key, names in needs.items() if names == itself[key]}
     order = sorted(layouts, key=lambda x: x.header is None and id(x) in alone)
     total = sum(layout.size for layout in order)
     steps, written, peak, held = [], 0, 0, frozenset[str]()
@@ -74,7 +74,7 @@ def plan_steps(
         later = [needs[id(other)] for other in order[index + 1 :]]
         held |= needs[id(layout)]
         dropped = held - frozenset[str]().union(*later)
-        in_place = layout.header is None and id(layout) in alone and own[id(layout)] <= dropped
+        in_place = layout.header is None and id(layout) in alone and itself[id(layout)] <= dropped
         now = written + sum(sizes[name] for name in held) + (0 if in_place else layout.size)
         coming = sum(sizes[name] for name in (later[0] if later else frozenset()) - held)
         ahead = now + coming <= total
