@@ -27,19 +27,19 @@ class ComponentPool:
 def make_pools(units: Sequence[AuditedComponent], width: int) -> list[ComponentPool]:
     """One cell for each unit, or as few for each kind as memory and time allow."""
     room = _MOST_BYTES / (width**2 * storage(width).itemsize)
-    most = int(max(_FEWEST_CELLS, min(room, _MOST_FLOPS / (_FLOPS * width**3))))
-    if len(units) <= most:
+    max_pools = int(max(_FEWEST_CELLS, min(room, _MOST_FLOPS / (_FLOPS * width**3))))
+    if len(units) <= max_pools:
         return [ComponentPool(u.kind, (u.layer,), (u,)) for u in units]
     kinds = dict.fromkeys(u.kind for u in units)
     cells = []
     for kind in kinds:
-        own = [u for u in units if u.kind == kind]
-        number = max(1, min(len(own), round(most * len(own) / len(units))))
-        if 1 < number < len(own):  # so that none reaches over the thirds of the depth by much
-            number = min(len(own), 3 * max(1, round(number / 3)))
+        of_kind = [u for u in units if u.kind == kind]
+        number = max(1, min(len(of_kind), round(max_pools * len(of_kind) / len(units))))
+        if 1 < number < len(of_kind):  # so that none reaches over the thirds of the depth by much
+            number = min(len(of_kind), 3 * max(1, round(number / 3)))
         for index in range(number):
-            some = own[len(own) * index // number : len(own) * (index + 1) // number]
-            cells.append(ComponentPool(kind, tuple(u.layer for u in some), tuple(some)))
+            chunk = of_kind[len(of_kind) * index // number : len(of_kind) * (index + 1) // number]
+            cells.append(ComponentPool(kind, tuple(u.layer for u in chunk), tuple(chunk)))
     return cells
 
 

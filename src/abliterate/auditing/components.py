@@ -140,7 +140,7 @@ def open_checkpoint(checkpoint: Checkpoint) -> CheckpointWriters:
 def read_columns(
     reading: CheckpointWriters,
     unit: AuditedComponent,
-    most: int,
+    max_columns: int,
     seed: int,
     gains: bool = True,
     dtype: torch.dtype = torch.float64,
@@ -161,13 +161,13 @@ def read_columns(
     Raises:
         CheckpointError: a tensor holds NaN or infinity, or is stored in an unknown format.
     """
-    share = max(1, most // len(unit.parts))
-    found = [
+    share = max(1, max_columns // len(unit.parts))
+    columns = [
         passed
         for part in unit.parts
         for passed in _stream_columns(reading, part, share, seed, gains, dtype)
     ]
-    return _joined(found)
+    return _joined(columns)
 
 
 def _joined(columns: Sequence[Tensor]) -> Tensor:
@@ -182,12 +182,14 @@ def read_bias(reading: CheckpointWriters, part: Part) -> Tensor:
 def _stream_columns(
     reading: CheckpointWriters,
     part: Part,
-    most: int,
+    max_columns: int,
     seed: int,
     gains: bool,
     dtype: torch.dtype = torch.float64,
 ) -> Iterator[Tensor]:
-    raw = read_tensor(reading.located.shards, reading.quantized, part.edit, most, seed, dtype)
+    raw = read_tensor(
+        reading.located.shards, reading.quantized, part.edit, max_columns, seed, dtype
+    )
     if part.channels is not None:
         whole = raw.new_zeros(reading.d_model, raw.shape[1])
         whole[slice(*part.channels)] = raw
@@ -205,10 +207,8 @@ def _pass(columns: Tensor, way: Sequence[Gain], values: Mapping[str, Tensor]) ->
         if gain.centred:
             columns = columns - columns.mean(dim=0)
         if gain.parameter is not None:
-            value = values[gain.parameter].double()
-            if gain.index:
-                value = value[tuple(slice(None) if i is None else i for i in gain.index)]
-            columns = (value.reshape(-1, 1) + gain.offset).to(columns.dtype) * columns
+            factors = gain.factors(values[gain.parameter].double()).unsqueeze(1)
+            columns = factors.to(columns.dtype) * columns
     return columns
 
 
@@ -216,7 +216,7 @@ def read_tensor(
     shards: ShardSet,
     quantized: Mapping[str, Quantized],
     edit: TensorEdit,
-    most: int,
+    max_columns: int,
     seed: int,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
@@ -232,14 +232,14 @@ def read_tensor(
     pieces = list(matrix_slices(shape, edit.axis, edit.region))
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(pieces), generator=generator)[:_MOST_STRIPS].sort().values
-    share = max(1, most // len(chosen))
+    share = max(1, max_columns // len(chosen))
     with ExitStack() as stack:
         files = Files(stack, {})
-        found = [
+        blocks = [
             _load(entry, stored, piece, _runs(_count(piece), share, generator), files, dtype)
             for piece in (pieces[index] for index in chosen.tolist())
         ]
-    return _finite(entry, _joined(found))
+    return _finite(entry, _joined(blocks))
 
 
 def every_column(
@@ -307,11 +307,11 @@ def _load(
     return _joined([part.to(dtype, copy=True) for part in parts])
 
 
-def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    if count <= most:
+def _runs(count: int, max_count: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    if count <= max_count:
         return [(0, count)]
-    number = min(_RUNS, most)
-    room, length = count // number, most // number
+    number = min(_RUNS, max_count)
+    room, length = count // number, max_count // number
     return [
         (begin, begin + length)
         for index in range(number)

@@ -78,12 +78,12 @@ def make_scaling(
     rows, present = [], []
     for cell in cells:
         step = max(1, math.ceil(len(cell.units) / _ROW_UNITS)) if wide else 1
-        most = _ROW_COLUMNS if wide else _most(reading, cell)
+        max_columns = _ROW_COLUMNS if wide else _most(reading, cell)
         energy = torch.zeros(reading.d_model, dtype=torch.float64)
         for unit in cell.units[::step]:
-            own = read_columns(reading, unit, most, _SEED, gains).square().sum(dim=1)
-            whole = _finite(float(own.sum()), unit)
-            energy += own / whole if whole > 0 else own
+            row_energy = read_columns(reading, unit, max_columns, _SEED, gains).square().sum(dim=1)
+            whole = _finite(float(row_energy.sum()), unit)
+            energy += row_energy / whole if whole > 0 else row_energy
         if float(energy.sum()) > 0:
             rows.append(energy)
             present.append(cell)

@@ -37,7 +37,7 @@ class SetAside:
     channels: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Blind:
     """What the writers alone tell.
 
@@ -58,15 +58,15 @@ class Blind:
     """
 
     verdict: str
-    reason: str
-    p_value: float
-    group: str
-    gaps: Mapping[str, Gap] = field(repr=False)
-    direction: Tensor | None
+    reason: str = ""
+    p_value: float = 1.0
+    group: str = ""
+    gaps: Mapping[str, Gap] = field(default_factory=dict, repr=False)
+    direction: Tensor | None = None
     gains: bool
     set_aside: tuple[SetAside, ...]
-    detectable: float | None
-    reading: float | None
+    detectable: float | None = None
+    reading: float | None = None
     cells: int
 
 
@@ -96,7 +96,11 @@ def _judge(reading: CheckpointWriters, gains: bool, device: torch.device) -> Bli
 
     def cannot_tell(reason: str) -> Blind:
         return Blind(
-            "undecided", reason, 1.0, "", {}, None, gains, tuple(aside), None, None, len(cells)
+            verdict="undecided",
+            reason=reason,
+            gains=gains,
+            set_aside=tuple(aside),
+            cells=len(cells),
         )
 
     few = "channels are too few for a direction to stand out"
@@ -125,23 +129,31 @@ def _judge(reading: CheckpointWriters, gains: bool, device: torch.device) -> Bli
             return cannot_tell(f"{width} {few}")
     else:
         return cannot_tell("too many directions stand out that are no edit's")
-    done = tuple(aside)
+    detectable, reason = None, ""
     if p_value <= CLAIM:
-        refined = frame.outwards(_refined(units, gaps[name].direction))
-        return Blind(
-            "edited", "", p_value, name, gaps, refined, gains, done, None, read, len(cells)
-        )
-    if p_value <= DOUBT:
+        verdict = "edited"
+        direction = frame.outwards(_refined(units, gaps[name].direction))
+    elif p_value <= DOUBT:
+        verdict = "undecided"
         reason = "a direction stands out, but not far enough beyond chance to claim an edit"
-        return Blind(
-            "undecided", reason, p_value, name, gaps, direction, gains, done, None, read, len(cells)
-        )
-    detectable = _power(units, cells, groups["all"], CLAIM / len(groups) / hypotheses)
-    reason = "" if detectable is not None else "even a whole edit would not stand out here"
+    else:
+        detectable = _power(units, cells, groups["all"], CLAIM / len(groups) / hypotheses)
+        verdict = "clean" if detectable is not None else "undecided"
+        reason = "" if detectable is not None else "even a whole edit would not stand out here"
+    stands_out = p_value <= DOUBT
     return Blind(
-        "clean" if detectable is not None else "undecided",
-        reason, p_value, name, gaps, None, gains, done, detectable, None, len(cells),
-    )  # fmt: skip
+        verdict=verdict,
+        reason=reason,
+        p_value=p_value,
+        group=name,
+        gaps=gaps,
+        direction=direction if stands_out else None,
+        gains=gains,
+        set_aside=tuple(aside),
+        detectable=detectable,
+        reading=read if stands_out else None,
+        cells=len(cells),
+    )
 
 
 def _test(
@@ -160,10 +172,10 @@ def _refined(units: Sequence[SoftNullProjector], direction: Tensor) -> Tensor:
         carrying = [unit for unit, value in zip(units, along, strict=True) if value >= bound]
         if len(carrying) < 2:
             break
-        found = emptiest(carrying)
-        if float(found @ direction) ** 2 < 0.5:
+        refined = emptiest(carrying)
+        if float(refined @ direction) ** 2 < 0.5:
             break  # it left for another
-        current = found
+        current = refined
     return current
 
 

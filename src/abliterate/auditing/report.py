@@ -22,7 +22,7 @@ from abliterate.storage.artifacts import versions
 _FULL = 0.9  # a removed share that counts as all of it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Audit:
     """The verdict on a checkpoint and what it rests on.
 
@@ -164,15 +164,27 @@ def audit(
             style = name_style(reading, units, vector, gains)
         carried = [u.removed for u in units if u.carries]
         removed = float(torch.tensor(carried).median()) if carried else None
-        own = [u.carries for u in units if u.kind == "embedding"]
-        embeddings = all(own) if own else None
+        carrying = [u.carries for u in units if u.kind == "embedding"]
+        embeddings = all(carrying) if carrying else None
         biases = biases_included(reading, vector, comparison)
     reason = blind.reason if verdict == "undecided" else ""
     return Audit(
-        verdict, evidence, reason, vector, units, style, removed, embeddings, biases, blind,
-        claim, head, comparison, _warnings(verdict, claim, comparison, blind),
-        checkpoint.identity(),
-    )  # fmt: skip
+        verdict=verdict,
+        evidence=evidence,
+        reason=reason,
+        direction=vector,
+        strength=units,
+        style=style,
+        removed=removed,
+        embeddings=embeddings,
+        biases=biases,
+        blind=blind,
+        claim=claim,
+        head=head,
+        comparison=comparison,
+        warnings=_warnings(verdict, claim, comparison, blind),
+        model=checkpoint.identity(),
+    )
 
 
 def _decide(
@@ -196,16 +208,18 @@ def _decide(
 def _warnings(
     verdict: str, claim: DeclaredEdit, comparison: Comparison | None, blind: Blind
 ) -> tuple[str, ...]:
-    found = list(claim.mismatches)
+    warnings = list(claim.mismatches)
     if claim.card and verdict == "clean":
-        found.append("the model card says that refusals were removed; the weights do not show it")
+        warnings.append(
+            "the model card says that refusals were removed; the weights do not show it"
+        )
     if claim.record and verdict == "clean":
-        found.append("abliterate.json declares an edit that the weights do not show")
+        warnings.append("abliterate.json declares an edit that the weights do not show")
     if verdict == "edited" and not claim.card and not claim.record:
-        found.append("nothing in the checkpoint declares this edit")
+        warnings.append("nothing in the checkpoint declares this edit")
     if comparison is not None and verdict == "edited" and comparison.beyond:
         count = len(comparison.beyond)
-        found.append(f"{count} tensor{'s differ' if count > 1 else ' differs'} beyond the edit")
+        warnings.append(f"{count} tensor{'s differ' if count > 1 else ' differs'} beyond the edit")
     if comparison is not None and verdict == "clean" and blind.verdict == "edited":
-        found.append("the base itself carries the signature of an edit")
-    return tuple(found)
+        warnings.append("the base itself carries the signature of an edit")
+    return tuple(warnings)

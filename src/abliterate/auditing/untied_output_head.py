@@ -76,13 +76,13 @@ def head_evidence(reading: CheckpointWriters) -> HeadEvidence | None:
         return None
     vector, shares = left_vector(delta)
     lost, had = vector @ delta, vector @ original
-    both, own = float(lost @ had), float(had.square().sum())
-    fit = both**2 / (float(lost.square().sum()) * own)
-    found = HeadEvidence(
+    both, had_energy = float(lost @ had), float(had.square().sum())
+    fit = both**2 / (float(lost.square().sum()) * had_energy)
+    evidence = HeadEvidence(
         float(shares[0]) > 0.9 and fit > 0.99 and both < 0,
-        -both / own,
+        -both / had_energy,
         fit,
         float(shares[0]),
         vector,
     )
-    return found if found.projection else None
+    return evidence if evidence.projection else None

@@ -108,7 +108,7 @@ class HubRepo:
 
         try:
             with naming(folder / name):
-                found = hf_hub_download(
+                path = hf_hub_download(
                     self.id,
                     name,
                     revision=self.revision,
@@ -119,7 +119,7 @@ class HubRepo:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise FetchError(_unfetched(f"{self.id}/{name}", error)) from None
-        return Path(found)
+        return Path(path)
 
 
 def _stoppable_bar(stopped: Callable[[], bool]) -> Any:

@@ -78,24 +78,26 @@ class RankGroup:
         """``items`` in turns, after each of which results are to be exchanged."""
         if self.is_unsplit:
             return [list(items)]
-        most = max(1, -(-len(items) // (_ROUNDS * self.size))) * self.size
-        return [list(items[first : first + most]) for first in range(0, len(items), most)]
+        chunk_size = max(1, -(-len(items) // (_ROUNDS * self.size))) * self.size
+        return [
+            list(items[first : first + chunk_size]) for first in range(0, len(items), chunk_size)
+        ]
 
-    def gather(self, own: Sequence[T]) -> list[T]:
+    def gather(self, local_results: Sequence[T]) -> list[T]:
         """All ranks' results, in the order of the items that :meth:`share` dealt out."""
         if self.is_unsplit:
-            return list(own)
-        parts = self.all_gather(list(own))
+            return list(local_results)
+        parts = self.all_gather(list(local_results))
         result: list[Any] = [None] * sum(map(len, parts))
         for rank, part in enumerate(parts):
             result[rank :: self.size] = part
         return result
 
-    def gather_rows(self, own: Tensor) -> Tensor:
+    def gather_rows(self, local_rows: Tensor) -> Tensor:
         """:meth:`gather` of a tensor's rows (its first axis), on the CPU; of no rows, any shape."""
         if self.is_unsplit:
-            return own.cpu()
-        parts = self.all_gather(own.cpu().contiguous())
+            return local_rows.cpu()
+        parts = self.all_gather(local_rows.cpu().contiguous())
         whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
         for rank, part in enumerate(parts):
             if len(part):
@@ -175,8 +177,8 @@ class RankGroup:
         if self.size == 1:
             return
         messages: list[str | None] = [None] * self.size
-        own = None if failure is None else str(failure) or type(failure).__name__
-        self._talk(lambda: dist.all_gather_object(messages, own, group=self.group))
+        local_message = None if failure is None else str(failure) or type(failure).__name__
+        self._talk(lambda: dist.all_gather_object(messages, local_message, group=self.group))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if failed:  # none goes before all have heard
             with suppress(RuntimeError):

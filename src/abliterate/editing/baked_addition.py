@@ -121,23 +121,23 @@ def _switched_on(config: Any) -> dict[str, tuple[int, ...]]:
 
 def _last_writer(plan: EditPlan, layer: int, direction: Direction, kind: str) -> TensorEdit:
     """The matrix of the block's MLP, whose output reaches the stream as it is."""
-    found = [
+    writers = [
         edit
         for edit in plan.edits
         if edit.layer == layer and edit.kind == "mlp" and edit.name.endswith(".weight")
     ]
-    if len(found) != 1 or found[0].region is not None:
+    if len(writers) != 1 or writers[0].region is not None:
         raise CheckpointError(
             f"layer {layer} of a '{kind}' model has no single matrix that could get the bias of "
             "--add: use the add intervention at run time"
         )
-    unit = unit_direction(direction.vector, found[0].basis.shape[1])
-    if found[0].basis.shape[0] != 1 or not torch.allclose(found[0].basis[0], unit):
+    unit = unit_direction(direction.vector, writers[0].basis.shape[1])
+    if writers[0].basis.shape[0] != 1 or not torch.allclose(writers[0].basis[0], unit):
         raise CheckpointError(
-            f"'{found[0].name}' of a '{kind}' model reaches the stream through a norm, which would "
-            "scale the bias of --add: use the add intervention at run time"
+            f"'{writers[0].name}' of a '{kind}' model reaches the stream through a norm, which "
+            "would scale the bias of --add: use the add intervention at run time"
         )
-    return found[0]
+    return writers[0]
 
 
 def _same_dtype(tensor: TensorEntry, entry: TensorEntry) -> str:
@@ -161,5 +161,5 @@ def _constant(dtype: str, values: Tensor) -> NewTensor:
 
 
 def _share(bias: Tensor, direction: Tensor) -> float:
-    wide, unit = bias.double(), direction.double() / direction.double().norm()
-    return float((wide @ unit).abs() / wide.norm().clamp(min=1e-300))
+    upcast, unit = bias.double(), direction.double() / direction.double().norm()
+    return float((upcast @ unit).abs() / upcast.norm().clamp(min=1e-300))

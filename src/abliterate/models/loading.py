@@ -78,8 +78,8 @@ def pick_device(device: str) -> torch.device:
         UsageError: torch does not know the device or cannot reach it.
     """
     if device == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return own_device(found) if found is not None else torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return own_device(accelerator) if accelerator is not None else torch.device("cpu")
     try:
         chosen = own_device(torch.device(device))
         torch.empty(0, device=chosen)
@@ -103,16 +103,16 @@ def pick_dtype(
         if dtype not in DTYPES:
             raise UsageError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not '{dtype}'")
         return DTYPES[dtype]
-    own = getattr(config, "dtype", None) or torch.float32
-    if isinstance(own, str):
-        own = getattr(torch, own)
-    if device.type != "cpu" or own in (torch.float32, torch.float64):
-        return own
+    stored = getattr(config, "dtype", None) or torch.float32
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    if device.type != "cpu" or stored in (torch.float32, torch.float64):
+        return stored
     import psutil
 
     size = sum((folder / name).stat().st_size for name in weight_files(folder))
     needed = 2 * size * copies
-    return torch.float32 if needed <= psutil.virtual_memory().available / 2 else own
+    return torch.float32 if needed <= psutil.virtual_memory().available / 2 else stored
 
 
 def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
@@ -158,14 +158,14 @@ def present_shards(checkpoint: Checkpoint) -> ShardSet | None:
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer; raises as :func:`load_config` does."""
     try:
-        found = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code
         )
     except Exception as error:
         raise _loading_error(checkpoint, error, "tokenizer of ") from None
-    if getattr(found, "chat_template", None):
+    if getattr(tokenizer, "chat_template", None):
         start_rendering()
-    return found
+    return tokenizer
 
 
 def load_model(

@@ -104,5 +104,5 @@ def _index_of(owner: Tensor, start: int, channels: int) -> tuple[int | None, ...
     """The index of a parameter's ``[d_model]`` vector that starts at an offset in its memory."""
     if owner.ndim == 1:
         return ()
-    at = torch.unravel_index(torch.tensor(start - owner.storage_offset()), owner.shape)
-    return tuple(None if i == channels else int(v) for i, v in enumerate(at))
+    position = torch.unravel_index(torch.tensor(start - owner.storage_offset()), owner.shape)
+    return tuple(None if i == channels else int(v) for i, v in enumerate(position))
