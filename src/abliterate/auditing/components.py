@@ -21,12 +21,8 @@ from abliterate.checkpoints.disk_matrix import (
     PlainDiskMatrix,
     matrix_slices,
 )
-from abliterate.checkpoints.quantized_formats import (
-    Quantized,
-    find_quantized,
-    open_quantized,
-    read_config,
-)
+from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
+from abliterate.checkpoints.quantized_matrices import open_quantized
 from abliterate.checkpoints.safetensors_header import DTYPES, TensorEntry
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.edit_plan import TensorEdit

@@ -18,7 +18,8 @@ from abliterate.checkpoints.disk_matrix import (
     PlainDiskMatrix,
     matrix_slices,
 )
-from abliterate.checkpoints.quantized_formats import Quantized, open_quantized
+from abliterate.checkpoints.quantized_formats import Quantized
+from abliterate.checkpoints.quantized_matrices import open_quantized
 from abliterate.checkpoints.safetensors_header import DTYPES, TensorEntry
 from abliterate.editing.edit_plan import TensorEdit
 from abliterate.editing.matrix_orthogonalization import (
@@ -229,7 +230,7 @@ class _Shard:
         return open_quantized(
             stored,
             matrix_slice,
-            source=self.files.open,
+            open_source=self.files.open,
             target=self.target,
             to=tensor.start,
             scales_to=scales,
