@@ -17,7 +17,7 @@ from abliterate.auditing.component_pools import (
 )
 from abliterate.auditing.components import CheckpointWriters
 from abliterate.auditing.eigengap_test import LEAST_WIDTH, Gap, SoftNullProjector, emptiest, gap
-from abliterate.auditing.gram_matrices import make_scaling, read_emptiness
+from abliterate.auditing.gram_matrices import ChannelScaling, make_scaling, read_emptiness
 from abliterate.auditing.readers import reading_energy
 from abliterate.auditing.soft_null_space import SHARE
 
@@ -86,74 +86,128 @@ def look(reading: CheckpointWriters, device: torch.device = CPU) -> Blind:
     return plain if plain.verdict == "edited" or doubtful else first
 
 
+class _CannotTellError(Exception):
+    """The writers alone say nothing; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """The direction that stands out most, once those that are no edit's were left out.
+
+    Attributes:
+        units: the emptiness of each cell, without those that were left out.
+        gaps: every group's.
+        group: the one in which it stands out most.
+        p_value: corrected for the number of tests.
+        direction: float64 unit ``[d_model]``.
+        reading: energy with which the other matrices read it; None where it is no more than chance.
+    """
+
+    units: Sequence[SoftNullProjector]
+    gaps: Mapping[str, Gap]
+    group: str
+    p_value: float
+    direction: Tensor
+    reading: float | None
+
+
 def _judge(reading: CheckpointWriters, gains: bool, device: torch.device) -> Blind:
     hypotheses = 2 if reading.has_gains else 1
-    cells = make_pools(reading.units, reading.d_model)
-    frame, cells = make_scaling(reading, cells, gains)
+    frame, cells = make_scaling(reading, make_pools(reading.units, reading.d_model), gains)
     dead = tuple(int(i) for i in frame.silent)
     aside = [SetAside("channels that a quarter of the writers leave", dead)] if dead else []
-    width = frame.width
-
-    def cannot_tell(reason: str) -> Blind:
+    try:
+        if len(cells) < LEAST_CELLS:
+            raise _CannotTellError(f"{len(cells)} writers are too few to compare")
+        _require_width(frame.width)
+        units = read_emptiness(reading, cells, frame, gains, device)
+        candidate = _find_candidate(reading, frame, cells, units, hypotheses, aside)
+    except _CannotTellError as error:
         return Blind(
             verdict="undecided",
-            reason=reason,
+            reason=str(error),
             gains=gains,
             set_aside=tuple(aside),
             cells=len(cells),
         )
-
-    few = "channels are too few for a direction to stand out"
-    if len(cells) < LEAST_CELLS:
-        return cannot_tell(f"{len(cells)} writers are too few to compare")
-    if width < LEAST_WIDTH:
-        return cannot_tell(f"{width} {few}")
-    units = read_emptiness(reading, cells, frame, gains, device)
-    groups = groups_of(cells)
-    for _ in range(_ROUNDS):
-        gaps = {name: _test(units, cells, chosen) for name, chosen in groups.items()}
-        name = min(gaps, key=lambda key: (gaps[key].p_value, -gaps[key].ratio))
-        p_value = min(1.0, gaps[name].p_value * len(gaps) * hypotheses)
-        direction = frame.outwards(gaps[name].direction)
-        read = None
-        if p_value > DOUBT:
-            break
-        read = reading_energy(reading, direction)
-        gone = _no_edit(direction, read, aside)
-        if gone is None:
-            break
-        inside = torch.linalg.qr(frame.inwards(gone))[0]
-        width -= inside.shape[1]
-        units = [unit.without(inside) for unit in units]
-        if width < LEAST_WIDTH:
-            return cannot_tell(f"{width} {few}")
-    else:
-        return cannot_tell("too many directions stand out that are no edit's")
+    direction: Tensor | None = candidate.direction
     detectable, reason = None, ""
-    if p_value <= CLAIM:
+    if candidate.p_value <= CLAIM:
         verdict = "edited"
-        direction = frame.outwards(_refined(units, gaps[name].direction))
-    elif p_value <= DOUBT:
+        gap_direction = candidate.gaps[candidate.group].direction
+        direction = frame.outwards(_refined(candidate.units, gap_direction))
+    elif candidate.p_value <= DOUBT:
         verdict = "undecided"
         reason = "a direction stands out, but not far enough beyond chance to claim an edit"
     else:
-        detectable = _power(units, cells, groups["all"], CLAIM / len(groups) / hypotheses)
+        direction = None
+        level = CLAIM / len(candidate.gaps) / hypotheses
+        detectable = _power(candidate.units, cells, groups_of(cells)["all"], level)
         verdict = "clean" if detectable is not None else "undecided"
         reason = "" if detectable is not None else "even a whole edit would not stand out here"
-    stands_out = p_value <= DOUBT
     return Blind(
         verdict=verdict,
         reason=reason,
-        p_value=p_value,
-        group=name,
-        gaps=gaps,
-        direction=direction if stands_out else None,
+        p_value=candidate.p_value,
+        group=candidate.group,
+        gaps=candidate.gaps,
+        direction=direction,
         gains=gains,
         set_aside=tuple(aside),
         detectable=detectable,
-        reading=read if stands_out else None,
+        reading=candidate.reading,
         cells=len(cells),
     )
+
+
+def _find_candidate(
+    reading: CheckpointWriters,
+    frame: ChannelScaling,
+    cells: Sequence[ComponentPool],
+    units: Sequence[SoftNullProjector],
+    hypotheses: int,
+    aside: list[SetAside],
+) -> _Candidate:
+    """Test all groups again and again, without the directions that turn out to be no edit's.
+
+    Args:
+        reading: the checkpoint.
+        frame: the coordinates of ``units``.
+        cells: the units that are compared.
+        units: the emptiness of each.
+        hypotheses: how often a direction is looked for.
+        aside: grows by what is left out.
+
+    Raises:
+        _CannotTellError: too many directions stand out, or too few channels are left.
+    """
+    groups, width = groups_of(cells), frame.width
+    for _ in range(_ROUNDS):
+        gaps = {name: _test(units, cells, chosen) for name, chosen in groups.items()}
+        best = min(gaps, key=lambda key: (gaps[key].p_value, -gaps[key].ratio))
+        p_value = min(1.0, gaps[best].p_value * len(gaps) * hypotheses)
+        direction = frame.outwards(gaps[best].direction)
+        energy = reading_energy(reading, direction) if p_value <= DOUBT else None
+        no_edit = _no_edit(direction, energy, aside) if p_value <= DOUBT else None
+        if no_edit is None:
+            return _Candidate(
+                units=units,
+                gaps=gaps,
+                group=best,
+                p_value=p_value,
+                direction=direction,
+                reading=energy,
+            )
+        inside = torch.linalg.qr(frame.inwards(no_edit))[0]
+        width -= inside.shape[1]
+        units = [unit.without(inside) for unit in units]
+        _require_width(width)
+    raise _CannotTellError("too many directions stand out that are no edit's")
+
+
+def _require_width(width: int) -> None:
+    if width < LEAST_WIDTH:
+        raise _CannotTellError(f"{width} channels are too few for a direction to stand out")
 
 
 def _test(
