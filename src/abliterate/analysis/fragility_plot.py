@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import UsageError
+from abliterate.errors import UsageError, one_line
 from abliterate.extras import import_extra, missing_extra
 from abliterate.storage.artifacts import write_atomically
 from abliterate.storage.ownership import GENERATOR, Kind, claim, is_page, is_picture, mark_picture
@@ -130,7 +130,7 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
         try:
             content = figure.to_image(format=kind, scale=2)
         except Exception as error:  # kaleido raises many kinds; all mean that no image can be had
-            short = " ".join(str(error).split())[:160]
+            short = one_line(error)[:160]
             needs = missing_extra(f"--image {kind}", _PACKAGES, "report")
             raise UsageError(f"{needs}, and a Chrome or Chromium ({short})") from None
         written.append(folder / f"fragility.{kind}")

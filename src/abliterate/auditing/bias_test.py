@@ -25,7 +25,7 @@ DRAWS = 9_999
 # The largest p-value that counts as an edit.
 LEVEL = 1e-3
 # Biases looked at: more would not change the verdict, and the draws cost their number squared.
-MOST = 512
+MAX_VECTORS = 512
 # Normal numbers held at once.
 _CHUNK = 1 << 22
 

@@ -34,7 +34,7 @@ from abliterate.models.loading import Checkpoint
 from abliterate.writers import Gain, stream_width
 
 _RUNS = 8  # neighbouring columns are read together: so many runs, spread over the matrix
-_MOST_STRIPS = 16  # of a stack of experts
+_MAX_SLICES = 16  # of a stack of experts
 _AT_ONCE = 4096  # columns, where all are read
 
 
@@ -227,7 +227,7 @@ def read_tensor(
         raise CheckpointError(f"tensor '{edit.name}' in {entry.file} is empty")
     pieces = list(matrix_slices(shape, edit.axis, edit.region))
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(pieces), generator=generator)[:_MOST_STRIPS].sort().values
+    chosen = torch.randperm(len(pieces), generator=generator)[:_MAX_SLICES].sort().values
     share = max(1, max_columns // len(chosen))
     with ExitStack() as stack:
         files = Files(stack, {})

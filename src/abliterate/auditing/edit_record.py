@@ -23,7 +23,7 @@ from abliterate.writers.plan import Writer
 _TAGS = ("abliterated", "refusal-removed", "uncensored", "abliteration")
 # The share left along the direction may differ from the recorded one by summation order alone.
 _RELATIVE, _ABSOLUTE = 0.02, 1e-6
-_MOST = 1e100  # whose square is a number still
+_MAX_SHARE = 1e100  # whose square is a number still
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ def _unit(given: Direction | None, recorded: Any, width: int) -> Tensor | None:
 def _share(value: Any) -> float:
     """A share of a tensor's norm, as a record has it; an edit of a large scale leaves many."""
     share = float(value)
-    if not 0 <= share <= _MOST:
+    if not 0 <= share <= _MAX_SHARE:
         raise ValueError("no share")
     return share
 

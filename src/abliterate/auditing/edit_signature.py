@@ -21,7 +21,7 @@ from abliterate.auditing.components import (
 from abliterate.auditing.soft_null_space import is_wide
 
 _SAMPLE = 4  # columns of a unit, per channel
-_MOST = 2048  # columns where no more than an energy is measured
+_MAX_COLUMNS = 2048  # columns where no more than an energy is measured
 _FULL_ENERGY, _PART_ENERGY = 0.02, 0.6
 _LITTLE = 0.01  # a bias's share of the direction that an edit may have left
 _SEED = 0
@@ -57,7 +57,7 @@ def strengths(
         exact = {t.name: t.scale for t in comparison.projected if t.scale is not None}
     measured = []
     for unit in reading.units:
-        max_columns = min(_SAMPLE * reading.d_model, _MOST)
+        max_columns = min(_SAMPLE * reading.d_model, _MAX_COLUMNS)
         columns = read_columns(reading, unit, max_columns, _SEED, gains)
         typical = _typical(columns)
         along = float((direction @ columns).square().sum())
@@ -108,7 +108,7 @@ def biases_included(
         changes = [t for t in comparison.tensors if t.name in names and t.state != "recast"]
         return any(t.projected for t in changes) if changes else None
     held = []
-    max_vectors = max(1, bias_test.MOST // max(1, len(reading.biases)))
+    max_vectors = max(1, bias_test.MAX_VECTORS // max(1, len(reading.biases)))
     for part in reading.biases:
         vectors = read_bias(reading, part)
         vectors = vectors[:, vectors.square().sum(dim=0) > 0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abliterate.auditing.component_pools import (
-    LEAST_CELLS,
+    MIN_POOLS,
     ComponentPool,
     groups_of,
     halves_of,
@@ -54,7 +54,7 @@ class Blind:
         detectable: the smallest scale of an edit of all writers that this test would have seen
             here, or None.
         reading: energy with which the other matrices read the direction, 1 for a typical one.
-        cells: how many groups of matrices were compared.
+        pools: how many groups of matrices were compared.
     """
 
     verdict: str
@@ -67,7 +67,7 @@ class Blind:
     set_aside: tuple[SetAside, ...]
     detectable: float | None = None
     reading: float | None = None
-    cells: int
+    pools: int
 
 
 def look(reading: CheckpointWriters, device: torch.device = CPU) -> Blind:
@@ -95,7 +95,7 @@ class _Candidate:
     """The direction that stands out most, once those that are no edit's were left out.
 
     Attributes:
-        units: the emptiness of each cell, without those that were left out.
+        units: the emptiness of each pool, without those that were left out.
         gaps: every group's.
         group: the one in which it stands out most.
         p_value: corrected for the number of tests.
@@ -113,36 +113,36 @@ class _Candidate:
 
 def _judge(reading: CheckpointWriters, gains: bool, device: torch.device) -> Blind:
     hypotheses = 2 if reading.has_gains else 1
-    frame, cells = make_scaling(reading, make_pools(reading.units, reading.d_model), gains)
-    dead = tuple(int(i) for i in frame.silent)
+    scaling, pools = make_scaling(reading, make_pools(reading.units, reading.d_model), gains)
+    dead = tuple(int(i) for i in scaling.silent)
     aside = [SetAside("channels that a quarter of the writers leave", dead)] if dead else []
     try:
-        if len(cells) < LEAST_CELLS:
-            raise _CannotTellError(f"{len(cells)} writers are too few to compare")
-        _require_width(frame.width)
-        units = read_emptiness(reading, cells, frame, gains, device)
-        candidate = _find_candidate(reading, frame, cells, units, hypotheses, aside)
+        if len(pools) < MIN_POOLS:
+            raise _CannotTellError(f"{len(pools)} writers are too few to compare")
+        _require_width(scaling.width)
+        units = read_emptiness(reading, pools, scaling, gains, device)
+        candidate = _find_candidate(reading, scaling, pools, units, hypotheses, aside)
     except _CannotTellError as error:
         return Blind(
             verdict="undecided",
             reason=str(error),
             gains=gains,
             set_aside=tuple(aside),
-            cells=len(cells),
+            pools=len(pools),
         )
     direction: Tensor | None = candidate.direction
     detectable, reason = None, ""
     if candidate.p_value <= CLAIM:
         verdict = "edited"
         gap_direction = candidate.gaps[candidate.group].direction
-        direction = frame.outwards(_refined(candidate.units, gap_direction))
+        direction = scaling.outwards(_refined(candidate.units, gap_direction))
     elif candidate.p_value <= DOUBT:
         verdict = "undecided"
         reason = "a direction stands out, but not far enough beyond chance to claim an edit"
     else:
         direction = None
         level = CLAIM / len(candidate.gaps) / hypotheses
-        detectable = _power(candidate.units, cells, groups_of(cells)["all"], level)
+        detectable = _power(candidate.units, pools, groups_of(pools)["all"], level)
         verdict = "clean" if detectable is not None else "undecided"
         reason = "" if detectable is not None else "even a whole edit would not stand out here"
     return Blind(
@@ -156,14 +156,14 @@ def _judge(reading: CheckpointWriters, gains: bool, device: torch.device) -> Bli
         set_aside=tuple(aside),
         detectable=detectable,
         reading=candidate.reading,
-        cells=len(cells),
+        pools=len(pools),
     )
 
 
 def _find_candidate(
     reading: CheckpointWriters,
-    frame: ChannelScaling,
-    cells: Sequence[ComponentPool],
+    scaling: ChannelScaling,
+    pools: Sequence[ComponentPool],
     units: Sequence[SoftNullProjector],
     hypotheses: int,
     aside: list[SetAside],
@@ -172,8 +172,8 @@ def _find_candidate(
 
     Args:
         reading: the checkpoint.
-        frame: the coordinates of ``units``.
-        cells: the units that are compared.
+        scaling: the coordinates of ``units``.
+        pools: the units that are compared.
         units: the emptiness of each.
         hypotheses: how often a direction is looked for.
         aside: grows by what is left out.
@@ -181,12 +181,12 @@ def _find_candidate(
     Raises:
         _CannotTellError: too many directions stand out, or too few channels are left.
     """
-    groups, width = groups_of(cells), frame.width
+    groups, width = groups_of(pools), scaling.width
     for _ in range(_ROUNDS):
-        gaps = {name: _test(units, cells, chosen) for name, chosen in groups.items()}
+        gaps = {name: _test(units, pools, chosen) for name, chosen in groups.items()}
         best = min(gaps, key=lambda key: (gaps[key].p_value, -gaps[key].ratio))
         p_value = min(1.0, gaps[best].p_value * len(gaps) * hypotheses)
-        direction = frame.outwards(gaps[best].direction)
+        direction = scaling.outwards(gaps[best].direction)
         energy = reading_energy(reading, direction) if p_value <= DOUBT else None
         no_edit = _no_edit(direction, energy, aside) if p_value <= DOUBT else None
         if no_edit is None:
@@ -198,7 +198,7 @@ def _find_candidate(
                 direction=direction,
                 reading=energy,
             )
-        inside = torch.linalg.qr(frame.inwards(no_edit))[0]
+        inside = torch.linalg.qr(scaling.inwards(no_edit))[0]
         width -= inside.shape[1]
         units = [unit.without(inside) for unit in units]
         _require_width(width)
@@ -211,14 +211,14 @@ def _require_width(width: int) -> None:
 
 
 def _test(
-    units: Sequence[SoftNullProjector], cells: Sequence[ComponentPool], chosen: Sequence[int]
+    units: Sequence[SoftNullProjector], pools: Sequence[ComponentPool], chosen: Sequence[int]
 ) -> Gap:
-    ordered, halves = halves_of(cells, chosen)
+    ordered, halves = halves_of(pools, chosen)
     return gap([units[i] for i in ordered], halves)
 
 
 def _refined(units: Sequence[SoftNullProjector], direction: Tensor) -> Tensor:
-    """The direction that the carrying cells name, whichever group it was found in."""
+    """The direction that the carrying pools name, whichever group it was found in."""
     current = direction
     for _ in range(2):
         along = [unit.along(current) for unit in units]
@@ -254,7 +254,7 @@ def _no_edit(direction: Tensor, read: float | None, aside: list[SetAside]) -> Te
 
 def _power(
     units: Sequence[SoftNullProjector],
-    cells: Sequence[ComponentPool],
+    pools: Sequence[ComponentPool],
     chosen: Sequence[int],
     claim: float,
 ) -> float | None:
@@ -265,7 +265,7 @@ def _power(
     smallest = None
     for scale in LADDER:
         planted = [unit.edited(vector, scale) for unit in units]
-        if _test(planted, cells, chosen).p_value > claim:
+        if _test(planted, pools, chosen).p_value > claim:
             break
         smallest = scale
     return smallest

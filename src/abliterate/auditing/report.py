@@ -83,7 +83,7 @@ class Audit:
                 "behind_gains": blind.gains,
                 "detectable_scale": blind.detectable,
                 "reading_energy": blind.reading,
-                "compared": blind.cells,
+                "compared": blind.pools,
                 "set_aside": [asdict(one) for one in blind.set_aside],
                 "groups": {
                     name: {

@@ -26,7 +26,7 @@ _PROBES, _TRIALS, _NEAR = 16, 12, 0.01
 # (At 2048 channels K is then off by 6e-4 at 4e-3 with both in float32, and by 6e-3 at 2e-4 with the
 # gram alone in it.)
 _FINE_FACTOR, FINE_GRAM = 1e-3, 1e-4
-_BLOCK, _MOST_VECTORS, _CHECK = 12, 1440, 4
+_BLOCK, _MAX_VECTORS, _CHECK = 12, 1440, 4
 _CONVERGED = 0.1  # largest residual, in units of the spread that gaps are compared with
 
 
@@ -136,7 +136,7 @@ def _krylov(matrix: Tensor, count: int, seed: int, precise: float) -> tuple[Tens
     Ritz values lie below the eigenvalues; it ends when the residuals are small beside their spread.
     """
     width = len(matrix)
-    max_blocks = min(_MOST_VECTORS, width) // _BLOCK
+    max_blocks = min(_MAX_VECTORS, width) // _BLOCK
     generator = torch.Generator().manual_seed(seed)
     block = torch.linalg.qr(torch.randn(width, _BLOCK, generator=generator).to(matrix))[0]
     basis = block.new_zeros(width, max_blocks * _BLOCK)

@@ -2,7 +2,7 @@
 
 Every rank runs the same program. Where work splits, each does its share of the items and then all
 exchange what they found, so that all go on with the same; rank 0 alone writes and prints. Without
-such a launcher a process is a team of one, and none of this does anything.
+such a launcher a process is a group of one, and none of this does anything.
 
 What is exchanged is small and lies in host memory (float64 sums, scores, answers), so it always
 goes over gloo, whatever backend the model's own tensors use.
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from abliterate.distributed.launcher import launched
-from abliterate.errors import RankError, UsageError
+from abliterate.errors import RankError, UsageError, one_line
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ class RankGroup:
         ]
 
     def gather(self, local_results: Sequence[T]) -> list[T]:
-        """All ranks' results, in the order of the items that :meth:`share` dealt out."""
+        """All ranks' results, in the order of the items that :meth:`split` dealt out."""
         if self.is_unsplit:
             return list(local_results)
         parts = self.all_gather(list(local_results))
@@ -131,7 +131,7 @@ class RankGroup:
         """What rank 0 alone does, and every rank learns the result of.
 
         Raises:
-            TeamError: rank 0 failed; on rank 0, whatever ``work`` raises.
+            RankError: rank 0 failed; on rank 0, whatever ``work`` raises.
         """
         if self.size == 1:
             return work()
@@ -172,7 +172,7 @@ class RankGroup:
         """Wait for all; if any failed, every rank fails.
 
         Raises:
-            TeamError: another rank failed, or is gone.
+            RankError: another rank failed, or is gone.
         """
         if self.size == 1:
             return
@@ -217,7 +217,7 @@ ALONE = RankGroup()
 
 
 def _lost(error: RuntimeError) -> RankError:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     late = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier in (\d+) ms", text)
     if late:
         reason = (
@@ -249,12 +249,12 @@ _joined: dict[int, RankGroup] = {}
 
 
 def join_ranks() -> RankGroup:
-    """The team that a launcher started, or a team of one.
+    """The ranks that a launcher started, or a group of one.
 
-    Only the first call's team ``owned`` the connection and may close it.
+    Only the first call's group ``owned`` the connection and may close it.
 
     Raises:
-        TeamError: the other ranks cannot be reached.
+        RankError: the other ranks cannot be reached.
         UsageError: the timeout is no number.
     """
     if not launched():
@@ -274,7 +274,7 @@ def join_ranks() -> RankGroup:
         if owned:
             _set_pg_timeout(wait)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise RankError(f"the other ranks cannot be reached: {reason}") from None
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     ranks = RankGroup(dist.get_rank(), dist.get_world_size(), local, owned, group=group)
@@ -291,6 +291,6 @@ def leave_ranks() -> None:
 
 def lost_connection(error: BaseException) -> RankError | None:
     """What to say of an error that a model's own collectives raise when a rank is gone."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     of_network = isinstance(error, dist.DistError) or "gloo/transport" in text
     return _lost(RuntimeError(text)) if isinstance(error, RuntimeError) and of_network else None

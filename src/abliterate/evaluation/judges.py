@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from abliterate.console import debugging, hide, redact
-from abliterate.errors import CheckpointError, UsageError
+from abliterate.errors import CheckpointError, UsageError, one_line
 from abliterate.extras import import_extra
 from abliterate.prompts.template_process import TemplateError, render_conversations
 from abliterate.settings import public_url
@@ -335,7 +335,7 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 
 def _short(error: BaseException) -> str:
-    text = redact(" ".join(str(error).split())) or type(error).__name__
+    text = redact(one_line(error)) or type(error).__name__
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.console import bars_hidden, debugging
-from abliterate.errors import InputError, UsageError
+from abliterate.errors import InputError, UsageError, one_line
 from abliterate.extras import import_extra
 from abliterate.inference.decoding import plain_decoding
 from abliterate.models.loading import LoadedModel
@@ -121,7 +121,7 @@ def run_tasks(
     except Exception as error:  # data sets, task definitions and models fail in many ways
         if debugging():
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)[:300] or type(error).__name__
         raise InputError(
             f"--tasks {','.join(tasks.names)}: lm-eval fails ({reason}); --debug shows more"
         ) from None

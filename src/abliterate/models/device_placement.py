@@ -1,5 +1,5 @@
-"""Where a model's weights lie: on one device, over several (``--device-map``), or over the ranks of
-a team (``--tensor-parallel``)."""
+"""Where a model's weights lie: on one device, over several (``--device-map``), or over the
+ranks (``--tensor-parallel``)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Placement:
     Attributes:
         device_map: accelerate's: a strategy, or devices (``disk`` is one) by module; None for one
             device.
-        tensor_parallel: each rank of the team holds a part of every matrix.
+        tensor_parallel: each rank holds a part of every matrix.
         ranks: the ranks.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,13 @@ from abliterate.checkpoints.shards import (
 )
 from abliterate.console import bars_hidden
 from abliterate.distributed.rank_group import ALONE, RankGroup
-from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError, first_line
+from abliterate.errors import (
+    CheckpointError,
+    UnsupportedArchitectureError,
+    UsageError,
+    first_line,
+    one_line,
+)
 from abliterate.models.bounded_build import TooLargeError, bounded_build
 from abliterate.models.device_placement import Placement, check_plan, own_device
 from abliterate.models.embedding_rows import remember_tokenizer
@@ -241,12 +248,17 @@ def load_weights(
     check_unchanged(shards)
     absent = sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"]))
     if absent:
-        raise CheckpointError(
-            f"{checkpoint.folder} lacks a usable tensor for parameter '{absent[0]}'"
-            + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
-            + ": the checkpoint is incomplete"
-        )
+        raise incomplete(checkpoint, absent)
     return cast(PreTrainedModel, (model if placement.is_spread else model.to(place)).eval())
+
+
+def incomplete(checkpoint: Checkpoint, parameters: Sequence[str]) -> CheckpointError:
+    """The error about parameters that have no tensor on disk."""
+    more = f" and {len(parameters) - 1} more" if len(parameters) > 1 else ""
+    return CheckpointError(
+        f"{checkpoint.folder} lacks a usable tensor for parameter '{parameters[0]}'{more}: the "
+        "checkpoint is incomplete"
+    )
 
 
 def require_safetensors(checkpoint: Checkpoint) -> None:
@@ -256,7 +268,7 @@ def require_safetensors(checkpoint: Checkpoint) -> None:
 
 
 def _loading_error(checkpoint: Checkpoint, error: Exception, what: str = "") -> CheckpointError:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if "trust_remote_code" in text:
         return CheckpointError(
             f"{what}{checkpoint.name} needs code from its repository: pass --trust-remote-code if "

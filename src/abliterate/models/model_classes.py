@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from abliterate.checkpoints.config_sizes import CONFIG, NUMBERS, TENSORS, Held
 from abliterate.checkpoints.shards import ShardSet
-from abliterate.errors import CheckpointError
+from abliterate.errors import CheckpointError, one_line
 from abliterate.models.bounded_build import TooLargeError, bounded_build
 
 
@@ -76,7 +76,7 @@ def empty_model(
     except TooLargeError as error:
         raise too_large(config, error, shards) from None
     except Exception as error:  # whatever the architecture's own constructor raises
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise CheckpointError(
             f"a '{config.model_type}' model cannot be built from config.json ({reason})"
         ) from None

@@ -28,7 +28,7 @@ from transformers.utils.logging import (
 from abliterate.checkpoints.shards import read_shards
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.models.library_versions import load_tensors
-from abliterate.models.loading import Checkpoint
+from abliterate.models.loading import Checkpoint, incomplete
 from abliterate.models.model_classes import empty_model
 from abliterate.offload.mmap_weights import Mapped
 from abliterate.writers.loaded_names import loaded_names
@@ -160,17 +160,12 @@ class Weights:
 
     def _require_on_disk(self, wanted: Sequence[Slot]) -> None:
         absent = [
-            slot
+            slot.keys[0]
             for slot in wanted
             if slot.group is None and slot.empty.is_meta and isinstance(slot.empty, nn.Parameter)
         ]
         if absent:
-            raise CheckpointError(
-                f"{self.checkpoint.folder} lacks a usable tensor for parameter "
-                f"'{absent[0].keys[0]}'"
-                + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
-                + ": the checkpoint is incomplete"
-            )
+            raise incomplete(self.checkpoint, absent)
 
     def _place(self, wanted: Sequence[Slot], keep: bool) -> None:
         """Leave what was loaded in the slots that want it, and in no others of its groups."""

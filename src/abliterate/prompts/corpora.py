@@ -96,10 +96,10 @@ def read_corpus(name: str, source: str, n: int, seed: int) -> Corpus:
         rows = read_rows(path, f"--corpus {name}: file")
     else:
         rows = _hub_rows(name, source, None if answers else n)
-    where = f"--corpus {name}={source}"
-    examples = _pairs(rows, where) if answers else _texts(rows, where)
+    corpus = f"--corpus {name}={source}"
+    examples = _pairs(rows, corpus) if answers else _texts(rows, corpus)
     if not examples:
-        raise InputError(f"{where} holds no texts")
+        raise InputError(f"{corpus} holds no texts")
     if answers and n < len(examples):
         examples = random.Random(seed).sample(examples, n)
     return Corpus(name, source, tuple(examples[:n]))

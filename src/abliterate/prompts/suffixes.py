@@ -41,19 +41,19 @@ def read_suffix(given: str) -> str:
         InputError: the file is no UTF-8 text.
         UsageError: there is nothing in it.
     """
-    text, where = given, "--suffix"
+    text, source = given, "--suffix"
     try:
         is_file = Path(given).is_file()
     except (OSError, ValueError):  # too long for a file name, or with a NUL
         is_file = False
     if is_file:
-        where = f"--suffix {given}"
+        source = f"--suffix {given}"
         try:
             text = Path(given).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{where} cannot be read as UTF-8 text ({error})") from None
+            raise InputError(f"{source} cannot be read as UTF-8 text ({error})") from None
     if not text.strip():
-        raise UsageError(f"{where} holds no text")
+        raise UsageError(f"{source} holds no text")
     return text.strip()
 
 

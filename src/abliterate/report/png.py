@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from abliterate.console import debugging
-from abliterate.errors import UsageError
+from abliterate.errors import UsageError, one_line
 from abliterate.extras import import_extra
 from abliterate.storage.artifacts import check_writable, write_atomically
 from abliterate.storage.ownership import claim, is_picture, mark_picture
@@ -55,7 +55,7 @@ def _draw(kaleido: Any, jobs: Sequence[Mapping[str, Any]]) -> None:
     except Exception as error:  # its own, the browser's, and asyncio's have no common base
         if debugging():
             raise
-        short = " ".join(str(error).split())[:200] or type(error).__name__
+        short = one_line(error)[:200] or type(error).__name__
         raise UsageError(
             f"--png needs Chrome or Chromium, and kaleido could not use one ({short}): install "
             "Chromium, or name it in BROWSER_PATH"
