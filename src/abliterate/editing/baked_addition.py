@@ -26,7 +26,7 @@ from abliterate.models.model_classes import empty_model
 from abliterate.storage.write_buffers import as_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Addition:
     """A bias that is changed or made.
 
@@ -89,13 +89,42 @@ def plan_addition(
     if old is not None:
         before = plan.shards.values(name).double()
         bias = _stored(before + vector, DTYPES[old.dtype], coeff)
-        change = {name: (name, _constant(old.dtype, bias))}
-        shares = _share(before, direction.vector), _share(bias, direction.vector)
-        return Addition(name, layer, *shares, TensorChanges(replaced=change), None)
-    added: dict[str, dict[str, NewTensor]] = {}
+        return Addition(
+            name=name,
+            layer=layer,
+            before=_share(before, direction.vector),
+            after=_share(bias, direction.vector),
+            changes=TensorChanges(replaced={name: (name, _constant(old.dtype, bias))}),
+            config=None,
+        )
     bias = _stored(vector, DTYPES[entry.dtype], coeff)
+    return Addition(
+        name=name,
+        layer=layer,
+        before=0.0,
+        after=_share(bias, direction.vector),
+        changes=TensorChanges(added=_new_biases(plan, entry, name, bias, config)),
+        config={**config, "mlp_bias": True},
+    )
+
+
+def _new_biases(
+    plan: EditPlan, entry: TensorEntry, name: str, bias: Tensor, config: Mapping[str, Any]
+) -> dict[str, dict[str, NewTensor]]:
+    """``bias`` and, as the configuration has one switch for all biases of all MLPs, zeros.
+
+    Args:
+        plan: of the ablation.
+        entry: the matrix that ``bias`` belongs to.
+        name: of the bias.
+        bias: its values.
+        config: of the source.
+
+    Returns:
+        By shard and name.
+    """
+    added: dict[str, dict[str, NewTensor]] = {}
     for other, shape in _switched_on(plan.config).items():
-        # The configuration has one switch for all biases of all MLPs: the others are zero.
         tensor = plan.shards.tensors.get(other.removesuffix("bias") + "weight")
         if tensor is None:
             raise CheckpointError(
@@ -105,9 +134,7 @@ def plan_addition(
         content = bias if other == name else torch.zeros(shape, dtype=bias.dtype)
         of_shard = added.setdefault(tensor.file.name, {})
         of_shard[other] = _constant(_same_dtype(tensor, entry), content)
-    share = _share(bias, direction.vector)
-    fresh = {**config, "mlp_bias": True}
-    return Addition(name, layer, 0.0, share, TensorChanges(added=added), fresh)
+    return added
 
 
 def _switched_on(config: Any) -> dict[str, tuple[int, ...]]:

@@ -219,37 +219,57 @@ def load_weights(
     if bars_hidden():
         transformers.utils.logging.disable_progress_bar()
     config = load_config(checkpoint, trust_remote_code)
-    require_safetensors(checkpoint)
-    shards = read_shards(checkpoint.folder)
-    for name in getattr(type(config), "extra_files", ()):
-        if os.path.lexists(checkpoint.folder / name):
-            read_shard(inside(checkpoint.folder, checkpoint.folder / name))
+    shards = _read_headers(checkpoint, config)
     check_plan(text_config(config), ranks, placement)
     copies = 1 if placement.is_spread else ranks.on_this_machine
     # What memory is free now differs from rank to rank; the dtype must not.
     number = ranks.broadcast(pick_dtype(dtype, config, checkpoint.folder, place, copies))
-    try:
-        with bounded_build(*size_bounds(config, shards)):
-            model, info = model_class(config).from_pretrained(
-                checkpoint.folder,
-                config=config,
-                dtype=number,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                # An adapter that lies there is no part of the model; here it lies nowhere.
-                adapter_kwargs={"subfolder": uuid.uuid4().hex},
-                **placement.loading_options(),
-            )
-    except TooLargeError as error:
-        raise too_large(config, error, shards) from None
-    except Exception as error:
-        raise _loading_error(checkpoint, error) from None
+    model, info = _from_pretrained(
+        checkpoint,
+        config,
+        shards,
+        placement,
+        dtype=number,
+        trust_remote_code=trust_remote_code,
+    )
     check_unchanged(shards)
     absent = sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"]))
     if absent:
         raise incomplete(checkpoint, absent)
     return cast(PreTrainedModel, (model if placement.is_spread else model.to(place)).eval())
+
+
+def _read_headers(checkpoint: Checkpoint, config: Any) -> ShardSet:
+    """The checkpoint's shards, and a look into what else the library would read for weights."""
+    require_safetensors(checkpoint)
+    shards = read_shards(checkpoint.folder)
+    for name in getattr(type(config), "extra_files", ()):
+        if os.path.lexists(checkpoint.folder / name):
+            read_shard(inside(checkpoint.folder, checkpoint.folder / name))
+    return shards
+
+
+def _from_pretrained(
+    checkpoint: Checkpoint, config: Any, shards: ShardSet, placement: Placement, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The model as the library loads it, and what it says of the loading."""
+    try:
+        with bounded_build(*size_bounds(config, shards)):
+            model, info = model_class(config).from_pretrained(
+                checkpoint.folder,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                # An adapter that lies there is no part of the model; here it lies nowhere.
+                adapter_kwargs={"subfolder": uuid.uuid4().hex},
+                **placement.loading_options(),
+                **options,
+            )
+    except TooLargeError as error:
+        raise too_large(config, error, shards) from None
+    except Exception as error:
+        raise _loading_error(checkpoint, error) from None
+    return model, info
 
 
 def incomplete(checkpoint: Checkpoint, parameters: Sequence[str]) -> CheckpointError:
