@@ -26,7 +26,7 @@ from abliterate.checkpoints.quantized_matrices import open_quantized
 from abliterate.checkpoints.safetensors_header import DTYPES, TensorEntry
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.edit_plan import TensorEdit
-from abliterate.editing.located_writers import Located, locate_writers
+from abliterate.editing.located_writers import LocatedWriters, locate_writers
 from abliterate.editing.shard_tasks import Files
 from abliterate.editing.tensor_changes import resolve_edits
 from abliterate.errors import CheckpointError
@@ -88,7 +88,7 @@ class CheckpointWriters:
     """
 
     checkpoint: Checkpoint
-    located: Located
+    located: LocatedWriters
     quantized: Mapping[str, Quantized]
     units: tuple[AuditedComponent, ...]
     biases: tuple[Part, ...]

@@ -32,8 +32,8 @@ from abliterate.writers.disk_tensors import DiskMap, DiskTensor, disk_map
 from abliterate.writers.parameter_names import parameter_aliases
 
 
-@dataclass(frozen=True)
-class Located:
+@dataclass(frozen=True, kw_only=True)
+class LocatedWriters:
     """Every writer of a checkpoint and where its tensors lie.
 
     Attributes:
@@ -74,7 +74,7 @@ class Located:
         return any(self.is_second(tensor) for tensor in self.disk.tensors)
 
 
-def locate_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Located:
+def locate_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> LocatedWriters:
     """Find every writer's tensors on disk from config and headers; only gains are read.
 
     Raises:
@@ -93,7 +93,18 @@ def locate_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> L
     values = {name: _read_parameter(name, disk, shards) for name in gains}
     head = tied_head(model)
     embedding = None if head is None else parameter_aliases(model)[head]
-    return Located(shards, shapes, config, model, proof, plan, disk, values, head, embedding)
+    return LocatedWriters(
+        shards=shards,
+        shapes=shapes,
+        config=config,
+        model=model,
+        proof=proof,
+        plan=plan,
+        disk=disk,
+        gains=values,
+        head=head,
+        embedding=embedding,
+    )
 
 
 def writer_axes(model: PreTrainedModel, plan: WriterPlan) -> dict[str, int]:
@@ -123,6 +134,11 @@ def read_plain(
 
 
 def prove_writers(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Proof:
+    """The proof that the writers are complete: on a random copy, else on the weights themselves.
+
+    Raises:
+        UnsupportedArchitectureError: they cannot be found.
+    """
     try:
         return proof_of(config)
     except UnsupportedArchitectureError as error:
