@@ -209,7 +209,7 @@ def _writer(part: Part) -> Writer:
     return Writer(edit.name, edit.axis, "other", edit.layer, part.bias, part.ways[0], part.channels)
 
 
-def _at(reading: CheckpointWriters, part: Part, direction: Tensor, gains: bool) -> Tensor:
+def _direction_at(reading: CheckpointWriters, part: Part, direction: Tensor, gains: bool) -> Tensor:
     """The stream direction as it is at a tensor."""
     if gains:
         return writer_direction(_writer(part), direction, reading.located.gains)
@@ -218,7 +218,7 @@ def _at(reading: CheckpointWriters, part: Part, direction: Tensor, gains: bool) 
     return unit
 
 
-def _back(reading: CheckpointWriters, part: Part, vector: Tensor) -> Tensor | None:
+def _stream_direction(reading: CheckpointWriters, part: Part, vector: Tensor) -> Tensor | None:
     """The stream direction that a tensor's left vector comes from, as far as it can be told."""
     if part.channels is not None or len(part.ways) > 1:
         return None
@@ -241,7 +241,11 @@ def _shared(
         vectors = []
         for name, summary in summaries.items():
             if summary.vector is not None:
-                back = _back(reading, parts[name], summary.vector) if gains else summary.vector
+                back = (
+                    _stream_direction(reading, parts[name], summary.vector)
+                    if gains
+                    else summary.vector
+                )
                 if back is not None and len(back) == reading.d_model:
                     vectors.append((back, summary.diff.first, any(parts[name].ways[0])))
         if not vectors:
@@ -250,7 +254,7 @@ def _shared(
         columns = torch.stack([v * f * (0.1 if gains and g else 1.0) for v, f, g in vectors], 1)
         direction, _ = left_vector(columns)
         hits = [
-            float(_at(reading, parts[n], direction, gains) @ summary.vector) ** 2
+            float(_direction_at(reading, parts[n], direction, gains) @ summary.vector) ** 2
             for n, summary in summaries.items()
             if summary.vector is not None
         ]
@@ -271,7 +275,7 @@ def _finish(
     diff = summary.diff
     if direction is None or part is None or not summary.readable:
         return diff
-    here = _at(pairs.reading, part, direction, gains)
+    here = _direction_at(pairs.reading, part, direction, gains)
     before, delta = pairs.sample(part.edit)  # read again: all of them would not fit in memory
     lost, had = here @ delta, here @ before
     vector = summary.vector if summary.vector is not None else left_vector(delta)[0]

@@ -110,7 +110,7 @@ def read_emptiness(
     device: torch.device,
 ) -> list[SoftNullProjector]:
     """The emptiness of each pool, each unit in it with the same weight, on the device."""
-    found, guess = [], _GUESS
+    projectors, guess = [], _GUESS
     for pool in progress(pools, "audit: writers", total=len(pools)):
         for dtype in (precision(reading.d_model), torch.float64):
             gram, columns = _gram(reading, pool, gains, device, dtype)
@@ -121,9 +121,9 @@ def read_emptiness(
             del gram, rows
             if dtype == torch.float64 or guess > FINE_GRAM:
                 break  # else the spectrum is too steep for float32
-        found.append(of_matrix(matrix.to(storage(reading.d_model))))
+        projectors.append(of_matrix(matrix.to(storage(reading.d_model))))
         del matrix
-    return found
+    return projectors
 
 
 def _gram(

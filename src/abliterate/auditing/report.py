@@ -111,14 +111,14 @@ class Audit:
         }
 
 
-def comparison_document(found: Comparison) -> dict[str, Any]:
+def comparison_document(comparison: Comparison) -> dict[str, Any]:
     """A comparison for JSON."""
     return {
-        "projected": [t.name for t in found.projected],
-        "beyond": [t.name for t in found.beyond],
-        "missing": list(found.missing),
-        "added": list(found.added),
-        "tensors": [asdict(t) for t in found.tensors],
+        "projected": [t.name for t in comparison.projected],
+        "beyond": [t.name for t in comparison.beyond],
+        "missing": list(comparison.missing),
+        "added": list(comparison.added),
+        "tensors": [asdict(t) for t in comparison.tensors],
     }
 
 

@@ -100,10 +100,10 @@ def tied_tensors(checkpoint: Checkpoint, shards: ShardSet) -> list[tuple[str, st
     if head is None:
         return []
     embedding = parameter_aliases(model)[head]
-    found = disk_map(model, {embedding: 0}, dense_shapes(shards, quantized)).tensors
+    tensors = disk_map(model, {embedding: 0}, dense_shapes(shards, quantized)).tensors
     return [
         (mine.name, other.name)
-        for mine in found
-        for other in found
+        for mine in tensors
+        for other in tensors
         if mine.loads_as != head and other.loads_as == head
     ]

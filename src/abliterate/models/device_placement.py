@@ -100,8 +100,8 @@ def find_placement(
             "--tensor-parallel needs a process for each part: start it with "
             "`torchrun --nproc-per-node N -m abliterate ...`"
         )
-    found = torch.accelerator.current_accelerator(check_available=True)
-    kind = "cpu" if found is None else found.type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if accelerator is None else accelerator.type
     if device not in ("auto", kind):
         raise UsageError(
             f"--tensor-parallel computes on every rank's own {kind}, not on --device {device}: "

@@ -114,16 +114,16 @@ def _writers(
     shapes = {name: p.shape for name, p in model.named_parameters()}
     # One writer for each way, whatever it is called: a matrix may be used by several operations.
     seen: dict[tuple[str, int, tuple[Gain, ...], tuple[int, int] | None], Writer] = {}
-    for found in (end for ends in walk.ends.values() for end in ends):
-        if isinstance(found, Obstacle):
+    for reached in (end for ends in walk.ends.values() for end in ends):
+        if isinstance(reached, Obstacle):
             continue
-        layer = _layer(found.parameter, blocks)
-        kind = _kind(found, layer, batch)
-        bias = not found.product and _looked_up(found, layer) is None
-        for name in (found.parameter, *_siblings(model, found.parameter, ran, shapes)):
-            gains = tuple(_moved(g, found.parameter, name) for g in found.gains)
-            writer = Writer(name, found.axis, kind, layer, bias, gains, found.part)
-            seen.setdefault((name, found.axis, gains, found.part), writer)
+        layer = _layer(reached.parameter, blocks)
+        kind = _kind(reached, layer, batch)
+        bias = not reached.product and _looked_up(reached, layer) is None
+        for name in (reached.parameter, *_siblings(model, reached.parameter, ran, shapes)):
+            gains = tuple(_moved(g, reached.parameter, name) for g in reached.gains)
+            writer = Writer(name, reached.axis, kind, layer, bias, gains, reached.part)
+            seen.setdefault((name, reached.axis, gains, reached.part), writer)
     order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
     return tuple(sorted(seen.values(), key=lambda w: (order[w.parameter], len(w.gains))))
 

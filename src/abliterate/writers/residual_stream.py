@@ -90,7 +90,7 @@ def block_calls(model: nn.Module, calls: Iterable[Call]) -> list[BlockCall]:
         DiscoveryError: where there are none.
     """
     lists = {member: blocks for blocks in block_lists(model) for member in blocks.members}
-    found: list[BlockCall] = []
+    candidates: list[BlockCall] = []
     for call in calls:
         blocks = lists.get(call.module)
         if blocks is None:
@@ -98,11 +98,11 @@ def block_calls(model: nn.Module, calls: Iterable[Call]) -> list[BlockCall]:
         layer = blocks.members[call.module]
         for stream in streams_of(call.inputs, call.outputs):
             weight = blocks.parameters
-            found.append(BlockCall(call.module, layer, call.begin, call.end, *stream, weight))
-    if not found:
+            candidates.append(BlockCall(call.module, layer, call.begin, call.end, *stream, weight))
+    if not candidates:
         raise DiscoveryError("no decoder blocks: no module list hands on a [..., d_model] stream")
-    width = max(found, key=lambda block: block.weight).stream_out.shape[-1]
-    return [block for block in found if block.stream_out.shape[-1] == width]
+    width = max(candidates, key=lambda block: block.weight).stream_out.shape[-1]
+    return [block for block in candidates if block.stream_out.shape[-1] == width]
 
 
 def ratio(hidden: Tensor, unit: Tensor) -> float:
