@@ -322,11 +322,18 @@ def _open_matrix(
 ) -> DiskMatrix:
     device = torch.device("cpu")
     if stored is not None:
-        return open_quantized(stored, matrix_slice, files.open, None, 0, None, device)
+        return open_quantized(stored, matrix_slice, open_source=files.open, device=device)
     if entry.dtype not in DTYPES:
         raise CheckpointError(
             f"tensor '{entry.name}' is stored as {entry.dtype}, which cannot be read as floats: "
             "audit the checkpoint in bfloat16, float16 or float32 that it was made from"
         )
-    source = files.open(entry.file)
-    return PlainDiskMatrix(source, entry.start, None, 0, DTYPES[entry.dtype], matrix_slice, device)
+    return PlainDiskMatrix(
+        source=files.open(entry.file),
+        start=entry.start,
+        target=None,
+        to=0,
+        dtype=DTYPES[entry.dtype],
+        matrix_slice=matrix_slice,
+        device=device,
+    )

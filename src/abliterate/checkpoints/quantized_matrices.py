@@ -27,11 +27,12 @@ _FP4_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 def open_quantized(
     stored: Quantized,
     matrix_slice: MatrixSlice,
+    *,
     open_source: Callable[[Path], SourceFile],
-    target: TargetFile | None,
-    to: int,
-    scales_to: int | None,
     device: torch.device,
+    target: TargetFile | None = None,
+    to: int = 0,
+    scales_to: int | None = None,
 ) -> DiskMatrix:
     """One matrix of a quantized tensor.
 
@@ -39,10 +40,10 @@ def open_quantized(
         stored: the tensor.
         matrix_slice: which of its matrices; whole rows.
         open_source: opens a source file.
+        device: where to compute.
         target: the file to write, or None to read only.
         to: where the tensor's values, or its plain form, start there.
         scales_to: where its scales start, or None to write it as bfloat16.
-        device: where to compute.
 
     Raises:
         CheckpointError: only part of the matrix is to be edited.
@@ -55,7 +56,15 @@ def open_quantized(
     ):
         raise CheckpointError(f"tensor '{stored.values.name}' cannot be edited in part")
     kind = _Fp8Matrix if stored.scheme == "fp8" else _Fp4Matrix
-    return kind(stored, matrix_slice, open_source, target, to, scales_to, device)
+    return kind(
+        stored=stored,
+        matrix_slice=matrix_slice,
+        open_source=open_source,
+        device=device,
+        target=target,
+        to=to,
+        scales_to=scales_to,
+    )
 
 
 @dataclass

@@ -200,8 +200,17 @@ class _Shard:
                     )
                 else:
                     matrix = self._open_quantized(stored, matrix_slice, tensor, scales)
-                edited = _EditedMatrix(matrix, matrix_slice, tensor, entry, math.prod(shape))
-                yield from edited.tasks(index, edit.basis, self.context.strength, self.target)
+                yield from _MatrixEdit(
+                    index=index,
+                    basis=edit.basis,
+                    strength=self.context.strength,
+                    matrix=matrix,
+                    matrix_slice=matrix_slice,
+                    tensor=tensor,
+                    entry=entry,
+                    elements=math.prod(shape),
+                    target=self.target,
+                ).tasks()
 
     def _dequantize(
         self, tensor: TensorOffsets, edits: Sequence[_NumberedEdit]
@@ -216,9 +225,17 @@ class _Shard:
             basis = torch.zeros(0, stored.shape[axis], dtype=torch.float64)
         for matrix_slice in matrix_slices(stored.shape, axis):
             matrix = self._open_quantized(stored, matrix_slice, tensor, None)
-            elements = math.prod(stored.shape)
-            edited = _EditedMatrix(matrix, matrix_slice, tensor, stored.values, elements)
-            yield from edited.tasks(index, basis, self.context.strength, self.target)
+            yield from _MatrixEdit(
+                index=index,
+                basis=basis,
+                strength=self.context.strength,
+                matrix=matrix,
+                matrix_slice=matrix_slice,
+                tensor=tensor,
+                entry=stored.values,
+                elements=math.prod(stored.shape),
+                target=self.target,
+            ).tasks()
 
     def _open_quantized(
         self,
@@ -275,53 +292,59 @@ def _dtype(entry: TensorEntry) -> torch.dtype:
     return DTYPES[entry.dtype]
 
 
-@dataclass(frozen=True)
-class _EditedMatrix:
-    """A matrix of a tensor, about to be cut into tasks."""
+@dataclass(frozen=True, kw_only=True)
+class _MatrixEdit:
+    """An edit of one matrix of a tensor, about to be cut into tasks.
 
+    Attributes:
+        index: the edit's number.
+        basis: ``[k, d_model]``, what to remove.
+        strength: how much of it.
+        matrix: which is read and written.
+        matrix_slice: where it lies in the tensor.
+        tensor: in the edited shard.
+        entry: the source's, for errors.
+        elements: of the whole tensor.
+        target: the file to write.
+    """
+
+    index: int
+    basis: Tensor
+    strength: EditStrength
     matrix: DiskMatrix
     matrix_slice: MatrixSlice
     tensor: TensorOffsets
     entry: TensorEntry
     elements: int
+    target: TargetFile
 
-    def tasks(
-        self, index: int, basis: Tensor, strength: EditStrength, target: TargetFile
-    ) -> Iterator[ShardTask]:
+    def tasks(self) -> Iterator[ShardTask]:
         """Blocks of rows where rows stand alone, else the matrix."""
         step = self.matrix.rows
         if self.matrix_slice.d_model_is_columns and self.matrix.splits:
             row_bytes = self.tensor.size * self.matrix_slice.columns // self.elements
             step = max(1, _EDIT_BYTES // max(1, row_bytes))
         for first in range(0, self.matrix.rows, step):
-            rows = (first, min(first + step, self.matrix.rows))
-            yield self._task(rows, index, basis, strength, target)
+            yield self._task(first, min(first + step, self.matrix.rows))
 
-    def _task(
-        self,
-        rows: tuple[int, int],
-        index: int,
-        basis: Tensor,
-        strength: EditStrength,
-        target: TargetFile,
-    ) -> ShardTask:
-        start, end = (self._byte(row) for row in rows)
+    def _task(self, first: int, last: int) -> ShardTask:
+        start, end = self._byte(first), self._byte(last)
 
         def run(stop: Event) -> tuple[int, DirectionEnergy] | None:
-            matrix = self.matrix.part()
+            matrix, d_model_is_columns = self.matrix.part(), self.matrix_slice.d_model_is_columns
             with naming_tensor(self.entry):
                 energy = project(
                     matrix,
-                    basis,
-                    strength,
-                    self.matrix_slice.d_model_is_columns,
-                    rows,
-                    stop.is_set,
+                    self.basis,
+                    self.strength,
+                    d_model_is_columns,
+                    rows=(first, last),
+                    stopped=stop.is_set,
                 )
             if not stop.is_set():
                 matrix.close()
-                target.begin_writeback(start, end - start)
-            return None if index == _NO_EDIT else (index, energy)
+                self.target.begin_writeback(start, end - start)
+            return None if self.index == _NO_EDIT else (self.index, energy)
 
         return ShardTask(start, end - start, run)
 
