@@ -10,7 +10,7 @@ from abliterate.auditing.soft_null_space import storage
 
 MIN_POOLS = 4
 # What is kept of all pools, and the work on them that still takes minutes on two cores.
-_MAX_BYTES, _MAX_FLOPS = 2.1e9, 4e13
+_MOST_BYTES, _MOST_FLOPS = 2.1e9, 4e13
 _FLOPS = 5  # of one pool, about, as a multiple of the cube of the width
 _MIN_WIDE_POOLS = 12  # in a wide model: two of each kind in each third of the depth
 
@@ -26,8 +26,8 @@ class ComponentPool:
 
 def make_pools(units: Sequence[AuditedComponent], width: int) -> list[ComponentPool]:
     """One pool for each unit, or as few for each kind as memory and time allow."""
-    room = _MAX_BYTES / (width**2 * storage(width).itemsize)
-    max_pools = int(max(_MIN_WIDE_POOLS, min(room, _MAX_FLOPS / (_FLOPS * width**3))))
+    room = _MOST_BYTES / (width**2 * storage(width).itemsize)
+    max_pools = int(max(_MIN_WIDE_POOLS, min(room, _MOST_FLOPS / (_FLOPS * width**3))))
     if len(units) <= max_pools:
         return [ComponentPool(u.kind, (u.layer,), (u,)) for u in units]
     kinds = dict.fromkeys(u.kind for u in units)
