@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.auditing.compare import Comparison, compare
-from abliterate.auditing.components import open_checkpoint
+from abliterate.auditing.components import CheckpointWriters, open_checkpoint
 from abliterate.auditing.edit_record import DeclaredEdit, read_declared_edit
 from abliterate.auditing.edit_signature import Strength, biases_included, name_style, strengths
 from abliterate.auditing.reference_free import CLAIM, CPU, Blind, look
@@ -147,43 +147,77 @@ def audit(
     head = head_evidence(reading)
     blind = look(reading, device)
     verdict, evidence, vector, gains = _decide(blind, claim, head, comparison)
-    units: tuple[Strength, ...] = ()
-    style = removed = embeddings = biases = None
+    extent = _Extent()
     if verdict == "edited" and vector is not None:
-        units = strengths(reading, vector, gains, comparison)
-        if evidence == "output head" and head is not None:
-            # Too little is gone for the other writers to show it; of the embedding it is exact.
-            units = tuple(
-                replace(u, removed=head.scale, carries=True)
-                if u.kind == "embedding"
-                else replace(u, carries=False)
-                for u in units
-            )
-            style = "the embedding, perhaps other writers too"
-        else:
-            style = name_style(reading, units, vector, gains)
-        carried = [u.removed for u in units if u.carries]
-        removed = float(torch.tensor(carried).median()) if carried else None
-        carrying = [u.carries for u in units if u.kind == "embedding"]
-        embeddings = all(carrying) if carrying else None
-        biases = biases_included(reading, vector, comparison)
+        of_head = head if evidence == "output head" else None
+        extent = _extent(reading, vector, gains, comparison, of_head)
     reason = blind.reason if verdict == "undecided" else ""
     return Audit(
         verdict=verdict,
         evidence=evidence,
         reason=reason,
         direction=vector,
-        strength=units,
-        style=style,
-        removed=removed,
-        embeddings=embeddings,
-        biases=biases,
+        strength=extent.strength,
+        style=extent.style,
+        removed=extent.removed,
+        embeddings=extent.embeddings,
+        biases=extent.biases,
         blind=blind,
         claim=claim,
         head=head,
         comparison=comparison,
         warnings=_warnings(verdict, claim, comparison, blind),
         model=checkpoint.identity(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Extent:
+    """How far an edit reaches; the attributes are those of :class:`Audit`."""
+
+    strength: tuple[Strength, ...] = ()
+    style: str | None = None
+    removed: float | None = None
+    embeddings: bool | None = None
+    biases: bool | None = None
+
+
+def _extent(
+    reading: CheckpointWriters,
+    direction: Tensor,
+    gains: bool,
+    comparison: Comparison | None,
+    head: HeadEvidence | None,
+) -> _Extent:
+    """Which units lost the direction, and how much of it.
+
+    Args:
+        reading: the checkpoint.
+        direction: float64 unit ``[d_model]``.
+        gains: it is the stream's, behind the gains of norms.
+        comparison: the difference from the base, if there is one.
+        head: the output head's evidence, where nothing else shows the edit.
+    """
+    units = strengths(reading, direction, gains, comparison)
+    if head is not None:
+        # Too little is gone for the other writers to show it; of the embedding it is exact.
+        units = tuple(
+            replace(u, removed=head.scale, carries=True)
+            if u.kind == "embedding"
+            else replace(u, carries=False)
+            for u in units
+        )
+        style: str | None = "the embedding, perhaps other writers too"
+    else:
+        style = name_style(reading, units, direction, gains)
+    removed = [u.removed for u in units if u.carries]
+    embeddings = [u.carries for u in units if u.kind == "embedding"]
+    return _Extent(
+        strength=units,
+        style=style,
+        removed=float(torch.tensor(removed).median()) if removed else None,
+        embeddings=all(embeddings) if embeddings else None,
+        biases=biases_included(reading, direction, comparison),
     )
 
 
