@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abliterate.errors import CheckpointError, UsageError
-from abliterate.prompts.sources import well_formed
+from abliterate.prompts.columns import well_formed
 from abliterate.prompts.template_process import (
     Conversation,
     TemplateError,

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, UsageError
+from abliterate.prompts.columns import TEXT_COLUMNS, well_formed
 from abliterate.prompts.hub_datasets import HubDataset, HubDatasetError
-from abliterate.prompts.sources import FILE_TYPES, TEXT_COLUMNS, read_rows, well_formed
+from abliterate.prompts.row_files import FILE_TYPES, read_rows
 from abliterate.storage.artifacts import hash_json
 
 NAMES = ("pile", "alpaca", "own")
