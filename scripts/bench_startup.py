@@ -34,7 +34,7 @@ WITH_A_MODEL = {
     "run": "pipeline.run",
     "evaluate": "evaluation.stage",
     "verify": "verification",
-    "writers": "editing.edit_plan",
+    "writers": "editing.writer_table",
     "inspect (a new run)": "analysis.inspection",
     "trace": "analysis.direction_trace",
     "fragility": "analysis.fragility",

@@ -61,3 +61,13 @@ class InterruptedWorkError(AbliterateError):
     """Ctrl-C came midway; the message says what was kept and how to go on."""
 
     exit_code = 130
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, on one line; empty where it says nothing."""
+    return " ".join(str(error).split())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says, or its type where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

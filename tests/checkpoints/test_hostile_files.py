@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from abliterate.checkpoints.shards import INDEX, read_shard, read_shards
+from abliterate.checkpoints.safetensors_header import read_shard
+from abliterate.checkpoints.shards import INDEX, read_shards
 from abliterate.editing.orthogonalize import orthogonalize
 from abliterate.errors import AbliterateError, CheckpointError
 from abliterate.models.loading import Checkpoint

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from abliterate.checkpoints.shards import read_shards
-from abliterate.editing import matrix_orthogonalization, orthogonalize
+from abliterate.editing import matrix_orthogonalization, planning
 from abliterate.editing.edit_plan import EditPlan, TensorEdit, make_plan
 
 WIDTH = 64
@@ -55,7 +55,7 @@ def edit(monkeypatch, tmp_path: Path, direction: Path, cli) -> Callable[..., dic
         def plan(*args: object) -> EditPlan:
             return EditPlan(read_shards(source), tuple(edits))
 
-        monkeypatch.setattr(orthogonalize, "make_plan", plan)
+        monkeypatch.setattr(planning, "make_plan", plan)
         result = cli("orthogonalize", source, "--direction", direction, "-o", out, "--json",
                      "--overwrite", *options)  # fmt: skip
         assert result.code == 0, result.err

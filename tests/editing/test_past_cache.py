@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from abliterate.checkpoints.shards import read_shards
-from abliterate.editing import matrix_orthogonalization, orthogonalize, shard_tasks
+from abliterate.editing import matrix_orthogonalization, planning, shard_tasks
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.storage import file_io, write_buffers
 
@@ -55,7 +55,7 @@ def edit(monkeypatch, tmp_path: Path, cli) -> Callable[..., bytes]:
     ]
     file = source / "model.safetensors"
     plan = lambda *args: EditPlan(read_shards(source), tuple(edits))  # noqa: E731
-    monkeypatch.setattr(orthogonalize, "make_plan", plan)
+    monkeypatch.setattr(planning, "make_plan", plan)
 
     def run(*options: str, odd: bool = False) -> bytes:
         save_file(tensors, file)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from abliterate.cli.app import main
 from abliterate.direction import load_direction
-from abliterate.editing import orthogonalize
+from abliterate.editing import planning
 from abliterate.editing.workspace import partial_of
 from abliterate.models.loading import Checkpoint
 
@@ -88,9 +88,9 @@ def torture(job: dict[str, Any]) -> dict[str, Any]:
     directions = [load_direction(path) for path in files]
     # The plan is the same each time: made once, it leaves the time to what is tested here.
     checkpoint = Checkpoint(source, Path(source))
-    plans = {d.sha256: orthogonalize.make_plan(checkpoint, d.vector) for d in directions}
+    plans = {d.sha256: planning.make_plan(checkpoint, d.vector) for d in directions}
     by_values = {tuple(d.vector.tolist()): plans[d.sha256] for d in directions}
-    orthogonalize.make_plan = lambda _, vector, *more: by_values[tuple(vector.tolist())]  # type: ignore
+    planning.make_plan = lambda _, vector, *more: by_values[tuple(vector.tolist())]  # type: ignore
     # Imports all there is to import.
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(["orthogonalize", source, "--direction", files[0], "-o", str(out)]) == 0

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import UsageError
+from abliterate.errors import UsageError, one_line
+from abliterate.extras import import_extra, missing_extra
 from abliterate.storage.artifacts import write_atomically
 from abliterate.storage.ownership import GENERATOR, Kind, claim, is_page, is_picture, mark_picture
 from abliterate.storage.web_page import content_policy, script_json
@@ -36,7 +37,7 @@ _PAGE = """\
 </html>
 """
 
-_NEEDS = "needs plotly and kaleido: pip install 'abliterate[report]'"
+_PACKAGES = "plotly and kaleido"
 
 
 def require_plotly() -> None:
@@ -45,10 +46,8 @@ def require_plotly() -> None:
     Raises:
         UsageError: plotly is missing.
     """
-    try:
-        import plotly.graph_objects  # noqa: F401
-    except ImportError:
-        raise UsageError(f"the picture {_NEEDS}, or pass --no-picture") from None
+    otherwise = ", or pass --no-picture"
+    import_extra("plotly.graph_objects", "the picture", _PACKAGES, "report", otherwise)
 
 
 def _page(figure: Any, plotly: str) -> str:
@@ -131,10 +130,9 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
         try:
             content = figure.to_image(format=kind, scale=2)
         except Exception as error:  # kaleido raises many kinds; all mean that no image can be had
-            short = " ".join(str(error).split())[:160]
-            raise UsageError(
-                f"--image {kind} {_NEEDS}, and a Chrome or Chromium ({short})"
-            ) from None
+            short = one_line(error)[:160]
+            needs = missing_extra(f"--image {kind}", _PACKAGES, "report")
+            raise UsageError(f"{needs}, and a Chrome or Chromium ({short})") from None
         written.append(folder / f"fragility.{kind}")
         write_atomically(written[-1], mark_picture(content))
     return written

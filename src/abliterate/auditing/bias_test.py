@@ -25,7 +25,7 @@ DRAWS = 9_999
 # The largest p-value that counts as an edit.
 LEVEL = 1e-3
 # Biases looked at: more would not change the verdict, and the draws cost their number squared.
-MOST = 512
+MAX_VECTORS = 512
 # Normal numbers held at once.
 _CHUNK = 1 << 22
 
@@ -58,9 +58,9 @@ def p_value(vectors: Tensor, direction: Tensor, draws: int = DRAWS, seed: int = 
     rest = _chi_square(d_model - rank, draws, generator)
     lower, size = 0, max(1, _CHUNK // count)
     for start in range(0, draws, size):
-        left = rest[start : start + size, None]
-        inside = torch.randn(len(left), rank, generator=generator, dtype=torch.float64)
-        length = (inside.square().sum(dim=1, keepdim=True) + left).sqrt()
+        remaining = rest[start : start + size, None]
+        inside = torch.randn(len(remaining), rank, generator=generator, dtype=torch.float64)
+        length = (inside.square().sum(dim=1, keepdim=True) + remaining).sqrt()
         lower += int((median_share(inside @ root.T / length, d_model) <= observed).sum())
     return (1 + lower) / (draws + 1)
 

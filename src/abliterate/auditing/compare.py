@@ -10,7 +10,8 @@ from torch import Tensor
 
 from abliterate.auditing.components import CheckpointWriters, Part, open_checkpoint, read_tensor
 from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
-from abliterate.checkpoints.shards import DTYPES, ShardSet, read_shards, same_bytes
+from abliterate.checkpoints.safetensors_header import DTYPES
+from abliterate.checkpoints.shards import ShardSet, read_shards, same_bytes
 from abliterate.console import progress
 from abliterate.editing.edit_plan import TensorEdit
 from abliterate.errors import CheckpointError
@@ -107,27 +108,28 @@ def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
         parts.setdefault(part.edit.name, part)
     pairs = _Pairs(reading, left, right, other)
     first = {
-        name: pairs.look(name, parts.get(name))
+        name: pairs.summarize(name, parts.get(name))
         for name in progress(common, "diff: tensors", total=len(common))
     }
     direction, gains = _shared(reading, parts, first)
     tensors = tuple(
-        _finish(pairs, found, parts.get(name), direction, gains) for name, found in first.items()
+        _finish(pairs, summary, parts.get(name), direction, gains)
+        for name, summary in first.items()
     )
     if not any(t.projected for t in tensors):
         direction = None
         tensors = tuple(_finish(pairs, f, parts.get(n), None, gains) for n, f in first.items())
     return Comparison(
-        tensors,
-        tuple(sorted(left.tensors.keys() - right.tensors.keys() - hidden)),
-        tuple(sorted(right.tensors.keys() - left.tensors.keys() - hidden)),
-        direction,
-        gains,
+        tensors=tensors,
+        missing=tuple(sorted(left.tensors.keys() - right.tensors.keys() - hidden)),
+        added=tuple(sorted(right.tensors.keys() - left.tensors.keys() - hidden)),
+        direction=direction,
+        gains=gains,
     )
 
 
 @dataclass(frozen=True)
-class _Found:
+class _DiffSummary:
     """A difference's summary, before the shared direction is known."""
 
     diff: TensorDiff
@@ -142,20 +144,20 @@ class _Pairs:
     right: ShardSet
     other: Mapping[str, Quantized]
 
-    def look(self, name: str, part: Part | None) -> _Found:
+    def summarize(self, name: str, part: Part | None) -> _DiffSummary:
         one, two = self.left.tensors[name], self.right.tensors[name]
         kind = part.edit.kind if part else None
         layer = part.edit.layer if part else None
         if same_bytes(one, two) and self._same_scales(name):
-            return _Found(TensorDiff(name, "unchanged", kind, layer))
+            return _DiffSummary(TensorDiff(name, "unchanged", kind, layer))
         if one.shape != two.shape:
-            return _Found(TensorDiff(name, "reshaped", kind, layer))
+            return _DiffSummary(TensorDiff(name, "reshaped", kind, layer))
         readable = all(
             e.dtype in DTYPES or name in q
             for e, q in ((one, self.reading.quantized), (two, self.other))
         )
         if not readable or not one.shape or 0 in one.shape:
-            return _Found(TensorDiff(name, "dense", kind, layer))
+            return _DiffSummary(TensorDiff(name, "dense", kind, layer))
         edit = part.edit if part else TensorEdit(name, 0, torch.zeros(0, 0), "other", None)
         before, delta = self.sample(edit)
         energy, whole = float(delta.square().sum()), float(before.square().sum())
@@ -163,7 +165,7 @@ class _Pairs:
         if energy == 0:
             # The sample is the same; where bytes of one dtype differ, what differs lies outside it.
             state = "recast" if one.dtype != two.dtype else "dense"
-            return _Found(TensorDiff(name, state, kind, layer))
+            return _DiffSummary(TensorDiff(name, state, kind, layer))
         vector, shares = left_vector(delta)
         rounding = 4 * whole * max(_EPS.get(e.dtype, 0.5) for e in (one, two)) ** 2 / 12
         allowed = 0.01 * energy + rounding
@@ -175,8 +177,8 @@ class _Pairs:
             state = "low rank"
         diff = TensorDiff(name, state, kind, layer, change, float(shares[0]))
         # Vectors are rank 1 whatever was done to them, and say nothing on their own.
-        own = vector if part is not None and not part.bias else None
-        return _Found(diff, own, readable=True)
+        is_matrix = part is not None and not part.bias
+        return _DiffSummary(diff, vector if is_matrix else None, readable=True)
 
     def sample(self, edit: TensorEdit) -> tuple[Tensor, Tensor]:
         """A tensor of the first and its difference, ``[d_model, m]``, always the same columns."""
@@ -207,7 +209,7 @@ def _writer(part: Part) -> Writer:
     return Writer(edit.name, edit.axis, "other", edit.layer, part.bias, part.ways[0], part.channels)
 
 
-def _at(reading: CheckpointWriters, part: Part, direction: Tensor, gains: bool) -> Tensor:
+def _direction_at(reading: CheckpointWriters, part: Part, direction: Tensor, gains: bool) -> Tensor:
     """The stream direction as it is at a tensor."""
     if gains:
         return writer_direction(_writer(part), direction, reading.located.gains)
@@ -216,44 +218,45 @@ def _at(reading: CheckpointWriters, part: Part, direction: Tensor, gains: bool) 
     return unit
 
 
-def _back(reading: CheckpointWriters, part: Part, vector: Tensor) -> Tensor | None:
+def _stream_direction(reading: CheckpointWriters, part: Part, vector: Tensor) -> Tensor | None:
     """The stream direction that a tensor's left vector comes from, as far as it can be told."""
     if part.channels is not None or len(part.ways) > 1:
         return None
     for gain in part.ways[0]:
         if gain.parameter is None:
             continue
-        value = reading.located.gains[gain.parameter]
-        if gain.index:
-            value = value[tuple(slice(None) if i is None else i for i in gain.index)]
-        value = value.reshape(-1).double() + gain.offset
-        tiny = value.abs() < 1e-3 * value.abs().max()
-        vector = torch.where(tiny, torch.zeros_like(vector), vector / value)
+        factors = gain.factors(reading.located.gains[gain.parameter].double())
+        tiny = factors.abs() < 1e-3 * factors.abs().max()
+        vector = torch.where(tiny, torch.zeros_like(vector), vector / factors)
     unit: Tensor = vector / vector.norm()
     return unit
 
 
 def _shared(
-    reading: CheckpointWriters, parts: Mapping[str, Part], found: Mapping[str, _Found]
+    reading: CheckpointWriters, parts: Mapping[str, Part], summaries: Mapping[str, _DiffSummary]
 ) -> tuple[Tensor | None, bool]:
     """The direction that most left vectors agree on, behind the gains or without them."""
     best: tuple[float, Tensor | None, bool] = (0.0, None, True)
     for gains in (True, False) if reading.has_gains else (True,):
         vectors = []
-        for name, one in found.items():
-            if one.vector is not None:
-                back = _back(reading, parts[name], one.vector) if gains else one.vector
+        for name, summary in summaries.items():
+            if summary.vector is not None:
+                back = (
+                    _stream_direction(reading, parts[name], summary.vector)
+                    if gains
+                    else summary.vector
+                )
                 if back is not None and len(back) == reading.d_model:
-                    vectors.append((back, one.diff.first, any(parts[name].ways[0])))
+                    vectors.append((back, summary.diff.first, any(parts[name].ways[0])))
         if not vectors:
             continue
         # Plain tensors tell the direction best: gains are divided by.
         columns = torch.stack([v * f * (0.1 if gains and g else 1.0) for v, f, g in vectors], 1)
         direction, _ = left_vector(columns)
         hits = [
-            float(_at(reading, parts[n], direction, gains) @ one.vector) ** 2
-            for n, one in found.items()
-            if one.vector is not None
+            float(_direction_at(reading, parts[n], direction, gains) @ summary.vector) ** 2
+            for n, summary in summaries.items()
+            if summary.vector is not None
         ]
         score = sum(hit for hit in hits if hit >= _SAME)
         if score > best[0]:
@@ -267,20 +270,21 @@ def _sign(vector: Tensor) -> float:
 
 
 def _finish(
-    pairs: _Pairs, found: _Found, part: Part | None, direction: Tensor | None, gains: bool
+    pairs: _Pairs, summary: _DiffSummary, part: Part | None, direction: Tensor | None, gains: bool
 ) -> TensorDiff:
-    diff = found.diff
-    if direction is None or part is None or not found.readable:
+    diff = summary.diff
+    if direction is None or part is None or not summary.readable:
         return diff
-    here = _at(pairs.reading, part, direction, gains)
+    here = _direction_at(pairs.reading, part, direction, gains)
     before, delta = pairs.sample(part.edit)  # read again: all of them would not fit in memory
     lost, had = here @ delta, here @ before
-    vector = found.vector if found.vector is not None else left_vector(delta)[0]
+    vector = summary.vector if summary.vector is not None else left_vector(delta)[0]
     both = float(lost @ had)
-    energy, own = float(lost.square().sum()), float(had.square().sum())
+    lost_energy, had_energy = float(lost.square().sum()), float(had.square().sum())
+    energies = lost_energy * had_energy
     return TensorDiff(
         diff.name, diff.state, diff.kind, diff.layer, diff.change, diff.first,
         cosine=abs(float(here @ vector)),
-        scale=-both / own if own > 0 else None,
-        fit=both**2 / (energy * own) if energy * own > 0 and both < 0 else 0.0,
+        scale=-both / had_energy if had_energy > 0 else None,
+        fit=both**2 / energies if energies > 0 and both < 0 else 0.0,
     )  # fmt: skip

@@ -21,14 +21,12 @@ from abliterate.checkpoints.disk_matrix import (
     PlainDiskMatrix,
     matrix_slices,
 )
-from abliterate.checkpoints.quantized_formats import (
-    Quantized,
-    find_quantized,
-    open_quantized,
-    read_config,
-)
-from abliterate.checkpoints.shards import DTYPES, ShardSet, TensorEntry
-from abliterate.editing.edit_plan import Located, TensorEdit, locate_writers
+from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
+from abliterate.checkpoints.quantized_matrices import open_quantized
+from abliterate.checkpoints.safetensors_header import DTYPES, TensorEntry
+from abliterate.checkpoints.shards import ShardSet
+from abliterate.editing.edit_plan import TensorEdit
+from abliterate.editing.located_writers import LocatedWriters, locate_writers
 from abliterate.editing.shard_tasks import Files
 from abliterate.editing.tensor_changes import resolve_edits
 from abliterate.errors import CheckpointError
@@ -36,7 +34,7 @@ from abliterate.models.loading import Checkpoint
 from abliterate.writers import Gain, stream_width
 
 _RUNS = 8  # neighbouring columns are read together: so many runs, spread over the matrix
-_MOST_STRIPS = 16  # of a stack of experts
+_MAX_SLICES = 16  # of a stack of experts
 _AT_ONCE = 4096  # columns, where all are read
 
 
@@ -90,7 +88,7 @@ class CheckpointWriters:
     """
 
     checkpoint: Checkpoint
-    located: Located
+    located: LocatedWriters
     quantized: Mapping[str, Quantized]
     units: tuple[AuditedComponent, ...]
     biases: tuple[Part, ...]
@@ -138,7 +136,7 @@ def open_checkpoint(checkpoint: Checkpoint) -> CheckpointWriters:
 def read_columns(
     reading: CheckpointWriters,
     unit: AuditedComponent,
-    most: int,
+    max_columns: int,
     seed: int,
     gains: bool = True,
     dtype: torch.dtype = torch.float64,
@@ -159,13 +157,13 @@ def read_columns(
     Raises:
         CheckpointError: a tensor holds NaN or infinity, or is stored in an unknown format.
     """
-    share = max(1, most // len(unit.parts))
-    found = [
+    share = max(1, max_columns // len(unit.parts))
+    columns = [
         passed
         for part in unit.parts
         for passed in _stream_columns(reading, part, share, seed, gains, dtype)
     ]
-    return _joined(found)
+    return _joined(columns)
 
 
 def _joined(columns: Sequence[Tensor]) -> Tensor:
@@ -180,12 +178,14 @@ def read_bias(reading: CheckpointWriters, part: Part) -> Tensor:
 def _stream_columns(
     reading: CheckpointWriters,
     part: Part,
-    most: int,
+    max_columns: int,
     seed: int,
     gains: bool,
     dtype: torch.dtype = torch.float64,
 ) -> Iterator[Tensor]:
-    raw = read_tensor(reading.located.shards, reading.quantized, part.edit, most, seed, dtype)
+    raw = read_tensor(
+        reading.located.shards, reading.quantized, part.edit, max_columns, seed, dtype
+    )
     if part.channels is not None:
         whole = raw.new_zeros(reading.d_model, raw.shape[1])
         whole[slice(*part.channels)] = raw
@@ -203,10 +203,8 @@ def _pass(columns: Tensor, way: Sequence[Gain], values: Mapping[str, Tensor]) ->
         if gain.centred:
             columns = columns - columns.mean(dim=0)
         if gain.parameter is not None:
-            value = values[gain.parameter].double()
-            if gain.index:
-                value = value[tuple(slice(None) if i is None else i for i in gain.index)]
-            columns = (value.reshape(-1, 1) + gain.offset).to(columns.dtype) * columns
+            factors = gain.factors(values[gain.parameter].double()).unsqueeze(1)
+            columns = factors.to(columns.dtype) * columns
     return columns
 
 
@@ -214,7 +212,7 @@ def read_tensor(
     shards: ShardSet,
     quantized: Mapping[str, Quantized],
     edit: TensorEdit,
-    most: int,
+    max_columns: int,
     seed: int,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
@@ -229,15 +227,15 @@ def read_tensor(
         raise CheckpointError(f"tensor '{edit.name}' in {entry.file} is empty")
     pieces = list(matrix_slices(shape, edit.axis, edit.region))
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(pieces), generator=generator)[:_MOST_STRIPS].sort().values
-    share = max(1, most // len(chosen))
+    chosen = torch.randperm(len(pieces), generator=generator)[:_MAX_SLICES].sort().values
+    share = max(1, max_columns // len(chosen))
     with ExitStack() as stack:
         files = Files(stack, {})
-        found = [
+        blocks = [
             _load(entry, stored, piece, _runs(_count(piece), share, generator), files, dtype)
             for piece in (pieces[index] for index in chosen.tolist())
         ]
-    return _finite(entry, _joined(found))
+    return _finite(entry, _joined(blocks))
 
 
 def every_column(
@@ -265,49 +263,51 @@ def _finite(entry: TensorEntry, columns: Tensor) -> Tensor:
     return columns
 
 
-def _count(strip: MatrixSlice) -> int:
-    return strip.rows if strip.d_model_is_columns else strip.columns
+def _count(matrix_slice: MatrixSlice) -> int:
+    return matrix_slice.rows if matrix_slice.d_model_is_columns else matrix_slice.columns
 
 
 def _load(
     entry: TensorEntry,
     stored: Quantized | None,
-    strip: MatrixSlice,
+    matrix_slice: MatrixSlice,
     runs: Sequence[tuple[int, int]],
     files: Files,
     dtype: torch.dtype,
 ) -> Tensor:
     """Runs of neighbouring columns (of neighbouring rows, where rows lie along the stream)."""
-    if strip.d_model_is_columns:
-        grid = _grid(entry, stored, strip, files)
-        step = grid.row_step
+    if matrix_slice.d_model_is_columns:
+        matrix = _open_matrix(entry, stored, matrix_slice, files)
+        step = matrix.row_step
         return torch.cat(
             [
-                grid.load(low, high)[first - low : last - low].T.to(dtype, copy=True)
+                matrix.load(low, high)[first - low : last - low].T.to(dtype, copy=True)
                 for first, last in runs
-                for low, high in [(first // step * step, min(-(-last // step) * step, grid.rows))]
+                for low, high in [(first // step * step, min(-(-last // step) * step, matrix.rows))]
             ],
             dim=1,
         )
     if stored is not None:  # blocks of scales: whole rows, then the columns
-        grid = _grid(entry, stored, strip, files)
-        step = max(grid.row_step, (1 << 22) // strip.columns // grid.row_step * grid.row_step)
+        matrix = _open_matrix(entry, stored, matrix_slice, files)
+        step = max(
+            matrix.row_step, (1 << 22) // matrix_slice.columns // matrix.row_step * matrix.row_step
+        )
         rows = []
-        for row in range(0, strip.rows, step):
-            block = grid.load(row, min(row + step, strip.rows))
+        for row in range(0, matrix_slice.rows, step):
+            block = matrix.load(row, min(row + step, matrix_slice.rows))
             rows.append(torch.cat([block[:, a:b] for a, b in runs], dim=1).to(dtype))
         return torch.cat(rows)
-    narrow = [replace(strip, offset=strip.offset + a, columns=b - a) for a, b in runs]
+    narrow = [replace(matrix_slice, offset=matrix_slice.offset + a, columns=b - a) for a, b in runs]
     # Copies: what is loaded is valid until the next load.
-    parts = (_grid(entry, None, s, files).load(0, s.rows) for s in narrow)
+    parts = (_open_matrix(entry, None, s, files).load(0, s.rows) for s in narrow)
     return _joined([part.to(dtype, copy=True) for part in parts])
 
 
-def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    if count <= most:
+def _runs(count: int, max_count: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    if count <= max_count:
         return [(0, count)]
-    number = min(_RUNS, most)
-    room, length = count // number, most // number
+    number = min(_RUNS, max_count)
+    room, length = count // number, max_count // number
     return [
         (begin, begin + length)
         for index in range(number)
@@ -317,16 +317,23 @@ def _runs(count: int, most: int, generator: torch.Generator) -> list[tuple[int, 
     ]
 
 
-def _grid(
-    entry: TensorEntry, stored: Quantized | None, strip: MatrixSlice, files: Files
+def _open_matrix(
+    entry: TensorEntry, stored: Quantized | None, matrix_slice: MatrixSlice, files: Files
 ) -> DiskMatrix:
     device = torch.device("cpu")
     if stored is not None:
-        return open_quantized(stored, strip, files.open, None, 0, None, device)
+        return open_quantized(stored, matrix_slice, open_source=files.open, device=device)
     if entry.dtype not in DTYPES:
         raise CheckpointError(
             f"tensor '{entry.name}' is stored as {entry.dtype}, which cannot be read as floats: "
             "audit the checkpoint in bfloat16, float16 or float32 that it was made from"
         )
-    source = files.open(entry.file)
-    return PlainDiskMatrix(source, entry.start, None, 0, DTYPES[entry.dtype], strip, device)
+    return PlainDiskMatrix(
+        source=files.open(entry.file),
+        start=entry.start,
+        target=None,
+        to=0,
+        dtype=DTYPES[entry.dtype],
+        matrix_slice=matrix_slice,
+        device=device,
+    )

@@ -23,10 +23,10 @@ from abliterate.writers.plan import Writer
 _TAGS = ("abliterated", "refusal-removed", "uncensored", "abliteration")
 # The share left along the direction may differ from the recorded one by summation order alone.
 _RELATIVE, _ABSOLUTE = 0.02, 1e-6
-_MOST = 1e100  # whose square is a number still
+_MAX_SHARE = 1e100  # whose square is a number still
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeclaredEdit:
     """What a checkpoint declares, and whether its weights bear it out.
 
@@ -42,10 +42,10 @@ class DeclaredEdit:
 
     card: bool
     record: bool
-    checked: int
-    confirmed: bool | None
-    mismatches: tuple[str, ...]
-    direction: Tensor | None
+    checked: int = 0
+    confirmed: bool | None = None
+    mismatches: tuple[str, ...] = ()
+    direction: Tensor | None = None
     limits: tuple[str, ...] = ()
 
 
@@ -65,21 +65,35 @@ def read_declared_edit(
     folder = reading.checkpoint.folder
     card = _card_claims(reading.checkpoint)
     if not (folder / RECORD).is_file():
-        return DeclaredEdit(card, False, 0, None, (), None)
+        return DeclaredEdit(card=card, record=False)
     record = _read_record(folder / RECORD)
     mismatches = _other_inputs(record, given, base)
     unit = _unit(given, record.vector, reading.d_model)
     if unit is None or record.adds:
         reason = "adds the direction" if record.adds else "holds no direction"
         mismatches.append(f"the record {reason}: its tensors cannot be measured")
-        return DeclaredEdit(card, True, 0, None, tuple(mismatches), None, record.limits)
-    if record.is_adapter:  # laid beside the weights, which it leaves as they are
-        return DeclaredEdit(card, True, 0, None, tuple(mismatches), unit, record.limits)
+        unit = None
+    if unit is None or record.is_adapter:  # an adapter beside the weights leaves them as they are
+        return DeclaredEdit(
+            card=card,
+            record=True,
+            mismatches=tuple(mismatches),
+            direction=unit,
+            limits=record.limits,
+        )
     checked, differing = _check_tensors(reading, record, unit)
     mismatches += differing
     if not any(tensor.after < 0.95 * tensor.before for tensor in record.tensors):
         mismatches.append("the record declares no tensor that lost the direction")
-    return DeclaredEdit(card, True, checked, not mismatches, tuple(mismatches), unit, record.limits)
+    return DeclaredEdit(
+        card=card,
+        record=True,
+        checked=checked,
+        confirmed=not mismatches,
+        mismatches=tuple(mismatches),
+        direction=unit,
+        limits=record.limits,
+    )
 
 
 @dataclass(frozen=True)
@@ -111,19 +125,19 @@ def _read_record(path: Path) -> _Record:
     try:
         options = document.get("options") or {}
         return _Record(
-            tuple(
+            tensors=tuple(
                 _RecordedTensor(
                     str(t["name"]), _share(t["before"]), _share(t["after"]), _box(t["region"])
                 )
                 for t in document["tensors"]
             ),
-            bool(options.get("norm_preserve")),
-            options.get("add") is not None,
-            bool(options.get("as_lora")),
-            document["direction"]["sha256"],
-            document.get("vector"),
-            dict(document["source"].get("files") or {}),
-            tuple(map(str, (document.get("promise") or {}).get("limits", ()))),
+            keeps_norms=bool(options.get("norm_preserve")),
+            adds=options.get("add") is not None,
+            is_adapter=bool(options.get("as_lora")),
+            direction_sha256=document["direction"]["sha256"],
+            vector=document.get("vector"),
+            source_files=dict(document["source"].get("files") or {}),
+            limits=tuple(map(str, (document.get("promise") or {}).get("limits", ()))),
         )
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise InputError(f"{path} is no record of an edit: remove it") from None
@@ -131,15 +145,15 @@ def _read_record(path: Path) -> _Record:
 
 def _other_inputs(record: _Record, given: Direction | None, base: Checkpoint | None) -> list[str]:
     """Where the record means another direction or source than those at hand."""
-    found = []
+    conflicts = []
     if given is not None and record.direction_sha256 not in (None, given.sha256):
-        found.append("the record names another direction file than the one given")
+        conflicts.append("the record names another direction file than the one given")
     if base is not None and record.source_files and base.revision is None:
         mine = base.identity()["files"]
         other = sorted(k for k, v in record.source_files.items() if mine.get(k) != v)
         if other:
-            found.append(f"the record names another source: {other[0]} of the base differs")
-    return found
+            conflicts.append(f"the record names another source: {other[0]} of the base differs")
+    return conflicts
 
 
 def _check_tensors(
@@ -149,22 +163,24 @@ def _check_tensors(
     parts: dict[tuple[str, str], list[Part]] = {}
     for part in (*(p for u in reading.units for p in u.parts), *reading.biases):
         parts.setdefault((part.edit.name, str(_box(part.edit.region))), []).append(part)
-    checked, found = 0, []
+    checked, conflicts = 0, []
     for tensor in record.tensors:
-        own = parts.get((tensor.name, str(tensor.region)))
-        if own is None:
-            found.append(f"tensor '{tensor.name}' of the record is no writer of this checkpoint")
+        stored = parts.get((tensor.name, str(tensor.region)))
+        if stored is None:
+            conflicts.append(
+                f"tensor '{tensor.name}' of the record is no writer of this checkpoint"
+            )
             continue
-        share = share_along(reading, own[0], unit)
+        share = share_along(reading, stored[0], unit)
         if not record.keeps_norms:  # the record is relative to the norm before the edit
             share *= math.sqrt(max(0.0, 1 - tensor.before**2 + tensor.after**2))
         checked += 1
         if not math.isclose(share, tensor.after, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE):
-            found.append(
+            conflicts.append(
                 f"tensor '{tensor.name}' keeps {share:.2e} of its norm along the direction, the "
                 f"record says {tensor.after:.2e}"
             )
-    return checked, found
+    return checked, conflicts
 
 
 def share_along(reading: CheckpointWriters, part: Part, direction: Tensor) -> float:
@@ -199,7 +215,7 @@ def _unit(given: Direction | None, recorded: Any, width: int) -> Tensor | None:
 def _share(value: Any) -> float:
     """A share of a tensor's norm, as a record has it; an edit of a large scale leaves many."""
     share = float(value)
-    if not 0 <= share <= _MOST:
+    if not 0 <= share <= _MAX_SHARE:
         raise ValueError("no share")
     return share
 

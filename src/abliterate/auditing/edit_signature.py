@@ -21,7 +21,7 @@ from abliterate.auditing.components import (
 from abliterate.auditing.soft_null_space import is_wide
 
 _SAMPLE = 4  # columns of a unit, per channel
-_MOST = 2048  # columns where no more than an energy is measured
+_MAX_COLUMNS = 2048  # columns where no more than an energy is measured
 _FULL_ENERGY, _PART_ENERGY = 0.02, 0.6
 _LITTLE = 0.01  # a bias's share of the direction that an edit may have left
 _SEED = 0
@@ -57,22 +57,22 @@ def strengths(
         exact = {t.name: t.scale for t in comparison.projected if t.scale is not None}
     measured = []
     for unit in reading.units:
-        most = min(_SAMPLE * reading.d_model, _MOST)
-        columns = read_columns(reading, unit, most, _SEED, gains)
+        max_columns = min(_SAMPLE * reading.d_model, _MAX_COLUMNS)
+        columns = read_columns(reading, unit, max_columns, _SEED, gains)
         typical = _typical(columns)
         along = float((direction @ columns).square().sum())
         measured.append((unit, along / typical if typical > 0 else 1.0))
     limit = _limit([energy for _, energy in measured])
-    found = []
+    result = []
     for unit, energy in measured:
         removed = min(1.0, max(0.0, 1 - math.sqrt(energy)))
         carries = energy < limit
         if comparison is not None:
-            own = [exact[p.edit.name] for p in unit.parts if p.edit.name in exact]
-            carries = bool(own)
-            removed = sum(own) / len(own) if own else 0.0
-        found.append(Strength(unit.label, unit.kind, unit.layer, energy, removed, carries))
-    return tuple(found)
+            scales = [exact[p.edit.name] for p in unit.parts if p.edit.name in exact]
+            carries = bool(scales)
+            removed = sum(scales) / len(scales) if scales else 0.0
+        result.append(Strength(unit.label, unit.kind, unit.layer, energy, removed, carries))
+    return tuple(result)
 
 
 def _typical(columns: Tensor) -> float:
@@ -105,22 +105,22 @@ def biases_included(
     """
     if comparison is not None:
         names = {part.edit.name for part in reading.biases}
-        own = [t for t in comparison.tensors if t.name in names and t.state != "recast"]
-        return any(t.projected for t in own) if own else None
+        changes = [t for t in comparison.tensors if t.name in names and t.state != "recast"]
+        return any(t.projected for t in changes) if changes else None
     held = []
-    most = max(1, bias_test.MOST // max(1, len(reading.biases)))
+    max_vectors = max(1, bias_test.MAX_VECTORS // max(1, len(reading.biases)))
     for part in reading.biases:
         vectors = read_bias(reading, part)
         vectors = vectors[:, vectors.square().sum(dim=0) > 0]
-        held.append(vectors[:, :: -(-vectors.shape[1] // most) or 1])
+        held.append(vectors[:, :: -(-vectors.shape[1] // max_vectors) or 1])
     biases = torch.cat(held, dim=1) if held else torch.empty(reading.d_model, 0)
     if biases.shape[1] < 3:
         return None
     if bias_test.p_value(biases, direction) <= bias_test.LEVEL:
         return True
     cosines = direction @ (biases / biases.norm(dim=0))
-    left = bias_test.median_share(cosines, reading.d_model)
-    return None if float(left) < _LITTLE else False
+    median_share = bias_test.median_share(cosines, reading.d_model)
+    return None if float(median_share) < _LITTLE else False
 
 
 def name_style(
@@ -170,10 +170,10 @@ def _keeps_norms(
         if typical <= 0:
             continue
         damped = gram + 1e-9 * typical * torch.eye(len(gram), dtype=torch.float64)
-        own = torch.linalg.solve(damped, direction)
-        own = own / own.norm()
+        null_direction = torch.linalg.solve(damped, direction)
+        null_direction = null_direction / null_direction.norm()
         before = float(direction @ gram @ direction) / typical
-        after = float(own @ gram @ own) / typical
-        near = float(own @ direction) ** 2 > 0.8
+        after = float(null_direction @ gram @ null_direction) / typical
+        near = float(null_direction @ direction) ** 2 > 0.8
         votes.append(near and before > 3e-5 and after < before / 30)
     return len(votes) > 0 and sum(votes) * 2 > len(votes)

@@ -83,10 +83,10 @@ class SoftNullProjector:
         """
         unit = direction.to(self.vectors)
         image = self.times(unit.unsqueeze(1))[:, 0]
-        own = float(unit @ image)
-        kept = (1 - scale) ** 2 * (1 / own - 1)
-        moved = (unit + (1 - scale) * (image / own - unit)) / math.sqrt(1 + kept)
-        return self._changed(torch.stack([image / math.sqrt(own), moved], dim=1), [-1.0, 1.0])
+        along = float(unit @ image)
+        kept = (1 - scale) ** 2 * (1 / along - 1)
+        moved = (unit + (1 - scale) * (image / along - unit)) / math.sqrt(1 + kept)
+        return self._changed(torch.stack([image / math.sqrt(along), moved], dim=1), [-1.0, 1.0])
 
     def _changed(self, vectors: Tensor, signs: Sequence[float]) -> SoftNullProjector:
         return SoftNullProjector(
@@ -138,9 +138,9 @@ def gap(units: Sequence[SoftNullProjector], halves: Sequence[bool]) -> Gap:
     """
     sums, ends = [], []
     for half in (False, True):
-        own = [one for one, which in zip(units, halves, strict=True) if which is half]
-        if own:
-            sums.append(_sum(own))
+        members = [one for one, which in zip(units, halves, strict=True) if which is half]
+        if members:
+            sums.append(_sum(members))
             ends.append(upper_edge(sums[-1], 1, 1 + half)[1])
     total = sums[0]
     if len(sums) == 2:

@@ -1,4 +1,4 @@
-"""From the files to the emptiness of each cell, in coordinates in which channels are alike."""
+"""From the files to the emptiness of each pool, in coordinates in which channels are alike."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from abliterate.auditing.soft_null_space import FINE_GRAM, emptiness, is_wide, p
 from abliterate.console import progress
 from abliterate.errors import CheckpointError
 
-# Sampled columns of a cell, per channel of the stream.
+# Sampled columns of a pool, per channel of the stream.
 _COLUMNS, _WIDE_COLUMNS = 4, 2
-_ROW_UNITS = 4  # of a cell whose rows' norms are measured, in a wide model
+_ROW_UNITS = 4  # of a pool whose rows' norms are measured, in a wide model
 _ROW_COLUMNS = 256  # of each of them
 _DEAD = 1e-4
 _USUAL = 1.5  # rows whose norm is within this factor of the median are left as they are
@@ -71,22 +71,22 @@ class ChannelScaling:
 
 
 def make_scaling(
-    reading: CheckpointWriters, cells: Sequence[ComponentPool], gains: bool
+    reading: CheckpointWriters, pools: Sequence[ComponentPool], gains: bool
 ) -> tuple[ChannelScaling, list[ComponentPool]]:
-    """The frame of all cells, and those of them that are not zero."""
-    wide = is_wide(reading.d_model)
+    """The scaling of all pools, and those of them that are not zero."""
+    wide_model = is_wide(reading.d_model)
     rows, present = [], []
-    for cell in cells:
-        step = max(1, math.ceil(len(cell.units) / _ROW_UNITS)) if wide else 1
-        most = _ROW_COLUMNS if wide else _most(reading, cell)
+    for pool in pools:
+        step = max(1, math.ceil(len(pool.units) / _ROW_UNITS)) if wide_model else 1
+        max_columns = _ROW_COLUMNS if wide_model else _max_columns(reading, pool)
         energy = torch.zeros(reading.d_model, dtype=torch.float64)
-        for unit in cell.units[::step]:
-            own = read_columns(reading, unit, most, _SEED, gains).square().sum(dim=1)
-            whole = _finite(float(own.sum()), unit)
-            energy += own / whole if whole > 0 else own
+        for unit in pool.units[::step]:
+            row_energy = read_columns(reading, unit, max_columns, _SEED, gains).square().sum(dim=1)
+            whole = _finite(float(row_energy.sum()), unit)
+            energy += row_energy / whole if whole > 0 else row_energy
         if float(energy.sum()) > 0:
             rows.append(energy)
-            present.append(cell)
+            present.append(pool)
     if not rows:
         every = torch.arange(reading.d_model)
         return ChannelScaling(
@@ -98,48 +98,48 @@ def make_scaling(
     norms = torch.exp(torch.log(relative.clamp(_DEAD, 1 / _DEAD)).mean(dim=0) / 2)
     norms = norms / norms.clamp(1 / _USUAL, _USUAL)
     live = (~silent).nonzero()[:, 0]
-    frame = ChannelScaling(live, silent.nonzero()[:, 0], 1 / norms[live], reading.d_model)
-    return frame, present
+    scaling = ChannelScaling(live, silent.nonzero()[:, 0], 1 / norms[live], reading.d_model)
+    return scaling, present
 
 
 def read_emptiness(
     reading: CheckpointWriters,
-    cells: Sequence[ComponentPool],
-    frame: ChannelScaling,
+    pools: Sequence[ComponentPool],
+    scaling: ChannelScaling,
     gains: bool,
     device: torch.device,
 ) -> list[SoftNullProjector]:
-    """The emptiness of each cell, each unit in it with the same weight, on the device."""
-    found, guess = [], _GUESS
-    for cell in progress(cells, "audit: writers", total=len(cells)):
+    """The emptiness of each pool, each unit in it with the same weight, on the device."""
+    projectors, guess = [], _GUESS
+    for pool in progress(pools, "audit: writers", total=len(pools)):
         for dtype in (precision(reading.d_model), torch.float64):
-            gram, columns = _gram(reading, cell, gains, device, dtype)
-            gram = frame.cut(gram)
+            gram, columns = _gram(reading, pool, gains, device, dtype)
+            gram = scaling.cut(gram)
             rows = gram.diagonal()
             zero = int((rows <= 1e-12 * rows.max()).sum())
-            matrix, guess = emptiness(gram, max(zero, frame.width - columns), guess)
+            matrix, guess = emptiness(gram, max(zero, scaling.width - columns), guess)
             del gram, rows
             if dtype == torch.float64 or guess > FINE_GRAM:
                 break  # else the spectrum is too steep for float32
-        found.append(of_matrix(matrix.to(storage(reading.d_model))))
+        projectors.append(of_matrix(matrix.to(storage(reading.d_model))))
         del matrix
-    return found
+    return projectors
 
 
 def _gram(
     reading: CheckpointWriters,
-    cell: ComponentPool,
+    pool: ComponentPool,
     gains: bool,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, int]:
-    """The lower triangle of a cell's gram ``[d, d]`` (in blocks), and its number of columns."""
+    """The lower triangle of a pool's gram ``[d, d]`` (in blocks), and its number of columns."""
     width = reading.d_model
     total = torch.zeros(width, width, dtype=dtype, device=device)
     count = 0
     step = -(-width // _BLOCKS) if is_wide(width) else width
-    for unit in cell.units:
-        columns = read_columns(reading, unit, _most(reading, cell), _SEED, gains, dtype)
+    for unit in pool.units:
+        columns = read_columns(reading, unit, _max_columns(reading, pool), _SEED, gains, dtype)
         norm = _finite(float(torch.linalg.vector_norm(columns, dtype=torch.float64)), unit)
         if norm > 0:
             # Scaled first: products of very small or large numbers leave float32.
@@ -151,9 +151,9 @@ def _gram(
     return total, count
 
 
-def _most(reading: CheckpointWriters, cell: ComponentPool) -> int:
+def _max_columns(reading: CheckpointWriters, pool: ComponentPool) -> int:
     share = _WIDE_COLUMNS if is_wide(reading.d_model) else _COLUMNS
-    return max(64, math.ceil(share * reading.d_model / len(cell.units)))
+    return max(64, math.ceil(share * reading.d_model / len(pool.units)))
 
 
 def _finite(energy: float, unit: AuditedComponent) -> float:

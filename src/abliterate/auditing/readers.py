@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from abliterate.auditing.components import CheckpointWriters, read_tensor
-from abliterate.checkpoints.shards import DTYPES
+from abliterate.checkpoints.safetensors_header import DTYPES
 from abliterate.editing.edit_plan import TensorEdit
 
 _SAMPLE = 256
-_MOST = 64  # matrices
+_MAX_MATRICES = 64
 
 
 def reading_energy(reading: CheckpointWriters, direction: Tensor) -> float | None:
@@ -40,14 +40,18 @@ def reading_energy(reading: CheckpointWriters, direction: Tensor) -> float | Non
     for name, entry in shards.tensors.items():
         readable = entry.dtype in DTYPES or name in reading.quantized
         if readable and name not in writers and len(entry.shape) == 2:
-            at = entry.shape.index(width) if list(entry.shape).count(width) == 1 else axis
-            if entry.shape[at] == width and at in (axis, 1) and min(entry.shape) > 1:
-                names.append((name, at))
-    names = names[:: max(1, len(names) // _MOST)][:_MOST]
+            width_axis = entry.shape.index(width) if list(entry.shape).count(width) == 1 else axis
+            if (
+                entry.shape[width_axis] == width
+                and width_axis in (axis, 1)
+                and min(entry.shape) > 1
+            ):
+                names.append((name, width_axis))
+    names = names[:: max(1, len(names) // _MAX_MATRICES)][:_MAX_MATRICES]
     nothing = torch.zeros(0, width, dtype=torch.float64)
     ratios = []
-    for name, at in names:
-        edit = TensorEdit(name, at, nothing, "other", None)
+    for name, width_axis in names:
+        edit = TensorEdit(name, width_axis, nothing, "other", None)
         columns = read_tensor(shards, reading.quantized, edit, _SAMPLE, 0)
         total = float(columns.square().sum())
         if total > 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abliterate.auditing.component_pools import (
-    LEAST_CELLS,
+    MIN_POOLS,
     ComponentPool,
     groups_of,
     halves_of,
@@ -17,7 +17,7 @@ from abliterate.auditing.component_pools import (
 )
 from abliterate.auditing.components import CheckpointWriters
 from abliterate.auditing.eigengap_test import LEAST_WIDTH, Gap, SoftNullProjector, emptiest, gap
-from abliterate.auditing.gram_matrices import make_scaling, read_emptiness
+from abliterate.auditing.gram_matrices import ChannelScaling, make_scaling, read_emptiness
 from abliterate.auditing.readers import reading_energy
 from abliterate.auditing.soft_null_space import SHARE
 
@@ -37,7 +37,7 @@ class SetAside:
     channels: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Blind:
     """What the writers alone tell.
 
@@ -54,20 +54,20 @@ class Blind:
         detectable: the smallest scale of an edit of all writers that this test would have seen
             here, or None.
         reading: energy with which the other matrices read the direction, 1 for a typical one.
-        cells: how many groups of matrices were compared.
+        pools: how many groups of matrices were compared.
     """
 
     verdict: str
-    reason: str
-    p_value: float
-    group: str
-    gaps: Mapping[str, Gap] = field(repr=False)
-    direction: Tensor | None
+    reason: str = ""
+    p_value: float = 1.0
+    group: str = ""
+    gaps: Mapping[str, Gap] = field(default_factory=dict, repr=False)
+    direction: Tensor | None = None
     gains: bool
     set_aside: tuple[SetAside, ...]
-    detectable: float | None
-    reading: float | None
-    cells: int
+    detectable: float | None = None
+    reading: float | None = None
+    pools: int
 
 
 def look(reading: CheckpointWriters, device: torch.device = CPU) -> Blind:
@@ -86,73 +86,139 @@ def look(reading: CheckpointWriters, device: torch.device = CPU) -> Blind:
     return plain if plain.verdict == "edited" or doubtful else first
 
 
+class _CannotTellError(Exception):
+    """The writers alone say nothing; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """The direction that stands out most, once those that are no edit's were left out.
+
+    Attributes:
+        units: the emptiness of each pool, without those that were left out.
+        gaps: every group's.
+        group: the one in which it stands out most.
+        p_value: corrected for the number of tests.
+        direction: float64 unit ``[d_model]``.
+        reading: energy with which the other matrices read it; None where it is no more than chance.
+    """
+
+    units: Sequence[SoftNullProjector]
+    gaps: Mapping[str, Gap]
+    group: str
+    p_value: float
+    direction: Tensor
+    reading: float | None
+
+
 def _judge(reading: CheckpointWriters, gains: bool, device: torch.device) -> Blind:
     hypotheses = 2 if reading.has_gains else 1
-    cells = make_pools(reading.units, reading.d_model)
-    frame, cells = make_scaling(reading, cells, gains)
-    dead = tuple(int(i) for i in frame.silent)
+    scaling, pools = make_scaling(reading, make_pools(reading.units, reading.d_model), gains)
+    dead = tuple(int(i) for i in scaling.silent)
     aside = [SetAside("channels that a quarter of the writers leave", dead)] if dead else []
-    width = frame.width
-
-    def cannot_tell(reason: str) -> Blind:
+    try:
+        if len(pools) < MIN_POOLS:
+            raise _CannotTellError(f"{len(pools)} writers are too few to compare")
+        _require_width(scaling.width)
+        units = read_emptiness(reading, pools, scaling, gains, device)
+        candidate = _find_candidate(reading, scaling, pools, units, hypotheses, aside)
+    except _CannotTellError as error:
         return Blind(
-            "undecided", reason, 1.0, "", {}, None, gains, tuple(aside), None, None, len(cells)
+            verdict="undecided",
+            reason=str(error),
+            gains=gains,
+            set_aside=tuple(aside),
+            pools=len(pools),
         )
+    direction: Tensor | None = candidate.direction
+    detectable, reason = None, ""
+    if candidate.p_value <= CLAIM:
+        verdict = "edited"
+        gap_direction = candidate.gaps[candidate.group].direction
+        direction = scaling.outwards(_refined(candidate.units, gap_direction))
+    elif candidate.p_value <= DOUBT:
+        verdict = "undecided"
+        reason = "a direction stands out, but not far enough beyond chance to claim an edit"
+    else:
+        direction = None
+        level = CLAIM / len(candidate.gaps) / hypotheses
+        detectable = _power(candidate.units, pools, groups_of(pools)["all"], level)
+        verdict = "clean" if detectable is not None else "undecided"
+        reason = "" if detectable is not None else "even a whole edit would not stand out here"
+    return Blind(
+        verdict=verdict,
+        reason=reason,
+        p_value=candidate.p_value,
+        group=candidate.group,
+        gaps=candidate.gaps,
+        direction=direction,
+        gains=gains,
+        set_aside=tuple(aside),
+        detectable=detectable,
+        reading=candidate.reading,
+        pools=len(pools),
+    )
 
-    few = "channels are too few for a direction to stand out"
-    if len(cells) < LEAST_CELLS:
-        return cannot_tell(f"{len(cells)} writers are too few to compare")
-    if width < LEAST_WIDTH:
-        return cannot_tell(f"{width} {few}")
-    units = read_emptiness(reading, cells, frame, gains, device)
-    groups = groups_of(cells)
+
+def _find_candidate(
+    reading: CheckpointWriters,
+    scaling: ChannelScaling,
+    pools: Sequence[ComponentPool],
+    units: Sequence[SoftNullProjector],
+    hypotheses: int,
+    aside: list[SetAside],
+) -> _Candidate:
+    """Test all groups again and again, without the directions that turn out to be no edit's.
+
+    Args:
+        reading: the checkpoint.
+        scaling: the coordinates of ``units``.
+        pools: the units that are compared.
+        units: the emptiness of each.
+        hypotheses: how often a direction is looked for.
+        aside: grows by what is left out.
+
+    Raises:
+        _CannotTellError: too many directions stand out, or too few channels are left.
+    """
+    groups, width = groups_of(pools), scaling.width
     for _ in range(_ROUNDS):
-        gaps = {name: _test(units, cells, chosen) for name, chosen in groups.items()}
-        name = min(gaps, key=lambda key: (gaps[key].p_value, -gaps[key].ratio))
-        p_value = min(1.0, gaps[name].p_value * len(gaps) * hypotheses)
-        direction = frame.outwards(gaps[name].direction)
-        read = None
-        if p_value > DOUBT:
-            break
-        read = reading_energy(reading, direction)
-        gone = _no_edit(direction, read, aside)
-        if gone is None:
-            break
-        inside = torch.linalg.qr(frame.inwards(gone))[0]
+        gaps = {name: _test(units, pools, chosen) for name, chosen in groups.items()}
+        best = min(gaps, key=lambda key: (gaps[key].p_value, -gaps[key].ratio))
+        p_value = min(1.0, gaps[best].p_value * len(gaps) * hypotheses)
+        direction = scaling.outwards(gaps[best].direction)
+        energy = reading_energy(reading, direction) if p_value <= DOUBT else None
+        no_edit = _no_edit(direction, energy, aside) if p_value <= DOUBT else None
+        if no_edit is None:
+            return _Candidate(
+                units=units,
+                gaps=gaps,
+                group=best,
+                p_value=p_value,
+                direction=direction,
+                reading=energy,
+            )
+        inside = torch.linalg.qr(scaling.inwards(no_edit))[0]
         width -= inside.shape[1]
         units = [unit.without(inside) for unit in units]
-        if width < LEAST_WIDTH:
-            return cannot_tell(f"{width} {few}")
-    else:
-        return cannot_tell("too many directions stand out that are no edit's")
-    done = tuple(aside)
-    if p_value <= CLAIM:
-        refined = frame.outwards(_refined(units, gaps[name].direction))
-        return Blind(
-            "edited", "", p_value, name, gaps, refined, gains, done, None, read, len(cells)
-        )
-    if p_value <= DOUBT:
-        reason = "a direction stands out, but not far enough beyond chance to claim an edit"
-        return Blind(
-            "undecided", reason, p_value, name, gaps, direction, gains, done, None, read, len(cells)
-        )
-    detectable = _power(units, cells, groups["all"], CLAIM / len(groups) / hypotheses)
-    reason = "" if detectable is not None else "even a whole edit would not stand out here"
-    return Blind(
-        "clean" if detectable is not None else "undecided",
-        reason, p_value, name, gaps, None, gains, done, detectable, None, len(cells),
-    )  # fmt: skip
+        _require_width(width)
+    raise _CannotTellError("too many directions stand out that are no edit's")
+
+
+def _require_width(width: int) -> None:
+    if width < LEAST_WIDTH:
+        raise _CannotTellError(f"{width} channels are too few for a direction to stand out")
 
 
 def _test(
-    units: Sequence[SoftNullProjector], cells: Sequence[ComponentPool], chosen: Sequence[int]
+    units: Sequence[SoftNullProjector], pools: Sequence[ComponentPool], chosen: Sequence[int]
 ) -> Gap:
-    ordered, halves = halves_of(cells, chosen)
+    ordered, halves = halves_of(pools, chosen)
     return gap([units[i] for i in ordered], halves)
 
 
 def _refined(units: Sequence[SoftNullProjector], direction: Tensor) -> Tensor:
-    """The direction that the carrying cells name, whichever group it was found in."""
+    """The direction that the carrying pools name, whichever group it was found in."""
     current = direction
     for _ in range(2):
         along = [unit.along(current) for unit in units]
@@ -160,10 +226,10 @@ def _refined(units: Sequence[SoftNullProjector], direction: Tensor) -> Tensor:
         carrying = [unit for unit, value in zip(units, along, strict=True) if value >= bound]
         if len(carrying) < 2:
             break
-        found = emptiest(carrying)
-        if float(found @ direction) ** 2 < 0.5:
+        refined = emptiest(carrying)
+        if float(refined @ direction) ** 2 < 0.5:
             break  # it left for another
-        current = found
+        current = refined
     return current
 
 
@@ -188,7 +254,7 @@ def _no_edit(direction: Tensor, read: float | None, aside: list[SetAside]) -> Te
 
 def _power(
     units: Sequence[SoftNullProjector],
-    cells: Sequence[ComponentPool],
+    pools: Sequence[ComponentPool],
     chosen: Sequence[int],
     claim: float,
 ) -> float | None:
@@ -199,7 +265,7 @@ def _power(
     smallest = None
     for scale in LADDER:
         planted = [unit.edited(vector, scale) for unit in units]
-        if _test(planted, cells, chosen).p_value > claim:
+        if _test(planted, pools, chosen).p_value > claim:
             break
         smallest = scale
     return smallest

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.auditing.compare import Comparison, compare
-from abliterate.auditing.components import open_checkpoint
+from abliterate.auditing.components import CheckpointWriters, open_checkpoint
 from abliterate.auditing.edit_record import DeclaredEdit, read_declared_edit
 from abliterate.auditing.edit_signature import Strength, biases_included, name_style, strengths
 from abliterate.auditing.reference_free import CLAIM, CPU, Blind, look
@@ -22,7 +22,7 @@ from abliterate.storage.artifacts import versions
 _FULL = 0.9  # a removed share that counts as all of it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Audit:
     """The verdict on a checkpoint and what it rests on.
 
@@ -83,7 +83,7 @@ class Audit:
                 "behind_gains": blind.gains,
                 "detectable_scale": blind.detectable,
                 "reading_energy": blind.reading,
-                "compared": blind.cells,
+                "compared": blind.pools,
                 "set_aside": [asdict(one) for one in blind.set_aside],
                 "groups": {
                     name: {
@@ -111,14 +111,14 @@ class Audit:
         }
 
 
-def comparison_document(found: Comparison) -> dict[str, Any]:
+def comparison_document(comparison: Comparison) -> dict[str, Any]:
     """A comparison for JSON."""
     return {
-        "projected": [t.name for t in found.projected],
-        "beyond": [t.name for t in found.beyond],
-        "missing": list(found.missing),
-        "added": list(found.added),
-        "tensors": [asdict(t) for t in found.tensors],
+        "projected": [t.name for t in comparison.projected],
+        "beyond": [t.name for t in comparison.beyond],
+        "missing": list(comparison.missing),
+        "added": list(comparison.added),
+        "tensors": [asdict(t) for t in comparison.tensors],
     }
 
 
@@ -147,32 +147,78 @@ def audit(
     head = head_evidence(reading)
     blind = look(reading, device)
     verdict, evidence, vector, gains = _decide(blind, claim, head, comparison)
-    units: tuple[Strength, ...] = ()
-    style = removed = embeddings = biases = None
+    extent = _Extent()
     if verdict == "edited" and vector is not None:
-        units = strengths(reading, vector, gains, comparison)
-        if evidence == "output head" and head is not None:
-            # Too little is gone for the other writers to show it; of the embedding it is exact.
-            units = tuple(
-                replace(u, removed=head.scale, carries=True)
-                if u.kind == "embedding"
-                else replace(u, carries=False)
-                for u in units
-            )
-            style = "the embedding, perhaps other writers too"
-        else:
-            style = name_style(reading, units, vector, gains)
-        carried = [u.removed for u in units if u.carries]
-        removed = float(torch.tensor(carried).median()) if carried else None
-        own = [u.carries for u in units if u.kind == "embedding"]
-        embeddings = all(own) if own else None
-        biases = biases_included(reading, vector, comparison)
+        of_head = head if evidence == "output head" else None
+        extent = _extent(reading, vector, gains, comparison, of_head)
     reason = blind.reason if verdict == "undecided" else ""
     return Audit(
-        verdict, evidence, reason, vector, units, style, removed, embeddings, biases, blind,
-        claim, head, comparison, _warnings(verdict, claim, comparison, blind),
-        checkpoint.identity(),
-    )  # fmt: skip
+        verdict=verdict,
+        evidence=evidence,
+        reason=reason,
+        direction=vector,
+        strength=extent.strength,
+        style=extent.style,
+        removed=extent.removed,
+        embeddings=extent.embeddings,
+        biases=extent.biases,
+        blind=blind,
+        claim=claim,
+        head=head,
+        comparison=comparison,
+        warnings=_warnings(verdict, claim, comparison, blind),
+        model=checkpoint.identity(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Extent:
+    """How far an edit reaches; the attributes are those of :class:`Audit`."""
+
+    strength: tuple[Strength, ...] = ()
+    style: str | None = None
+    removed: float | None = None
+    embeddings: bool | None = None
+    biases: bool | None = None
+
+
+def _extent(
+    reading: CheckpointWriters,
+    direction: Tensor,
+    gains: bool,
+    comparison: Comparison | None,
+    head: HeadEvidence | None,
+) -> _Extent:
+    """Which units lost the direction, and how much of it.
+
+    Args:
+        reading: the checkpoint.
+        direction: float64 unit ``[d_model]``.
+        gains: it is the stream's, behind the gains of norms.
+        comparison: the difference from the base, if there is one.
+        head: the output head's evidence, where nothing else shows the edit.
+    """
+    units = strengths(reading, direction, gains, comparison)
+    if head is not None:
+        # Too little is gone for the other writers to show it; of the embedding it is exact.
+        units = tuple(
+            replace(u, removed=head.scale, carries=True)
+            if u.kind == "embedding"
+            else replace(u, carries=False)
+            for u in units
+        )
+        style: str | None = "the embedding, perhaps other writers too"
+    else:
+        style = name_style(reading, units, direction, gains)
+    removed = [u.removed for u in units if u.carries]
+    embeddings = [u.carries for u in units if u.kind == "embedding"]
+    return _Extent(
+        strength=units,
+        style=style,
+        removed=float(torch.tensor(removed).median()) if removed else None,
+        embeddings=all(embeddings) if embeddings else None,
+        biases=biases_included(reading, direction, comparison),
+    )
 
 
 def _decide(
@@ -196,16 +242,18 @@ def _decide(
 def _warnings(
     verdict: str, claim: DeclaredEdit, comparison: Comparison | None, blind: Blind
 ) -> tuple[str, ...]:
-    found = list(claim.mismatches)
+    warnings = list(claim.mismatches)
     if claim.card and verdict == "clean":
-        found.append("the model card says that refusals were removed; the weights do not show it")
+        warnings.append(
+            "the model card says that refusals were removed; the weights do not show it"
+        )
     if claim.record and verdict == "clean":
-        found.append("abliterate.json declares an edit that the weights do not show")
+        warnings.append("abliterate.json declares an edit that the weights do not show")
     if verdict == "edited" and not claim.card and not claim.record:
-        found.append("nothing in the checkpoint declares this edit")
+        warnings.append("nothing in the checkpoint declares this edit")
     if comparison is not None and verdict == "edited" and comparison.beyond:
         count = len(comparison.beyond)
-        found.append(f"{count} tensor{'s differ' if count > 1 else ' differs'} beyond the edit")
+        warnings.append(f"{count} tensor{'s differ' if count > 1 else ' differs'} beyond the edit")
     if comparison is not None and verdict == "clean" and blind.verdict == "edited":
-        found.append("the base itself carries the signature of an edit")
-    return tuple(found)
+        warnings.append("the base itself carries the signature of an edit")
+    return tuple(warnings)

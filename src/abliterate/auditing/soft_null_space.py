@@ -26,7 +26,7 @@ _PROBES, _TRIALS, _NEAR = 16, 12, 0.01
 # (At 2048 channels K is then off by 6e-4 at 4e-3 with both in float32, and by 6e-3 at 2e-4 with the
 # gram alone in it.)
 _FINE_FACTOR, FINE_GRAM = 1e-3, 1e-4
-_BLOCK, _MOST_VECTORS, _CHECK = 12, 1440, 4
+_BLOCK, _MAX_VECTORS, _CHECK = 12, 1440, 4
 _CONVERGED = 0.1  # largest residual, in units of the spread that gaps are compared with
 
 
@@ -136,29 +136,29 @@ def _krylov(matrix: Tensor, count: int, seed: int, precise: float) -> tuple[Tens
     Ritz values lie below the eigenvalues; it ends when the residuals are small beside their spread.
     """
     width = len(matrix)
-    most = min(_MOST_VECTORS, width) // _BLOCK
+    max_blocks = min(_MAX_VECTORS, width) // _BLOCK
     generator = torch.Generator().manual_seed(seed)
     block = torch.linalg.qr(torch.randn(width, _BLOCK, generator=generator).to(matrix))[0]
-    basis = block.new_zeros(width, most * _BLOCK)
-    small = torch.zeros(most * _BLOCK, most * _BLOCK, dtype=torch.float64)
-    for step in range(most):
+    basis = block.new_zeros(width, max_blocks * _BLOCK)
+    small = torch.zeros(max_blocks * _BLOCK, max_blocks * _BLOCK, dtype=torch.float64)
+    for step in range(max_blocks):
         known = slice(0, (step + 1) * _BLOCK)
-        own = slice(step * _BLOCK, (step + 1) * _BLOCK)
-        basis[:, own] = block
+        present = slice(step * _BLOCK, (step + 1) * _BLOCK)
+        basis[:, present] = block
         new = matrix @ block
         inside = basis[:, known].T @ new
-        small[known, own] = inside.double().cpu()
-        small[own, known] = small[known, own].T
+        small[known, present] = inside.double().cpu()
+        small[present, known] = small[known, present].T
         new -= basis[:, known] @ inside
         new -= basis[:, known] @ (basis[:, known].T @ new)
         block, rest = torch.linalg.qr(new)
         block -= basis[:, known] @ (basis[:, known].T @ block)
         block = torch.linalg.qr(block)[0]
-        last = step == most - 1 or float(rest.norm()) < 1e-6
+        last = step == max_blocks - 1 or float(rest.norm()) < 1e-6
         if last or (step + 1) % _CHECK == 0:
             values, vectors = torch.linalg.eigh(small[known, known])
             values, vectors = values.flip(0), vectors.flip(1)
-            residuals = (rest.double().cpu() @ vectors[own, :count]).norm(dim=0)
+            residuals = (rest.double().cpu() @ vectors[present, :count]).norm(dim=0)
             apart = max(float(values[0] - values[1]), 0.02 * float(values[0] - values[_BLOCK - 1]))
             first = float(residuals[0]) < precise * apart
             spread = float(values[1] - values[count - 1]) if count > 1 else 1.0
@@ -168,6 +168,6 @@ def _krylov(matrix: Tensor, count: int, seed: int, precise: float) -> tuple[Tens
 
 
 def _unit(vector: Tensor) -> Tensor:
-    wide = vector.double().cpu()
-    out: Tensor = wide / wide.norm()
+    upcast = vector.double().cpu()
+    out: Tensor = upcast / upcast.norm()
     return out

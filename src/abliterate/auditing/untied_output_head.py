@@ -11,6 +11,7 @@ from torch import Tensor
 from abliterate.auditing.compare import left_vector
 from abliterate.auditing.components import CheckpointWriters, read_tensor
 from abliterate.editing.edit_plan import TensorEdit
+from abliterate.writers.parameter_names import module_name
 
 _SAMPLE = 2048
 
@@ -58,7 +59,7 @@ def head_evidence(reading: CheckpointWriters) -> HeadEvidence | None:
     if located.head is not None and not located.holds_both:
         return None
     tables = [p for u in reading.units if u.kind == "embedding" for p in u.parts]
-    name = next(n for n, module in model.named_modules() if module is head) + ".weight"
+    name = f"{module_name(model, head)}.weight"
     if len(tables) != 1 or any(tables[0].ways) or name not in shards.tensors:
         return None
     table = tables[0].edit
@@ -75,13 +76,13 @@ def head_evidence(reading: CheckpointWriters) -> HeadEvidence | None:
         return None
     vector, shares = left_vector(delta)
     lost, had = vector @ delta, vector @ original
-    both, own = float(lost @ had), float(had.square().sum())
-    fit = both**2 / (float(lost.square().sum()) * own)
-    found = HeadEvidence(
+    both, had_energy = float(lost @ had), float(had.square().sum())
+    fit = both**2 / (float(lost.square().sum()) * had_energy)
+    evidence = HeadEvidence(
         float(shares[0]) > 0.9 and fit > 0.99 and both < 0,
-        -both / own,
+        -both / had_energy,
         fit,
         float(shares[0]),
         vector,
     )
-    return found if found.projection else None
+    return evidence if evidence.projection else None

@@ -20,7 +20,8 @@ from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.shard_writer import edit_memory, usable_cores
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.inference.token_batches import TokenBudget
-from abliterate.models.loading import DTYPES, empty_model, text_config
+from abliterate.models.loading import DTYPES
+from abliterate.models.model_classes import empty_model, text_config
 from abliterate.offload.weight_passes import CPU_TOKENS
 from abliterate.writers import decoder_blocks, find_writers
 
@@ -353,16 +354,9 @@ def config_folder(name: str, revision: str | None = None) -> Path:
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"model '{name}' is neither an existing folder nor a hub id")
-    from huggingface_hub import snapshot_download
+    from abliterate.checkpoints.hub import fetch_configuration
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
-    except Exception as error:  # the hub client's many error types have no narrower common base
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CheckpointError(
-            f"model '{name}' cannot be fetched from the hub ({reason}): check the id, --revision "
-            "and network, set HF_TOKEN if it is gated, or give a local folder"
-        ) from None
+    return fetch_configuration(name, revision)
 
 
 def as_document(

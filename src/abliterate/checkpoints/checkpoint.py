@@ -65,22 +65,31 @@ def find_checkpoint(
                 f"--low-disk is for hub ids: {name} is a folder, which is never deleted"
             )
         if not (folder / "config.json").is_file():
-            if any(folder.glob("*.gguf")):
-                raise CheckpointError(
-                    f"{folder} holds GGUF weights, which can be neither run nor edited here: use "
-                    "the safetensors checkpoint that they were converted from"
-                )
-            from abliterate.checkpoints.hub import check_files
-            from abliterate.checkpoints.shards import ADAPTER_CONFIG, weight_files
-
-            if (folder / ADAPTER_CONFIG).is_file():
-                check_files(str(folder), weight_files(folder) or [ADAPTER_CONFIG])
-            raise CheckpointError(f"{folder} has no config.json: it is no transformers checkpoint")
+            raise _no_config(folder)
         return Checkpoint(name, folder)
     if folder.exists():
         raise CheckpointError(f"{name} is a file: give the checkpoint's folder or a hub id")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"model '{name}' is neither an existing folder nor a hub id")
+    return _find_on_hub(name, revision, leave_shards)
+
+
+def _no_config(folder: Path) -> CheckpointError:
+    """What a folder without a configuration holds instead, if that can be told."""
+    if any(folder.glob("*.gguf")):
+        return CheckpointError(
+            f"{folder} holds GGUF weights, which can be neither run nor edited here: use "
+            "the safetensors checkpoint that they were converted from"
+        )
+    from abliterate.checkpoints.hub import check_files
+    from abliterate.checkpoints.shards import ADAPTER_CONFIG, weight_files
+
+    if (folder / ADAPTER_CONFIG).is_file():
+        check_files(str(folder), weight_files(folder) or [ADAPTER_CONFIG])
+    return CheckpointError(f"{folder} has no config.json: it is no transformers checkpoint")
+
+
+def _find_on_hub(name: str, revision: str | None, leave_shards: bool) -> Checkpoint:
     from abliterate.checkpoints.hub import HubRepo, check_files, fetch_snapshot, look_up
 
     info = look_up(name, revision)

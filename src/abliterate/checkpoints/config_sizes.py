@@ -21,9 +21,9 @@ from abliterate.errors import CheckpointError
 
 CONFIG = "config.json"
 #: More layers, heads, experts, loops or groups than this no model has.
-MOST = 10_000
+MAX_COUNT = 10_000
 # Doge looks its experts up in tables: 16,384 rows by its own default.
-_MOST_EXPERTS = 1 << 20
+_MAX_EXPERTS = 1 << 20
 #: Numbers and tensors of a model, and the length of one: more than any has.
 NUMBERS, TENSORS, LENGTH = 10**13, 150_000, 1 << 26
 
@@ -56,21 +56,21 @@ class Held:
     @cached_property
     def layers(self) -> int | None:
         """Layers, by the first number in the tensors' names; None where none has one."""
-        found = (
+        numbers = (
             next((int(p) for p in name.split(".") if _is_number(p)), -1) for name in self.shapes
         )
-        return max(found, default=-1) + 1 or None
+        return max(numbers, default=-1) + 1 or None
 
     @cached_property
     def experts(self) -> int | None:
         """Experts of a layer, numbered or stacked; None where there are none."""
-        most = 0
+        max_experts = 0
         for name, shape in self.shapes.items():
             if "expert" not in name:
                 continue
             numbers = [int(part) for part in name.split(".") if _is_number(part)]
-            most = max(most, *(n + 1 for n in numbers[1:]), (shape or (0,))[0])
-        return most or None
+            max_experts = max(max_experts, *(n + 1 for n in numbers[1:]), (shape or (0,))[0])
+        return max_experts or None
 
     @cached_property
     def lengths(self) -> frozenset[int]:
@@ -107,9 +107,9 @@ def check_counts(folder: Path, held: Held | None) -> None:
     if path.is_file() and path.stat().st_size > MAX_CONFIG:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes: it is no configuration")
     config = read_config(folder)
-    found = absurd_count(config)
-    if found is not None:
-        raise CheckpointError(_absurd(path, *found, held))
+    absurd = absurd_count(config)
+    if absurd is not None:
+        raise CheckpointError(_absurd(path, *absurd, held))
 
 
 def check_sizes(folder: Path, config: Any, held: Held | None) -> None:
@@ -133,8 +133,10 @@ def check_sizes(folder: Path, config: Any, held: Held | None) -> None:
     layers = _size(config, "num_hidden_layers")
     # Some count a block several times that is passed several times, or its halves.
     known = None if held is None else held.layers
-    most = MOST if held is None or known is None else max(_PASSES * known, len(held.shapes))
-    if layers is not None and not 1 <= layers <= most:
+    max_layers = (
+        MAX_COUNT if held is None or known is None else max(_PASSES * known, len(held.shapes))
+    )
+    if layers is not None and not 1 <= layers <= max_layers:
         refuse("num_hidden_layers", layers)
     if held is None or not held.has_shapes or getattr(config, "quantization_config", None):
         return
@@ -154,8 +156,8 @@ def absurd_count(config: Mapping[str, Any]) -> tuple[str, float] | None:
     """A key of a configuration that counts more than any model has, and its value."""
     for key, value in _numbers(config):
         counted = key.rpartition("_")[2].lower()
-        most = _MOST_EXPERTS if counted == "experts" else MOST
-        if counted in _COUNTED and not value <= most:
+        max_count = _MAX_EXPERTS if counted == "experts" else MAX_COUNT
+        if counted in _COUNTED and not value <= max_count:
             return key, value
     return None
 

@@ -63,10 +63,10 @@ def matrix_slices(
             yield MatrixSlice(start + offset, rows, shape[axis], shape[axis], True)
         return
     lead, (first, count) = _runs(shape[:axis], box[:axis], shape[axis] * trail)
-    inner, (left, width) = _runs(shape[axis + 1 :], box[axis + 1 :], 1)
+    inner, (column_offset, width) = _runs(shape[axis + 1 :], box[axis + 1 :], 1)
     matrix = shape[axis] * trail
     for start, index, shift in itertools.product(lead, range(count), inner):
-        base = start + first + index * matrix + shift + left
+        base = start + first + index * matrix + shift + column_offset
         for column in range(0, width, _MAX_COLUMNS):
             yield MatrixSlice(
                 base + column, shape[axis], min(_MAX_COLUMNS, width - column), trail, False
@@ -141,7 +141,7 @@ class PlainDiskMatrix:
         target: the file to write, or None if the matrix is only read.
         to: byte of the tensor's first element there.
         dtype: what it is stored as.
-        strip: which matrix of the tensor.
+        matrix_slice: which matrix of the tensor.
         device: where to compute.
         past_cache: nothing else is written where the matrix lies, so that long runs of it need not
             pass through the page cache.
@@ -153,7 +153,7 @@ class PlainDiskMatrix:
     target: TargetFile | None
     to: int
     dtype: torch.dtype
-    strip: MatrixSlice
+    matrix_slice: MatrixSlice
     device: torch.device
     row_step: int = 1
     splits: bool = True
@@ -162,30 +162,34 @@ class PlainDiskMatrix:
 
     @property
     def rows(self) -> int:
-        return self.strip.rows
+        return self.matrix_slice.rows
 
     @property
     def columns(self) -> int:
-        return self.strip.columns
+        return self.matrix_slice.columns
 
     def load(self, first: int, last: int) -> Tensor:
-        size, strip = self.dtype.itemsize, self.strip
-        raw = scratch.tensor("raw", (last - first, strip.columns), self.dtype)
+        size, matrix_slice = self.dtype.itemsize, self.matrix_slice
+        raw = scratch.tensor("raw", (last - first, matrix_slice.columns), self.dtype)
         view = as_bytes(raw)
-        begin = self.start + (strip.offset + first * strip.stride) * size
-        self.source.expect(begin + _AHEAD, (last - first) * strip.stride * size)
-        for at, length, row in self._pieces(last - first):
-            self.source.read_into(view[at : at + length], begin + row * strip.stride * size)
+        stride = matrix_slice.stride * size
+        begin = self.start + matrix_slice.offset * size + first * stride
+        self.source.expect(begin + _AHEAD, (last - first) * stride)
+        for offset, length, row in self._pieces(last - first):
+            self.source.read_into(
+                view[offset : offset + length], begin + row * matrix_slice.stride * size
+            )
         # Half precision is computed in float32, float32 itself in float64.
-        wide = torch.float32 if size == 2 else torch.float64
+        upcast = torch.float32 if size == 2 else torch.float64
         if self.device.type != "cpu":
-            return raw.to(self.device).to(wide)  # one by one: the narrow bytes travel
-        return scratch.tensor("wide", raw.shape, wide).copy_(raw)
+            return raw.to(self.device).to(upcast)  # one by one: the narrow bytes travel
+        return scratch.tensor("wide", raw.shape, upcast).copy_(raw)
 
     def store(self, first: int, block: Tensor) -> Tensor:
-        size, strip = self.dtype.itemsize, self.strip
+        size, matrix_slice = self.dtype.itemsize, self.matrix_slice
         assert self.target is not None
-        begin = self.to + (strip.offset + first * strip.stride) * size
+        stride = matrix_slice.stride * size
+        begin = self.to + matrix_slice.offset * size + first * stride
         if self.outgoing is not None:
             raw = self.outgoing.room(begin, block.shape, self.dtype)
         else:
@@ -194,21 +198,23 @@ class PlainDiskMatrix:
         raw.copy_(block if rounded is raw else rounded)
         if self.outgoing is None:
             view = as_bytes(raw)
-            for at, length, row in self._pieces(len(block)):
-                self.target.write(view[at : at + length], begin + row * strip.stride * size)
+            for offset, length, row in self._pieces(len(block)):
+                self.target.write(
+                    view[offset : offset + length], begin + row * matrix_slice.stride * size
+                )
         return block.copy_(rounded)
 
     def _pieces(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """Byte in the block, length and row of each run of neighbouring bytes."""
-        width = self.strip.columns * self.dtype.itemsize
-        if self.strip.stride == self.strip.columns:
+        width = self.matrix_slice.columns * self.dtype.itemsize
+        if self.matrix_slice.stride == self.matrix_slice.columns:
             yield 0, rows * width, 0
         else:
             for row in range(rows):
                 yield row * width, width, row
 
     def part(self) -> PlainDiskMatrix:
-        together = self.strip.stride == self.strip.columns and self.past_cache
+        together = self.matrix_slice.stride == self.matrix_slice.columns and self.past_cache
         if self.target is None or not together:
             return self
         return replace(self, outgoing=Outgoing(self.target))

@@ -10,18 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoints.shards import (
+from abliterate.checkpoints.safetensors_header import (
     FileStamp,
-    ShardSet,
     TensorEntry,
     header_length,
-    is_adapter,
-    join_shards,
     parse_shard,
-    shard_names,
 )
+from abliterate.checkpoints.shards import ShardSet, is_adapter, join_shards, shard_names
 from abliterate.console import safe_bar
-from abliterate.errors import CheckpointError, FetchError
+from abliterate.errors import CheckpointError, FetchError, first_line
 from abliterate.storage.guarded_files import naming
 
 # Weights in other formats: never opened (pickle runs code), so never downloaded.
@@ -111,7 +108,7 @@ class HubRepo:
 
         try:
             with naming(folder / name):
-                found = hf_hub_download(
+                path = hf_hub_download(
                     self.id,
                     name,
                     revision=self.revision,
@@ -122,7 +119,7 @@ class HubRepo:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise FetchError(_unfetched(f"{self.id}/{name}", error)) from None
-        return Path(found)
+        return Path(path)
 
 
 def _stoppable_bar(stopped: Callable[[], bool]) -> Any:
@@ -192,12 +189,30 @@ def fetch_snapshot(name: str, revision: str | None, shards: bool) -> Path:
     Raises:
         CheckpointError: the hub does not give them, and the cache does not hold them.
     """
+    ignored = [*NOT_FETCHED, *(() if shards else ("*.safetensors",))]
+    return _fetch(name, revision, ignored=ignored)
+
+
+def fetch_configuration(name: str, revision: str | None) -> Path:
+    """A model's JSON files alone in the hub's cache; otherwise as :func:`fetch_snapshot`."""
+    return _fetch(name, revision, allowed=["*.json"])
+
+
+def _fetch(
+    name: str,
+    revision: str | None,
+    allowed: list[str] | None = None,
+    ignored: list[str] | None = None,
+) -> Path:
     from huggingface_hub import snapshot_download
 
-    ignored = [*NOT_FETCHED, *(() if shards else ("*.safetensors",))]
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
-    except Exception as error:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored
+            )
+        )
+    except Exception as error:  # the client's many error types have no narrower common base
         raise CheckpointError(
             f"model '{name}' cannot be fetched from the hub ({_reason(error)}): check the id, "
             "--revision and network, set HF_TOKEN if it is gated, or give a local folder"
@@ -244,4 +259,4 @@ def _unfetched(what: str, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return (next(iter(str(error).splitlines()), "") or type(error).__name__)[:200]
+    return first_line(error)[:200]

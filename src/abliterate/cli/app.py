@@ -37,7 +37,7 @@ from abliterate.console import (
     stop_output,
 )
 from abliterate.distributed import rank_process
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, one_line
 from abliterate.settings import load_settings
 
 #: What typer raises for wrong usage. Its module and name differ between releases (click's own, then
@@ -98,7 +98,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if (known := rank_process.explained(error)) is not None:
             return _fail(str(known), known.exit_code, error)
-        short = " ".join(str(error).split()) or "no message"
+        short = one_line(error) or "no message"
         text = f"unexpected {type(error).__name__}: {short[:300]} (--debug shows the traceback)"
         return _fail(text, 1, error)
 

@@ -122,7 +122,7 @@ def writers(
     from abliterate.checkpoints.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(model, given["model"]["revision"])
-    from abliterate.editing.edit_plan import describe_writers
+    from abliterate.editing.writer_table import describe_writers
 
     document = describe_writers(checkpoint, bool(given["model"]["trust_remote_code"]))
     if as_json:

@@ -2,7 +2,7 @@
 
 Every rank runs the same program. Where work splits, each does its share of the items and then all
 exchange what they found, so that all go on with the same; rank 0 alone writes and prints. Without
-such a launcher a process is a team of one, and none of this does anything.
+such a launcher a process is a group of one, and none of this does anything.
 
 What is exchanged is small and lies in host memory (float64 sums, scores, answers), so it always
 goes over gloo, whatever backend the model's own tensors use.
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from abliterate.distributed.launcher import launched
-from abliterate.errors import RankError, UsageError
+from abliterate.errors import RankError, UsageError, one_line
 
 T = TypeVar("T")
 
@@ -78,24 +78,26 @@ class RankGroup:
         """``items`` in turns, after each of which results are to be exchanged."""
         if self.is_unsplit:
             return [list(items)]
-        most = max(1, -(-len(items) // (_ROUNDS * self.size))) * self.size
-        return [list(items[first : first + most]) for first in range(0, len(items), most)]
+        chunk_size = max(1, -(-len(items) // (_ROUNDS * self.size))) * self.size
+        return [
+            list(items[first : first + chunk_size]) for first in range(0, len(items), chunk_size)
+        ]
 
-    def gather(self, own: Sequence[T]) -> list[T]:
-        """All ranks' results, in the order of the items that :meth:`share` dealt out."""
+    def gather(self, local_results: Sequence[T]) -> list[T]:
+        """All ranks' results, in the order of the items that :meth:`split` dealt out."""
         if self.is_unsplit:
-            return list(own)
-        parts = self.all_gather(list(own))
+            return list(local_results)
+        parts = self.all_gather(list(local_results))
         result: list[Any] = [None] * sum(map(len, parts))
         for rank, part in enumerate(parts):
             result[rank :: self.size] = part
         return result
 
-    def gather_rows(self, own: Tensor) -> Tensor:
+    def gather_rows(self, local_rows: Tensor) -> Tensor:
         """:meth:`gather` of a tensor's rows (its first axis), on the CPU; of no rows, any shape."""
         if self.is_unsplit:
-            return own.cpu()
-        parts = self.all_gather(own.cpu().contiguous())
+            return local_rows.cpu()
+        parts = self.all_gather(local_rows.cpu().contiguous())
         whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
         for rank, part in enumerate(parts):
             if len(part):
@@ -175,8 +177,8 @@ class RankGroup:
         if self.size == 1:
             return
         messages: list[str | None] = [None] * self.size
-        own = None if failure is None else str(failure) or type(failure).__name__
-        self._talk(lambda: dist.all_gather_object(messages, own, group=self.group))
+        local_message = None if failure is None else str(failure) or type(failure).__name__
+        self._talk(lambda: dist.all_gather_object(messages, local_message, group=self.group))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if failed:  # none goes before all have heard
             with suppress(RuntimeError):
@@ -215,7 +217,7 @@ ALONE = RankGroup()
 
 
 def _lost(error: RuntimeError) -> RankError:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     late = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier in (\d+) ms", text)
     if late:
         reason = (
@@ -247,9 +249,9 @@ _joined: dict[int, RankGroup] = {}
 
 
 def join_ranks() -> RankGroup:
-    """The team that a launcher started, or a team of one.
+    """The ranks that a launcher started, or a group of one.
 
-    Only the first call's team ``owned`` the connection and may close it.
+    Only the first call's group ``owned`` the connection and may close it.
 
     Raises:
         RankError: the other ranks cannot be reached.
@@ -272,7 +274,7 @@ def join_ranks() -> RankGroup:
         if owned:
             _set_pg_timeout(wait)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise RankError(f"the other ranks cannot be reached: {reason}") from None
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     ranks = RankGroup(dist.get_rank(), dist.get_world_size(), local, owned, group=group)
@@ -289,6 +291,6 @@ def leave_ranks() -> None:
 
 def lost_connection(error: BaseException) -> RankError | None:
     """What to say of an error that a model's own collectives raise when a rank is gone."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     of_network = isinstance(error, dist.DistError) or "gloo/transport" in text
     return _lost(RuntimeError(text)) if isinstance(error, RuntimeError) and of_network else None

@@ -60,13 +60,13 @@ def addition_scale(config: Any, layer: int, new_bias: bool) -> float:
     if new_bias:
         config = deepcopy(config)
         config.get_text_config(decoder=True).mlp_bias = True
-    found = [_measure(config, seed, proof.plan.blocks[: layer + 2], bias) for seed in (0, 1)]
-    if None in found:
+    scales = [_measure(config, seed, proof.plan.blocks[: layer + 2], bias) for seed in (0, 1)]
+    if None in scales:
         raise CheckpointError(
             f"{kind} does not hand on '{bias}' to the next block as it is (a norm, a gate or "
             f"another sublayer lies between): {_AT_RUN_TIME}"
         )
-    first, second = (float(scale or 0.0) for scale in found)
+    first, second = (float(scale or 0.0) for scale in scales)
     if abs(first - second) > _TOLERANCE * abs(first):
         raise CheckpointError(
             f"{kind} scales '{bias}' by a learned factor, which --add does not read: {_AT_RUN_TIME}"

@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.checkpoints.shards import FileStamp, inside, is_adapter
+from abliterate.checkpoints.safetensors_header import FileStamp
+from abliterate.checkpoints.shards import check_stamps, inside, is_adapter
 from abliterate.editing.workspace import partial_of
-from abliterate.errors import CheckpointError, DiskSpaceError, UsageError
+from abliterate.errors import DiskSpaceError, UsageError
 from abliterate.storage.file_io import SourceFile, TargetFile, copy_range
 from abliterate.storage.locks import is_of_lock
 
@@ -62,7 +63,7 @@ def find_auxiliary_files(
     Raises:
         CheckpointError: a symlink leaves the checkpoint.
     """
-    files, left = {}, []
+    files, left_behind = {}, []
     for path in _walk(source):
         relative = path.relative_to(source)
         if is_of_lock(relative.name):
@@ -72,10 +73,10 @@ def find_auxiliary_files(
         status = inside(source, path).stat()
         unedited = path.suffix.lower() in _OTHER_WEIGHTS or is_adapter(path.name)
         if unedited or not stat.S_ISREG(status.st_mode):
-            left.append(str(relative))
+            left_behind.append(str(relative))
         else:
             files[relative] = FileStamp.of(status)
-    return AuxiliaryFiles(files, tuple(left))
+    return AuxiliaryFiles(files, tuple(left_behind))
 
 
 def _walk(source: Path) -> Iterator[Path]:
@@ -111,16 +112,7 @@ def check_unchanged(stamps: Mapping[Path, FileStamp]) -> None:
     Raises:
         CheckpointError: a file's size or time of change is another.
     """
-    for path, stamp in stamps.items():
-        try:
-            same = FileStamp.of(path.stat()) == stamp
-        except OSError:
-            same = False
-        if not same:
-            raise CheckpointError(
-                f"{path} changed while it was read: run the command again once nothing writes to "
-                "the source"
-            )
+    check_stamps(stamps, "the source")
 
 
 def check_space(out: Path, sizes: Collection[int], present: int) -> None:

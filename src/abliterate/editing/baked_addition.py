@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.shards import DTYPES, TensorEntry
+from abliterate.checkpoints.safetensors_header import DTYPES, TensorEntry
 from abliterate.direction import Direction
 from abliterate.editing.addition_scale import addition_scale
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.editing.shard_layout import NewTensor, TensorChanges
 from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.inference.interventions import unit_direction
-from abliterate.models.loading import empty_model
+from abliterate.models.model_classes import empty_model
 from abliterate.storage.write_buffers import as_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Addition:
     """A bias that is changed or made.
 
@@ -89,13 +89,42 @@ def plan_addition(
     if old is not None:
         before = plan.shards.values(name).double()
         bias = _stored(before + vector, DTYPES[old.dtype], coeff)
-        change = {name: (name, _constant(old.dtype, bias))}
-        shares = _share(before, direction.vector), _share(bias, direction.vector)
-        return Addition(name, layer, *shares, TensorChanges(replaced=change), None)
-    added: dict[str, dict[str, NewTensor]] = {}
+        return Addition(
+            name=name,
+            layer=layer,
+            before=_share(before, direction.vector),
+            after=_share(bias, direction.vector),
+            changes=TensorChanges(replaced={name: (name, _constant(old.dtype, bias))}),
+            config=None,
+        )
     bias = _stored(vector, DTYPES[entry.dtype], coeff)
+    return Addition(
+        name=name,
+        layer=layer,
+        before=0.0,
+        after=_share(bias, direction.vector),
+        changes=TensorChanges(added=_new_biases(plan, entry, name, bias, config)),
+        config={**config, "mlp_bias": True},
+    )
+
+
+def _new_biases(
+    plan: EditPlan, entry: TensorEntry, name: str, bias: Tensor, config: Mapping[str, Any]
+) -> dict[str, dict[str, NewTensor]]:
+    """``bias`` and, as the configuration has one switch for all biases of all MLPs, zeros.
+
+    Args:
+        plan: of the ablation.
+        entry: the matrix that ``bias`` belongs to.
+        name: of the bias.
+        bias: its values.
+        config: of the source.
+
+    Returns:
+        By shard and name.
+    """
+    added: dict[str, dict[str, NewTensor]] = {}
     for other, shape in _switched_on(plan.config).items():
-        # The configuration has one switch for all biases of all MLPs: the others are zero.
         tensor = plan.shards.tensors.get(other.removesuffix("bias") + "weight")
         if tensor is None:
             raise CheckpointError(
@@ -105,9 +134,7 @@ def plan_addition(
         content = bias if other == name else torch.zeros(shape, dtype=bias.dtype)
         of_shard = added.setdefault(tensor.file.name, {})
         of_shard[other] = _constant(_same_dtype(tensor, entry), content)
-    share = _share(bias, direction.vector)
-    fresh = {**config, "mlp_bias": True}
-    return Addition(name, layer, 0.0, share, TensorChanges(added=added), fresh)
+    return added
 
 
 def _switched_on(config: Any) -> dict[str, tuple[int, ...]]:
@@ -121,23 +148,23 @@ def _switched_on(config: Any) -> dict[str, tuple[int, ...]]:
 
 def _last_writer(plan: EditPlan, layer: int, direction: Direction, kind: str) -> TensorEdit:
     """The matrix of the block's MLP, whose output reaches the stream as it is."""
-    found = [
+    writers = [
         edit
         for edit in plan.edits
         if edit.layer == layer and edit.kind == "mlp" and edit.name.endswith(".weight")
     ]
-    if len(found) != 1 or found[0].region is not None:
+    if len(writers) != 1 or writers[0].region is not None:
         raise CheckpointError(
             f"layer {layer} of a '{kind}' model has no single matrix that could get the bias of "
             "--add: use the add intervention at run time"
         )
-    unit = unit_direction(direction.vector, found[0].basis.shape[1])
-    if found[0].basis.shape[0] != 1 or not torch.allclose(found[0].basis[0], unit):
+    unit = unit_direction(direction.vector, writers[0].basis.shape[1])
+    if writers[0].basis.shape[0] != 1 or not torch.allclose(writers[0].basis[0], unit):
         raise CheckpointError(
-            f"'{found[0].name}' of a '{kind}' model reaches the stream through a norm, which would "
-            "scale the bias of --add: use the add intervention at run time"
+            f"'{writers[0].name}' of a '{kind}' model reaches the stream through a norm, which "
+            "would scale the bias of --add: use the add intervention at run time"
         )
-    return found[0]
+    return writers[0]
 
 
 def _same_dtype(tensor: TensorEntry, entry: TensorEntry) -> str:
@@ -161,5 +188,5 @@ def _constant(dtype: str, values: Tensor) -> NewTensor:
 
 
 def _share(bias: Tensor, direction: Tensor) -> float:
-    wide, unit = bias.double(), direction.double() / direction.double().norm()
-    return float((wide @ unit).abs() / wide.norm().clamp(min=1e-300))
+    upcast, unit = bias.double(), direction.double() / direction.double().norm()
+    return float((upcast @ unit).abs() / upcast.norm().clamp(min=1e-300))

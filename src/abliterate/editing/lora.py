@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.disk_matrix import PlainDiskMatrix, matrix_slices
-from abliterate.checkpoints.shards import DTYPES, ShardSet
+from abliterate.checkpoints.safetensors_header import DTYPES
+from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.edit_plan import TensorEdit
-from abliterate.editing.matrix_orthogonalization import DirectionEnergy, orthogonalize_matrix
+from abliterate.editing.matrix_orthogonalization import (
+    DirectionEnergy,
+    naming_tensor,
+    orthogonalize_matrix,
+)
 from abliterate.errors import CheckpointError
 from abliterate.storage.artifacts import write_json, write_tensors
 from abliterate.storage.file_io import SourceFile
@@ -111,13 +116,20 @@ def _coefficients(edit: TensorEdit, shards: ShardSet) -> tuple[Tensor, Direction
     source = SourceFile(entry.file)
     try:
         parts, total = [], DirectionEnergy()
-        for strip in matrix_slices(entry.shape, edit.axis):
-            dtype = DTYPES[entry.dtype]
-            grid = PlainDiskMatrix(source, entry.start, None, 0, dtype, strip, torch.device("cpu"))
-            try:
-                weight, energy = orthogonalize_matrix(grid, edit.basis, strip.d_model_is_columns)
-            except CheckpointError as error:
-                raise CheckpointError(f"tensor '{entry.name}' in {entry.file} {error}") from None
+        for matrix_slice in matrix_slices(entry.shape, edit.axis):
+            matrix = PlainDiskMatrix(
+                source=source,
+                start=entry.start,
+                target=None,
+                to=0,
+                dtype=DTYPES[entry.dtype],
+                matrix_slice=matrix_slice,
+                device=torch.device("cpu"),
+            )
+            with naming_tensor(entry):
+                weight, energy = orthogonalize_matrix(
+                    matrix, edit.basis, matrix_slice.d_model_is_columns
+                )
             parts.append(weight)
             total += DirectionEnergy(energy, float(weight.double().square().sum()), 0.0)
         return torch.cat(parts, dim=1).to(torch.float32), total

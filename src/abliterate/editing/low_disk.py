@@ -17,7 +17,8 @@ from pathlib import Path
 from threading import Event, Thread
 
 from abliterate.checkpoints.hub import HubRepo
-from abliterate.checkpoints.shards import Shard, inside, read_shard
+from abliterate.checkpoints.safetensors_header import Shard, read_shard
+from abliterate.checkpoints.shards import inside
 from abliterate.editing.shard_layout import ShardLayout
 from abliterate.editing.shard_tasks import EditContext
 from abliterate.editing.shard_writer import write_shards
@@ -47,7 +48,7 @@ class Step:
 
 def plan_steps(
     layouts: Sequence[ShardLayout],
-    work: EditContext,
+    context: EditContext,
     sizes: Mapping[str, int],
     cached: Collection[str],
 ) -> tuple[list[Step], int]:
@@ -55,25 +56,25 @@ def plan_steps(
 
     Args:
         layouts: what to write.
-        work: the edits.
+        context: the edits.
         sizes: bytes of each file on the hub.
         cached: names of those that are here already.
 
     Returns:
         The steps, and the bytes of disk space needed at the worst moment beyond the output's.
     """
-    needs = {id(layout): _sources(layout, work) - set(cached) for layout in layouts}
-    own = {id(layout): frozenset({layout.shard.path.name}) for layout in layouts}
+    needs = {id(layout): _sources(layout, context) - set(cached) for layout in layouts}
+    itself = {id(layout): frozenset({layout.shard.path.name}) for layout in layouts}
     # In place goes what needs nothing but itself; its other users come before.
-    alone = {key for key, names in needs.items() if names == own[key]}
+    alone = {key for key, names in needs.items() if names == itself[key]}
     order = sorted(layouts, key=lambda x: x.header is None and id(x) in alone)
     total = sum(layout.size for layout in order)
     steps, written, peak, held = [], 0, 0, frozenset[str]()
-    for at, layout in enumerate(order):
-        later = [needs[id(other)] for other in order[at + 1 :]]
+    for index, layout in enumerate(order):
+        later = [needs[id(other)] for other in order[index + 1 :]]
         held |= needs[id(layout)]
         dropped = held - frozenset[str]().union(*later)
-        in_place = layout.header is None and id(layout) in alone and own[id(layout)] <= dropped
+        in_place = layout.header is None and id(layout) in alone and itself[id(layout)] <= dropped
         now = written + sum(sizes[name] for name in held) + (0 if in_place else layout.size)
         coming = sum(sizes[name] for name in (later[0] if later else frozenset()) - held)
         ahead = now + coming <= total
@@ -83,13 +84,13 @@ def plan_steps(
     return steps, max(0, peak - total)
 
 
-def _sources(layout: ShardLayout, work: EditContext) -> frozenset[str]:
+def _sources(layout: ShardLayout, context: EditContext) -> frozenset[str]:
     """Names of the files whose bytes a shard needs."""
     files = {layout.shard.path}
     for placed in layout.tensors:
         if placed.origin is not None:
             files.add(placed.origin.file)
-        stored = work.quantized.get(placed.replaces or placed.name)
+        stored = context.quantized.get(placed.replaces or placed.name)
         if stored is not None:
             files |= {stored.values.file, stored.scales.file}
     return frozenset(path.name for path in files)
@@ -97,7 +98,7 @@ def _sources(layout: ShardLayout, work: EditContext) -> frozenset[str]:
 
 def write_from_hub(
     steps: Sequence[Step],
-    work: EditContext,
+    context: EditContext,
     workspace: Workspace,
     repo: HubRepo,
     shards: Mapping[str, Shard],
@@ -107,7 +108,7 @@ def write_from_hub(
 
     Args:
         steps: those of :func:`plan_steps`.
-        work: the edits.
+        context: the edits.
         workspace: where to.
         repo: where the shards are.
         shards: their headers, by file name.
@@ -126,22 +127,24 @@ def write_from_hub(
             path.unlink()
     with _fetcher(repo, folder) as fetch:
         coming: Future[None] | None = None
-        for at, step in enumerate(steps):
+        for index, step in enumerate(steps):
             (coming or fetch(step.fetched)).result()
-            coming = fetch(steps[at + 1].fetched) if step.ahead and at + 1 < len(steps) else None
-            _write(step, work, workspace, shards, advance)
+            coming = (
+                fetch(steps[index + 1].fetched) if step.ahead and index + 1 < len(steps) else None
+            )
+            _write(step, context, workspace, shards, advance)
 
 
 def _write(
     step: Step,
-    work: EditContext,
+    context: EditContext,
     workspace: Workspace,
     shards: Mapping[str, Shard],
     advance: Callable[[int], object],
 ) -> None:
     folder, name = workspace.fetched, step.layout.shard.path.name
     places = {}
-    for file in _sources(step.layout, work):
+    for file in _sources(step.layout, context):
         nominal = shards[file].path
         places[nominal] = folder / file if file in step.fetched else nominal
         _check(shards[file], places[nominal], file in step.fetched)
@@ -149,17 +152,17 @@ def _write(
         places[step.layout.shard.path] = workspace.current(name)
         with naming(workspace.current(name)):
             os.replace(folder / name, workspace.current(name))
-    here = replace(work, places=places, in_place=step.in_place)
+    here = replace(context, places=places, in_place=step.in_place)
     write_shards([step.layout], here, workspace.current, workspace.finish, advance)
     for file in step.dropped:
         (folder / file).unlink(missing_ok=True)
 
 
 def _check(announced: Shard, path: Path, fetched: bool) -> None:
-    found = read_shard(path if fetched else inside(announced.path.parent, path))
-    same = found.data_start == announced.data_start and found.stamp.size == announced.stamp.size
-    same = same and dict(found.metadata) == dict(announced.metadata)
-    if not same or [(e.name, e.dtype, e.shape, e.start) for e in found.tensors.values()] != [
+    actual = read_shard(path if fetched else inside(announced.path.parent, path))
+    same = actual.data_start == announced.data_start and actual.stamp.size == announced.stamp.size
+    same = same and dict(actual.metadata) == dict(announced.metadata)
+    if not same or [(e.name, e.dtype, e.shape, e.start) for e in actual.tensors.values()] != [
         (e.name, e.dtype, e.shape, e.start) for e in announced.tensors.values()
     ]:
         raise CheckpointError(

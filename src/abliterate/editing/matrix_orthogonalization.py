@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from abliterate.checkpoints.disk_matrix import DiskMatrix
+from abliterate.checkpoints.safetensors_header import TensorEntry
 from abliterate.errors import CheckpointError
 
 # A block stays in a core's cache through the handful of passes over it.
@@ -58,9 +60,9 @@ class DirectionEnergy:
 
 
 def project(
-    grid: DiskMatrix,
+    matrix: DiskMatrix,
     basis: Tensor,
-    recipe: EditStrength,
+    strength: EditStrength,
     d_model_is_columns: bool,
     rows: tuple[int, int] | None = None,
     stopped: Callable[[], bool] = lambda: False,
@@ -68,9 +70,9 @@ def project(
     """Edit a matrix and write the result.
 
     Args:
-        grid: the matrix.
+        matrix: the matrix.
         basis: ``[k, d_model]``, orthonormal rows.
-        recipe: how much to remove.
+        strength: how much to remove.
         d_model_is_columns: else d_model is its rows.
         rows: the rows to edit where ``d_model_is_columns``, or None for all.
         stopped: asked before each block; True ends the edit where it is.
@@ -79,49 +81,49 @@ def project(
         CheckpointError: the matrix holds NaN or infinity, or the result does not fit its dtype.
     """
     edit = _along_columns if d_model_is_columns else _along_rows
-    return edit(grid, basis, recipe, rows or (0, grid.rows), stopped)
+    return edit(matrix, basis, strength, rows or (0, matrix.rows), stopped)
 
 
 def _along_columns(
-    grid: DiskMatrix,
+    matrix: DiskMatrix,
     basis: Tensor,
-    recipe: EditStrength,
+    strength: EditStrength,
     rows: tuple[int, int],
     stopped: Callable[[], bool],
 ) -> DirectionEnergy:
     """d_model is the columns: every stored row stands alone, ``W^T -= s (W^T B^T) B``."""
     energy, before, after = 0.0, list[Tensor](), list[Tensor]()
-    for first, last in _blocks(grid, *rows):
+    for first, last in _blocks(matrix, *rows):
         if stopped():
             break
-        W_block = grid.load(first, last)  # [n, d_model]
+        W_block = matrix.load(first, last)  # [n, d_model]
         basis = basis.to(W_block)  # [k, d_model]
         energy += _energy(W_block)
         coefficients = W_block @ basis.T  # [n, k]
-        norms = _row_norms(W_block) if recipe.keep_norms else None
-        _subtract_product(W_block, coefficients, basis, recipe.scale)
+        norms = _row_norms(W_block) if strength.keep_norms else None
+        _subtract_product(W_block, coefficients, basis, strength.scale)
         if norms is not None:
             _restore_row_norms(W_block, norms)
         before.append(coefficients)
-        after.append(grid.store(first, W_block) @ basis.T)
+        after.append(matrix.store(first, W_block) @ basis.T)
     if not before:
         return DirectionEnergy()
     return DirectionEnergy(energy, _square(torch.cat(before)), _stored_square(torch.cat(after)))
 
 
 def _along_rows(
-    grid: DiskMatrix,
+    matrix: DiskMatrix,
     basis: Tensor,
-    recipe: EditStrength,
+    strength: EditStrength,
     rows: tuple[int, int],
     stopped: Callable[[], bool],
 ) -> DirectionEnergy:
     """d_model is the rows: ``B W`` is a sum over all of them, subtracted in a second pass."""
     energy, coefficients = 0.0, None
-    for first, last in _blocks(grid, *rows):
+    for first, last in _blocks(matrix, *rows):
         if stopped():
             return DirectionEnergy()
-        W_block = grid.load(first, last)  # [n, columns]
+        W_block = matrix.load(first, last)  # [n, columns]
         basis = basis.to(W_block)  # [k, d_model]
         partial_sum = basis[:, first:last] @ W_block  # [k, columns]
         coefficients = partial_sum if coefficients is None else coefficients.add_(partial_sum)
@@ -129,38 +131,38 @@ def _along_rows(
     if coefficients is None:
         return DirectionEnergy()
     after = torch.zeros_like(coefficients)
-    for first, last in _blocks(grid, *rows):
+    for first, last in _blocks(matrix, *rows):
         if stopped():
             break
-        W_block = grid.load(first, last)
-        norms = _row_norms(W_block) if recipe.keep_norms else None
+        W_block = matrix.load(first, last)
+        norms = _row_norms(W_block) if strength.keep_norms else None
         basis_rows = basis[:, first:last]  # [k, n]
-        _subtract_product(W_block, basis_rows.T, coefficients, recipe.scale)
+        _subtract_product(W_block, basis_rows.T, coefficients, strength.scale)
         if norms is not None:
             _restore_row_norms(W_block, norms)
-        after += basis_rows @ grid.store(first, W_block)
+        after += basis_rows @ matrix.store(first, W_block)
     return DirectionEnergy(energy, _square(coefficients), _stored_square(after))
 
 
 def orthogonalize_matrix(
-    grid: DiskMatrix, basis: Tensor, d_model_is_columns: bool
+    matrix: DiskMatrix, basis: Tensor, d_model_is_columns: bool
 ) -> tuple[Tensor, float]:
     """What lies along the directions: ``[k, columns]``, or ``[k, rows]`` of a transposed matrix.
 
     Args:
-        grid: the matrix; it is only read.
+        matrix: the matrix; it is only read.
         basis: ``[k, d_model]``.
         d_model_is_columns: else d_model is its rows.
 
     Returns:
-        The coefficients in the grid's wide dtype, and the matrix's squared norm.
+        The coefficients in the dtype that the matrix is computed in, and the matrix's squared norm.
 
     Raises:
         CheckpointError: the matrix holds NaN or infinity.
     """
     energy, parts = 0.0, []
-    for first, last in _blocks(grid, 0, grid.rows):
-        W_block = grid.load(first, last)
+    for first, last in _blocks(matrix, 0, matrix.rows):
+        W_block = matrix.load(first, last)
         basis = basis.to(W_block)
         energy += _energy(W_block)
         if d_model_is_columns:
@@ -172,19 +174,28 @@ def orthogonalize_matrix(
     return torch.cat(parts, dim=1), energy
 
 
-def _blocks(grid: DiskMatrix, first: int, last: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _BLOCK_ELEMENTS // grid.columns)
-    step = max(grid.row_step, step - step % grid.row_step)
+@contextmanager
+def naming_tensor(entry: TensorEntry) -> Iterator[None]:
+    """What is wrong with a matrix, as an error that names the tensor and its file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"tensor '{entry.name}' in {entry.file} {error}") from None
+
+
+def _blocks(matrix: DiskMatrix, first: int, last: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _BLOCK_ELEMENTS // matrix.columns)
+    step = max(matrix.row_step, step - step % matrix.row_step)
     for row in range(first, last, step):
         yield row, min(row + step, last)
 
 
-def _subtract_product(block: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """``block -= scale * left @ right`` for ``[n, k]`` and ``[k, m]``."""
-    if right.shape[0] == 1:
-        block.addr_(left[:, 0], right[0], alpha=-scale)
+def _subtract_product(block: Tensor, columns: Tensor, rows: Tensor, scale: float) -> None:
+    """``block -= scale * columns @ rows`` for ``[n, k]`` and ``[k, m]``."""
+    if rows.shape[0] == 1:
+        block.addr_(columns[:, 0], rows[0], alpha=-scale)
     else:
-        block.addmm_(left, right, alpha=-scale)
+        block.addmm_(columns, rows, alpha=-scale)
 
 
 def _row_norms(block: Tensor) -> Tensor:

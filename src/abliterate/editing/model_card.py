@@ -53,6 +53,7 @@ def write_model_card(
     base: Checkpoint,
     direction: Direction,
     edited: Sequence[EditedTensor],
+    *,
     limits: Sequence[str] = (),
     adapter: bool = False,
     added: float | None = None,

@@ -23,6 +23,7 @@ _GROUPS = {
     "other": {"other"},
 }
 Tied = Literal["untie", "share", "skip"]
+Quantization = Literal["requantize", "dequantize"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class EditOptions:
     scale: float = 1.0
     norm_preserve: bool = False
     tied_embeddings: Tied = "untie"
-    quantized: Literal["requantize", "dequantize"] | None = None
+    quantized: Quantization | None = None
     add: float | None = None
     as_lora: bool = False
     device: str = "cpu"
@@ -105,17 +106,22 @@ def edit_options(settings: OrthogonalizeSettings) -> EditOptions:
     """
     if settings.requantize and settings.dequantize:
         raise UsageError("--requantize and --dequantize exclude each other")
+    quantized: Quantization | None = None
+    if settings.requantize:
+        quantized = "requantize"
+    elif settings.dequantize:
+        quantized = "dequantize"
     return EditOptions(
-        settings.layers,
-        settings.components,
-        settings.scale,
-        settings.norm_preserve,
-        settings.tied_embeddings,
-        "requantize" if settings.requantize else "dequantize" if settings.dequantize else None,
-        settings.add,
-        settings.as_lora,
-        settings.device,
-        settings.jobs,
+        layers=settings.layers,
+        components=settings.components,
+        scale=settings.scale,
+        norm_preserve=settings.norm_preserve,
+        tied_embeddings=settings.tied_embeddings,
+        quantized=quantized,
+        add=settings.add,
+        as_lora=settings.as_lora,
+        device=settings.device,
+        jobs=settings.jobs,
     )
 
 
@@ -165,8 +171,8 @@ def apply_options(plan: EditPlan, options: EditOptions) -> EditPlan:
     untied = bool(plan.heads) and edited and not shared
     untied = untied or not tied_matrices_agree(plan)
     if shared and edited:  # under the names that they have
-        own = (replace(edit, name=edit.source, stored_as=None) for edit in edits)
-        edits = (*own, *plan.heads)
+        as_stored = (replace(edit, name=edit.source, stored_as=None) for edit in edits)
+        edits = (*as_stored, *plan.heads)
     if not edits:
         raise UsageError("no tensor is left to edit: widen --layers and --components")
     return replace(plan, edits=edits, copies=copies, untied=untied)
@@ -178,11 +184,11 @@ def tied_matrices_agree(plan: EditPlan) -> bool:
     True where the files hold one matrix for both, or where nothing is tied.
     """
     tensors = plan.shards.tensors
-    own = [tensors[edit.source] for edit in plan.edits if edit.name in plan.tied]
+    embeddings = [tensors[edit.source] for edit in plan.edits if edit.name in plan.tied]
     heads = [tensors[edit.name] for edit in plan.heads]
-    if not all(entry.file.is_file() for entry in (*own, *heads)):
+    if not all(entry.file.is_file() for entry in (*embeddings, *heads)):
         return False  # still on the hub: to say that they are two is right in any case
-    return all(same_bytes(one, other) for one, other in zip(own, heads, strict=False))
+    return all(same_bytes(one, other) for one, other in zip(embeddings, heads, strict=False))
 
 
 def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from abliterate.errors import UsageError
 
 def file_list(folder: Path, *more: str) -> list[str]:
     """The files below a folder and ``more``, as ``files`` of the record names them."""
-    found = (path for path in folder.rglob("*") if not path.is_dir())
-    return sorted({*(path.relative_to(folder).as_posix() for path in found), *more})
+    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted({*(path.relative_to(folder).as_posix() for path in paths), *more})
 
 
 def check_replaceable(out: Path) -> None:
@@ -62,11 +62,11 @@ def _listed(out: Path) -> set[str] | None:
 
 def _entries(out: Path) -> list[Path]:
     """Every file and link, and every folder that holds nothing."""
-    found = []
+    entries = []
     for place, folders, files in os.walk(out):
         here = Path(place)
         links = [name for name in folders if (here / name).is_symlink()]
-        found += [here / name for name in (*links, *files)]
+        entries += [here / name for name in (*links, *files)]
         if not folders and not files:
-            found.append(here)
-    return sorted(found)
+            entries.append(here)
+    return sorted(entries)

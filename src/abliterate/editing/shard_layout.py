@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from abliterate.checkpoints.shards import BITS, Shard, ShardSet, TensorEntry
+from abliterate.checkpoints.safetensors_header import BITS, Shard, TensorEntry
+from abliterate.checkpoints.shards import ShardSet
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Writing the edited shards: copies by the kernel, edits in threads, flushes beside both.
 
-A shard becomes a list of units of work, each of which reads, computes and writes on its own; a few
-more threads than cores keep reading, computing and writing apart. How the work is cut never depends
+A shard becomes a list of tasks, each of which reads, computes and writes on its own; a few more
+threads than cores keep reading, computing and writing apart. How the work is cut never depends
 on the number of threads, so the bytes do not either.
 """
 
@@ -11,7 +11,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -24,10 +25,10 @@ from abliterate.editing.shard_tasks import EditContext, Files, ShardTask, tasks_
 from abliterate.storage.file_io import TargetFile, clone_file
 from abliterate.storage.write_buffers import RUN_BYTES
 
-_MOST_SHARDS = 4  # in flight: what a kill may cost
-_MOST_JOBS = 16  # each thread has a run's memory, and no disk keeps up with more
+_MAX_SHARDS = 4  # in flight: what a kill may cost
+_MAX_CORES = 16  # each thread has a run's memory, and no disk keeps up with more
 _BLOCKS_BYTES, _BEGUN_BYTES = 8 << 20, 48 << 20  # of a thread beside its run; of all before it
-_MORE_THREADS = 2  # than cores: while some wait for the disk, the others compute
+_EXTRA_THREADS = 2  # than cores: while some wait for the disk, the others compute
 
 
 def usable_cores() -> int:
@@ -37,14 +38,16 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def edit_memory(jobs: int) -> int:
+def edit_memory(num_cores: int) -> int:
     """Bytes that :func:`write_shards` takes, about: a run and some blocks for each thread."""
-    return (min(jobs, _MOST_JOBS) + _MORE_THREADS) * (RUN_BYTES + _BLOCKS_BYTES) + _BEGUN_BYTES
+    return (min(num_cores, _MAX_CORES) + _EXTRA_THREADS) * (
+        RUN_BYTES + _BLOCKS_BYTES
+    ) + _BEGUN_BYTES
 
 
 def write_shards(
     layouts: Sequence[ShardLayout],
-    work: EditContext,
+    context: EditContext,
     target: Callable[[str], Path],
     finished: Callable[[str, Mapping[int, DirectionEnergy]], None],
     advance: Callable[[int], object],
@@ -53,56 +56,43 @@ def write_shards(
 
     Args:
         layouts: what to write.
-        work: the edits.
+        context: the edits.
         target: where a shard is to be written, by its name.
         finished: called when a shard's last byte was written, in a thread beside the work but never
-            in two at once; with the sums of each edit by its number.
+            in two at once; with what each edit measured by its number.
         advance: called with the number of bytes whenever some are done.
 
     Raises:
         CheckpointError: a tensor cannot be edited.
         OSError: a file cannot be read or written.
     """
-    stop, jobs = Event(), min(work.jobs, _MOST_JOBS)
-    count = max(1, min(len(layouts), jobs, _MOST_SHARDS))
-    threads = -(-(jobs + _MORE_THREADS) // count)
-    one_thread = partial(torch.set_num_threads, 1)
-    queue = deque(layouts)
+    num_cores = min(context.num_cores, _MAX_CORES)
+    num_workers = max(1, min(len(layouts), num_cores, _MAX_SHARDS))
     with (
         _one_thread_each(),
-        ThreadPoolExecutor(1, "finish") as finisher,
-        ThreadPoolExecutor(count, "shard") as lanes,
+        ThreadPoolExecutor(1, "finish") as committer,
+        ThreadPoolExecutor(num_workers, "shard") as workers,
     ):
-
-        def lane() -> list[Future[None]]:
-            finishing = []
-            with ThreadPoolExecutor(threads, "edit", one_thread) as pool:
-                while queue and not stop.is_set():
-                    try:
-                        layout = queue.popleft()
-                    except IndexError:  # another lane was faster
-                        break
-                    name = layout.shard.path.name
-                    sums = _write_shard(layout, work, target(name), pool, stop, advance)
-                    if not stop.is_set():
-                        finishing.append(finisher.submit(finished, name, sums))
-                    for future in finishing:
-                        if future.done():
-                            future.result()
-            return finishing
-
+        writer = _ShardWriter(
+            context=context,
+            target=target,
+            advance=advance,
+            commit=lambda name, energies: committer.submit(finished, name, energies),
+            queue=deque(layouts),
+            threads_per_shard=-(-(num_cores + _EXTRA_THREADS) // num_workers),
+        )
         try:
-            running = [lanes.submit(lane) for _ in range(count)]
-            for one in as_completed(running):
-                for future in one.result():
-                    future.result()
+            running = [workers.submit(writer.shard_worker) for _ in range(num_workers)]
+            for worker in as_completed(running):
+                for pending_commit in worker.result():
+                    pending_commit.result()
         finally:
-            stop.set()  # whatever went wrong: the others end with their present block
+            writer.stop.set()  # whatever went wrong: the others end with their present block
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Parallel units rather than parallel sums, whose order would depend on the machine."""
+    """Parallel tasks rather than parallel sums, whose order would depend on the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -111,57 +101,90 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_shard(
-    layout: ShardLayout,
-    work: EditContext,
-    path: Path,
-    threads: ThreadPoolExecutor,
-    stop: Event,
-    advance: Callable[[int], object],
-) -> dict[int, DirectionEnergy]:
-    sums: dict[int, DirectionEnergy] = {}
-    with ExitStack() as stack:
-        files = Files(stack, work.places)
-        target = TargetFile(path, keep=work.in_place)
-        stack.callback(target.close)
-        cloned = work.in_place or (
-            layout.header is None and clone_file(files.open(layout.shard.path), target)
-        )
-        target.resize(layout.size)
-        for units in tasks_of(layout, work, files, target, cloned):
-            for index, part in _run(units, threads, stop, advance):
-                sums[index] = sums.get(index, DirectionEnergy()) + part
-    return sums
+@dataclass(frozen=True, kw_only=True)
+class _ShardWriter:
+    """What the workers share, each of which writes one shard at a time.
 
+    Attributes:
+        context: the edits.
+        target: where a shard is to be written, by its name.
+        advance: called with the number of bytes whenever some are done.
+        commit: hands over a shard that is written, and what its edits measured.
+        queue: the shards that nobody has begun.
+        threads_per_shard: how many threads work on one.
+        stop: set when something failed.
+    """
 
-def _run(
-    units: Sequence[ShardTask],
-    threads: ThreadPoolExecutor,
-    stop: Event,
-    advance: Callable[[int], object],
-) -> list[tuple[int, DirectionEnergy]]:
-    """What the units found, in their order; the first failure ends all of them."""
+    context: EditContext
+    target: Callable[[str], Path]
+    advance: Callable[[int], object]
+    commit: Callable[[str, Mapping[int, DirectionEnergy]], Future[None]]
+    queue: deque[ShardLayout]
+    threads_per_shard: int
+    stop: Event = field(default_factory=Event)
 
-    def run(unit: ShardTask) -> tuple[int, DirectionEnergy] | None:
-        found = None if stop.is_set() else unit.run(stop)
-        advance(unit.size)
-        return found
+    def shard_worker(self) -> list[Future[None]]:
+        """Write shards until none is left; returns the commits, some of which may be under way."""
+        pending_commits: list[Future[None]] = []
+        one_thread = partial(torch.set_num_threads, 1)
+        with ThreadPoolExecutor(self.threads_per_shard, "edit", one_thread) as threads:
+            while (layout := self._next_shard()) is not None:
+                energies = self._write_shard(layout, threads)
+                if not self.stop.is_set():
+                    pending_commits.append(self.commit(layout.shard.path.name, energies))
+                for commit in pending_commits:
+                    if commit.done():
+                        commit.result()  # raises what went wrong
+        return pending_commits
 
-    futures = [threads.submit(run, unit) for unit in units]
-    try:
-        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-    except BaseException:
-        _end(futures, stop)
-        raise
-    if waiting:
-        _end(futures, stop)
-        raise next(error for future in done if (error := future.exception()) is not None)
-    return [found for future in futures if (found := future.result()) is not None]
+    def _next_shard(self) -> ShardLayout | None:
+        with suppress(IndexError):  # none is left
+            if not self.stop.is_set():
+                return self.queue.popleft()
+        return None
 
+    def _write_shard(
+        self, layout: ShardLayout, threads: ThreadPoolExecutor
+    ) -> dict[int, DirectionEnergy]:
+        energies: dict[int, DirectionEnergy] = {}
+        with ExitStack() as stack:
+            files = Files(stack, self.context.places)
+            in_place = self.context.in_place
+            target = TargetFile(self.target(layout.shard.path.name), keep=in_place)
+            stack.callback(target.close)
+            cloned = in_place or (
+                layout.header is None and clone_file(files.open(layout.shard.path), target)
+            )
+            target.resize(layout.size)
+            for tasks in tasks_of(layout, self.context, files, target, cloned):
+                for index, part in self._run(tasks, threads):
+                    energies[index] = energies.get(index, DirectionEnergy()) + part
+        return energies
 
-def _end(futures: Sequence[Future[tuple[int, DirectionEnergy] | None]], stop: Event) -> None:
-    """Wait until no thread uses a file any more that is about to be closed."""
-    stop.set()
-    for future in futures:
-        future.cancel()
-    wait(futures)
+    def _run(
+        self, tasks: Sequence[ShardTask], threads: ThreadPoolExecutor
+    ) -> list[tuple[int, DirectionEnergy]]:
+        """What the tasks measured, in their order; the first failure ends all of them."""
+
+        def run(task: ShardTask) -> tuple[int, DirectionEnergy] | None:
+            measured = None if self.stop.is_set() else task.run(self.stop)
+            self.advance(task.size)
+            return measured
+
+        futures = [threads.submit(run, task) for task in tasks]
+        try:
+            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
+            self._end(futures)
+            raise
+        if waiting:
+            self._end(futures)
+            raise next(error for future in done if (error := future.exception()) is not None)
+        return [measured for future in futures if (measured := future.result()) is not None]
+
+    def _end(self, futures: Sequence[Future[tuple[int, DirectionEnergy] | None]]) -> None:
+        """Wait until no thread uses a file any more that is about to be closed."""
+        self.stop.set()
+        for future in futures:
+            future.cancel()
+        wait(futures)

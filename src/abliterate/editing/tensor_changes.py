@@ -50,10 +50,34 @@ def plan_changes(
     Raises:
         CheckpointError: an edit needs a choice that was not made.
     """
+    touched = [quantized[edit.name] for edit in plan.edits if edit.name in quantized]
+    changes = [_copied(plan, quantized)]
+    new_config = dict(config)
+    if plan.copies or plan.untied:
+        new_config = untie_document(new_config, plan)
+    if touched and choice is None:
+        name = touched[0].values.name
+        raise CheckpointError(
+            f"tensor '{name}' is stored as {touched[0].scheme.upper()} with scales: pass "
+            "--requantize to store it so again, or --dequantize to write it as bfloat16"
+        )
+    if touched and choice == "requantize":
+        changes.append(_scales_beside_values(touched))
+    if touched and choice == "dequantize":
+        if any(edit.region is not None for edit in plan.edits if edit.name in quantized):
+            raise CheckpointError("a box of a quantized tensor cannot be dequantized alone")
+        modules = {_module(stored) for stored in touched}
+        dense = [stored for stored in quantized.values() if _module(stored) in modules]
+        changes.append(_dequantized(dense))
+        new_config = _dequantized_config(
+            new_config, sorted(modules), all_of_them=len(dense) == len(quantized)
+        )
+    return _joined(changes), new_config if new_config != config else None
+
+
+def _copied(plan: EditPlan, quantized: Mapping[str, Quantized]) -> TensorChanges:
+    """What an untied embedding and its output head need beside each other."""
     added: dict[str, dict[str, NewTensor]] = {}
-    replaced: dict[str, tuple[str, NewTensor]] = {}
-    removed: set[str] = set()
-    fresh: dict[str, Any] = dict(config)
     for name, source in plan.copies.items():
         entry = plan.shards.tensors[source]
         if source in quantized:
@@ -62,33 +86,41 @@ def plan_changes(
             )
         copy = NewTensor(entry.dtype, entry.shape, entry)
         added.setdefault(entry.file.name, {})[name] = copy
-    if plan.copies or plan.untied:
-        fresh = untie_document(fresh, plan)
-    touched = [quantized[edit.name] for edit in plan.edits if edit.name in quantized]
-    if touched and choice is None:
-        name = touched[0].values.name
-        raise CheckpointError(
-            f"tensor '{name}' is stored as {touched[0].scheme.upper()} with scales: pass "
-            "--requantize to store it so again, or --dequantize to write it as bfloat16"
-        )
-    if touched and choice == "requantize":
-        for stored in touched:
-            if stored.scales.file != stored.values.file:  # they are written together
-                scales = stored.scales
-                removed.add(scales.name)
-                moved = NewTensor(scales.dtype, scales.shape, scales)
-                added.setdefault(stored.values.file.name, {})[scales.name] = moved
-    if touched and choice == "dequantize":
-        modules = {_module(stored) for stored in touched}
-        dense = [stored for stored in quantized.values() if _module(stored) in modules]
-        if any(edit.region is not None for edit in plan.edits if edit.name in quantized):
-            raise CheckpointError("a box of a quantized tensor cannot be dequantized alone")
-        for stored in dense:
-            name, shape = stored.dense
-            replaced[stored.values.name] = (name, NewTensor("BF16", shape))
-            removed.add(stored.scales.name)
-        fresh = _dequantized_config(fresh, sorted(modules), len(dense) == len(quantized))
-    return TensorChanges(added, replaced, frozenset(removed)), fresh if fresh != config else None
+    return TensorChanges(added=added)
+
+
+def _scales_beside_values(touched: Sequence[Quantized]) -> TensorChanges:
+    """Values and scales are written together, so both have to lie in the values' shard."""
+    added: dict[str, dict[str, NewTensor]] = {}
+    removed = set()
+    for stored in touched:
+        scales = stored.scales
+        if scales.file != stored.values.file:
+            removed.add(scales.name)
+            moved = NewTensor(scales.dtype, scales.shape, scales)
+            added.setdefault(stored.values.file.name, {})[scales.name] = moved
+    return TensorChanges(added=added, removed=removed)
+
+
+def _dequantized(dense: Sequence[Quantized]) -> TensorChanges:
+    """Each becomes a plain tensor in the place of its values, without scales."""
+    replaced = {}
+    for stored in dense:
+        name, shape = stored.dense
+        replaced[stored.values.name] = (name, NewTensor("BF16", shape))
+    return TensorChanges(replaced=replaced, removed={stored.scales.name for stored in dense})
+
+
+def _joined(changes: Sequence[TensorChanges]) -> TensorChanges:
+    added: dict[str, dict[str, NewTensor]] = {}
+    replaced: dict[str, tuple[str, NewTensor]] = {}
+    removed: set[str] = set()
+    for change in changes:
+        for shard, tensors in change.added.items():
+            added.setdefault(shard, {}).update(tensors)
+        replaced |= change.replaced
+        removed |= set(change.removed)
+    return TensorChanges(added, replaced, frozenset(removed))
 
 
 def untie_document(config: Mapping[str, Any], plan: EditPlan) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from abliterate.checkpoints.shards import FileStamp
+from abliterate.checkpoints.safetensors_header import FileStamp
 from abliterate.editing.matrix_orthogonalization import DirectionEnergy
 from abliterate.editing.own_checkpoint import check_replaceable
 from abliterate.errors import CheckpointError, InputError, UsageError
@@ -58,6 +58,11 @@ class Workspace:
     finished: dict[str, dict[int, DirectionEnergy]]
     published: bool
     _journal: IO[bytes]
+
+    @property
+    def energies(self) -> dict[int, DirectionEnergy]:
+        """What the finished shards measured, by the number of the edit."""
+        return {n: sums for shard in self.finished.values() for n, sums in shard.items()}
 
     @property
     def folder(self) -> Path:
@@ -128,9 +133,9 @@ class Workspace:
         # The journal goes last: without it the rest would look like someone else's folder.
         for name in _FOLDERS:
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        own, *others = _journals(self.folder)
+        first, *others = _journals(self.folder)
         with suppress(OSError):
-            for path in (*others, holder_file(own), own):
+            for path in (*others, holder_file(first), first):
                 path.unlink(missing_ok=True)
             self.folder.rmdir()
         self.close()
@@ -226,9 +231,10 @@ def is_published(out: Path, inputs: str) -> bool:
     """Whether ``out`` is what a killed run with the same inputs had just given its name."""
     try:
         with (partial_of(out) / _JOURNAL).open("rb") as journal:
-            lines = [json.loads(raw) for raw in journal]
-        return lines[0]["inputs"] == inputs and _was_published(out, lines[-1])
-    except (OSError, ValueError, LookupError, TypeError):
+            lines, _ = _whole_lines(journal)
+        begun = bool(lines) and lines[0].get("inputs") == inputs
+        return begun and _was_published(out, lines[-1])
+    except OSError:
         return False
 
 
@@ -289,6 +295,13 @@ def _begin(out: Path, journal: IO[bytes]) -> None:
 def _read_lines(journal: IO[bytes]) -> list[dict[str, Any]]:
     """The journal's whole lines; one that a kill tore off is dropped from the file too."""
     journal.seek(0)
+    lines, end = _whole_lines(journal)
+    journal.truncate(end)
+    return lines
+
+
+def _whole_lines(journal: IO[bytes]) -> tuple[list[dict[str, Any]], int]:
+    """The lines before one that a kill tore off, and the byte where they end."""
     lines, end = [], 0
     for raw in journal:
         try:
@@ -299,8 +312,7 @@ def _read_lines(journal: IO[bytes]) -> list[dict[str, Any]]:
             break
         lines.append(line)
         end += len(raw)
-    journal.truncate(end)
-    return lines
+    return lines, end
 
 
 def _lines_of(path: Path) -> list[dict[str, Any]]:
@@ -316,7 +328,7 @@ def _finished(
     files: Path, lines: list[dict[str, Any]], published: bool
 ) -> dict[str, dict[int, DirectionEnergy]]:
     """The shards that are still as they were when they were finished."""
-    found = {}
+    finished = {}
     for line in lines:
         try:
             name, stamp = line["shard"], FileStamp(**line["stamp"])
@@ -325,10 +337,10 @@ def _finished(
                 continue
             status = (files / name).lstat() if not published else None
             if status is None or (stat.S_ISREG(status.st_mode) and FileStamp.of(status) == stamp):
-                found[name] = sums
+                finished[name] = sums
         except (OSError, KeyError, TypeError, ValueError):
             continue  # it is written again
-    return found
+    return finished
 
 
 def _remove_unfinished(files: Path, finished: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from abliterate.console import debugging, hide, redact
-from abliterate.errors import CheckpointError, UsageError
+from abliterate.errors import CheckpointError, UsageError, one_line
+from abliterate.extras import import_extra
 from abliterate.prompts.template_process import TemplateError, render_conversations
 from abliterate.settings import public_url
 
@@ -334,18 +335,13 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 
 def _short(error: BaseException) -> str:
-    text = redact(" ".join(str(error).split())) or type(error).__name__
+    text = redact(one_line(error)) or type(error).__name__
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def _openai() -> Any:
     """The client library, quiet unless debugging."""
-    try:
-        import openai
-    except ImportError:
-        raise UsageError(
-            "--judge-url needs the openai package: pip install 'abliterate[eval]'"
-        ) from None
+    openai = import_extra("openai", "--judge-url", "the openai package", "eval")
     if not debugging():
         import logging
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.console import bars_hidden, debugging
-from abliterate.errors import InputError, UsageError
+from abliterate.errors import InputError, UsageError, one_line
+from abliterate.extras import import_extra
 from abliterate.inference.decoding import plain_decoding
 from abliterate.models.loading import LoadedModel
 
 # For the standard errors of metrics that are no means.
 _RESAMPLES = 1000
-_MISSING = "--tasks needs the lm-eval package: pip install 'abliterate[eval]'"
+_PACKAGE = "the lm-eval package"
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,8 @@ def find_tasks(names: str, folder: Path | None = None, limit: int | None = None)
     Raises:
         UsageError: lm-eval is not installed, the folder is none, or it knows no such task.
     """
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UsageError(_MISSING) from None
+    lm_eval = import_extra("lm_eval", "--tasks", _PACKAGE, "eval")
+    task_manager = import_extra("lm_eval.tasks", "--tasks", _PACKAGE, "eval").TaskManager
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tasks-dir {folder} is no folder")
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -66,9 +64,9 @@ def find_tasks(names: str, folder: Path | None = None, limit: int | None = None)
         # The library's own index takes seconds: only where the folder does not have it all.
         manager = None
         if folder is not None:
-            manager = TaskManager(include_path=str(folder), include_defaults=False)
+            manager = task_manager(include_path=str(folder), include_defaults=False)
         if manager is None or not all(manager.match_tasks([name]) for name in wanted):
-            manager = TaskManager(include_path=None if folder is None else str(folder))
+            manager = task_manager(include_path=None if folder is None else str(folder))
     found = []
     for name in wanted:
         matched = manager.match_tasks([name])
@@ -123,7 +121,7 @@ def run_tasks(
     except Exception as error:  # data sets, task definitions and models fail in many ways
         if debugging():
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)[:300] or type(error).__name__
         raise InputError(
             f"--tasks {','.join(tasks.names)}: lm-eval fails ({reason}); --debug shows more"
         ) from None

@@ -22,7 +22,8 @@ from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_substrings import is_refusal
-from abliterate.prompts.sources import CATEGORY_COLUMNS, read_rows, well_formed
+from abliterate.prompts.columns import CATEGORY_COLUMNS, well_formed
+from abliterate.prompts.row_files import read_rows
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import check_writable, hash_json, versions, write_atomically
 from abliterate.storage.guarded_files import naming, open_to_extend

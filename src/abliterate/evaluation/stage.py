@@ -21,7 +21,8 @@ from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.evaluation.lm_eval_tasks import find_tasks
 from abliterate.evaluation.measurements import MEASURED, Work, is_memo
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
-from abliterate.models.loading import Checkpoint, load_config, text_config
+from abliterate.models.loading import Checkpoint, load_config
+from abliterate.models.model_classes import text_config
 from abliterate.prompts.corpora import parse_corpora, read_corpus
 from abliterate.prompts.sampling import load_prompts
 from abliterate.run_folder import (

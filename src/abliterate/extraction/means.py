@@ -18,7 +18,8 @@ from abliterate.errors import InputError
 from abliterate.inference.engine import ActivationReader, BatchActivations
 from abliterate.inference.in_memory import InMemoryReader, engine_of
 from abliterate.metrics.refusal import detect_refusal_tokens, refusal_score, resolve_refusal_tokens
-from abliterate.models.loading import LoadedModel, require_token
+from abliterate.models.embedding_rows import require_token
+from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode, parse_positions, position_tokens
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.storage.artifacts import read_tensors

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from abliterate.models.loading import text_config
+from abliterate.models.model_classes import text_config
 from abliterate.writers import Writer, find_writers
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")

@@ -16,7 +16,9 @@ from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.forward import padding_token
 from abliterate.inference.generation import stop_tokens
 from abliterate.inference.interventions import ablate, add, unit_direction
-from abliterate.models.loading import LoadedModel, require_token, text_config
+from abliterate.models.embedding_rows import require_token
+from abliterate.models.loading import LoadedModel
+from abliterate.models.model_classes import text_config
 from abliterate.prompts.chat_template import ChatFormat, render_turns
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 

@@ -19,7 +19,8 @@ from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import UnsupportedArchitectureError
 from abliterate.inference.token_batches import TokenBudget, group_rows
-from abliterate.models.loading import embedding_rows, require_token, text_config
+from abliterate.models.embedding_rows import embedding_rows, require_token
+from abliterate.models.model_classes import text_config
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 _PADDABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}

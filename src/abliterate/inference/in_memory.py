@@ -31,7 +31,8 @@ from abliterate.inference.forward import (
 from abliterate.inference.generation import greedy_answers
 from abliterate.inference.interventions import ablate, add
 from abliterate.models.device_placement import Placement, devices
-from abliterate.models.loading import LoadedModel, require_token
+from abliterate.models.embedding_rows import require_token
+from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 from abliterate.writers.residual_stream import leak

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from abliterate.errors import UsageError
+from abliterate.extras import import_extra
 
 Array = NDArray[np.float64]
 
@@ -46,10 +45,7 @@ def sklearn(module: str) -> Any:
     Raises:
         UsageError: it is not installed.
     """
-    try:
-        return importlib.import_module(f"sklearn.{module}")
-    except ImportError:
-        raise UsageError("inspect needs scikit-learn: pip install 'abliterate[report]'") from None
+    return import_extra(f"sklearn.{module}", "inspect", "scikit-learn", "report")
 
 
 def measure(harmful: Tensor, harmless: Tensor, selected: Tensor) -> Geometry | None:

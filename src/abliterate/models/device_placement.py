@@ -1,5 +1,5 @@
-"""Where a model's weights lie: on one device, over several (``--device-map``), or over the ranks of
-a team (``--tensor-parallel``)."""
+"""Where a model's weights lie: on one device, over several (``--device-map``), or over the
+ranks (``--tensor-parallel``)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Placement:
     Attributes:
         device_map: accelerate's: a strategy, or devices (``disk`` is one) by module; None for one
             device.
-        tensor_parallel: each rank of the team holds a part of every matrix.
+        tensor_parallel: each rank holds a part of every matrix.
         ranks: the ranks.
     """
 
@@ -100,8 +100,8 @@ def find_placement(
             "--tensor-parallel needs a process for each part: start it with "
             "`torchrun --nproc-per-node N -m abliterate ...`"
         )
-    found = torch.accelerator.current_accelerator(check_available=True)
-    kind = "cpu" if found is None else found.type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if accelerator is None else accelerator.type
     if device not in ("auto", kind):
         raise UsageError(
             f"--tensor-parallel computes on every rank's own {kind}, not on --device {device}: "

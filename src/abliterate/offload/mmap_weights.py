@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abliterate.checkpoints.shards import DTYPES as FLOATS
-from abliterate.checkpoints.shards import ShardSet, TensorEntry
+from abliterate.checkpoints.safetensors_header import DTYPES as FLOATS
+from abliterate.checkpoints.safetensors_header import TensorEntry
+from abliterate.checkpoints.shards import ShardSet
 from abliterate.errors import CheckpointError
 
 _DTYPES = FLOATS | {

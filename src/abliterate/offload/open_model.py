@@ -102,7 +102,8 @@ def _groups() -> list[tuple[Path, int]]:
 
 def needed_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """Bytes of a checkpoint's weights in memory, from the headers of its files."""
-    from abliterate.checkpoints.shards import BITS, read_shards
+    from abliterate.checkpoints.safetensors_header import BITS
+    from abliterate.checkpoints.shards import read_shards
 
     entries = read_shards(checkpoint.folder).tensors.values()
     return sum(

@@ -18,12 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.logging import (
     disable_progress_bar,
@@ -34,8 +28,10 @@ from transformers.utils.logging import (
 from abliterate.checkpoints.shards import read_shards
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.models.library_versions import load_tensors
-from abliterate.models.loading import Checkpoint, empty_model
+from abliterate.models.loading import Checkpoint, incomplete
+from abliterate.models.model_classes import empty_model
 from abliterate.offload.mmap_weights import Mapped
+from abliterate.writers.loaded_names import loaded_names
 
 
 @dataclass(frozen=True)
@@ -164,17 +160,12 @@ class Weights:
 
     def _require_on_disk(self, wanted: Sequence[Slot]) -> None:
         absent = [
-            slot
+            slot.keys[0]
             for slot in wanted
             if slot.group is None and slot.empty.is_meta and isinstance(slot.empty, nn.Parameter)
         ]
         if absent:
-            raise CheckpointError(
-                f"{self.checkpoint.folder} lacks a usable tensor for parameter "
-                f"'{absent[0].keys[0]}'"
-                + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
-                + ": the checkpoint is incomplete"
-            )
+            raise incomplete(self.checkpoint, absent)
 
     def _place(self, wanted: Sequence[Slot], keep: bool) -> None:
         """Leave what was loaded in the slots that want it, and in no others of its groups."""
@@ -283,23 +274,18 @@ def _slots(model: PreTrainedModel, groups: Mapping[str, Group]) -> list[Slot]:
 
 def _groups(model: PreTrainedModel, mapped: Mapped, conversions: Sequence[Any]) -> Iterator[Group]:
     """Which tensors on disk the library would load together, and as what."""
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    state, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, tuple[Any, list[str]]] = {}
-    for name in sorted(mapped.entries, key=dot_natural_key):
-        key, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if key not in state and name in state:
-            key, pattern = rename_source_key(name, [], [], prefix, state)
-        if key in state:
-            found.setdefault(key, (by_pattern.get(pattern), []))[1].append(name)
-    for key, (converter, names) in found.items():
+    names: dict[str, list[str]] = {}
+    converters: dict[str, Any] = {}
+    for loaded in loaded_names(model, mapped.entries, conversions):
+        if loaded.key is not None:
+            names.setdefault(loaded.key, []).append(loaded.name)
+            converters.setdefault(loaded.key, loaded.converter)
+    for key, converter in converters.items():
         targets: tuple[str, ...] = (key,)
         if converter is not None:
             first, *_ = patterns = converter.target_patterns
             targets = tuple(key.replace(first, pattern) for pattern in patterns)
-        yield Group(targets, tuple(names), converter is None)
+        yield Group(targets, tuple(names[key]), converter is None)
 
 
 def _get(model: nn.Module, key: str) -> Tensor:

@@ -25,7 +25,7 @@ from abliterate.extraction.kept_activations import (
 )
 from abliterate.extraction.means import Extraction, extract
 from abliterate.inference.in_memory import engine_of
-from abliterate.models.loading import text_config
+from abliterate.models.model_classes import text_config
 from abliterate.prompts.chat_template import parse_positions
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt

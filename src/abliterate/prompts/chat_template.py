@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abliterate.errors import CheckpointError, UsageError
-from abliterate.prompts.sources import well_formed
+from abliterate.prompts.columns import well_formed
 from abliterate.prompts.template_process import (
     Conversation,
     TemplateError,
@@ -145,7 +145,7 @@ def end_of_turn_ids(tokenizer: Any, chat: ChatFormat) -> list[int]:
         (rendered,) = render_conversations(tokenizer, [messages], False, chat.template_kwargs)
     except TemplateError:  # templates that take no finished turn have none to learn from
         return []
-    _, found, after = rendered.rpartition(answer)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found and after else []
+    _, matched, after = rendered.rpartition(answer)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if matched and after else []
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [ids[0]] if ids and ids[0] in special else []

@@ -8,25 +8,21 @@ completions of harmless prompts.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, UsageError
-from abliterate.prompts.sources import FILE_TYPES, TEXT_COLUMNS, read_rows, well_formed
+from abliterate.prompts.columns import TEXT_COLUMNS, well_formed
+from abliterate.prompts.hub_datasets import HubDataset, HubDatasetError
+from abliterate.prompts.row_files import FILE_TYPES, read_rows
 from abliterate.storage.artifacts import hash_json
 
 NAMES = ("pile", "alpaca", "own")
 # The Pile itself is no longer distributed; the authors measure on this copy.
 HUB = {"pile": "monology/pile-uncopyrighted:train", "alpaca": "tatsu-lab/alpaca:train"}
 ANSWER_COLUMNS = ("output", "response", "completion", "answer")
-
-_HUB_ID = re.compile(
-    r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.\[\]%+:-]+))?"
-)
 
 
 @dataclass(frozen=True)
@@ -68,17 +64,17 @@ def parse_corpora(specs: Sequence[str]) -> dict[str, str]:
     Raises:
         UsageError: another name, or one given twice.
     """
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for spec in specs:
         name, equals, source = spec.partition("=")
         if name not in NAMES or (equals and (not source or name == "own")):
             raise UsageError(
                 f"--corpus must be pile, alpaca, own, pile=SOURCE or alpaca=SOURCE, not '{spec}'"
             )
-        if name in found:
+        if name in sources:
             raise UsageError(f"--corpus {name} is given twice")
-        found[name] = source or HUB.get(name, "baseline completions")
-    return found
+        sources[name] = source or HUB.get(name, "baseline completions")
+    return sources
 
 
 def read_corpus(name: str, source: str, n: int, seed: int) -> Corpus:
@@ -101,61 +97,50 @@ def read_corpus(name: str, source: str, n: int, seed: int) -> Corpus:
         rows = read_rows(path, f"--corpus {name}: file")
     else:
         rows = _hub_rows(name, source, None if answers else n)
-    where = f"--corpus {name}={source}"
-    examples = _pairs(rows, where) if answers else _texts(rows, where)
+    corpus = f"--corpus {name}={source}"
+    examples = _pairs(rows, corpus) if answers else _texts(rows, corpus)
     if not examples:
-        raise InputError(f"{where} holds no texts")
+        raise InputError(f"{corpus} holds no texts")
     if answers and n < len(examples):
         examples = random.Random(seed).sample(examples, n)
     return Corpus(name, source, tuple(examples[:n]))
 
 
-def _hub_rows(name: str, source: str, first: int | None) -> list[Any]:
-    match = _HUB_ID.fullmatch(source)
-    if match is None or source.startswith((".", "/", "~")):
+def _hub_rows(name: str, source: str, count: int | None) -> list[Any]:
+    dataset = HubDataset.parse(source)
+    if dataset is None:
         raise InputError(
             f"--corpus {name}={source} is neither an existing file ({', '.join(FILE_TYPES)}) nor a "
             "hub dataset (org/name:split)"
         )
-    import datasets
-
     try:
-        # Streamed: the Pile is hundreds of gigabytes and a slice of it is wanted.
-        rows = datasets.load_dataset(
-            match["id"],
-            match["config"],
-            split=match["split"] or "train",
-            revision=match["revision"],
-            streaming=True,
-        )
-        return list(rows if first is None else islice(rows, first))
-    except Exception as error:  # the hub client's many error types have no narrower common base
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return dataset.first_rows(count)
+    except HubDatasetError as error:
         raise InputError(
-            f"--corpus {name}={source} cannot be loaded ({reason}): check the id, split and "
+            f"--corpus {name}={source} cannot be loaded ({error}): check the id, split and "
             f"network, or give a file as --corpus {name}=FILE"
         ) from None
 
 
 def _texts(rows: Sequence[Any], where: str) -> list[Example]:
-    found = []
+    examples = []
     for number, row in enumerate(rows, 1):
         text = row if isinstance(row, str) else _cell(row, TEXT_COLUMNS, where, number)
         well_formed(text, f"{where}, entry {number}")
         if text.strip():
-            found.append(Example(text))
-    return found
+            examples.append(Example(text))
+    return examples
 
 
 def _pairs(rows: Sequence[Any], where: str) -> list[Example]:
-    found = []
+    examples = []
     for number, row in enumerate(rows, 1):
         instruction = _cell(row, TEXT_COLUMNS, where, number)
         answer = _cell(row, ANSWER_COLUMNS, where, number)
         needs_input = isinstance(row.get("input"), str) and row["input"].strip()
         if instruction.strip() and answer.strip() and not needs_input:
-            found.append(Example(answer, instruction))
-    return found
+            examples.append(Example(answer, instruction))
+    return examples
 
 
 def _cell(row: Any, columns: Sequence[str], where: str, number: int) -> str:

@@ -83,19 +83,19 @@ def load_prompts(
     """
     source = read_source(spec)
     pool = [p for p in split_pool(source, split) if prompt_key(p.text) not in exclude]
-    where = f"prompt source '{spec}'" + ("" if "all" in source.splits else f" ({split} split)")
+    named = f"prompt source '{spec}'" + ("" if "all" in source.splits else f" ({split} split)")
     if n is None:
         if not pool:
             raise InputError(
-                f"{where} has no prompts left that are not in use already: give another source"
+                f"{named} has no prompts left that are not in use already: give another source"
             )
         return pool
     if n < 1:
         raise InputError(f"{option} must be at least 1, not {n}")
     if len(pool) < n:
-        left = " left that are not in use already" if exclude else ""
+        unused = " left that are not in use already" if exclude else ""
         raise InputError(
-            f"{where} has {len(pool)} distinct prompts{left}, {n} asked for: lower {option} or "
+            f"{named} has {len(pool)} distinct prompts{unused}, {n} asked for: lower {option} or "
             "give a larger source"
         )
     # Sorted first, so that the order of the rows in the file does not change the sample.

@@ -1,26 +1,25 @@
 """Prompt sources: a bundled set, a preset, a file or a Hugging Face dataset, read into prompts.
 
-The grammar of a source is ``NAME``, ``PATH`` or ``org/name[/config][@revision][:split]``, each with
-an optional ``[column]`` at the end.
+The grammar of a source is ``NAME``, ``PATH[:split]`` or ``org/name[/config][@revision][:split]``,
+each with an optional ``[column]`` at the end. A split may be sliced as ``datasets`` writes it:
+``train[:400]``, ``train[10%:20%]``, ``train+test``.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import InputError, UsageError
+from abliterate.errors import InputError, UsageError, first_line
+from abliterate.prompts.columns import texts_of
+from abliterate.prompts.dataset_folders import read_folder
+from abliterate.prompts.hub_datasets import HubDataset, HubDatasetError
+from abliterate.prompts.row_files import FILE_TYPES, read_splits
 from abliterate.resources import data_dir
 
-TEXT_COLUMNS = ("instruction", "prompt", "goal", "text", "question", "behavior")
-CATEGORY_COLUMNS = ("category", "semanticcategory", "functionalcategory", "topic", "label")
-FILE_TYPES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 SPLITS = ("train", "val", "test")
 BUNDLED = ("harmful", "harmless")
 
@@ -37,10 +36,13 @@ PRESETS = {
     "alpaca": "tatsu-lab/alpaca:train[instruction]",
 }
 
-_HUB_ID = re.compile(
-    r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.\[\]%+:-]+?))?"
-)
 _COLUMN = re.compile(r"(?P<rest>.+)\[(?P<column>[^\[\]]+)\]", re.DOTALL)
+_SLICE = re.compile(r"-?\d*%?:-?\d*%?")
+# One split, or several with +, each whole or sliced.
+_SPLIT = re.compile(r"[\w.-]+(\[[\d:%-]*\])?(\+[\w.-]+(\[[\d:%-]*\])?)*(\(\w+\))?")
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/(?P<id>[\w.-]+/[\w.-]+)"
+)
 
 
 @dataclass(frozen=True)
@@ -49,22 +51,6 @@ class Prompt:
 
     text: str
     category: str | None = None
-
-
-def well_formed(text: str, where: str) -> str:
-    """``text`` itself, if it is text: JSON can spell half of a surrogate pair, which is none.
-
-    Raises:
-        InputError: it cannot be written as UTF-8, so that no tokenizer takes it.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise InputError(
-            f"{where}: not valid Unicode text (a lone surrogate, U+{code:04X})"
-        ) from None
-    return text
 
 
 def check_prompts(**kinds: Sequence[Prompt]) -> None:
@@ -111,130 +97,98 @@ def read_source(spec: str) -> PromptSource:
     Raises:
         InputError: it does not exist, is empty, is damaged, or has no column of prompts.
     """
-    expanded = PRESETS.get(spec.lower(), spec)
     if spec in BUNDLED:
         folder = data_dir() / "prompts" / spec
-        splits = {name: _read_file(folder / f"{name}.jsonl", None) for name in SPLITS}
+        splits = {name: _prompts_of(folder / f"{name}.jsonl", None, None) for name in SPLITS}
         return PromptSource(spec, "bundled", splits)
-    column = None
-    # A file may itself be called `x[1].txt`: its brackets name no column then.
-    if (match := _COLUMN.fullmatch(expanded)) and not Path(expanded).exists():
-        expanded, column = match["rest"], match["column"]
-    path = Path(expanded)
+    place, column = _cut_column(PRESETS.get(spec.lower(), spec))
+    if (page := _HUB_PAGE.match(place)) is not None:
+        raise InputError(f"prompt source '{spec}' is a page of the hub: write {page['id']}")
+    if "://" in place:
+        raise InputError(f"prompt source '{spec}' is an address: download it and name the file")
+    path, split = _cut_split(place)
     if path.suffix.lower() in FILE_TYPES or path.exists():
-        return PromptSource(spec, "file", {"all": _read_file(path, column)})
-    if (match := _HUB_ID.fullmatch(expanded)) and not expanded.startswith((".", "/", "~")):
-        prompts = _read_hub(
-            spec, match["id"], match["config"], match["revision"], match["split"] or "train", column
+        return PromptSource(spec, "file", {"all": _prompts_of(path, split, column)})
+    if (dataset := HubDataset.parse(place)) is not None:
+        return PromptSource(spec, "hub", {"all": _read_hub(spec, dataset, column)})
+    if HubDataset.parse(place.rstrip("/")) is not None:
+        raise InputError(
+            f"prompt source '{spec}': there is no such folder; a dataset of the hub is written "
+            f"{place.rstrip('/')}"
         )
-        return PromptSource(spec, "hub", {"all": prompts})
     known = ", ".join((*BUNDLED, *PRESETS))
     raise InputError(
         f"prompt source '{spec}' is neither a set ({known}), an existing file "
-        f"({', '.join(FILE_TYPES)}) nor a hub dataset (org/name:split[column])"
+        f"({', '.join(FILE_TYPES)}) or dataset folder nor a hub dataset (org/name:split[column])"
     )
 
 
-def _read_file(path: Path, column: str | None) -> tuple[Prompt, ...]:
-    prompts = _to_prompts(read_rows(path), str(path), column)
+def _cut_column(spec: str) -> tuple[str, str | None]:
+    """A source without its column: ``[:400]`` slices its split, any other bracket names one."""
+    match = _COLUMN.fullmatch(spec)
+    # A file may itself be called `x[1].txt`: its brackets name no column then.
+    if match is None or _SLICE.fullmatch(match["column"]) or Path(spec).exists():
+        return spec, None
+    return match["rest"], match["column"]
+
+
+def _cut_split(place: str) -> tuple[Path, str | None]:
+    """A path without its split, which is what follows the last colon behind something that is."""
+    path = Path(place).expanduser()
+    before, colon, split = _last_colon(place)
+    if not colon or path.exists() or not _SPLIT.fullmatch(split):
+        return path, None
+    held = Path(before).expanduser()
+    is_local = held.suffix.lower() in FILE_TYPES or held.exists()
+    return (held, split) if is_local else (path, None)
+
+
+def _last_colon(place: str) -> tuple[str, str, str]:
+    """Cut at the last colon outside brackets: ``train[:2]`` has one of its own."""
+    bare = re.sub(r"\[[^\]]*\]", lambda slice_: "x" * len(slice_[0]), place)
+    index = bare.rfind(":")
+    return (place, "", "") if index < 0 else (place[:index], ":", place[index + 1 :])
+
+
+def _prompts_of(path: Path, split: str | None, column: str | None) -> tuple[Prompt, ...]:
+    """The prompts of a file or folder, of one of its splits where it has several."""
+    is_folder = path.is_dir()
+    what = "dataset folder" if is_folder else "prompt file"
+    splits = read_folder(path) if is_folder else read_splits(path)
+    rows = _chosen(splits, split, f"{what} {path}")
+    prompts = _to_prompts(rows, str(path), column)
     if not prompts:
-        raise InputError(f"prompt file {path} holds no prompts")
+        raise InputError(f"{what} {path} holds no prompts")
     return prompts
 
 
-def read_rows(path: Path, what: str = "prompt file") -> list[Any]:
-    """The lines (``.txt``), entries or rows of a file, as they are.
-
-    Args:
-        path: a file of one of ``FILE_TYPES``.
-        what: what the file is, for error messages.
-
-    Raises:
-        InputError: it is missing, unreadable, empty, damaged or of another type.
-    """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file ({', '.join(FILE_TYPES)}) inside it")
-    kind = path.suffix.lower()
-    if path.exists() and kind not in FILE_TYPES:
-        raise InputError(f"{path}: unknown file type '{kind}', use one of {', '.join(FILE_TYPES)}")
-    if path.exists() and not path.is_file():  # a device or pipe, which may never end
-        raise InputError(f"{what} {path} is no regular file")
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{what} {path} does not exist") from None
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
-    if not raw.strip():
-        raise InputError(f"{what} {path} is empty")
-    if kind == ".parquet":
-        return _parquet_rows(path, raw)
-    return _text_rows(path, kind, _decode(path, raw))
-
-
-def _decode(path: Path, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8: save the file as "
-            "UTF-8"
-        ) from None
-
-
-def _parquet_rows(path: Path, raw: bytes) -> list[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return list(pq.read_table(io.BytesIO(raw)).to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a readable parquet file: {reason}") from None
-
-
-def _text_rows(path: Path, kind: str, text: str) -> list[Any]:
-    if kind == ".txt":
-        return text.splitlines()
-    if kind == ".csv":
-        try:
-            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-        except csv.Error as error:
-            raise InputError(f"{path} is not a readable CSV file: {error}") from None
-    if kind == ".jsonl":
-        return [
-            _parse_json(line, f"{path}, line {number}")
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
-    document = _parse_json(text, str(path))
-    if isinstance(document, dict):  # {"prompts": [...]} and the like: its one list
-        lists = [value for value in document.values() if isinstance(value, list)]
-        document = lists[0] if len(lists) == 1 else document
-    if not isinstance(document, list):
-        raise InputError(f"{path}: expected a JSON list of strings or of objects")
-    return document
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from None
-
-
-def _read_hub(
-    spec: str, name: str, config: str | None, revision: str | None, split: str, column: str | None
-) -> tuple[Prompt, ...]:
+def _chosen(splits: Mapping[str, list[Any]], split: str | None, where: str) -> list[Any]:
+    """The rows of a split or of slices of some; of none named, the train split or the only one."""
+    if split is None:
+        name = "train" if "train" in splits else next(iter(splits))
+        if len(splits) > 1 and name != "train":
+            raise InputError(f"{where} has splits ({', '.join(splits)}): name one as {where}:SPLIT")
+        return splits[name]
+    if split in splits:
+        return splits[split]
     import datasets
 
     try:
-        rows = list(datasets.load_dataset(name, config, split=split, revision=revision))
-    except Exception as error:  # the hub client's many error types have no narrower common base
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        sizes = {name: len(rows) for name, rows in splits.items()}
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+        return [row for part in parts for row in splits[part.splitname][part.from_ : part.to]]
+    except (ValueError, AssertionError, KeyError) as error:
         raise InputError(
-            f"hub dataset '{spec}' cannot be loaded ({reason}): check the id, split and network, "
+            f"{where} has no '{split}' ({first_line(error)}; it has: {', '.join(splits)})"
+        ) from None
+
+
+def _read_hub(spec: str, dataset: HubDataset, column: str | None) -> tuple[Prompt, ...]:
+    try:
+        rows = dataset.rows()
+    except HubDatasetError as error:
+        raise InputError(
+            f"hub dataset '{spec}' cannot be loaded ({error}): check the id, split and network, "
             "set HF_TOKEN if it is gated, or pass a local file"
         ) from None
     # Alpaca-style rows whose instruction needs a separate input are no prompts of their own (paper,
@@ -247,46 +201,4 @@ def _read_hub(
 
 
 def _to_prompts(rows: list[Any], where: str, column: str | None) -> tuple[Prompt, ...]:
-    prompts = []
-    text: Any
-    columns: tuple[str, str | None] | None = None
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, str):
-            if column is not None:
-                raise InputError(f"{where} has no columns: drop [{column}]")
-            text, category = row, None
-        elif isinstance(row, Mapping):
-            if columns is None:
-                names = [name for name in row if isinstance(name, str)]
-                columns = _find_columns(names, where, column)
-            text = row.get(columns[0])
-            category = row.get(columns[1]) if columns[1] else None
-        else:
-            raise InputError(f"{where}, entry {number}: expected a string or an object of columns")
-        if text is None:
-            text = ""
-        if not isinstance(text, str):
-            raise InputError(
-                f"{where}, entry {number}: the prompt is no text but {type(text).__name__}"
-            )
-        if text.strip():
-            entry = f"{where}, entry {number}"
-            named = None if category is None else well_formed(str(category), entry)
-            prompts.append(Prompt(well_formed(text, entry).strip(), named))
-    return tuple(prompts)
-
-
-def _find_columns(names: list[str], where: str, column: str | None) -> tuple[str, str | None]:
-    by_lower = {name.strip().lower(): name for name in names}
-    category = next((by_lower[name] for name in CATEGORY_COLUMNS if name in by_lower), None)
-    if column is not None:
-        if column in names or column.lower() in by_lower:
-            return (column if column in names else by_lower[column.lower()]), category
-        raise InputError(f"{where} has no column '{column}' (it has: {', '.join(names)})")
-    text = next((by_lower[name] for name in TEXT_COLUMNS if name in by_lower), None)
-    if text is None:
-        raise InputError(
-            f"{where} has none of the columns {', '.join(TEXT_COLUMNS)} (it has: "
-            f"{', '.join(names) or 'none'}): name one as SOURCE[column]"
-        )
-    return text, category
+    return tuple(Prompt(text, category) for text, category in texts_of(rows, where, column))

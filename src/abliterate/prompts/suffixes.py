@@ -41,19 +41,19 @@ def read_suffix(given: str) -> str:
         InputError: the file is no UTF-8 text.
         UsageError: there is nothing in it.
     """
-    text, where = given, "--suffix"
+    text, source = given, "--suffix"
     try:
         is_file = Path(given).is_file()
     except (OSError, ValueError):  # too long for a file name, or with a NUL
         is_file = False
     if is_file:
-        where = f"--suffix {given}"
+        source = f"--suffix {given}"
         try:
             text = Path(given).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{where} cannot be read as UTF-8 text ({error})") from None
+            raise InputError(f"{source} cannot be read as UTF-8 text ({error})") from None
     if not text.strip():
-        raise UsageError(f"{where} holds no text")
+        raise UsageError(f"{source} holds no text")
     return text.strip()
 
 
@@ -87,18 +87,20 @@ class Marker:
         Raises:
             UsageError: the template cuts the suffix off, so that no token of it is left.
         """
-        found = []
+        marked_prompts = []
         longer = encode(self.tokenizer, [f"{text} {suffix}" for text in texts], self.chat)
         for marked, ids in zip(self.plain(texts), longer, strict=True):
             stop = len(ids) - self._after
             # The tokens up to where the two part; a token across the seam belongs to the suffix.
-            own = len(marked.ids) - self._after
-            start = min(_common([marked.ids, ids]), own, stop)
+            unmarked_stop = len(marked.ids) - self._after
+            start = min(_common([marked.ids, ids]), unmarked_stop, stop)
             if start >= stop:
                 raise UsageError("the chat template leaves nothing of --suffix in the prompt")
             instruction = Span(self._before - len(ids), start - len(ids))
-            found.append(Marked(tuple(ids), instruction, Span(start - len(ids), -self._after)))
-        return found
+            marked_prompts.append(
+                Marked(tuple(ids), instruction, Span(start - len(ids), -self._after))
+            )
+        return marked_prompts
 
     def randomised(self, prompts: Sequence[Marked], seed: int) -> list[Marked]:
         """The prompts with as many random tokens in the place of each suffix.
@@ -117,7 +119,7 @@ class Marker:
             count = span.stop - span.start
             drawn = torch.randint(0, len(vocabulary), (count,), generator=generator).tolist()
             ids = list(prompt.ids)
-            at = len(ids) + span.start
-            ids[at : at + count] = [vocabulary[i] for i in drawn]
+            start = len(ids) + span.start
+            ids[start : start + count] = [vocabulary[i] for i in drawn]
             replaced.append(Marked(tuple(ids), prompt.instruction, span))
         return replaced

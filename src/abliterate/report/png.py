@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,7 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from abliterate.console import debugging
-from abliterate.errors import UsageError
+from abliterate.errors import UsageError, one_line
+from abliterate.extras import import_extra
 from abliterate.storage.artifacts import check_writable, write_atomically
 from abliterate.storage.ownership import claim, is_picture, mark_picture
 
@@ -26,10 +26,7 @@ def write_pngs(figures: Mapping[str, Any], folder: Path) -> list[Path]:
         InputError: one of the names is taken by a link, or by another's picture.
         UsageError: kaleido or a Chrome that it can start is missing.
     """
-    try:
-        kaleido = importlib.import_module("kaleido")
-    except ImportError:
-        raise UsageError("--png needs kaleido: pip install 'abliterate[report]'") from None
+    kaleido = import_extra("kaleido", "--png", "kaleido", "report")
     check_writable(folder)
     claim(folder, {f"{name}.png": is_picture for name in figures})
     # Drawn elsewhere first: what draws would write through a link.
@@ -58,7 +55,7 @@ def _draw(kaleido: Any, jobs: Sequence[Mapping[str, Any]]) -> None:
     except Exception as error:  # its own, the browser's, and asyncio's have no common base
         if debugging():
             raise
-        short = " ".join(str(error).split())[:200] or type(error).__name__
+        short = one_line(error)[:200] or type(error).__name__
         raise UsageError(
             f"--png needs Chrome or Chromium, and kaleido could not use one ({short}): install "
             "Chromium, or name it in BROWSER_PATH"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import html
-import importlib
 import math
 from typing import Any
 
-from abliterate.errors import UsageError
+from abliterate.extras import import_extra
 
 #: Colours that hold up on white and on near-black (Okabe and Ito, for the colour-blind).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#999999")
@@ -25,10 +24,7 @@ def plotly(module: str = "graph_objects") -> Any:
     Raises:
         UsageError: it is not installed.
     """
-    try:
-        return importlib.import_module(f"plotly.{module}")
-    except ImportError:
-        raise UsageError("report needs plotly: pip install 'abliterate[report]'") from None
+    return import_extra(f"plotly.{module}", "report", "plotly", "report")
 
 
 def plain(text: object) -> str:

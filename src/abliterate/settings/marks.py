@@ -50,12 +50,12 @@ class Option:
 
 def sections_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """The sections of settings, by the names of their tables."""
-    found: dict[str, type[BaseModel]] = {}
+    sections: dict[str, type[BaseModel]] = {}
     for table, field in schema.model_fields.items():
         assert isinstance(field.annotation, type)
         assert issubclass(field.annotation, BaseModel)
-        found[table] = field.annotation
-    return found
+        sections[table] = field.annotation
+    return sections
 
 
 def is_recorded(section: type[BaseModel], name: str) -> bool:
@@ -76,8 +76,8 @@ def options_of(section: type[BaseModel], name: str) -> list[Option]:
 
 def option_for(command: str, section: type[BaseModel], name: str) -> Option | None:
     """The option that a command has for a setting, if it has one."""
-    found = options_of(section, name)
-    return next((option for option in found if command in option.commands), None)
+    options = options_of(section, name)
+    return next((option for option in options if command in option.commands), None)
 
 
 def flags_of(section: type[BaseModel], name: str) -> str:

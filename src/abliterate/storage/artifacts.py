@@ -145,7 +145,12 @@ def read_tensors(path: Path, *names: str) -> dict[str, Any]:
 
 
 def tensor_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file that :func:`read_tensors` could open."""
+    """The metadata of a safetensors file.
+
+    Raises:
+        OSError: it cannot be read.
+        SafetensorError: it is damaged.
+    """
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:  # no tensor is read, so torch is not needed

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, UsageError
+from abliterate.storage.artifacts import tensor_metadata
 from abliterate.storage.guarded_files import check_regular
 
 #: Whether the file is of the kind; raises ``ValueError`` or ``OSError`` where it cannot be read.
@@ -118,11 +119,10 @@ def has_metadata(*keys: str, **values: str) -> Kind:
     """A safetensors file with these keys (and values) in its metadata."""
 
     def kind(path: Path) -> bool:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
+            metadata = tensor_metadata(path)
         except SafetensorError as error:
             raise ValueError(str(error)) from None
         return {*keys, *values} <= metadata.keys() and values.items() <= metadata.items()

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
-from abliterate.checkpoints.shards import DTYPES, ShardSet, TensorEntry, read_shards, same_bytes
+from abliterate.checkpoints.safetensors_header import DTYPES, TensorEntry
+from abliterate.checkpoints.shards import ShardSet, read_shards, same_bytes
 from abliterate.console import progress
 from abliterate.direction import Direction
 from abliterate.editing.edit_plan import TensorEdit, make_plan

@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 
+from abliterate.checkpoints.config_sizes import CONFIG
 from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
-from abliterate.checkpoints.shards import ShardSet, TensorEntry, same_bytes
+from abliterate.checkpoints.safetensors_header import TensorEntry
+from abliterate.checkpoints.shards import ShardSet, same_bytes
 from abliterate.direction import Direction
 from abliterate.editing.auxiliary_files import find_auxiliary_files
-from abliterate.editing.edit_plan import TensorEdit, tied_tensors
+from abliterate.editing.edit_plan import TensorEdit
 from abliterate.editing.file_names import CARD, RECORD
 from abliterate.editing.options import EditOptions, promise
-from abliterate.editing.orthogonalize import CONFIG, PlannedEdit, plan_edit
+from abliterate.editing.planning import PlannedEdit, plan_edit
+from abliterate.editing.tied_embeddings import tied_tensors
 from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.storage.artifacts import read_record

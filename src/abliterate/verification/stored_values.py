@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.quantized_formats import Quantized
-from abliterate.checkpoints.shards import BITS, DTYPES, TensorEntry
+from abliterate.checkpoints.safetensors_header import BITS, DTYPES, TensorEntry
 from abliterate.editing.shard_tasks import Files
 from abliterate.errors import CheckpointError
 from abliterate.storage.write_buffers import as_bytes

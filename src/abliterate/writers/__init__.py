@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from abliterate.errors import PlanError, UnsupportedArchitectureError
 from abliterate.writers.discovery import DiscoveryError, discover
+from abliterate.writers.parameter_names import module_name
 from abliterate.writers.plan import Gain, HookPoint, Obstacle, Writer, WriterPlan
 from abliterate.writers.proof import Proof, prove, prove_in_place
 from abliterate.writers.tiny_model import ShrinkError
@@ -68,7 +69,7 @@ def plan_for(model: PreTrainedModel, plan: WriterPlan, sample: str) -> WriterPla
 
     The text decoder of a vision-language model has its own place in it.
     """
-    here = _name_of(model, model.get_decoder())
+    here = module_name(model, model.get_decoder())
 
     def moved(name: str) -> str:
         inside = name == sample or name.startswith(sample + ".")
@@ -86,11 +87,6 @@ def plan_for(model: PreTrainedModel, plan: WriterPlan, sample: str) -> WriterPla
         sites=tuple(replace(site, module=moved(site.module)) for site in plan.sites),
         blocks=tuple(map(moved, plan.blocks)),
     )
-
-
-def _name_of(model: PreTrainedModel, module: Any) -> str:
-    found: str = next(name for name, each in model.named_modules() if each is module)
-    return found
 
 
 def stream_width(model: PreTrainedModel, plan: WriterPlan) -> int:

@@ -167,8 +167,8 @@ class Walker:
             axis = axis_with(owner[1], node.stride, size)
             if axis is None or owner[1].shape[axis] != size:
                 raise Blocked(f"the channels are only a part of an axis of {owner[0]}")
-            found = ReachedParameter(owner[0], axis, ask.gains, ask.part, ask.reader, ask.product)
-            self._end(node, found)
+            reached = ReachedParameter(owner[0], axis, ask.gains, ask.part, ask.reader, ask.product)
+            self._end(node, reached)
             return []
         write = self.ctx.trace.last_write(ask.tensor, ask.seq)
         if write is None:

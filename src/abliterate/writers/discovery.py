@@ -47,12 +47,12 @@ def _layer(parameter: str, blocks: Sequence[BlockCall]) -> int | None:
     return None
 
 
-def _looked_up(found: ReachedParameter, layer: int | None) -> Tensor | None:
+def _looked_up(reached: ReachedParameter, layer: int | None) -> Tensor | None:
     """The indices that a table was looked up with; None if it is no table.
 
     Indexing a parameter inside a block picks experts, outside it is a table of embeddings.
     """
-    use = found.use
+    use = reached.use
     if use is None or not (
         use.op.name == "embedding" or (use.op.name == "index" and layer is None)
     ):
@@ -60,14 +60,14 @@ def _looked_up(found: ReachedParameter, layer: int | None) -> Tensor | None:
     return next((t for t in tensors_in(use.op.arguments["indices"])), None)
 
 
-def _kind(found: ReachedParameter, layer: int | None, batch: int) -> Kind:
+def _kind(reached: ReachedParameter, layer: int | None, batch: int) -> Kind:
     """What a writer belongs to: tables by what looks them up, the rest by where they are."""
-    indices = _looked_up(found, layer)
+    indices = _looked_up(reached, layer)
     if indices is not None:
         same = indices.ndim < 2 or indices.shape[0] != batch or bool((indices == indices[:1]).all())
         return "position" if same else "embedding"
     for pattern, kind in _KINDS:
-        if re.search(pattern, found.parameter):
+        if re.search(pattern, reached.parameter):
             return kind
     return "other"
 
@@ -81,14 +81,14 @@ def _siblings(
     with a parameter of the same shape: their use is the code that was traced.
     """
     parts = parameter.split(".")
-    for at, part in enumerate(parts):
-        prefix = ".".join(parts[:at])
+    for index, part in enumerate(parts):
+        prefix = ".".join(parts[:index])
         if not part.isdigit() or not isinstance(model.get_submodule(prefix), nn.ModuleList):
             continue
         container, kind = model.get_submodule(prefix), type(model.get_submodule(f"{prefix}.{part}"))
         for other in range(len(container)):  # type: ignore[arg-type]
             member = f"{prefix}.{other}"
-            name = ".".join([member, *parts[at + 1 :]])
+            name = ".".join([member, *parts[index + 1 :]])
             same = type(model.get_submodule(member)) is kind
             if member not in used and same and shapes.get(name) == shapes[parameter]:
                 yield name
@@ -99,8 +99,8 @@ def _moved(gain: Gain, source: str, target: str) -> Gain:
     if gain.parameter is None:
         return gain
     left, right = source.split("."), target.split(".")
-    at = next((i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), len(left))
-    prefix, moved = ".".join(left[: at + 1]) + ".", ".".join(right[: at + 1]) + "."
+    split = next((i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), len(left))
+    prefix, moved = ".".join(left[: split + 1]) + ".", ".".join(right[: split + 1]) + "."
     name = gain.parameter
     if name.startswith(prefix):
         name = moved + name.removeprefix(prefix)
@@ -114,16 +114,16 @@ def _writers(
     shapes = {name: p.shape for name, p in model.named_parameters()}
     # One writer for each way, whatever it is called: a matrix may be used by several operations.
     seen: dict[tuple[str, int, tuple[Gain, ...], tuple[int, int] | None], Writer] = {}
-    for found in (end for ends in walk.ends.values() for end in ends):
-        if isinstance(found, Obstacle):
+    for reached in (end for ends in walk.ends.values() for end in ends):
+        if isinstance(reached, Obstacle):
             continue
-        layer = _layer(found.parameter, blocks)
-        kind = _kind(found, layer, batch)
-        bias = not found.product and _looked_up(found, layer) is None
-        for name in (found.parameter, *_siblings(model, found.parameter, ran, shapes)):
-            gains = tuple(_moved(g, found.parameter, name) for g in found.gains)
-            writer = Writer(name, found.axis, kind, layer, bias, gains, found.part)
-            seen.setdefault((name, found.axis, gains, found.part), writer)
+        layer = _layer(reached.parameter, blocks)
+        kind = _kind(reached, layer, batch)
+        bias = not reached.product and _looked_up(reached, layer) is None
+        for name in (reached.parameter, *_siblings(model, reached.parameter, ran, shapes)):
+            gains = tuple(_moved(g, reached.parameter, name) for g in reached.gains)
+            writer = Writer(name, reached.axis, kind, layer, bias, gains, reached.part)
+            seen.setdefault((name, reached.axis, gains, reached.part), writer)
     order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
     return tuple(sorted(seen.values(), key=lambda w: (order[w.parameter], len(w.gains))))
 
@@ -221,10 +221,7 @@ def writer_direction(writer: Writer, direction: Tensor, parameters: dict[str, Te
     u = direction.double()
     for gain in reversed(writer.gains):
         if gain.parameter is not None:
-            value = parameters[gain.parameter].detach().to(u.device, torch.float64)
-            if gain.index:
-                value = value[tuple(slice(None) if i is None else i for i in gain.index)]
-            u = u * (value.reshape(-1) + gain.offset)
+            u = u * gain.factors(parameters[gain.parameter].detach().to(u.device, torch.float64))
         if gain.centred:
             u = u - u.mean()
     u = u if writer.part is None else u[slice(*writer.part)]

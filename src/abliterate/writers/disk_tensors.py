@@ -18,14 +18,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightRenaming
 
 from abliterate.errors import PlanError
+from abliterate.writers.loaded_names import loaded_names
+from abliterate.writers.parameter_names import parameter_aliases
 from abliterate.writers.provenance import Traced, TraceError, leaf
 from abliterate.writers.tensor_slices import Ranges, Region, RegionError, regions
 
@@ -100,31 +97,24 @@ def disk_map(
     if method := getattr(model.config, "quantization_config", None):
         # Its tensors are codes with scales beside them, on which an edit has no meaning.
         raise PlanError(f"the checkpoint is quantised ({_method(method)}): edit the original")
-    aliases = _aliases(model)
+    aliases = parameter_aliases(model)
     axes = _checked_axes(model, parameters, aliases)
     disk = {name: tuple(shape) for name, shape in on_disk.items()}
     groups, untouched = _groups(model, disk)
     names, shapes = list(disk), list(disk.values())
-    found: list[DiskTensor] = []
+    tensors: list[DiskTensor] = []
     for group in groups:
-        found += _group_tensors(model, group, axes, aliases, names, shapes)
-    for name in axes.keys() - {tensor.parameter for tensor in found}:
+        tensors += _group_tensors(model, group, axes, aliases, names, shapes)
+    for name in axes.keys() - {tensor.parameter for tensor in tensors}:
         raise PlanError(f"{name} is not on disk: nothing in the checkpoint loads as it")
-    _check_disjoint(found)
-    return DiskMap(tuple(found), tuple(untouched))
+    _check_disjoint(tensors)
+    return DiskMap(tuple(tensors), tuple(untouched))
 
 
 def _method(quantization: Any) -> str:
     if isinstance(quantization, dict):
         return str(quantization.get("quant_method"))
     return str(getattr(quantization, "quant_method", quantization))
-
-
-def _aliases(model: PreTrainedModel) -> dict[str, str]:
-    """The name in ``named_parameters()`` for each name under which a parameter is known."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    everywhere = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in everywhere}
 
 
 def _checked_axes(
@@ -147,29 +137,21 @@ def _groups(
 ) -> tuple[list[_Group], list[str]]:
     """Gives every tensor on disk to the conversion that reads it, as the library does on loading.
 
-    This is the first half of ``convert_and_load_state_dict_in_model``; the second element has the
-    names that the model does not load.
+    The second element has the names that the model does not load.
     """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     numbers = {name: number for number, name in enumerate(disk)}
-    state, prefix = model.state_dict(), model.base_model_prefix
     groups: dict[str, _Group] = {}
     untouched: list[str] = []
-    for name in sorted(disk, key=dot_natural_key):
-        key, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if key not in state and name in state:
-            key, pattern = rename_source_key(name, [], [], prefix, state)
-        if key not in state:
+    for loaded in loaded_names(model, disk, get_model_conversion_mapping(model)):
+        name, key = loaded.name, loaded.key
+        if key is None:
             untouched.append(name)
             continue
         if key not in groups:
-            conversion = by_pattern[pattern] if pattern else WeightRenaming(name, key)
+            conversion = loaded.converter or WeightRenaming(name, key)
             groups[key] = _Group(key, deepcopy(conversion), [])
         tensor = leaf(numbers[name], disk[name])
-        groups[key].conversion.add_tensor(key, name, pattern or name, tensor)
+        groups[key].conversion.add_tensor(key, name, loaded.pattern or name, tensor)
         groups[key].names.append(name)
     return list(groups.values()), untouched
 
@@ -183,7 +165,7 @@ def _group_tensors(
     shapes: Sequence[tuple[int, ...]],
 ) -> list[DiskTensor]:
     """The planned tensors among those that ``group`` reads."""
-    found: list[DiskTensor] = []
+    placed: list[DiskTensor] = []
     results = _convert(model, group, axes, aliases)
     for key, traced in results.items():
         parameter = aliases.get(key, key)
@@ -199,7 +181,7 @@ def _group_tensors(
             held = regions(traced, axes[parameter], shapes)
         except (RegionError, TraceError) as error:
             raise PlanError(f"cannot place {parameter} on disk: {error}") from error
-        found += [
+        placed += [
             DiskTensor(
                 name=names[box.source],
                 shape=shapes[box.source],
@@ -212,10 +194,10 @@ def _group_tensors(
             for box in held
         ]
     # Where everything that is read is planned, a tensor that is not was left out by the library.
-    left = set(group.names) - {tensor.name for tensor in found}
-    if left and results and all(aliases.get(key, key) in axes for key in results):
-        raise PlanError(f"{min(left)} also claims to be {group.target}, which is loaded twice")
-    return found
+    unplanned = set(group.names) - {tensor.name for tensor in placed}
+    if unplanned and results and all(aliases.get(key, key) in axes for key in results):
+        raise PlanError(f"{min(unplanned)} also claims to be {group.target}, which is loaded twice")
+    return placed
 
 
 def _convert(
@@ -241,10 +223,10 @@ def _convert(
 
 
 def _axis(box: Region, axis: int) -> int:
-    found = box.axes[axis]
-    if found is None:
+    disk_axis = box.axes[axis]
+    if disk_axis is None:
         raise PlanError("d_model is 1")
-    return found
+    return disk_axis
 
 
 def _unless_whole(ranges: Ranges, shape: tuple[int, ...]) -> Ranges | None:

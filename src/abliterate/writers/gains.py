@@ -65,10 +65,10 @@ def _affine(ctx: Context, tensor: Tensor, seq: int) -> tuple[str, Tensor, float,
 
 def gains_of(ctx: Context, tensor: Tensor, axis: int, seq: int, centred: bool) -> list[Gain]:
     """The per-channel maps that multiplying by ``tensor`` amounts to, one for each of its rows."""
-    found = _affine(ctx, tensor, seq)
-    if found is None:
+    affine = _affine(ctx, tensor, seq)
+    if affine is None:
         raise Blocked("multiplied per channel by a gate that depends on the input")
-    parameter, view, a, b = found
+    parameter, view, a, b = affine
     if a == 0:
         raise Blocked("multiplied per channel by a constant")
     # ``view`` has as many elements as ``tensor``; find the channels' stride and the rows' starts.
@@ -104,5 +104,5 @@ def _index_of(owner: Tensor, start: int, channels: int) -> tuple[int | None, ...
     """The index of a parameter's ``[d_model]`` vector that starts at an offset in its memory."""
     if owner.ndim == 1:
         return ()
-    at = torch.unravel_index(torch.tensor(start - owner.storage_offset()), owner.shape)
-    return tuple(None if i == channels else int(v) for i, v in enumerate(at))
+    position = torch.unravel_index(torch.tensor(start - owner.storage_offset()), owner.shape)
+    return tuple(None if i == channels else int(v) for i, v in enumerate(position))

@@ -43,10 +43,10 @@ def _aligned(tensor: Any, out: Tensor, axis: int) -> int | None:
     """The axis of an operand that broadcasting puts at the output's ``axis``; None if constant."""
     if not isinstance(tensor, Tensor):
         return None
-    at = axis - out.ndim + tensor.ndim
-    if at < 0 or tensor.shape[at] == 1 or tensor.stride(at) == 0:
+    operand_axis = axis - out.ndim + tensor.ndim
+    if operand_axis < 0 or tensor.shape[operand_axis] == 1 or tensor.stride(operand_axis) == 0:
         return None
-    return at
+    return operand_axis
 
 
 def _is_zero(value: Any) -> bool:
@@ -56,12 +56,12 @@ def _is_zero(value: Any) -> bool:
 
 
 def _through(tensor: Tensor, write: Write, axis: int, gain: Gain | None = None) -> list[Step]:
-    at = _aligned(tensor, write.tensor, axis)
-    if at is None:
+    operand_axis = _aligned(tensor, write.tensor, axis)
+    if operand_axis is None:
         if _is_zero(tensor):
             return []
         raise Blocked("adds one value to every channel")
-    return [Step(tensor, at, gain)]
+    return [Step(tensor, operand_axis, gain)]
 
 
 def _channel_mean(ctx: Context, op: Op, whole: Tensor, mean: Any) -> bool:
@@ -96,20 +96,23 @@ def _mul(ctx: Context, write: Write, axis: int) -> list[Step]:
     left, right = write.op.arguments["self"], write.op.arguments["other"]
     pairs = [(left, right), (right, left)]
     for value, factor in pairs:
-        at = _aligned(value, write.tensor, axis)
-        if at is not None and _aligned(factor, write.tensor, axis) is None:
-            return [Step(value, at)]
+        value_axis = _aligned(value, write.tensor, axis)
+        if value_axis is not None and _aligned(factor, write.tensor, axis) is None:
+            return [Step(value, value_axis)]
     reason = Blocked("multiplied per channel by a gate that depends on the input")
     for value, factor in reversed(pairs) if left.numel() < right.numel() else pairs:
-        at, along = _aligned(value, write.tensor, axis), _aligned(factor, write.tensor, axis)
-        if at is None or along is None:
+        value_axis, factor_axis = (
+            _aligned(value, write.tensor, axis),
+            _aligned(factor, write.tensor, axis),
+        )
+        if value_axis is None or factor_axis is None:
             continue
         try:
-            gains = gains_of(ctx, factor, along, write.op.seq, centred=False)
+            gains = gains_of(ctx, factor, factor_axis, write.op.seq, centred=False)
         except Blocked as error:
             reason = error
             continue
-        return [Step(value, at, gain) for gain in gains]
+        return [Step(value, value_axis, gain) for gain in gains]
     raise reason
 
 
@@ -228,10 +231,10 @@ def _reduce(ctx: Context, write: Write, axis: int) -> list[Step]:
     source, keep = write.op.arguments["self"], write.op.arguments.get("keepdim", False)
     dims = {d % source.ndim for d in write.op.arguments.get("dim") or range(source.ndim)}
     kept = [d for d in range(source.ndim) if keep or d not in dims]
-    at = kept[axis]
-    if at in dims:
+    source_axis = kept[axis]
+    if source_axis in dims:
         raise Blocked("summed over channels")
-    return [Step(source, at)]
+    return [Step(source, source_axis)]
 
 
 def _along_other(ctx: Context, write: Write, axis: int) -> list[Step]:
@@ -267,9 +270,9 @@ def _indexed_axis(write: Write, indexed: Tensor, result: Tensor, axis: int) -> i
     contiguous = taken == list(range(taken[0], taken[-1] + 1))
     first = taken[0] if contiguous else 0
     layout: list[int | None] = [*kept[:first], *([None] * news), *kept[first:]]
-    if (found := layout[axis]) is None:
+    if (source_axis := layout[axis]) is None:
         raise Blocked("indexed along the channels")
-    return found
+    return source_axis
 
 
 def _index(ctx: Context, write: Write, axis: int) -> list[Step]:
@@ -283,10 +286,10 @@ def _index_put(ctx: Context, write: Write, axis: int) -> list[Step]:
     steps = [] if write.inplace else [Step(write.op.arguments["self"], axis)]
     if values.numel() == 1 and _is_zero(values):
         return steps
-    at = values.ndim - (target.ndim - axis)
-    if at < 0 or values.shape[at] != target.shape[axis]:
+    values_axis = values.ndim - (target.ndim - axis)
+    if values_axis < 0 or values.shape[values_axis] != target.shape[axis]:
         raise Blocked("written along the channels")
-    return [*steps, Step(values, at)]
+    return [*steps, Step(values, values_axis)]
 
 
 def _scatter(ctx: Context, write: Write, axis: int) -> list[Step]:

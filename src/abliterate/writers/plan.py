@@ -10,7 +10,10 @@ is orthogonal to ``r``; so each writer carries the gains that turn ``r`` into it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["embedding", "position", "attention", "mixer", "mlp", "expert", "other"]
 
@@ -38,6 +41,16 @@ class Gain:
     def axis(self) -> int:
         """The parameter's channel axis."""
         return self.index.index(None) if self.index else 0
+
+    def factors(self, values: Tensor) -> Tensor:
+        """What the map multiplies each channel by, ``[d_model]``.
+
+        Args:
+            values: of the parameter, in the dtype to compute in.
+        """
+        if self.index:
+            values = values[tuple(slice(None) if i is None else i for i in self.index)]
+        return values.reshape(-1) + self.offset
 
 
 @dataclass(frozen=True)

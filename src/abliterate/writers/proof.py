@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from abliterate.writers.discovery import discover, project
+from abliterate.writers.parameter_names import module_name
 from abliterate.writers.plan import WriterPlan
 from abliterate.writers.residual_stream import leak
 from abliterate.writers.tiny_model import shrunken
@@ -61,7 +62,7 @@ def prove_in_place(model: PreTrainedModel, seed: int = 0) -> Proof:
         DiscoveryError: where it has no decoder blocks.
     """
     plan = discover(model)
-    decoder = next(name for name, m in model.named_modules() if m is model.get_decoder())
+    decoder = module_name(model, model.get_decoder())
     generator = torch.Generator().manual_seed(seed + 1)
     direction = torch.randn(plan.d_model, generator=generator)
     vocabulary = model.get_input_embeddings().weight.shape[0]

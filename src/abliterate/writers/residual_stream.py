@@ -44,7 +44,7 @@ class BlockList:
 def block_lists(model: nn.Module) -> list[BlockList]:
     """Candidates for decoder blocks: members with children of the outermost module lists."""
     names: list[str] = []
-    found: list[BlockList] = []
+    lists: list[BlockList] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(outer + ".") for outer in names)
         if not isinstance(module, nn.ModuleList) or inside:
@@ -53,8 +53,8 @@ def block_lists(model: nn.Module) -> list[BlockList]:
         if members:
             names.append(name)
             size = sum(p.numel() for p in module.parameters())
-            found.append(BlockList(members, size))
-    return found
+            lists.append(BlockList(members, size))
+    return lists
 
 
 def streams_of(
@@ -67,12 +67,12 @@ def streams_of(
     Returns:
         ``(input, output, index of the output)``, both ``[..., d_model]``.
     """
-    wide = [(i, t) for i, t in enumerate(outputs) if t is not None and _hidden(t)]
-    if not wide:
+    hidden = [(i, t) for i, t in enumerate(outputs) if t is not None and _hidden(t)]
+    if not hidden:
         return []
-    shape = wide[0][1].shape
+    shape = hidden[0][1].shape
     sources = [t for t in inputs if _hidden(t) and t.shape == shape]
-    results = [(i, t) for i, t in wide if t.shape == shape]
+    results = [(i, t) for i, t in hidden if t.shape == shape]
     return [(s, t, i) for s, (i, t) in zip(sources, results, strict=False)]
 
 
@@ -90,7 +90,7 @@ def block_calls(model: nn.Module, calls: Iterable[Call]) -> list[BlockCall]:
         DiscoveryError: where there are none.
     """
     lists = {member: blocks for blocks in block_lists(model) for member in blocks.members}
-    found: list[BlockCall] = []
+    candidates: list[BlockCall] = []
     for call in calls:
         blocks = lists.get(call.module)
         if blocks is None:
@@ -98,11 +98,11 @@ def block_calls(model: nn.Module, calls: Iterable[Call]) -> list[BlockCall]:
         layer = blocks.members[call.module]
         for stream in streams_of(call.inputs, call.outputs):
             weight = blocks.parameters
-            found.append(BlockCall(call.module, layer, call.begin, call.end, *stream, weight))
-    if not found:
+            candidates.append(BlockCall(call.module, layer, call.begin, call.end, *stream, weight))
+    if not candidates:
         raise DiscoveryError("no decoder blocks: no module list hands on a [..., d_model] stream")
-    width = max(found, key=lambda block: block.weight).stream_out.shape[-1]
-    return [block for block in found if block.stream_out.shape[-1] == width]
+    width = max(candidates, key=lambda block: block.weight).stream_out.shape[-1]
+    return [block for block in candidates if block.stream_out.shape[-1] == width]
 
 
 def ratio(hidden: Tensor, unit: Tensor) -> float:

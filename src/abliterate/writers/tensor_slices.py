@@ -59,13 +59,13 @@ def _locate(
 ) -> list[tuple[int, tuple[int, ...]]]:
     """The source and the index in it of each element at ``index``, shaped [ndim, n]."""
     numbers, offsets = traced.at(index)
-    found: list[tuple[int, tuple[int, ...]]] = [(0, ())] * len(numbers)
+    located: list[tuple[int, tuple[int, ...]]] = [(0, ())] * len(numbers)
     for number in set(numbers.tolist()):
         chosen = (numbers == number).nonzero().flatten()
         places = unravel(offsets[chosen], shapes[number]).T.tolist()
-        for where, place in zip(chosen.tolist(), places, strict=True):
-            found[where] = (number, tuple(place))
-    return found
+        for column, place in zip(chosen.tolist(), places, strict=True):
+            located[column] = (number, tuple(place))
+    return located
 
 
 def _breaks(traced: Traced, axis: int, shapes: Sequence[tuple[int, ...]]) -> list[int]:
@@ -166,8 +166,8 @@ def _probe(
         column = torch.searchsorted(torch.tensor(line), row, right=True) - 1
         number = number * (len(line) - 1) + column
     located = _locate(traced, index, shapes)
-    for box, where, element in zip(number.tolist(), located, index.T.tolist(), strict=True):
-        if _place(boxes[box], element) != where:
+    for box, origin, element in zip(number.tolist(), located, index.T.tolist(), strict=True):
+        if _place(boxes[box], element) != origin:
             raise RegionError("it is not made of boxes of tensors on disk")
 
 

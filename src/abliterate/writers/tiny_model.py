@@ -15,7 +15,7 @@ from torch import Tensor
 
 from abliterate.checkpoints.config_sizes import absurd_count
 from abliterate.models.bounded_build import bounded_build
-from abliterate.models.loading import build_model, has_causal_class
+from abliterate.models.model_classes import build_model, has_causal_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -155,8 +155,8 @@ def _scaled(name: str, value: Any, values: dict[str, Any]) -> Any:
         return _tabled(name, value, values)
     heads = values.get("head_dim") or 64
     factor = max(1, min(heads, values.get("qk_rope_head_dim") or heads) // 8)
-    wide = name in _SIZES and isinstance(value, int) and not isinstance(value, bool)
-    return max(1, value // factor) if wide else _tabled(name, value, values)
+    is_size = name in _SIZES and isinstance(value, int) and not isinstance(value, bool)
+    return max(1, value // factor) if is_size else _tabled(name, value, values)
 
 
 def _small_config(config: PretrainedConfig, small: Small) -> PretrainedConfig:
@@ -236,9 +236,9 @@ def shrunken(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     # The text decoder on its own where the library has one, else all of a multimodal model.
     text = config.get_text_config()
     text = text if has_causal_class(text) else config
-    found = absurd_count(text.to_dict())
-    if found is not None:
-        raise ShrinkError(f"no small copy of {config.model_type}: {found[0]} is {found[1]:,}")
+    absurd = absurd_count(text.to_dict())
+    if absurd is not None:
+        raise ShrinkError(f"no small copy of {config.model_type}: {absurd[0]} is {absurd[1]:,}")
     errors: list[str] = []
     for small in (_tabled, _square, _scaled):
         try:

@@ -1,0 +1,157 @@
+"""What OUT will hold, file by file, before its first byte is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate.checkpoints.checkpoint import Checkpoint
+from abliterate.checkpoints.config_sizes import CONFIG
+from abliterate.checkpoints.safetensors_header import FileStamp
+from abliterate.checkpoints.shards import INDEX
+from abliterate.direction import Direction
+from abliterate.editing.auxiliary_files import AuxiliaryFiles, find_auxiliary_files
+from abliterate.editing.file_names import CARD, RECORD
+from abliterate.editing.lora import check_targets
+from abliterate.editing.matrix_orthogonalization import EditStrength
+from abliterate.editing.options import EditOptions
+from abliterate.editing.planning import PlannedEdit
+from abliterate.editing.shard_layout import ShardLayout, lay_out, new_index
+from abliterate.editing.shard_tasks import EditContext
+from abliterate.editing.shard_writer import usable_cores
+from abliterate.errors import UsageError
+from abliterate.storage.artifacts import hash_json, hash_text, versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputPlan:
+    """The files of an edited checkpoint (or adapter), and what they are made from.
+
+    Attributes:
+        source: the checkpoint.
+        direction: what to remove.
+        options: as the user gave them.
+        edit: what the edit changes.
+        context: how to compute it.
+        layouts: the shards to write, by name; none for an adapter.
+        documents: JSON files that change, by name.
+        auxiliary: files that come along as they are.
+        stamps: how every file of the source stood.
+    """
+
+    source: Checkpoint
+    direction: Direction
+    options: EditOptions
+    edit: PlannedEdit
+    context: EditContext
+    layouts: Mapping[str, ShardLayout]
+    documents: Mapping[str, Any]
+    auxiliary: AuxiliaryFiles
+    stamps: Mapping[Path, FileStamp]
+
+    @property
+    def untied(self) -> list[str]:
+        """The tensors that keep the original matrix of an embedding that is untied."""
+        edited = {tensor.name for tensor in self.edit.plan.edits}
+        copies = self.edit.plan.copies.items()
+        return sorted(source if name in edited else name for name, source in copies)
+
+    @property
+    def sizes(self) -> Iterator[int]:
+        """Bytes of each file, save the record and the card."""
+        yield from (layout.size for layout in self.layouts.values())
+        yield from (stamp.size for stamp in self.auxiliary.files.values())
+        yield from (len(json.dumps(document, indent=2)) for document in self.documents.values())
+
+    def inputs(self) -> str:
+        """A hash of all that the result depends on."""
+        edits = [
+            [e.name, e.axis, e.kind, e.layer, e.region, hash_text(repr(e.basis.tolist()))]
+            for e in self.edit.plan.edits
+        ]
+        return hash_json(
+            {
+                "source": [self.source.name, str(self.source.folder.resolve())],
+                "files": {str(path): asdict(stamp) for path, stamp in self.stamps.items()},
+                "headers": {
+                    name: hash_text(str(layout.header), str(layout.tensors))
+                    for name, layout in self.layouts.items()
+                },
+                "direction": [self.direction.summary(), self.direction.vector.tolist()],
+                "edits": edits,
+                "options": self.options.summary(),
+                "documents": self.documents,
+                "versions": versions(),
+            }
+        )
+
+
+def stamp_documents(source: Checkpoint) -> dict[Path, FileStamp]:
+    """How configuration and index of the source stand; taken before they are read."""
+    paths = (source.folder / name for name in (CONFIG, INDEX))
+    return {path: FileStamp.of(path.stat()) for path in paths if path.is_file()}
+
+
+def plan_output(
+    source: Checkpoint,
+    direction: Direction,
+    options: EditOptions,
+    *,
+    edit: PlannedEdit,
+    stamps: Mapping[Path, FileStamp],
+    device: torch.device,
+) -> OutputPlan:
+    """Lay out every file of OUT.
+
+    Args:
+        source: the checkpoint.
+        direction: what to remove.
+        options: as the user gave them.
+        edit: what they make of the source.
+        stamps: of the files that were read to plan it (:func:`stamp_documents`).
+        device: where to compute.
+
+    Raises:
+        CheckpointError: an adapter cannot hold the edit, or a link leaves the source.
+        UsageError: the options contradict the model.
+    """
+    plan, shards = edit.plan, edit.plan.shards
+    documents: dict[str, Any] = {} if edit.config is None else {CONFIG: edit.config}
+    index = new_index(shards, edit.changes)
+    if index is not None:
+        documents[INDEX] = index
+    layouts = {name: lay_out(shard, edit.changes) for name, shard in shards.shards.items()}
+    auxiliary = find_auxiliary_files(source.folder, shards.shards, (RECORD, CARD, *documents))
+    if options.as_lora:
+        if edit.full.tied and options.tied_embeddings == "share":
+            raise UsageError("--as-lora leaves the output head alone: not --tied-embeddings share")
+        check_targets(plan.edits, shards)
+        layouts, documents, auxiliary = {}, {}, AuxiliaryFiles({}, ())
+        edit = replace(edit, plan=replace(plan, copies={}))
+    all_stamps = dict(stamps)
+    if source.remote is None:  # else the commit says it all
+        all_stamps |= {shard.path: shard.stamp for shard in shards.shards.values()}
+    all_stamps |= {source.folder / path: stamp for path, stamp in auxiliary.files.items()}
+    context = EditContext(
+        edits=plan.edits,
+        strength=EditStrength(options.scale, options.norm_preserve),
+        quantized=edit.quantized,
+        device=device,
+        num_cores=options.jobs or usable_cores(),
+    )
+    return OutputPlan(
+        source=source,
+        direction=direction,
+        options=options,
+        edit=edit,
+        context=context,
+        layouts=layouts,
+        documents=documents,
+        auxiliary=auxiliary,
+        stamps=all_stamps,
+    )

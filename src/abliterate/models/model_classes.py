@@ -1,0 +1,114 @@
+"""From a configuration to a model: its class in transformers, and the model without its weights.
+
+A configuration may come from anyone: nothing is built far beyond the tensors that lie beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from abliterate.checkpoints.config_sizes import CONFIG, NUMBERS, TENSORS, Held
+from abliterate.checkpoints.shards import ShardSet
+from abliterate.errors import CheckpointError, one_line
+from abliterate.models.bounded_build import TooLargeError, bounded_build
+
+
+def has_causal_class(config: Any) -> bool:
+    """Whether transformers has a class for a language model of exactly this configuration."""
+    return type(config) in AutoModelForCausalLM._model_mapping or _named_class(config) is not None
+
+
+def _named_class(config: Any) -> Any:
+    """The class that ``architectures`` names, where the auto classes do not know the config."""
+    names = getattr(config, "architectures", None) or [""]
+    return getattr(transformers, names[0], None)
+
+
+def model_class(config: Any) -> Any:
+    """The class whose ``from_pretrained`` loads the language model of ``config``.
+
+    A text decoder inside a vision-language model comes with the whole of it, unless transformers
+    has a text-only class for that configuration.
+    """
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return _named_class(config) or AutoModelForCausalLM
+
+
+def build_model(config: Any, **options: Any) -> PreTrainedModel:
+    """A model of ``config`` with random weights, on the current default device.
+
+    Args:
+        config: its configuration.
+        options: as for ``from_config`` (``dtype``, ``attn_implementation``, ...).
+    """
+    kind = model_class(config)
+    if hasattr(kind, "from_config"):
+        return cast(PreTrainedModel, kind.from_config(config, **options))
+    options.pop("trust_remote_code", None)
+    return cast(PreTrainedModel, kind._from_config(config, **options))
+
+
+def empty_model(
+    config: Any, trust_remote_code: bool = False, shards: ShardSet | None = None, **options: Any
+) -> PreTrainedModel:
+    """The model of a configuration on the meta device: names and shapes, no memory.
+
+    Args:
+        config: its configuration.
+        trust_remote_code: the checkpoint's own code may run.
+        shards: its tensors, which a model is not built far beyond.
+        options: as for :func:`build_model`.
+
+    Raises:
+        CheckpointError: the configuration contradicts itself, or is that of a larger model.
+    """
+    bounds = (NUMBERS, TENSORS) if shards is None else size_bounds(config, shards)
+    try:
+        with torch.device("meta"), bounded_build(*bounds):
+            model = build_model(config, trust_remote_code=trust_remote_code, **options)
+    except TooLargeError as error:
+        raise too_large(config, error, shards) from None
+    except Exception as error:  # whatever the architecture's own constructor raises
+        reason = one_line(error)[:300]
+        raise CheckpointError(
+            f"a '{config.model_type}' model cannot be built from config.json ({reason})"
+        ) from None
+    layers = Held(dict.fromkeys(name for name, _ in model.named_parameters())).layers
+    held = None if shards is None else Held.of(shards)
+    if held is not None and layers is not None and held.layers is not None and layers > held.layers:
+        raise too_large(config, TooLargeError(f"{layers:,} layers"), shards)
+    return model
+
+
+def size_bounds(config: Any, shards: ShardSet) -> tuple[int, int]:
+    """Elements and tensors of a model beyond which these shards are not its weights."""
+    # Some pack eight numbers into one; tied weights count twice, and so does what a quantizer
+    # puts in the place of another.
+    packed = 8 if getattr(config, "quantization_config", None) else 1
+    elements, tensors = Held.of(shards).elements, len(shards.tensors)
+    return 4 * packed * elements + (1 << 24), 8 * tensors + 10_000
+
+
+def too_large(what: Any, error: TooLargeError, shards: ShardSet | None) -> CheckpointError:
+    if shards is None:
+        kind = getattr(what, "model_type", what)
+        return CheckpointError(
+            f"config.json describes a '{kind}' model of {error}, which cannot be: it is damaged"
+        )
+    return CheckpointError(
+        f"{shards.folder / CONFIG} describes a model of {error}, but the files beside it hold "
+        f"{Held.of(shards)} with {Held.of(shards).elements:,} numbers: they do not belong together"
+    )
+
+
+def text_config(model_or_config: Any) -> Any:
+    """The configuration of the text decoder (itself, where there is no nested one)."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return config.get_text_config(decoder=True)

@@ -1,0 +1,156 @@
+"""The rows of a file: lines of text, JSON, JSON lines, CSV or parquet, as they stand in it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from abliterate.errors import InputError, first_line
+
+FILE_TYPES = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_DELIMITERS = ",;\t|"
+
+
+def read_rows(path: Path, what: str = "prompt file") -> list[Any]:
+    """The lines (``.txt``), entries or rows of a file, as they are.
+
+    Args:
+        path: a file of one of ``FILE_TYPES``.
+        what: what the file is, for error messages.
+
+    Raises:
+        InputError: it is missing, unreadable, empty, damaged, of another type, or holds several
+            splits.
+    """
+    splits = read_splits(path, what)
+    if len(splits) > 1:
+        raise InputError(f"{path} holds several lists ({', '.join(splits)}): name one as FILE:NAME")
+    return next(iter(splits.values()))
+
+
+def read_splits(path: Path, what: str = "prompt file") -> dict[str, list[Any]]:
+    """The rows of a file by split: a JSON object of several lists of rows holds several.
+
+    Args:
+        path: a file of one of ``FILE_TYPES``.
+        what: what the file is, for error messages.
+
+    Raises:
+        InputError: it is missing, unreadable, empty, damaged or of another type.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file ({', '.join(FILE_TYPES)}) inside it")
+    kind = path.suffix.lower()
+    if path.exists() and kind not in FILE_TYPES:
+        raise InputError(f"{path}: unknown file type '{kind}', use one of {', '.join(FILE_TYPES)}")
+    if path.exists() and not path.is_file():  # a device or pipe, which may never end
+        raise InputError(f"{what} {path} is no regular file")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{what} {path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
+    if not raw.strip():
+        raise InputError(f"{what} {path} is empty")
+    if kind == ".parquet":
+        return {"train": _parquet_rows(path, raw)}
+    text = _decode(path, raw)
+    if kind == ".txt":
+        # What JSON, CSV and editors call a line; str.splitlines knows seven more ends of one.
+        return {"train": re.split(r"\r\n|\n|\r", text)}
+    if kind in (".csv", ".tsv"):
+        return {"train": _table_rows(path, text)}
+    if kind == ".json":
+        return _json_splits(path, parse_json(text, str(path)))
+    return {
+        "train": [
+            parse_json(line, f"{path}, line {number}")
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
+    }
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8: save the file as "
+            "UTF-8"
+        ) from None
+
+
+def _parquet_rows(path: Path, raw: bytes) -> list[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return list(pq.read_table(io.BytesIO(raw)).to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable parquet file: {first_line(error)}") from None
+
+
+def _table_rows(path: Path, text: str) -> list[Any]:
+    """Rows by column; the first line, which names them, tells what stands between two."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    header = next((line for line in re.split(r"\r\n|\n|\r", text) if line.strip()), "")
+    with suppress(csv.Error):  # one column
+        delimiter = csv.Sniffer().sniff(header, _DELIMITERS).delimiter
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path} is not a readable CSV file: {error}") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A JSON document.
+
+    Raises:
+        InputError: it is none; the message begins with ``where``.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+
+
+def _json_splits(path: Path, document: Any) -> dict[str, list[Any]]:
+    if isinstance(document, list):
+        return {"train": document}
+    if isinstance(document, dict):
+        if (rows := _by_column(document)) is not None:
+            return {"train": rows}
+        lists = {name: value for name, value in document.items() if isinstance(value, list)}
+        if len(lists) == 1:  # {"prompts": [...]} and the like: its one list
+            return {"train": next(iter(lists.values()))}
+        if lists and len(lists) == len(document):  # {"train": [{...}], "test": [{...}]}
+            return lists
+    raise InputError(f"{path}: expected a JSON list of strings or of objects")
+
+
+def _by_column(document: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Rows of a table that is an object: lists by column, or what pandas makes of one."""
+    columns = list(document.values())
+    if not columns:
+        return None
+    if all(isinstance(column, dict) for column in columns):
+        keys = list(columns[0])
+        if not all(key.isdigit() for key in keys):  # rows by name
+            return columns
+        if all(list(column) == keys for column in columns[1:]):
+            return [{name: column[key] for name, column in document.items()} for key in keys]
+    is_table = len(columns) > 1 and all(isinstance(column, list) for column in columns)
+    if is_table and len({len(column) for column in columns}) == 1:
+        rows = [dict(zip(document, values, strict=True)) for values in zip(*columns, strict=True)]
+        # Lists of objects are splits of rows, however long they are.
+        return None if any(isinstance(v, dict) for row in rows for v in row.values()) else rows
+    return None
