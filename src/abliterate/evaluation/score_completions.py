@@ -100,17 +100,17 @@ def read_completions(file: Path) -> list[Completion]:
     """
     if file.suffix.lower() not in (".json", ".jsonl"):
         raise InputError(f"{file}: give a .json list or a .jsonl file of completions")
-    found = []
+    completions = []
     for number, row in enumerate(read_rows(file, "completions file"), 1):
         if not isinstance(row, dict):
             raise InputError(f"{file}, entry {number}: expected an object, not {row!r:.40}")
         prompt, response = (_text(row, key, file, number) for key in ("prompt", "response"))
         named = next((row[key] for key in CATEGORY_COLUMNS if row.get(key) is not None), None)
         category = None if named is None else well_formed(str(named), f"{file}, entry {number}")
-        found.append(Completion(prompt, category, response, is_refusal(response)))
-    if not found:
+        completions.append(Completion(prompt, category, response, is_refusal(response)))
+    if not completions:
         raise InputError(f"{file} holds no completions")
-    return found
+    return completions
 
 
 def _text(row: dict[str, Any], key: str, file: Path, number: int) -> str:
