@@ -80,10 +80,10 @@ class Dealt(RankGroup):
 
     other: Any = None
 
-    def every(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return [value, self.other] if self.rank == 0 else [self.other, value]
 
-    def agree(self, failure: BaseException | None) -> None:
+    def raise_if_any_failed(self, failure: BaseException | None) -> None:
         """The other rank had no failure."""
 
 
