@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.console import log
 from abliterate.prompts.chat_template import ChatFormat
-from abliterate.prompts.sampling import prompt_key
+from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.sources import Prompt
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import versions
@@ -127,6 +127,29 @@ class Session:
     def chat(self) -> ChatFormat:
         chat = self.settings.chat
         return ChatFormat(chat.system, chat.template_kwargs, chat.response_prefix)
+
+    def draw(
+        self,
+        sources: Mapping[str, str],
+        split: str,
+        n: int | None,
+        option: str,
+        used: Mapping[str, Sequence[str]] | None = None,
+    ) -> dict[str, list[Prompt]]:
+        """Prompts by kind; as :func:`abliterate.prompts.sampling.load_prompts` for each.
+
+        Args:
+            sources: where they come from, by kind.
+            split: ``train``, ``val`` or ``test``.
+            n: how many of each kind, or None for all.
+            option: what asks for that many, for the error.
+            used: keys of prompts that other stages have used, by kind: never drawn again.
+        """
+        seed, used = self.settings.model.seed, used or {}
+        return {
+            kind: load_prompts(source, split, n, seed, used.get(kind, ()), option)
+            for kind, source in sources.items()
+        }
 
     def base_inputs(self) -> dict[str, Any]:
         """What every stage depends on: the model, how it computes, how prompts are formatted."""

@@ -33,7 +33,7 @@ from abliterate.models.loading import LoadedModel
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.suffixes import Marked, Marker, Span
 from abliterate.run_folder import TRACE, Session
-from abliterate.run_records import read_used
+from abliterate.run_records import read_used, used_prompts
 from abliterate.run_stage import Stage
 
 TRACE_STAGE = Stage("trace", TRACE, sections=frozenset({"model", "chat"}), reads_only=True)
@@ -117,7 +117,7 @@ def _prompts(
 
     A source that is named is taken as it is; the run's own are less what it has used already.
     """
-    used = read_used(run)
+    used = used_prompts(read_used(run))
     seed = session.settings.model.seed
     texts: dict[str, list[str]] = {}
     sources: dict[str, Any] = {}
@@ -125,8 +125,8 @@ def _prompts(
     for kind in ("harmful", "harmless"):
         named = getattr(request, kind)
         source = named or getattr(session.settings.extract, kind)
-        taken = [] if named else [key for record in used for key in record["prompts"][kind]]
-        chosen = load_prompts(source, "test", count, seed, taken, "--n-prompts")
+        exclude = () if named else used[kind]
+        chosen = load_prompts(source, "test", count, seed, exclude, "--n-prompts")
         texts[kind] = [prompt.text for prompt in chosen]
         sources[kind] = {"source": source, "n": len(chosen)}
     return texts, sources

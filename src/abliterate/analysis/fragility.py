@@ -25,10 +25,9 @@ from abliterate.metrics.refusal import kl_divergence, refusal_score
 from abliterate.metrics.refusal_substrings import is_refusal
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
-from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import Session, prompt_keys, prompt_sources, token_records
-from abliterate.run_records import read_used
+from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
 from abliterate.run_stage import Stage
 from abliterate.storage.artifacts import hash_file
 
@@ -66,6 +65,7 @@ def measure(
     harmless: Sequence[Prompt],
     refusal_tokens: Sequence[int],
     fractions: Sequence[float],
+    *,
     chat: ChatFormat | None = None,
     max_new_tokens: int = 64,
     batch_size: int | str = "auto",
@@ -158,7 +158,9 @@ def fragility_stage(
         raise UsageError("--steps must be at least 2, --n-test and --max-new-tokens at least 1")
     with FRAGILITY_STAGE.open(session, out) as stage:
         direction, records = load_direction(run), read_used(run)
-        prompts = _test_prompts(session, records, n_test)
+        chosen = session.settings.evaluate
+        sources = prompt_sources(session.settings, chosen.harmful, chosen.harmless)
+        prompts = session.draw(sources, "test", n_test, "--n-test", used_prompts(records))
         loaded, batch_size = session.load_in_memory(), session.settings.model.batch_size
         tokens = _refusal_tokens(session, loaded, prompts, records)
         stage.start_clock()
@@ -169,9 +171,9 @@ def fragility_stage(
             prompts["harmless"],
             tokens,
             [step / (steps - 1) for step in range(steps)],
-            session.chat,
-            max_new_tokens,
-            batch_size,
+            chat=session.chat,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
         )
         return stage.finish(
             {
@@ -187,25 +189,6 @@ def fragility_stage(
         )
 
 
-def _test_prompts(
-    session: Session, records: Sequence[Mapping[str, Any]], n_test: int
-) -> dict[str, list[Prompt]]:
-    """Prompts that no stage of the run has used."""
-    chosen, seed = session.settings.evaluate, session.settings.model.seed
-    sources = prompt_sources(session.settings, chosen.harmful, chosen.harmless)
-    return {
-        kind: load_prompts(
-            source,
-            "test",
-            n_test,
-            seed,
-            [key for record in records for key in record["prompts"][kind]],
-            "--n-test",
-        )
-        for kind, source in sources.items()
-    }
-
-
 def _refusal_tokens(
     session: Session,
     loaded: LoadedModel,
@@ -213,9 +196,9 @@ def _refusal_tokens(
     records: Sequence[Mapping[str, Any]],
 ) -> list[int]:
     """Those of the run's first record, else those that the model's own first tokens show."""
-    named = [str(token["id"]) for record in records[:1] for token in record["refusal_tokens"]]
     harmful, harmless = (
         encode(loaded.tokenizer, [prompt.text for prompt in prompts[kind]], session.chat)
         for kind in ("harmful", "harmless")
     )
-    return find_refusal_tokens(loaded, harmful, harmless, named, session.settings.model.batch_size)
+    named, batch_size = used_refusal_tokens(records), session.settings.model.batch_size
+    return find_refusal_tokens(loaded, harmful, harmless, named, batch_size)

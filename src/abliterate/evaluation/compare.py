@@ -188,7 +188,16 @@ def evaluate(
             rows = {prompt.text: row for row, prompt in enumerate(prompts[kind])}
             unique = [ids[kind][row] for row in rows.values()]
             file = CompletionFile(None, [prompts[kind][row] for row in rows.values()], "")
-            complete(subject, unique, file, change, max_new_tokens, batch_size, (name, kind), chat)
+            complete(
+                subject,
+                unique,
+                file,
+                change=change,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                label=(name, kind),
+                chat=chat,
+            )
             said = {completion.prompt: completion for completion in file.completions}
             done.append(tuple(replace(said[p.text], category=p.category) for p in prompts[kind]))
         metrics = measure(subject, ids, baseline, refusal_tokens, change, batch_size, seed)
@@ -281,6 +290,7 @@ def complete(
     subject: LoadedModel,
     ids: Sequence[Sequence[int]],
     file: CompletionFile,
+    *,
     change: Change = None,
     max_new_tokens: int = 512,
     batch_size: int | str = "auto",

@@ -9,15 +9,14 @@ from typing import Any
 
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
-from abliterate.evaluation.compare import KINDS, check_intervention
+from abliterate.evaluation.compare import check_intervention
 from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.metrics.intervals import share_methods
 from abliterate.models.loading import Checkpoint, load_config, text_config
 from abliterate.prompts.corpora import Corpus, parse_corpora, read_corpus
-from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import Session, prompt_keys, prompt_sources
-from abliterate.run_records import read_used
+from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
 from abliterate.storage.artifacts import hash_file, hash_json
 
 CHECKPOINT = "checkpoint"
@@ -106,7 +105,7 @@ def read_inputs(
         edited=edited,
         rows=rows,
         prompts=_test_prompts(session, records),
-        named_tokens=_named_tokens(session, records),
+        named_tokens=session.settings.extract.refusal_tokens or used_refusal_tokens(records),
         corpora=corpora,
         tasks_dir=tasks_dir,
         tasks_hash=_folder_hash(tasks_dir),
@@ -118,21 +117,10 @@ def _test_prompts(
     session: Session, records: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[Prompt, ...]]:
     """Prompts that no stage of the run has used."""
-    settings, seed = session.settings.evaluate, session.settings.model.seed
+    settings = session.settings.evaluate
     sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
-    used = {kind: [key for record in records for key in record["prompts"][kind]] for kind in KINDS}
-    return {
-        kind: tuple(
-            load_prompts(sources[kind], "test", settings.n_test, seed, used[kind], "--n-test")
-        )
-        for kind in KINDS
-    }
-
-
-def _named_tokens(session: Session, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(session.settings.extract.refusal_tokens) or [
-        str(token["id"]) for record in records[:1] for token in record["refusal_tokens"]
-    ]
+    prompts = session.draw(sources, "test", settings.n_test, "--n-test", used_prompts(records))
+    return {kind: tuple(chosen) for kind, chosen in prompts.items()}
 
 
 def check_options(session: Session) -> Judge | None:
@@ -145,7 +133,7 @@ def check_options(session: Session) -> Judge | None:
         UsageError: they contradict each other, or the model, or name what there is not.
         CheckpointError: there is no such judge.
     """
-    settings, model = session.settings.evaluate, session.settings.model
+    settings = session.settings.evaluate
     given = {"--judge": settings.judge, "--tasks": settings.tasks}
     if session.placement.ranks.size > 1 and any(given.values()):
         raise UsageError(
@@ -158,15 +146,7 @@ def check_options(session: Session) -> Judge | None:
     further = settings.tasks_dir is not None or settings.task_limit is not None
     if settings.tasks is None and further:
         raise UsageError("--tasks-dir and --task-limit need --tasks")
-    return find_judge(
-        settings,
-        {
-            "device": model.device,
-            "dtype": model.dtype,
-            "batch_size": model.batch_size,
-            "trust_remote_code": model.trust_remote_code,
-        },
-    )
+    return find_judge(session.settings)
 
 
 def _check_engine(session: Session) -> None:

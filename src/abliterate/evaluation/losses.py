@@ -76,6 +76,7 @@ def tokenize(
 def measure_loss(
     loaded: LoadedModel,
     corpus: Corpus,
+    *,
     change: Change = None,
     chat: ChatFormat | None = None,
     max_tokens: int = 256,

@@ -110,11 +110,11 @@ class Measurements:
                 subject,
                 self.ids[kind],
                 file,
-                change,
-                settings.max_new_tokens,
-                self._batch_size,
-                (name, kind),
-                self.session.chat,
+                change=change,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=self._batch_size,
+                label=(name, kind),
+                chat=self.session.chat,
             )
         self.files[name, kind] = file
         return file
@@ -218,11 +218,11 @@ class Measurements:
             return measure_loss(
                 subject,
                 chosen,
-                change,
-                self.session.chat,
-                settings.corpus_tokens,
-                self._batch_size,
-                f"evaluate: {name}, loss on {corpus}",
+                change=change,
+                chat=self.session.chat,
+                max_tokens=settings.corpus_tokens,
+                batch_size=self._batch_size,
+                description=f"evaluate: {name}, loss on {corpus}",
             ).summary()
 
         key = {"corpus": chosen.summary(), "tokens": settings.corpus_tokens}

@@ -48,16 +48,7 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
         UsageError: the judge's options or the output are wrong.
     """
     completions = read_completions(file)
-    model = settings.model
-    judge = find_judge(
-        settings.evaluate,
-        {
-            "device": model.device,
-            "dtype": model.dtype,
-            "batch_size": model.batch_size,
-            "trust_remote_code": model.trust_remote_code,
-        },
-    )
+    judge = find_judge(settings)
     if out is not None:
         if out.is_dir():
             raise UsageError(f"output {out} is a folder: name a file")

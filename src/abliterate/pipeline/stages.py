@@ -26,7 +26,6 @@ from abliterate.extraction.means import Extraction, extract
 from abliterate.inference.in_memory import engine_of
 from abliterate.models.loading import text_config
 from abliterate.prompts.chat_template import parse_positions
-from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import (
     ACTIVATIONS,
@@ -39,7 +38,7 @@ from abliterate.run_folder import (
     prompt_sources,
     token_records,
 )
-from abliterate.run_records import read_extract
+from abliterate.run_records import read_extract, used_prompts
 from abliterate.run_stage import OpenStage, Stage
 from abliterate.selection.candidate_filters import Score
 from abliterate.selection.score_table import load_partial, save_partial, score_record
@@ -88,7 +87,8 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
             raise UsageError(
                 "--save-activations needs all prompts in one process: run it by itself"
             )
-        prompts = _train_prompts(session)
+        sources = {"harmful": settings.harmful, "harmless": settings.harmless}
+        prompts = session.draw(sources, "train", settings.n_train, "--n-train")
         names = [DIRECTIONS, *([ACTIVATIONS] if settings.save_activations else [])]
         stage.depends_on(
             {"settings": settings.model_dump(), "prompts": prompt_keys(prompts, keep_text=True)},
@@ -101,15 +101,6 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
         result, kept = _extract(session, run, prompts)
         body = _extract_record(session, prompts, result, kept)
         return stage.finish(body, lambda: _write_means(session, run, result))
-
-
-def _train_prompts(session: Session) -> dict[str, Sequence[Prompt]]:
-    settings, seed = session.settings.extract, session.settings.model.seed
-    sources = {"harmful": settings.harmful, "harmless": settings.harmless}
-    return {
-        kind: load_prompts(source, "train", settings.n_train, seed, option="--n-train")
-        for kind, source in sources.items()
-    }
 
 
 def _extract(
@@ -211,10 +202,13 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     with SELECT_STAGE.open(session, run) as stage:
         main = stage.ranks.run_on_main
         extracted = main(lambda: read_extract(run))
-        prompts = _validation_prompts(session, extracted)
+        settings = session.settings.select
+        sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
+        used = used_prompts([extracted])  # by extraction
+        prompts = session.draw(sources, "val", settings.n_val, "--n-val", used)
         stage.depends_on(
             {
-                "settings": session.settings.select.model_dump(),
+                "settings": settings.model_dump(),
                 "prompts": prompt_keys(prompts, keep_text=True),
                 "directions": main(lambda: _hash_if_there(run / DIRECTIONS)),
                 "refusal_tokens": extracted["refusal_tokens"],
@@ -238,20 +232,6 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     except SelectionError as error:
         raise SelectionError(f"{error}; all scores are in {run / SELECTION}") from None
     return record
-
-
-def _validation_prompts(
-    session: Session, extracted: Mapping[str, Any]
-) -> dict[str, Sequence[Prompt]]:
-    """Prompts that extraction did not use."""
-    settings, seed = session.settings.select, session.settings.model.seed
-    sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
-    return {
-        kind: load_prompts(
-            source, "val", settings.n_val, seed, extracted["prompts"][kind], "--n-val"
-        )
-        for kind, source in sources.items()
-    }
 
 
 def _hash_if_there(path: Path) -> str | None:
