@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,11 +48,8 @@ def engine_of(loaded: LoadedModel) -> Engine:
 class InMemoryEngine:
     """Passes of a model in memory; the ranks of its group run some prompts each."""
 
+    reads_weights_every_pass: ClassVar[bool] = False
     loaded: LoadedModel
-
-    @property
-    def reads_weights_every_pass(self) -> bool:
-        return False
 
     @property
     def devices(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,12 +40,9 @@ class OffloadedEngine:
         name: of its checkpoint.
     """
 
+    reads_weights_every_pass: ClassVar[bool] = True
     offloaded: OffloadedModel
     name: str = "the model"
-
-    @property
-    def reads_weights_every_pass(self) -> bool:
-        return True
 
     @property
     def devices(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from abliterate.errors import UsageError
 from abliterate.inference.engine import Opener
@@ -89,19 +90,10 @@ def in_memory_opener(checkpoint: Checkpoint, options: OpenOptions) -> Opener:
 class InMemoryOpener:
     """Loads checkpoints, on one device or over several."""
 
+    generates: ClassVar[bool] = True
+    reads_weights_every_pass: ClassVar[bool] = False
+    limits: ClassVar[str | None] = None
     options: OpenOptions
-
-    @property
-    def generates(self) -> bool:
-        return True
-
-    @property
-    def reads_weights_every_pass(self) -> bool:
-        return False
-
-    @property
-    def limits(self) -> str | None:
-        return None
 
     def require_in_memory(self, option: str) -> None:
         pass
@@ -114,22 +106,13 @@ class InMemoryOpener:
 class OffloadOpener:
     """Streams the layers of checkpoints from disk."""
 
+    generates: ClassVar[bool] = False
+    reads_weights_every_pass: ClassVar[bool] = True
+    limits: ClassVar[str | None] = (
+        "answers are not generated under --offload: refusal metrics and KL are measured, refusals "
+        "in completions are not"
+    )
     options: OpenOptions
-
-    @property
-    def generates(self) -> bool:
-        return False
-
-    @property
-    def reads_weights_every_pass(self) -> bool:
-        return True
-
-    @property
-    def limits(self) -> str | None:
-        return (
-            "answers are not generated under --offload: refusal metrics and KL are measured, "
-            "refusals in completions are not"
-        )
 
     def require_in_memory(self, option: str) -> None:
         refuse_own_passes(option)
