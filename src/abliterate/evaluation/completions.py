@@ -252,7 +252,7 @@ def share_changes(
     """How refusal and safety scores of the same prompts differ, with Newcombe's paired intervals.
 
     Args:
-        now: completions under an intervention, or None of a streamed model.
+        now: completions under an intervention, or None if none were generated.
         before: those of the baseline, in the same order.
 
     Returns:

@@ -49,16 +49,7 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
         UsageError: the judge's options or the output are wrong.
     """
     completions = read_completions(file)
-    model = settings.model
-    judge = find_judge(
-        settings.evaluate,
-        {
-            "device": model.device,
-            "dtype": model.dtype,
-            "batch_size": model.batch_size,
-            "trust_remote_code": model.trust_remote_code,
-        },
-    )
+    judge = find_judge(settings)
     if out is not None:
         if out.is_dir():
             raise UsageError(f"output {out} is a folder: name a file")
@@ -101,17 +92,17 @@ def read_completions(file: Path) -> list[Completion]:
     """
     if file.suffix.lower() not in (".json", ".jsonl"):
         raise InputError(f"{file}: give a .json list or a .jsonl file of completions")
-    found = []
+    completions = []
     for number, row in enumerate(read_rows(file, "completions file"), 1):
         if not isinstance(row, dict):
             raise InputError(f"{file}, entry {number}: expected an object, not {row!r:.40}")
         prompt, response = (_text(row, key, file, number) for key in ("prompt", "response"))
         named = next((row[key] for key in CATEGORY_COLUMNS if row.get(key) is not None), None)
         category = None if named is None else well_formed(str(named), f"{file}, entry {number}")
-        found.append(Completion(prompt, category, response, is_refusal(response)))
-    if not found:
+        completions.append(Completion(prompt, category, response, is_refusal(response)))
+    if not completions:
         raise InputError(f"{file} holds no completions")
-    return found
+    return completions
 
 
 def _text(row: dict[str, Any], key: str, file: Path, number: int) -> str:
