@@ -15,14 +15,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, load_direction
-from abliterate.errors import UsageError
+from abliterate.errors import InputError, UsageError
 from abliterate.extraction.means import find_refusal_tokens
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import ablate
 from abliterate.metrics.intervals import share_methods, wilson
 from abliterate.metrics.refusal import kl_divergence, refusal_score
-from abliterate.metrics.refusal_substrings import is_refusal
+from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrases
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt
@@ -42,7 +43,7 @@ class Point:
     Attributes:
         fraction: the share, 0 to 1.
         bypass_score: mean refusal score of the harmful prompts.
-        refusal_rate: share of harmful prompts whose answer holds a refusal substring.
+        refusal_rate: share of harmful prompts whose answer holds a refusal phrase.
         harmless_refusal_rate: the same of the harmless prompts.
         kl_divergence: mean last-token KL(baseline || ablated) on the harmless prompts, nats.
         refusal_rate_ci: Wilson's 95% interval of ``refusal_rate``.
@@ -69,6 +70,7 @@ def measure(
     chat: ChatFormat | None = None,
     max_new_tokens: int = 64,
     batch_size: int | str = "auto",
+    phrases: RefusalPhrases = ALL,
 ) -> list[Point]:
     """Refusal and KL at each fraction, in the order given.
 
@@ -93,27 +95,44 @@ def measure(
                     kind: engine.answers(rows, max_new_tokens, batch_size, description, chat=chat)
                     for kind, rows in ids.items()
                 }
-            harmful_refusals, harmless_refusals = (
-                _count_refusals(loaded, answers[kind]) for kind in ("harmful", "harmless")
+            (harmful_refusals, n_harmful), (harmless_refusals, n_harmless) = (
+                _count_refusals(loaded, answers[kind], phrases) for kind in ("harmful", "harmless")
             )
             points.append(
                 Point(
                     fraction,
                     float(refusal_score(logits["harmful"], refusal_tokens).mean()),
-                    harmful_refusals / len(harmful),
-                    harmless_refusals / len(harmless),
+                    harmful_refusals / n_harmful,
+                    harmless_refusals / n_harmless,
                     float(kl_divergence(unmodified["harmless"], logits["harmless"]).mean()),
-                    wilson(harmful_refusals, len(harmful)),
-                    wilson(harmless_refusals, len(harmless)),
+                    wilson(harmful_refusals, n_harmful),
+                    wilson(harmless_refusals, n_harmless),
                 )
             )
     return points
 
 
-def _count_refusals(loaded: LoadedModel, answers: Sequence[Sequence[int]]) -> int:
-    """How many answers, as token ids, hold a refusal substring."""
+def _count_refusals(
+    loaded: LoadedModel, answers: Sequence[Sequence[int]], phrases: RefusalPhrases
+) -> tuple[int, int]:
+    """How many answers, as token ids, hold a refusal phrase, and of how many that is known.
+
+    Raises:
+        InputError: of none: every thought was cut off.
+    """
     decode = loaded.tokenizer.decode
-    return sum(is_refusal(decode(answer, skip_special_tokens=True)) for answer in answers)
+    verdicts = [phrases.refuses(decode(answer, skip_special_tokens=True)) for answer in answers]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    if not known:
+        raise InputError("no answer comes after the model's thought: raise --max-new-tokens")
+    if len(known) < len(verdicts):
+        log.warning(
+            "%d of %d answers are unfinished thoughts, which count for neither side: raise "
+            "--max-new-tokens",
+            len(verdicts) - len(known),
+            len(verdicts),
+        )
+    return sum(known), len(known)
 
 
 def summarise(points: Sequence[Point]) -> dict[str, float | None]:
@@ -156,6 +175,8 @@ def fragility_stage(
     """
     if steps < 2 or n_test < 1 or max_new_tokens < 1:
         raise UsageError("--steps must be at least 2, --n-test and --max-new-tokens at least 1")
+    given = session.settings.evaluate
+    phrases = parse_phrases(given.refusal_phrases, given.refusal_phrase)
     with FRAGILITY_STAGE.open(session, out) as stage:
         direction, records = load_direction(run), read_used(run)
         chosen = session.settings.evaluate
@@ -174,6 +195,7 @@ def fragility_stage(
             chat=session.chat,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            phrases=phrases,
         )
         return stage.finish(
             {
@@ -184,6 +206,7 @@ def fragility_stage(
                 "intervals": share_methods(),
                 "prompts": prompt_keys(prompts),
                 "max_new_tokens": max_new_tokens,
+                "refusal_phrases": phrases.summary(),
                 "refusal_tokens": token_records(loaded.tokenizer, tokens),
             }
         )

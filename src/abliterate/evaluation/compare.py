@@ -17,6 +17,7 @@ from abliterate.evaluation.completions import (
     Completion,
     CompletionFile,
     no_scores,
+    scored,
     scores,
     share_changes,
 )
@@ -28,7 +29,6 @@ from abliterate.metrics.refusal import (
     kl_divergence,
     refusal_score,
 )
-from abliterate.metrics.refusal_substrings import is_refusal
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts
@@ -311,7 +311,7 @@ def complete(
     """
     prompts = list(file.prompts.values())
     done = [row for row, prompt in enumerate(prompts) if file.done(prompt.text)]
-    refused = sum(completion.refused for completion in file.completions)
+    refused = sum(bool(completion.refused) for completion in file.completions)
     count, spoke = len(done), time.monotonic()
     description = f"evaluate: {label[0]}, {label[1]}"
     if done and len(done) < len(prompts):
@@ -320,9 +320,9 @@ def complete(
     def answered(row: int, answer: list[int]) -> str:
         nonlocal refused, count, spoke
         text = subject.tokenizer.decode(answer, skip_special_tokens=True).strip()
-        prompt = prompts[row]
-        file.put(Completion(prompt.text, prompt.category, text, is_refusal(text)))
-        refused += is_refusal(text)
+        completion = scored(prompts[row], text, file.phrases)
+        file.put(completion)
+        refused += bool(completion.refused)
         count += 1
         note = f"{refused} of {count} refused"
         if bars_hidden() and time.monotonic() - spoke > _EVERY:

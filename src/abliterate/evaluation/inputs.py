@@ -12,6 +12,7 @@ from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.compare import check_intervention
 from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.metrics.intervals import share_methods
+from abliterate.metrics.refusal_phrases import RefusalPhrases, parse_phrases
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.models.model_classes import text_config
 from abliterate.prompts.corpora import Corpus, parse_corpora, read_corpus
@@ -37,6 +38,7 @@ class EvaluationInputs:
         tasks_dir: folder of further lm-eval tasks.
         tasks_hash: of its files.
         judge: who judges completions.
+        phrases: what counts as a refusal.
     """
 
     direction: Direction | None
@@ -48,6 +50,7 @@ class EvaluationInputs:
     tasks_dir: Path | None
     tasks_hash: str | None
     judge: Judge | None
+    phrases: RefusalPhrases
 
     @property
     def judge_key(self) -> str | None:
@@ -94,6 +97,7 @@ def read_inputs(
     _check_vocabulary(session, edited)
     # All that can be wrong with the options shows before anything is fetched.
     judge = check_options(session)
+    phrases = parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
     corpora = {
         name: None if name == "own" else read_corpus(name, source, settings.corpus_texts, seed)
         for name, source in parse_corpora(settings.corpus).items()
@@ -111,6 +115,7 @@ def read_inputs(
         tasks_dir=tasks_dir,
         tasks_hash=_folder_hash(tasks_dir),
         judge=judge,
+        phrases=phrases,
     )
 
 
@@ -144,6 +149,7 @@ def check_options(session: Session) -> Judge | None:
         )
     _check_engine(session)
     parse_corpora(settings.corpus)
+    parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
     further = settings.tasks_dir is not None or settings.task_limit is not None
     if settings.tasks is None and further:
         raise UsageError("--tasks-dir and --task-limit need --tasks")

@@ -101,7 +101,11 @@ class Measurements:
             path = self.out / COMPLETIONS / f"{name}-{kind}.jsonl"
         key = {"prompts": [p.text for p in prompts], "max_new_tokens": settings.max_new_tokens}
         file = CompletionFile(
-            path, prompts, self._key(name, "completions", key), self.inputs.judge_key
+            path,
+            prompts,
+            self._key(name, "completions", key),
+            self.inputs.judge_key,
+            self.inputs.phrases,
         )
         file.adopt(ranks.broadcast(file.completions))
         if len(file.completions) < len(prompts):

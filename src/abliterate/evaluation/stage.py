@@ -142,5 +142,6 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "intervals": share_methods(),
         "bootstrap": bootstrap_settings(session.settings.model.seed),
         "refusal_tokens": measurements.refusal_tokens,
+        "refusal_phrases": inputs.phrases.summary(),
         "offload": measurements.readings,
     }

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 from abliterate.errors import UsageError
 from abliterate.metrics.answers import Parts, split_thought
@@ -43,6 +44,10 @@ class RefusalPhrases:
     def _folded(self) -> tuple[str, ...]:
         listed = [phrase for language in self.languages for phrase in phrases_of(language)]
         return tuple(_folded(phrase) for phrase in (*listed, *self.further))
+
+    def summary(self) -> dict[str, Any]:
+        """What a record says of them."""
+        return {"languages": list(self.languages), "further": list(self.further)}
 
     def found_in(self, text: str) -> bool:
         """Whether a text holds one of the phrases, anywhere and in any case.
