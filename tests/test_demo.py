@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abliterate import ablate
-from abliterate.metrics.refusal_substrings import is_refusal
+from abliterate.metrics.refusal_phrases import is_refusal
 from abliterate.prompts.sources import read_source
 from abliterate.resources import demo_model_dir
 

@@ -1,36 +1,31 @@
 """A run folder: what its files are called, and the model and settings with which stages fill it.
 
 ``RUN/extract.json`` + ``directions.safetensors`` -> ``selection.json`` + ``direction.safetensors``
--> ``model/`` -> ``evaluation.json`` + ``completions/``. A record holds the hash of everything that
-the stage depended on, so that ``run`` can tell a finished stage from a stale one.
+-> ``model/`` -> ``evaluation.json`` + ``completions/``. How a stage runs: ``abliterate.run_stage``.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.console import log
-from abliterate.errors import UsageError
 from abliterate.prompts.chat_template import ChatFormat
-from abliterate.prompts.sampling import prompt_key
+from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.sources import Prompt
 from abliterate.settings import Settings
-from abliterate.storage.artifacts import check_writable, hash_file, versions
-from abliterate.storage.locks import hold_folder
-from abliterate.storage.ownership import Kind, claim
+from abliterate.storage.artifacts import versions
 
 if TYPE_CHECKING:
     from abliterate.distributed.rank_group import RankGroup
+    from abliterate.inference.engine import Opener
     from abliterate.models.device_placement import Placement
     from abliterate.models.loading import LoadedModel
+    from abliterate.offload import OpenOptions
 
 EXTRACT, DIRECTIONS = "extract.json", "directions.safetensors"
 ACTIVATIONS = "activations.safetensors"
@@ -67,62 +62,48 @@ class Session:
         return find_placement(self.ranks, model.device, model.device_map, model.tensor_parallel)
 
     @cached_property
-    def offload(self) -> bool | None:
-        """Whether models are streamed, as told or by what is free now.
+    def opener(self) -> Opener:
+        """How models are opened, as told or by what is free now."""
+        from abliterate.offload import choose_opener
 
-        Decided once: a checkpoint that is compared with the model has its size, and figures of the
-        two ways differ in their last digits. None where several devices or processes share them.
-        """
-        model, where = self.settings.model, self.placement
-        if model.offload is not None or where.is_spread or where.ranks.size > 1:
-            return model.offload
-        from abliterate.offload import must_stream
-
-        return must_stream(self.checkpoint, model.device, model.dtype, model.trust_remote_code)
+        return choose_opener(self.checkpoint, self._options)
 
     @property
-    def generates(self) -> bool:
-        """Whether the models that are opened give answers, not first tokens alone."""
-        return not self.offload
+    def _options(self) -> OpenOptions:
+        from abliterate.offload import OpenOptions
+
+        model = self.settings.model
+        return OpenOptions(
+            model.device,
+            model.dtype,
+            model.trust_remote_code,
+            model.offload,
+            model.activation_memory,
+            self.placement,
+        )
 
     def load(self, checkpoint: Checkpoint) -> LoadedModel:
         import torch
 
         from abliterate.inference.in_memory import engine_of
-        from abliterate.offload import load_or_stream
 
-        model, where = self.settings.model, self.placement
-        torch.manual_seed(model.seed)
+        where = self.placement
+        torch.manual_seed(self.settings.model.seed)
         with where.ranks.fail_together():
-            loaded = load_or_stream(
-                checkpoint,
-                model.device,
-                model.dtype,
-                model.trust_remote_code,
-                self.offload,
-                model.activation_memory,
-                where,
-            )
+            loaded = self.opener.open(checkpoint)
         log.info("%s", engine_of(loaded).opened(where))
         return loaded
 
     def load_in_memory(self) -> LoadedModel:
-        """The model in memory, for what does not stream it, whatever ``--offload`` says.
+        """The model in memory, for what needs it there, whatever the settings say.
 
         Raises:
             UsageError: the weights do not fit.
         """
-        from abliterate.offload.open_model import too_large
+        from abliterate.offload import in_memory_opener
 
-        model, where = self.settings.model, self.placement
-        if "loaded" not in self.__dict__ and not where.is_spread and where.ranks.size == 1:
-            at = (model.device, model.dtype, model.trust_remote_code)
-            if lacking := too_large(self.checkpoint, *at):
-                raise UsageError(
-                    f"{lacking}: this command needs the model in memory, use a smaller --dtype or "
-                    "a larger machine"
-                )
-            self.__dict__["offload"] = False
+        if "loaded" not in self.__dict__:
+            self.__dict__["opener"] = in_memory_opener(self.checkpoint, self._options)
         return self.loaded
 
     def release(self) -> None:
@@ -147,6 +128,29 @@ class Session:
         chat = self.settings.chat
         return ChatFormat(chat.system, chat.template_kwargs, chat.response_prefix)
 
+    def draw(
+        self,
+        sources: Mapping[str, str],
+        split: str,
+        n: int | None,
+        option: str,
+        used: Mapping[str, Sequence[str]] | None = None,
+    ) -> dict[str, list[Prompt]]:
+        """Prompts by kind; as :func:`abliterate.prompts.sampling.load_prompts` for each.
+
+        Args:
+            sources: where they come from, by kind.
+            split: ``train``, ``val`` or ``test``.
+            n: how many of each kind, or None for all.
+            option: what asks for that many, for the error.
+            used: keys of prompts that other stages have used, by kind: never drawn again.
+        """
+        seed, used = self.settings.model.seed, used or {}
+        return {
+            kind: load_prompts(source, split, n, seed, used.get(kind, ()), option)
+            for kind, source in sources.items()
+        }
+
     def base_inputs(self) -> dict[str, Any]:
         """What every stage depends on: the model, how it computes, how prompts are formatted."""
         model = self.settings.model
@@ -159,52 +163,6 @@ class Session:
             "chat": self.settings.chat.model_dump(),
             "versions": versions(),
         }
-
-
-@contextmanager
-def writing(
-    ranks: RankGroup, folder: Path, command: str, files: Mapping[str, Kind], part: str = ""
-) -> Iterator[None]:
-    """Hold a run folder for a stage that writes to it: one process at a time, over nothing foreign.
-
-    The first rank of a team holds it for all. A chain of stages holds it throughout.
-
-    Args:
-        ranks: the ranks of this job.
-        folder: the run folder; made if need be, and removed if left empty.
-        command: which stage, or chain of them.
-        files: what it writes there, and by what a file of its own is known.
-        part: held instead of the whole folder, by stages that only read what others write.
-
-    Raises:
-        InputError: another process writes there, or one of the files is a link or foreign.
-        UsageError: the folder cannot be written to.
-    """
-    with ExitStack() as held:
-
-        def take() -> None:
-            check_writable(folder)
-            held.enter_context(hold_folder(folder, command, part))
-            claim(folder, files)
-
-        ranks.run_on_main(take)
-        yield
-
-
-def load_if_current(
-    record: Path, inputs: str, outputs: Mapping[str, Path]
-) -> dict[str, Any] | None:
-    """The record, if the stage ran on the same inputs and its outputs are still as it left them."""
-    try:
-        document: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if document["inputs"] != inputs:
-            return None
-        if any(document["outputs"][name] != hash_file(path) for name, path in outputs.items()):
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    log.info("%s is up to date", record)
-    return document
 
 
 def prompt_sources(settings: Settings, harmful: str | None, harmless: str | None) -> dict[str, str]:
@@ -221,3 +179,8 @@ def prompt_keys(
     """Prompts by kind, as their hashes (or, to be hashed themselves, their texts)."""
     key: Callable[[str], str] = str if keep_text else prompt_key
     return {kind: [key(prompt.text) for prompt in chosen] for kind, chosen in prompts.items()}
+
+
+def token_records(tokenizer: Any, tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Token ids as records list them, each with its text."""
+    return [{"id": token, "token": tokenizer.decode([token])} for token in tokens]

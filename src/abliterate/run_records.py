@@ -7,7 +7,7 @@ makes a command run code, ask an address, send a key or write to a place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,6 +90,19 @@ def read_used(run: Path) -> list[dict[str, Any]]:
     """
     readers = {EXTRACT: read_extract, SELECTION: read_selection}
     return [read(run) for name, read in readers.items() if (run / name).exists()]
+
+
+def used_prompts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """By kind, the keys of the prompts that the records (of :func:`read_used`) name."""
+    return {
+        kind: [key for record in records for key in record["prompts"][kind]]
+        for kind in ("harmful", "harmless")
+    }
+
+
+def used_refusal_tokens(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The refusal tokens of the first of the records, as ``--refusal-token`` takes them."""
+    return [str(token["id"]) for record in records[:1] for token in record["refusal_tokens"]]
 
 
 def _read(path: Path, made_by: str, kind: type[BaseModel]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from abliterate.cli.app import main
 from abliterate.inference.dialogue import Conversation, Decoding, Steering
-from abliterate.metrics.refusal_substrings import is_refusal
+from abliterate.metrics.refusal_phrases import is_refusal
 from abliterate.models.loading import LoadedModel, load_model
 from abliterate.prompts.sources import read_source
 from abliterate.resources import demo_model_dir

@@ -19,7 +19,7 @@ from abliterate.evaluation.compare import Metrics, Outcome, deltas
 from abliterate.evaluation.completions import Completion, CompletionFile
 from abliterate.inference.generation import greedy_answers, stop_tokens
 from abliterate.metrics.intervals import newcombe_paired, wilson
-from abliterate.metrics.refusal_substrings import REFUSAL_SUBSTRINGS, is_refusal
+from abliterate.metrics.refusal_phrases import RefusalPhrases, is_refusal, phrases_of
 from abliterate.models.loading import load_model
 from abliterate.prompts.chat_template import ChatFormat, encode, end_of_turn_ids
 
@@ -227,9 +227,7 @@ def test_progress_counts_refusals_as_they_come(
     kinds = ["harmful", "harmless"]
     monkeypatch.setattr(abliterate.inference.generation, "progress_bar", progress_bar)
     # Every second answer counts as a refusal, whatever this random model says.
-    monkeypatch.setattr(
-        "abliterate.evaluation.compare.is_refusal", lambda text: len(shown) % 2 == 1
-    )
+    monkeypatch.setattr(RefusalPhrases, "refuses", lambda self, text: len(shown) % 2 == 1)
     result = cli("evaluate", tiny("llama"), *SMALL, *prompts, "--json")
     assert result.code == 0, result.err
     assert kinds == []
@@ -313,6 +311,9 @@ def test_the_chat_templates_end_of_turn_stops_too(tiny) -> None:
     assert end_of_turn_ids(loaded.tokenizer, ChatFormat()) == []
 
 
+REFUSAL_SUBSTRINGS = phrases_of("en")
+
+
 def test_the_papers_twelve_substrings() -> None:
     assert len(REFUSAL_SUBSTRINGS) == 12
     for substring in REFUSAL_SUBSTRINGS:
@@ -370,7 +371,8 @@ def test_ascii_answers_are_compared_as_they_always_were() -> None:
     assert min(counts) > 500
     assert not is_refusal("I can`t, I  cannot, I\ncannot")
     # Text beside ASCII: unchanged where it holds none of these characters.
-    assert not is_refusal("\u00bfNo puedo? \u6211\u4e0d\u80fd \U0001f600")
+    english = RefusalPhrases(("en",))
+    assert not english.found_in("\u00bfNo puedo? \u6211\u4e0d\u80fd \U0001f600")
     assert is_refusal("\u00a1Ay! I cannot")
 
 

@@ -314,3 +314,52 @@ def test_answers_are_refused_with_the_option_to_use(tiny) -> None:
     with pytest.raises(UsageError, match="use --no-offload"):
         abliterate.evaluate(loaded, prompts, prompts, [5], interventions=["baseline"])
     assert loaded.engine.offloaded.passes == 1  # evaluate's baseline
+
+
+def test_passes_of_ones_own_are_refused_of_a_streamed_model(tiny) -> None:
+    """What no engine names: losses, lm-eval, heads, shares of a direction."""
+    import abliterate
+    from abliterate.analysis.direction_trace import Tracer
+    from abliterate.analysis.fragility import measure
+    from abliterate.direction import Direction
+    from abliterate.errors import UsageError
+    from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
+    from abliterate.evaluation.losses import measure_loss
+    from abliterate.offload import open_stream
+    from abliterate.prompts.corpora import Corpus, Example
+
+    loaded = open_stream(str(tiny("llama")), "cpu", "float32", activation_memory=1 << 20)
+    direction = Direction(torch.ones(48, dtype=torch.float64), -1, 1)
+    prompts = [abliterate.Prompt("Question")]
+    asking = {
+        "--corpus": lambda: measure_loss(loaded, Corpus("c", "c", (Example("one two three"),))),
+        "--tasks": lambda: run_tasks(loaded, Tasks(("t",), None, None, "0")),
+        "trace": lambda: Tracer(loaded, direction).run([], "harmful"),
+        "fragility": lambda: measure(loaded, direction, prompts, prompts, [5], [0.0, 1.0]),
+    }
+    for who, ask in asking.items():
+        with pytest.raises(UsageError, match=f"^{who} does not run on a streamed model"):
+            ask()
+    assert loaded.engine.offloaded.passes == 0
+
+
+def test_opener_is_chosen_before_anything_is_loaded(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from abliterate.checkpoints.checkpoint import find_checkpoint
+    from abliterate.errors import UsageError
+    from abliterate.offload import OpenOptions, choose_opener, in_memory_opener, open_model
+
+    checkpoint = find_checkpoint(str(tiny("llama")))
+    plain, streamed = (choose_opener(checkpoint, OpenOptions(offload=o)) for o in (None, True))
+    assert (plain.generates, streamed.generates) == (True, False)
+    plain.require_in_memory("--judge")
+    with pytest.raises(UsageError, match="--judge does not run on a streamed model"):
+        streamed.require_in_memory("--judge")
+    with pytest.raises(UsageError, match="--activation-memory must be a size"):
+        OpenOptions(activation_memory="lots")
+    # What needs the model in memory gets it there even under --offload, if there is room.
+    assert in_memory_opener(checkpoint, OpenOptions("cpu", offload=True)).generates
+    monkeypatch.setattr(open_model, "free_memory", lambda device: 200_000)
+    assert not choose_opener(checkpoint, OpenOptions("cpu")).generates
+    assert choose_opener(checkpoint, OpenOptions("cpu", offload=False)).generates
+    with pytest.raises(UsageError, match="this command needs the model in memory"):
+        in_memory_opener(checkpoint, OpenOptions("cpu"))

@@ -6,9 +6,8 @@ layer, and the attention heads whose contribution along it changes most with the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,16 @@ from abliterate.inference.attention_heads import (
     watch_heads,
 )
 from abliterate.inference.forward import Batch, capture_resid_pre, for_each_batch, last_logits
+from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import unit_direction
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.suffixes import Marked, Marker, Span
-from abliterate.run_folder import TRACE, Session, writing
-from abliterate.run_records import read_used
-from abliterate.storage.artifacts import hash_json, versions, write_json
-from abliterate.storage.ownership import is_record
+from abliterate.run_folder import TRACE, Session
+from abliterate.run_records import read_used, used_prompts
+from abliterate.run_stage import Stage
 
+TRACE_STAGE = Stage("trace", TRACE, sections=frozenset({"model", "chat"}), reads_only=True)
 CONDITIONS = ("harmful", "harmless", "suffix", "random")
 
 
@@ -65,48 +65,49 @@ def trace_stage(session: Session, run: Path, request: TraceRequest) -> dict[str,
         InputError: an artifact or prompt source cannot be used.
         UsageError: the suffix does not reach the prompt.
     """
-    with writing(session.ranks, run, "trace", {TRACE: is_record}, "trace"):
-        return _trace(session, run, request)
+    with TRACE_STAGE.open(session, run) as stage:
+        direction = load_direction(run)
+        texts, sources = _prompts(session, run, request)
+        stage.start_clock()
+        loaded = session.load_in_memory()
+        prompts = _marked_prompts(session, Marker(loaded.tokenizer, session.chat), texts, request)
+        tracer = Tracer(loaded, direction, session.settings.model.batch_size)
+        if request.suffix is not None:
+            tracer.find_heads()
+        seen = {kind: tracer.run(rows, kind) for kind, rows in prompts.items()}
+        for note in tracer.notes:
+            log.info("%s", note)
+        stage.depends_on(
+            {
+                "direction": direction.sha256,
+                "suffix": request.suffix,
+                "prompts": texts,
+                "n_heads": request.n_heads,
+            }
+        )
+        return stage.finish(
+            {
+                "direction": direction.summary(),
+                "prompts": sources,
+                "request": asdict(request),
+                "suffix": _suffix_record(request.suffix, prompts.get("suffix", [])),
+                "cosines": {kind: _curve(one.cosines) for kind, one in seen.items()},
+                "heads": _head_record(tracer, seen, request.n_heads) if request.suffix else None,
+                "notes": tracer.notes,
+            }
+        )
 
 
-def _trace(session: Session, run: Path, request: TraceRequest) -> dict[str, Any]:
-    direction = load_direction(run)
-    texts, sources = _prompts(session, run, request)
-    started = time.perf_counter()
-    loaded = session.load_in_memory()
-    marker = Marker(loaded.tokenizer, session.chat)
+def _marked_prompts(
+    session: Session, marker: Marker, texts: Mapping[str, Sequence[str]], request: TraceRequest
+) -> dict[str, list[Marked]]:
+    """Token ids with their spans: both kinds, and harmful ones with the suffix and a random one."""
     prompts = {kind: marker.plain(texts[kind]) for kind in ("harmful", "harmless")}
     if request.suffix is not None:
         prompts["suffix"] = marker.suffixed(texts["harmful"], request.suffix)
         seed = session.settings.model.seed
         prompts["random"] = marker.randomised(prompts["suffix"], seed)
-    tracer = Tracer(loaded, direction, session.settings.model.batch_size)
-    if request.suffix is not None:
-        tracer.find_heads()
-    seen = {kind: tracer.run(rows, kind) for kind, rows in prompts.items()}
-    for note in tracer.notes:
-        log.info("%s", note)
-    record = {
-        "model": session.identity,
-        "direction": direction.summary(),
-        "prompts": sources,
-        "request": asdict(request),
-        "suffix": _suffix_record(request.suffix, prompts.get("suffix", [])),
-        "cosines": {kind: _curve(one.cosines) for kind, one in seen.items()},
-        "heads": _head_record(tracer, seen, request.n_heads) if request.suffix else None,
-        "notes": tracer.notes,
-        "settings": session.settings.model_dump(include={"model", "chat"}),
-        "seed": session.settings.model.seed,
-        "versions": versions(),
-        "seconds": time.perf_counter() - started,
-        "inputs": hash_json(
-            session.base_inputs()
-            | {"direction": direction.sha256, "suffix": request.suffix, "prompts": texts}
-            | {"n_heads": request.n_heads}
-        ),
-    }
-    write_json(run / TRACE, record)
-    return record
+    return prompts
 
 
 def _prompts(
@@ -116,7 +117,7 @@ def _prompts(
 
     A source that is named is taken as it is; the run's own are less what it has used already.
     """
-    used = read_used(run)
+    used = used_prompts(read_used(run))
     seed = session.settings.model.seed
     texts: dict[str, list[str]] = {}
     sources: dict[str, Any] = {}
@@ -124,8 +125,8 @@ def _prompts(
     for kind in ("harmful", "harmless"):
         named = getattr(request, kind)
         source = named or getattr(session.settings.extract, kind)
-        taken = [] if named else [key for record in used for key in record["prompts"][kind]]
-        chosen = load_prompts(source, "test", count, seed, taken, "--n-prompts")
+        exclude = () if named else used[kind]
+        chosen = load_prompts(source, "test", count, seed, exclude, "--n-prompts")
         texts[kind] = [prompt.text for prompt in chosen]
         sources[kind] = {"source": source, "n": len(chosen)}
     return texts, sources
@@ -169,9 +170,13 @@ class Tracer:
     def find_heads(self) -> None:
         """Watch the attention heads too, from now on, if they can be told apart."""
         try:
-            self.projections = out_projections(self.loaded.model, self.unit)
+            with self._model() as model:
+                self.projections = out_projections(model, self.unit)
         except HeadsUnknown as error:
             self._no_heads(error)
+
+    def _model(self) -> AbstractContextManager[PreTrainedModel]:
+        return engine_of(self.loaded).in_memory("trace")
 
     def _no_heads(self, error: HeadsUnknown) -> None:
         kind = self.loaded.model.config.model_type
@@ -180,17 +185,17 @@ class Tracer:
 
     def run(self, prompts: Sequence[Marked], description: str) -> TraceValues:
         """Cosines and, where heads are watched, what each of them writes and where it looks."""
-        model = self.loaded.model
         cosines: list[Tensor | None] = [None] * len(prompts)
         views: list[tuple[tuple[int, ...], HeadView]] = []
         with torch.inference_mode(), ExitStack() as stack:
+            model = stack.enter_context(self._model())
             captured = stack.enter_context(capture_resid_pre(model, [-1]))
             heads = None
             if self.projections:
                 stack.enter_context(_eager(model))
                 heads = stack.enter_context(watch_heads(model, self.projections, self.unit))
 
-            def look(batch: Batch) -> None:
+            def run(batch: Batch) -> None:
                 nonlocal heads
                 last_logits(model, batch)
                 hidden = captured()[:, 0].double().cpu()
@@ -205,7 +210,7 @@ class Tracer:
                         self._no_heads(error)
 
             ids = [prompt.ids for prompt in prompts]
-            for_each_batch(model, ids, look, self.batch_size, f"trace: {description}")
+            for_each_batch(model, ids, run, self.batch_size, f"trace: {description}")
         seen = TraceValues(torch.stack([values for values in cosines if values is not None]))
         if heads is not None and self.projections:
             self._gather(seen, prompts, views)
@@ -223,10 +228,10 @@ class Tracer:
         for rows, view in views:
             seen.heads[list(rows)] = view.contributions
             seen.error = max(seen.error, view.error)
-            for at, weights in enumerate(view.attention):
+            for layer, weights in enumerate(view.attention):
                 for index, row in enumerate(rows if weights is not None else ()):
                     assert weights is not None
-                    seen.mass[row, at] = _mass(weights[index], prompts[row])
+                    seen.mass[row, layer] = _mass(weights[index], prompts[row])
 
 
 def _mass(weights: Tensor, prompt: Marked) -> Tensor:
@@ -275,20 +280,20 @@ def _head_record(
     n_heads = means.shape[1]
     rows = []
     for flat in order.tolist():
-        at, head = divmod(flat, n_heads)
-        own = change[:, at, head]
+        index, head = divmod(flat, n_heads)  # index among the attention layers
+        of_head = change[:, index, head]
         rows.append(
             {
-                "layer": tracer.projections[at].layer,
+                "layer": tracer.projections[index].layer,
                 "head": head,
-                "change": float(means[at, head]),
-                "change_std": float(own.std()) if len(own) > 1 else 0.0,
+                "change": float(means[index, head]),
+                "change_std": float(of_head.std()) if len(of_head) > 1 else 0.0,
                 "contribution": {
-                    kind: float(part[:, at, head].double().mean())
+                    kind: float(part[:, index, head].double().mean())
                     for kind, part in parts.items()
                     if part is not None
                 },
-                "attention": {kind: _masses(seen[kind].mass, at, head) for kind in parts},
+                "attention": {kind: _masses(seen[kind].mass, index, head) for kind in parts},
             }
         )
     return {
@@ -299,9 +304,9 @@ def _head_record(
     }
 
 
-def _masses(mass: Tensor | None, at: int, head: int) -> dict[str, float | None]:
+def _masses(mass: Tensor | None, index: int, head: int) -> dict[str, float | None]:
     assert mass is not None
-    values = mass[:, at, head].double().mean(0).tolist()
+    values = mass[:, index, head].double().mean(0).tolist()
     return {
         name: None if value != value else value
         for name, value in zip(("instruction", "suffix"), values, strict=True)

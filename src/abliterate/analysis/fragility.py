@@ -9,32 +9,31 @@ fall in proportion, near 1 where the first tenth takes them all.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, load_direction
-from abliterate.errors import UsageError
+from abliterate.errors import InputError, UsageError
 from abliterate.extraction.means import find_refusal_tokens
-from abliterate.inference.forward import all_last_logits
-from abliterate.inference.generation import greedy_answers
+from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import ablate
 from abliterate.metrics.intervals import share_methods, wilson
 from abliterate.metrics.refusal import kl_divergence, refusal_score
-from abliterate.metrics.refusal_substrings import is_refusal
+from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrases
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
-from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.sources import Prompt
-from abliterate.run_folder import Session, writing
-from abliterate.run_records import read_used
-from abliterate.storage.artifacts import hash_file, versions, write_json
-from abliterate.storage.ownership import is_record
+from abliterate.run_folder import Session, prompt_keys, prompt_sources, token_records
+from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
+from abliterate.run_stage import Stage
+from abliterate.storage.artifacts import hash_file
 
 FRAGILITY = "fragility.json"
+FRAGILITY_STAGE = Stage("fragility", FRAGILITY, reads_only=True)
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Point:
     Attributes:
         fraction: the share, 0 to 1.
         bypass_score: mean refusal score of the harmful prompts.
-        refusal_rate: share of harmful prompts whose answer holds a refusal substring.
+        refusal_rate: share of harmful prompts whose answer holds a refusal phrase.
         harmless_refusal_rate: the same of the harmless prompts.
         kl_divergence: mean last-token KL(baseline || ablated) on the harmless prompts, nats.
         refusal_rate_ci: Wilson's 95% interval of ``refusal_rate``.
@@ -67,51 +66,73 @@ def measure(
     harmless: Sequence[Prompt],
     refusal_tokens: Sequence[int],
     fractions: Sequence[float],
+    *,
     chat: ChatFormat | None = None,
     max_new_tokens: int = 64,
     batch_size: int | str = "auto",
+    phrases: RefusalPhrases = ALL,
 ) -> list[Point]:
     """Refusal and KL at each fraction, in the order given.
 
     Raises:
         InputError: the direction does not fit.
         UnsupportedArchitectureError: the writers are not known, or only all can be ablated.
-        UsageError: a fraction is not between 0 and 1.
+        UsageError: a fraction is not between 0 and 1, or the model's weights are not in memory.
     """
-    ids = [
-        encode(loaded.tokenizer, [p.text for p in prompts], chat or ChatFormat())
-        for prompts in (harmful, harmless)
-    ]
-    baseline = all_last_logits(loaded.model, ids[1], batch_size)
+    engine = engine_of(loaded)
+    ids = {
+        kind: encode(loaded.tokenizer, [prompt.text for prompt in prompts], chat or ChatFormat())
+        for kind, prompts in (("harmful", harmful), ("harmless", harmless))
+    }
     points = []
-    for fraction in fractions:
-        what = f"fragility: {fraction:g} of the direction"
-
-        def removed(share: float = fraction) -> Any:
-            return ablate(loaded.model, direction.vector, share)
-
-        logits = [all_last_logits(loaded.model, i, batch_size, removed(), what) for i in ids]
-        with removed():
-            answers = [
-                greedy_answers(loaded, i, max_new_tokens, batch_size, what, chat=chat) for i in ids
-            ]
-        refused = [
-            sum(is_refusal(loaded.tokenizer.decode(one, skip_special_tokens=True)) for one in own)
-            for own in answers
-        ]
-        spans = [wilson(count, len(own)) for count, own in zip(refused, answers, strict=True)]
-        points.append(
-            Point(
-                fraction,
-                float(refusal_score(logits[0], refusal_tokens).mean()),
-                refused[0] / len(answers[0]),
-                refused[1] / len(answers[1]),
-                float(kl_divergence(baseline, logits[1]).mean()),
-                spans[0],
-                spans[1],
+    with engine.in_memory("fragility") as model:
+        unmodified = engine.last_logits({"harmless": ids["harmless"]}, {"": None}, batch_size)[""]
+        for fraction in fractions:
+            description = f"fragility: {fraction:g} of the direction"
+            with ablate(model, direction.vector, fraction):
+                logits = engine.last_logits(ids, {"": None}, batch_size, description)[""]
+                answers = {
+                    kind: engine.answers(rows, max_new_tokens, batch_size, description, chat=chat)
+                    for kind, rows in ids.items()
+                }
+            (harmful_refusals, n_harmful), (harmless_refusals, n_harmless) = (
+                _count_refusals(loaded, answers[kind], phrases) for kind in ("harmful", "harmless")
             )
-        )
+            points.append(
+                Point(
+                    fraction,
+                    float(refusal_score(logits["harmful"], refusal_tokens).mean()),
+                    harmful_refusals / n_harmful,
+                    harmless_refusals / n_harmless,
+                    float(kl_divergence(unmodified["harmless"], logits["harmless"]).mean()),
+                    wilson(harmful_refusals, n_harmful),
+                    wilson(harmless_refusals, n_harmless),
+                )
+            )
     return points
+
+
+def _count_refusals(
+    loaded: LoadedModel, answers: Sequence[Sequence[int]], phrases: RefusalPhrases
+) -> tuple[int, int]:
+    """How many answers, as token ids, hold a refusal phrase, and of how many that is known.
+
+    Raises:
+        InputError: of none: every thought was cut off.
+    """
+    decode = loaded.tokenizer.decode
+    verdicts = [phrases.refuses(decode(answer, skip_special_tokens=True)) for answer in answers]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    if not known:
+        raise InputError("no answer comes after the model's thought: raise --max-new-tokens")
+    if len(known) < len(verdicts):
+        log.warning(
+            "%d of %d answers are unfinished thoughts, which count for neither side: raise "
+            "--max-new-tokens",
+            len(verdicts) - len(known),
+            len(verdicts),
+        )
+    return sum(known), len(known)
 
 
 def summarise(points: Sequence[Point]) -> dict[str, float | None]:
@@ -154,60 +175,53 @@ def fragility_stage(
     """
     if steps < 2 or n_test < 1 or max_new_tokens < 1:
         raise UsageError("--steps must be at least 2, --n-test and --max-new-tokens at least 1")
-    with writing(session.ranks, out, "fragility", {FRAGILITY: is_record}, "fragility"):
-        return _fragility(session, run, out, steps, n_test, max_new_tokens)
-
-
-def _fragility(
-    session: Session, run: Path, out: Path, steps: int, n_test: int, max_new_tokens: int
-) -> dict[str, Any]:
-    direction = load_direction(run)
-    records = read_used(run)
-    settings, seed = session.settings, session.settings.model.seed
-    sources = {
-        "harmful": settings.evaluate.harmful or settings.extract.harmful,
-        "harmless": settings.evaluate.harmless or settings.extract.harmless,
-    }
-    prompts = {
-        kind: load_prompts(
-            source,
-            "test",
-            n_test,
-            seed,
-            [key for record in records for key in record["prompts"][kind]],
-            "--n-test",
+    given = session.settings.evaluate
+    phrases = parse_phrases(given.refusal_phrases, given.refusal_phrase)
+    with FRAGILITY_STAGE.open(session, out) as stage:
+        direction, records = load_direction(run), read_used(run)
+        chosen = session.settings.evaluate
+        sources = prompt_sources(session.settings, chosen.harmful, chosen.harmless)
+        prompts = session.draw(sources, "test", n_test, "--n-test", used_prompts(records))
+        loaded, batch_size = session.load_in_memory(), session.settings.model.batch_size
+        tokens = _refusal_tokens(session, loaded, prompts, records)
+        stage.start_clock()
+        points = measure(
+            loaded,
+            direction,
+            prompts["harmful"],
+            prompts["harmless"],
+            tokens,
+            [step / (steps - 1) for step in range(steps)],
+            chat=session.chat,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            phrases=phrases,
         )
-        for kind, source in sources.items()
-    }
-    loaded, size = session.load_in_memory(), settings.model.batch_size
-    named = [str(token["id"]) for record in records[:1] for token in record["refusal_tokens"]]
-    ids = [encode(loaded.tokenizer, [p.text for p in k], session.chat) for k in prompts.values()]
-    tokens = find_refusal_tokens(loaded, ids[0], ids[1], named, size)
-    begun = time.perf_counter()
-    points = measure(
-        loaded,
-        direction,
-        prompts["harmful"],
-        prompts["harmless"],
-        tokens,
-        [step / (steps - 1) for step in range(steps)],
-        session.chat,
-        max_new_tokens,
-        size,
+        return stage.finish(
+            {
+                "direction": direction.summary() | {"sha256": hash_file(run / FILE_NAME)},
+                **summarise(points),
+                "points": [asdict(point) for point in points],
+                "n_prompts": {kind: len(chosen) for kind, chosen in prompts.items()},
+                "intervals": share_methods(),
+                "prompts": prompt_keys(prompts),
+                "max_new_tokens": max_new_tokens,
+                "refusal_phrases": phrases.summary(),
+                "refusal_tokens": token_records(loaded.tokenizer, tokens),
+            }
+        )
+
+
+def _refusal_tokens(
+    session: Session,
+    loaded: LoadedModel,
+    prompts: Mapping[str, Sequence[Prompt]],
+    records: Sequence[Mapping[str, Any]],
+) -> list[int]:
+    """Those of the run's first record, else those that the model's own first tokens show."""
+    harmful, harmless = (
+        encode(loaded.tokenizer, [prompt.text for prompt in prompts[kind]], session.chat)
+        for kind in ("harmful", "harmless")
     )
-    record = {
-        "model": session.identity,
-        "direction": direction.summary() | {"sha256": hash_file(run / FILE_NAME)},
-        **summarise(points),
-        "points": [asdict(point) for point in points],
-        "n_prompts": {kind: len(chosen) for kind, chosen in prompts.items()},
-        "intervals": share_methods(),
-        "prompts": {k: [prompt_key(p.text) for p in chosen] for k, chosen in prompts.items()},
-        "max_new_tokens": max_new_tokens,
-        "refusal_tokens": [{"id": i, "token": loaded.tokenizer.decode([i])} for i in tokens],
-        "seed": seed,
-        "versions": versions(),
-        "seconds": time.perf_counter() - begun,
-    }
-    write_json(out / FRAGILITY, record)
-    return record
+    named, batch_size = used_refusal_tokens(records), session.settings.model.batch_size
+    return find_refusal_tokens(loaded, harmful, harmless, named, batch_size)

@@ -79,8 +79,26 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
         UsageError: plotly or kaleido is missing, or there is no Chrome.
     """
     require_plotly()
-    import plotly.graph_objects as go
     from plotly.offline import get_plotlyjs
+
+    figure = _figure(record)
+    written = [folder / "fragility.html"]
+    write_atomically(written[0], _page(figure, get_plotlyjs()).encode())
+    for kind in images:
+        try:
+            content = figure.to_image(format=kind, scale=2)
+        except Exception as error:  # kaleido raises many kinds; all mean that no image can be had
+            short = one_line(error)[:160]
+            needs = missing_extra(f"--image {kind}", _PACKAGES, "report")
+            raise UsageError(f"{needs}, and a Chrome or Chromium ({short})") from None
+        written.append(folder / f"fragility.{kind}")
+        write_atomically(written[-1], mark_picture(content))
+    return written
+
+
+def _figure(record: Mapping[str, Any]) -> Any:
+    """Above refusal rates and score, below KL, over the share removed."""
+    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     points = record["points"]
@@ -124,15 +142,4 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
     figure.update_yaxes(title_text="refusal score", row=1, col=1, secondary_y=True, showgrid=False)
     figure.update_yaxes(title_text="KL (nats)", row=2, col=1)
     figure.update_xaxes(title_text="share of the direction removed", row=2, col=1)
-    written = [folder / "fragility.html"]
-    write_atomically(written[0], _page(figure, get_plotlyjs()).encode())
-    for kind in images:
-        try:
-            content = figure.to_image(format=kind, scale=2)
-        except Exception as error:  # kaleido raises many kinds; all mean that no image can be had
-            short = one_line(error)[:160]
-            needs = missing_extra(f"--image {kind}", _PACKAGES, "report")
-            raise UsageError(f"{needs}, and a Chrome or Chromium ({short})") from None
-        written.append(folder / f"fragility.{kind}")
-        write_atomically(written[-1], mark_picture(content))
-    return written
+    return figure

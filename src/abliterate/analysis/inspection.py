@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,16 @@ from abliterate.direction import Direction, load_direction
 from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
 from abliterate.extraction.kept_activations import Activations
 from abliterate.extraction.means import Extraction
+from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import check_direction
 from abliterate.inference.logit_lens import Promoted, extremes, logit_lens
 from abliterate.metrics.geometry import Geometry, measure
-from abliterate.run_folder import ACTIVATIONS, DIRECTIONS, EXTRACT, INSPECT, Session, writing
+from abliterate.run_folder import ACTIVATIONS, DIRECTIONS, EXTRACT, INSPECT, Session
 from abliterate.run_records import read_extract
-from abliterate.storage.artifacts import hash_file, versions, write_json
-from abliterate.storage.ownership import is_record
+from abliterate.run_stage import Stage
+from abliterate.storage.artifacts import hash_file
 
+INSPECT_STAGE = Stage("inspect", INSPECT, sections=frozenset({"model", "chat"}), reads_only=True)
 # Tokens listed for the selected direction, and for every layer's own.
 _TOKENS, _LAYER_TOKENS = 20, 5
 
@@ -63,45 +64,38 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
         InputError: an artifact is missing, damaged, or not of this extraction.
         UsageError: the position was not kept, or scikit-learn is missing.
     """
-    with writing(session.ranks, run, "inspect", {INSPECT: is_record}, "inspect"):
-        return _inspect(session, run, position)
-
-
-def _inspect(session: Session, run: Path, position: int | None) -> dict[str, Any]:
-    started = time.perf_counter()
-    extracted = read_extract(run)
-    materials = _materials(run, extracted, position)
-    geometry, notes = _geometry(materials)
-    lens, problem = _lens(session, materials)
-    notes += problem
-    for note in notes:
-        log.info("%s", note)
-    record = {
-        "model": session.identity,
-        "direction": materials.direction.summary(),
-        "position": materials.position,
-        "cosines": _cosines(materials),
-        "layers": [
-            row | {"geometry": geometry.get(row["layer"])} | lens["layers"].get(row["layer"], {})
-            for row in _layers(materials)
-        ],
-        "lens": lens["direction"],
-        "projections": geometry.pop("projections"),
-        "notes": notes,
-        "settings": session.settings.model_dump(include={"model", "chat"}),
-        "seed": session.settings.model.seed,
-        "versions": versions(),
-        "seconds": time.perf_counter() - started,
-        "inputs": inspection_inputs(
-            session,
-            extracted,
-            materials.direction.sha256,
-            materials.position,
-            materials.activations is not None,
-        ),
-    }
-    write_json(run / INSPECT, record)
-    return record
+    with INSPECT_STAGE.open(session, run) as stage:
+        extracted = read_extract(run)
+        materials = _materials(run, extracted, position)
+        geometry, notes = _geometry(materials)
+        lens, problem = _lens(session, materials)
+        notes += problem
+        for note in notes:
+            log.info("%s", note)
+        stage.depends_on(
+            inspection_inputs(
+                extracted,
+                materials.direction.sha256,
+                materials.position,
+                materials.activations is not None,
+            )
+        )
+        return stage.finish(
+            {
+                "direction": materials.direction.summary(),
+                "position": materials.position,
+                "cosines": _cosines(materials),
+                "layers": [
+                    row
+                    | {"geometry": geometry.get(row["layer"])}
+                    | lens["layers"].get(row["layer"], {})
+                    for row in _layers(materials)
+                ],
+                "lens": lens["direction"],
+                "projections": geometry["projections"],
+                "notes": notes,
+            }
+        )
 
 
 def _materials(run: Path, extracted: Mapping[str, Any], position: int | None) -> Materials:
@@ -115,10 +109,10 @@ def _materials(run: Path, extracted: Mapping[str, Any], position: int | None) ->
             f"{path} is not what {run / EXTRACT} records: run `abliterate extract` with "
             "--save-activations again"
         )
-    held = activations.positions if activations else extraction.positions
-    usual = held[-1] if activations or direction.position is None else direction.position
+    kept = activations.positions if activations else extraction.positions
+    usual = kept[-1] if activations or direction.position is None else direction.position
     chosen = usual if position is None else position
-    if chosen not in held:
+    if chosen not in kept:
         hint = (
             ""
             if chosen not in extraction.positions
@@ -126,7 +120,7 @@ def _materials(run: Path, extracted: Mapping[str, Any], position: int | None) ->
                 "; keep it with `abliterate extract --save-activations --activation-positions all`"
             )
         )
-        raise UsageError(f"--position {chosen}: {run} holds {', '.join(map(str, held))}{hint}")
+        raise UsageError(f"--position {chosen}: {run} holds {', '.join(map(str, kept))}{hint}")
     return Materials(extraction, direction, activations, chosen)
 
 
@@ -168,10 +162,10 @@ def _cosine(one: Tensor, other: Tensor) -> float | None:
 def _geometry(materials: Materials) -> tuple[dict[Any, Any], list[str]]:
     """By layer what :func:`measure` says; under ``projections`` the points of the plots."""
     projections: dict[str, Any] = {}
-    found: dict[Any, Any] = {"projections": projections}
+    by_layer: dict[Any, Any] = {"projections": projections}
     activations = materials.activations
     if activations is None:
-        return found, [
+        return by_layer, [
             "no activations were kept: PCA and separation are left out (run extract again with "
             "--save-activations)"
         ]
@@ -182,13 +176,13 @@ def _geometry(materials: Materials) -> tuple[dict[Any, Any], list[str]]:
         if result is None:
             flat.append(layer)
             continue
-        found[layer] = _geometry_record(result)
+        by_layer[layer] = _geometry_record(result)
         projections[str(layer)] = {
             "harmful": _rounded(result.harmful.tolist()),
             "harmless": _rounded(result.harmless.tolist()),
         }
     notes = [f"layer {', '.join(map(str, flat))}: the vectors are the same for every prompt"]
-    return found, notes if flat else []
+    return by_layer, notes if flat else []
 
 
 def _geometry_record(result: Geometry) -> dict[str, Any]:
@@ -218,7 +212,8 @@ def _lens(session: Session, materials: Materials) -> tuple[dict[str, Any], list[
     ]
     vectors = torch.stack([materials.direction.vector, *materials.candidates[chosen]])
     try:
-        logits = logit_lens(loaded.model, vectors)
+        with engine_of(loaded).in_memory("inspect") as model:
+            logits = logit_lens(model, vectors)
     except UnsupportedArchitectureError as error:
         kind = loaded.model.config.model_type
         return {"direction": None, "layers": {}}, [f"no logit lens of a '{kind}': {error}"]

@@ -11,24 +11,28 @@ from typing import Any
 
 from abliterate.direction import FILE_NAME as DIRECTION
 from abliterate.errors import AbliterateError
-from abliterate.run_folder import ACTIVATIONS, EXTRACT, INSPECT, Session, load_if_current
-from abliterate.storage.artifacts import hash_file, hash_json, read_json, tensor_metadata
+from abliterate.run_folder import ACTIVATIONS, EXTRACT, INSPECT, Session
+from abliterate.run_stage import input_hash, load_if_current
+from abliterate.storage.artifacts import hash_file, read_json, tensor_metadata
 
 
 def inspection_inputs(
-    session: Session, extracted: Mapping[str, Any], direction: str | None, position: int, kept: bool
-) -> str:
-    """The hash of all that ``inspect.json`` depends on.
+    extracted: Mapping[str, Any], direction: str | None, position: int, kept: bool
+) -> dict[str, Any]:
+    """What ``inspect.json`` depends on beside the model and its settings.
 
     Args:
-        session: the model and settings.
         extracted: the record of ``extract``.
         direction: hash of the selected direction's file.
         position: the position that is looked at.
         kept: the activations that ``extract`` recorded are there.
     """
-    own = {"extract": extracted["inputs"], "direction": direction, "position": position}
-    return hash_json(session.base_inputs() | own | {"activations": kept})
+    return {
+        "extract": extracted["inputs"],
+        "direction": direction,
+        "position": position,
+        "activations": kept,
+    }
 
 
 def finished_inspection(
@@ -52,10 +56,10 @@ def finished_inspection(
             return None
         if any(hash_file(run / name) != digest for name, digest in made.items()):
             return None
-        at = _usual_position(run, extracted) if position is None else position
+        chosen = _usual_position(run, extracted) if position is None else position
         direction = hash_file(run / DIRECTION)
-        inputs = inspection_inputs(session, extracted, direction, at, ACTIVATIONS in made)
-        return load_if_current(run / INSPECT, inputs, {})
+        inputs = inspection_inputs(extracted, direction, chosen, ACTIVATIONS in made)
+        return load_if_current(run / INSPECT, input_hash(session, inputs), {})
     except (AbliterateError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

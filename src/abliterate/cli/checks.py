@@ -50,7 +50,7 @@ def verify(
     vector = load_direction(direction)
     base = None if source is None else find_checkpoint(source, model["revision"])
     from abliterate.checkpoints.shards import read_shards
-    from abliterate.offload import load_or_stream
+    from abliterate.offload import OpenOptions, choose_opener
     from abliterate.prompts.chat_template import ChatFormat, encode
     from abliterate.prompts.sampling import load_prompts
     from abliterate.verification import leak_bound, measure_leak
@@ -58,8 +58,14 @@ def verify(
 
     result = check(checkpoint, vector, base, trust)
     if forward:
-        where = (model["device"] or "auto", "float32", trust)
-        loaded = load_or_stream(checkpoint, *where, model["offload"], model["activation_memory"])
+        options = OpenOptions(
+            model["device"] or "auto",
+            "float32",
+            trust,
+            model["offload"],
+            model["activation_memory"],
+        )
+        loaded = choose_opener(checkpoint, options).open(checkpoint)
         texts = [
             prompt.text
             for kind in (prompts["harmful"] or "harmful", prompts["harmless"] or "harmless")

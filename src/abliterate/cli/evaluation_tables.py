@@ -55,7 +55,7 @@ def show_score(document: Mapping[str, Any]) -> None:
             [
                 name,
                 str(part["n"]),
-                _share(part, "refusal_score"),
+                _share(part, "refusal_score") + _unfinished(part),
                 *([_share(part, "safety_score")] if judge else []),
             ]
             for name, part in rows
@@ -68,9 +68,18 @@ def _refused(record: Mapping[str, Any], name: str, kind: str) -> str:
     now = record["interventions"][name][kind]
     if now["refused"] is None:
         return "not measured"
+    answers, apart = now["n"] - (now.get("no_verdict") or 0), _unfinished(now)
+    if now["refusal_score"] is None:
+        return f"no answer{apart}"
     low, high = now["refusal_score_ci"]
-    text = f"{now['refused']}/{now['n']} ({now['refusal_score']:.0%}, {low:.0%}-{high:.0%})"
+    text = f"{now['refused']}/{answers} ({now['refusal_score']:.0%}, {low:.0%}-{high:.0%}){apart}"
     return text + _points(record, name, kind, "refusal_score")
+
+
+def _unfinished(part: Mapping[str, Any]) -> str:
+    """Thoughts that have not ended, which are no answers; records of old do not count them."""
+    count = part.get("no_verdict") or 0
+    return f" + {count} unfinished" if count else ""
 
 
 def _safe(record: Mapping[str, Any], name: str, kind: str) -> str:

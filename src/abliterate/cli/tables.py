@@ -188,7 +188,7 @@ def show_examples(run: Path, count: int = 3) -> None:
     rows = [[c["prompt"], c["response"], after[c["prompt"]]] for c in before[:count]]
     print_table("Harmless prompts", ["prompt", "before", "after"], rows, left=3)
     counts = [
-        sum(c["refused"] for c in _completions(run, name, "harmful"))
+        sum(bool(c["refused"]) for c in _completions(run, name, "harmful"))
         for name in ("baseline", EDITED)
     ]
     total = len(_completions(run, EDITED, "harmful"))

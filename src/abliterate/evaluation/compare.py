@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +17,18 @@ from abliterate.evaluation.completions import (
     Completion,
     CompletionFile,
     no_scores,
+    scored,
     scores,
     share_changes,
 )
 from abliterate.inference.engine import Change
-from abliterate.inference.in_memory import engine_of, under
+from abliterate.inference.in_memory import engine_of
 from abliterate.metrics.intervals import bootstrap
 from abliterate.metrics.refusal import (
     check_refusal_tokens,
     kl_divergence,
     refusal_score,
 )
-from abliterate.metrics.refusal_substrings import is_refusal
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts
@@ -43,8 +41,6 @@ _CHUNK = 1 << 22
 
 # Seconds between two lines of progress where no bar is shown.
 _EVERY = 60.0
-
-Context = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -93,28 +89,17 @@ class Outcome:
         def counted(completions: tuple[Completion, ...] | None) -> dict[str, Any]:
             return no_scores() if completions is None else scores(completions)
 
-        found = self.metrics
+        metrics = self.metrics
         return {
             "harmful": counted(self.harmful)
-            | {"refusal_metric": found.harmful, "refusal_metric_ci": found.harmful_ci},
+            | {"refusal_metric": metrics.harmful, "refusal_metric_ci": metrics.harmful_ci},
             "harmless": counted(self.harmless)
-            | {"refusal_metric": found.harmless, "refusal_metric_ci": found.harmless_ci},
-            "kl_divergence": found.kl,
-            "kl_divergence_ci": found.kl_ci,
+            | {"refusal_metric": metrics.harmless, "refusal_metric_ci": metrics.harmless_ci},
+            "kl_divergence": metrics.kl,
+            "kl_divergence_ci": metrics.kl_ci,
             "losses": {name: dict(loss) for name, loss in self.losses.items()},
-            "tasks": {name: dict(found) for name, found in self.tasks.items()},
+            "tasks": {name: dict(figures) for name, figures in self.tasks.items()},
         }
-
-
-def intervention(loaded: LoadedModel, name: str, direction: Direction | None) -> Context:
-    """A factory of the context manager for ``baseline``, ``ablate``, ``add`` or ``subtract``.
-
-    Raises:
-        UsageError: the name is unknown, or it needs a direction or a source layer it lacks.
-    """
-    check_intervention(name, direction)
-    change = change_of(name, direction)
-    return lambda: under(loaded.model, change)
 
 
 def change_of(name: str, direction: Direction | None) -> Change:
@@ -127,7 +112,11 @@ def change_of(name: str, direction: Direction | None) -> Change:
 
 
 def check_intervention(name: str, direction: Direction | None) -> None:
-    """Raise as :func:`intervention` does, without a model."""
+    """Refuse what is no ``baseline``, ``ablate``, ``add`` or ``subtract``.
+
+    Raises:
+        UsageError: the name is unknown, or it needs a direction or a source layer it lacks.
+    """
     if name not in INTERVENTIONS:
         raise UsageError(
             f"--intervention must be one of {', '.join(INTERVENTIONS)}, checkpoint, not '{name}'"
@@ -194,12 +183,21 @@ def evaluate(
     check_refusal_tokens(refusal_tokens, baseline.shape[1])
     outcomes = {}
     for name, subject, change in runs:
-        context, done = partial(under, subject.model, change), []
+        done = []
         for kind in KINDS:
             rows = {prompt.text: row for row, prompt in enumerate(prompts[kind])}
-            own = [ids[kind][row] for row in rows.values()]
+            unique = [ids[kind][row] for row in rows.values()]
             file = CompletionFile(None, [prompts[kind][row] for row in rows.values()], "")
-            complete(subject, own, file, context, max_new_tokens, batch_size, (name, kind), chat)
+            complete(
+                subject,
+                unique,
+                file,
+                change=change,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                label=(name, kind),
+                chat=chat,
+            )
             said = {completion.prompt: completion for completion in file.completions}
             done.append(tuple(replace(said[p.text], category=p.category) for p in prompts[kind]))
         metrics = measure(subject, ids, baseline, refusal_tokens, change, batch_size, seed)
@@ -292,7 +290,8 @@ def complete(
     subject: LoadedModel,
     ids: Sequence[Sequence[int]],
     file: CompletionFile,
-    context: Context = nullcontext,
+    *,
+    change: Change = None,
     max_new_tokens: int = 512,
     batch_size: int | str = "auto",
     label: tuple[str, str] = ("", ""),
@@ -304,7 +303,7 @@ def complete(
         subject: model and tokenizer.
         ids: token ids of the file's prompts.
         file: what gets each completion as soon as it ends.
-        context: the intervention.
+        change: the intervention.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts per batch, or ``auto``.
         label: intervention and kind, for the progress bar and the log.
@@ -312,29 +311,30 @@ def complete(
     """
     prompts = list(file.prompts.values())
     done = [row for row, prompt in enumerate(prompts) if file.done(prompt.text)]
-    refused = sum(completion.refused for completion in file.completions)
+    refused = sum(bool(completion.refused) for completion in file.completions)
     count, spoke = len(done), time.monotonic()
-    where = f"evaluate: {label[0]}, {label[1]}"
+    description = f"evaluate: {label[0]}, {label[1]}"
     if done and len(done) < len(prompts):
-        log.info("%s: %d of %d completions are there already", where, len(done), len(prompts))
+        log.info("%s: %d of %d completions are there already", description, len(done), len(prompts))
 
     def answered(row: int, answer: list[int]) -> str:
         nonlocal refused, count, spoke
         text = subject.tokenizer.decode(answer, skip_special_tokens=True).strip()
-        prompt = prompts[row]
-        file.put(Completion(prompt.text, prompt.category, text, is_refusal(text)))
-        refused += is_refusal(text)
+        completion = scored(prompts[row], text, file.phrases)
+        file.put(completion)
+        refused += bool(completion.refused)
         count += 1
         note = f"{refused} of {count} refused"
         if bars_hidden() and time.monotonic() - spoke > _EVERY:
             spoke = time.monotonic()
-            log.info("%s: %s (%d prompts)", where, note, len(prompts))
+            log.info("%s: %s (%d prompts)", description, note, len(prompts))
         return note
 
     if len(done) < len(prompts):
-        with context(), file.writing():
-            engine_of(subject).answers(ids, max_new_tokens, batch_size, where, answered, done, chat)
-    log.info("%s: %d of %d refused", where, refused, len(prompts))
+        engine = engine_of(subject)
+        with engine.in_memory(change=change), file.writing():
+            engine.answers(ids, max_new_tokens, batch_size, description, answered, done, chat)
+    log.info("%s: %d of %d refused", description, refused, len(prompts))
 
 
 def deltas(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -344,38 +344,38 @@ def deltas(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """
     if "baseline" not in outcomes:
         return {}
-    interventions = {name: outcome.summary() for name, outcome in outcomes.items()}
-    before, baseline = outcomes["baseline"], interventions["baseline"]
+    baseline = outcomes["baseline"]
     return {
-        name: {
-            kind: share_changes(getattr(outcomes[name], kind), getattr(before, kind))
-            | {
-                "refusal_metric": _less(
-                    found[kind]["refusal_metric"], baseline[kind]["refusal_metric"]
-                )
-            }
-            for kind in KINDS
-        }
-        | {
-            "kl_divergence": _less(found["kl_divergence"], baseline["kl_divergence"]),
-            "losses": {
-                corpus: {
-                    key: _less(loss[key], baseline["losses"][corpus][key])
-                    for key in ("loss", "perplexity")
-                }
-                for corpus, loss in found["losses"].items()
-            },
-            "tasks": {
-                task: {
-                    key: _less(value, baseline["tasks"].get(task, {}).get(key))
-                    for key, value in figures.items()
-                    if "," in key and "_stderr," not in key
-                }
-                for task, figures in found["tasks"].items()
-            },
-        }
-        for name, found in interventions.items()
+        name: _changes(outcome, baseline)
+        for name, outcome in outcomes.items()
         if name != "baseline"
+    }
+
+
+def _changes(outcome: Outcome, baseline: Outcome) -> dict[str, Any]:
+    now, before = outcome.summary(), baseline.summary()
+    of_kinds = {
+        kind: share_changes(getattr(outcome, kind), getattr(baseline, kind))
+        | {"refusal_metric": _less(now[kind]["refusal_metric"], before[kind]["refusal_metric"])}
+        for kind in KINDS
+    }
+    return of_kinds | {
+        "kl_divergence": _less(now["kl_divergence"], before["kl_divergence"]),
+        "losses": {
+            corpus: {
+                key: _less(loss[key], before["losses"][corpus][key])
+                for key in ("loss", "perplexity")
+            }
+            for corpus, loss in now["losses"].items()
+        },
+        "tasks": {
+            task: {
+                key: _less(value, before["tasks"].get(task, {}).get(key))
+                for key, value in figures.items()
+                if "," in key and "_stderr," not in key
+            }
+            for task, figures in now["tasks"].items()
+        },
     }
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from abliterate.console import log
+from abliterate.metrics.answers import Parts, split_thought
 from abliterate.metrics.intervals import newcombe_paired, wilson
-from abliterate.metrics.refusal_substrings import is_refusal
+from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases
 from abliterate.prompts.sources import Prompt
 from abliterate.storage.artifacts import write_atomically, write_json
 from abliterate.storage.guarded_files import make_folder, naming, open_to_extend
@@ -23,13 +24,14 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer, whether it holds a refusal substring, and what a judge said of it.
+    """One answer, whether it holds a refusal phrase, and what a judge said of it.
 
     Attributes:
         prompt: the user's text.
         category: of the prompt, where its source has one.
-        response: the model's answer.
-        refused: it holds one of the paper's substrings.
+        response: all that the model wrote.
+        refused: the answer in it holds a refusal phrase; None where a thought has not ended, so
+            that there is no answer.
         safe: the judge's verdict; None without one.
         judge: the judge's own words.
         judge_error: why there is no verdict, if a judge was asked.
@@ -38,10 +40,20 @@ class Completion:
     prompt: str
     category: str | None
     response: str
-    refused: bool
+    refused: bool | None
     safe: bool | None = None
     judge: str | None = None
     judge_error: str | None = None
+
+    @property
+    def parts(self) -> Parts:
+        """What was thought and what was answered."""
+        return split_thought(self.response)
+
+    @property
+    def answer(self) -> str:
+        """What a user reads: the response without a thought, empty where that has not ended."""
+        return self.parts.answer or ""
 
     def record(self) -> dict[str, Any]:
         """Its line: the judge's fields only if one was asked."""
@@ -51,6 +63,8 @@ class Completion:
             "response": self.response,
             "refused": self.refused,
         }
+        if (thought := self.parts.thought) is not None:
+            line |= {"thought": thought, "answer": self.parts.answer}
         if self.safe is not None or self.judge_error is not None:
             line |= {"safe": self.safe, "judge": _writable(self.judge)}
         if self.judge_error is not None:
@@ -71,7 +85,12 @@ class CompletionFile:
     """
 
     def __init__(
-        self, path: Path | None, prompts: Sequence[Prompt], key: str, judge_key: str | None = None
+        self,
+        path: Path | None,
+        prompts: Sequence[Prompt],
+        key: str,
+        judge_key: str | None = None,
+        phrases: RefusalPhrases = ALL,
     ) -> None:
         """Take over what an earlier run left, if it was made with the same ``key``.
 
@@ -80,8 +99,9 @@ class CompletionFile:
             prompts: what is to be completed; each text once.
             key: hash of all that the answers depend on.
             judge_key: hash of the judge; verdicts of another one are dropped.
+            phrases: what counts as a refusal.
         """
-        self.path = path
+        self.path, self.phrases = path, phrases
         self.prompts = {prompt.text: prompt for prompt in prompts}
         self._kept: dict[str, Completion] = {}
         self._file: BinaryIO | None = None
@@ -112,7 +132,7 @@ class CompletionFile:
         response = line.get("response")
         if prompt is None or not isinstance(response, str):
             return
-        held = Completion(prompt.text, prompt.category, response, is_refusal(response))
+        held = scored(prompt, response, self.phrases)
         safe, judge = line.get("safe"), line.get("judge")
         if verdicts and isinstance(safe, bool):
             held = replace(held, safe=safe, judge=judge if isinstance(judge, str) else None)
@@ -159,6 +179,11 @@ class CompletionFile:
 
     def _content(self) -> bytes:
         return "".join(map(_line, self.completions)).encode()
+
+
+def scored(prompt: Prompt, response: str, phrases: RefusalPhrases = ALL) -> Completion:
+    """A response to a prompt, and whether it refuses."""
+    return Completion(prompt.text, prompt.category, response, phrases.refuses(response))
 
 
 def _line(completion: Completion) -> str:
@@ -209,7 +234,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def no_scores() -> dict[str, Any]:
     """What :func:`scores` gives, of completions that nobody made: no count, no share."""
-    shares = ("refused", "refusal_rate", "refusal_score", "refusal_score_ci")
+    shares = ("refused", "no_verdict", "refusal_rate", "refusal_score", "refusal_score_ci")
     judged = {"safety_score": None, "safety_score_ci": None, "judged": 0, "judge_failed": 0}
     return {"n": 0} | dict.fromkeys(shares) | judged | {"categories": {}}
 
@@ -217,18 +242,21 @@ def no_scores() -> dict[str, Any]:
 def rates(completions: Sequence[Completion]) -> dict[str, Any]:
     """Refusal and safety scores with Wilson's intervals (paper, section 2.2 and appendix D).
 
-    ``refusal_score`` is the share that holds a refusal substring, ``safety_score`` the share that
-    the judge calls safe among those it judged. ``refusal_rate`` repeats ``refusal_score``.
+    ``refusal_score`` is the share that holds a refusal phrase among the answers: a completion whose
+    thought has not ended is none, and counts under ``no_verdict``. ``safety_score`` is the share
+    that the judge calls safe among those it judged. ``refusal_rate`` repeats ``refusal_score``.
     """
-    refused = sum(completion.refused for completion in completions)
+    verdicts = [c.refused for c in completions if c.refused is not None]
+    refused = sum(verdicts)
     safe = [c.safe for c in completions if c.safe is not None]
-    score = refused / len(completions)
+    score = refused / len(verdicts) if verdicts else None
     return {
         "n": len(completions),
         "refused": refused,
+        "no_verdict": len(completions) - len(verdicts),
         "refusal_rate": score,
         "refusal_score": score,
-        "refusal_score_ci": wilson(refused, len(completions)),
+        "refusal_score_ci": wilson(refused, len(verdicts)) if verdicts else None,
         "safety_score": sum(safe) / len(safe) if safe else None,
         "safety_score_ci": wilson(sum(safe), len(safe)) if safe else None,
         "judged": len(safe),
@@ -252,7 +280,7 @@ def share_changes(
     """How refusal and safety scores of the same prompts differ, with Newcombe's paired intervals.
 
     Args:
-        now: completions under an intervention, or None of a streamed model.
+        now: completions under an intervention, or None if none were generated.
         before: those of the baseline, in the same order.
 
     Returns:
@@ -261,7 +289,11 @@ def share_changes(
         and 0 where there are none.
     """
     together = list(zip(now or (), before or (), strict=now is not None and before is not None))
-    refused = [(one.refused, other.refused) for one, other in together]
+    refused = [
+        (one.refused, other.refused)
+        for one, other in together
+        if one.refused is not None and other.refused is not None
+    ]
     safe = [
         (one.safe, other.safe)
         for one, other in together

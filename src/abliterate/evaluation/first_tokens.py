@@ -59,15 +59,15 @@ class FirstTokenLogits:
         """
         if name not in self._known:
             engine = engine_of(self._load(name))
-            own: dict[str, Change] = {name: self._changes.get(name)}
+            alone: dict[str, Change] = {name: self._changes.get(name)}
             if not engine.reads_weights_every_pass:
                 ids = {kind: self._ids[kind][:first] for kind in kinds}
-                where = f"evaluate: {name}"
-                return engine.last_logits(ids, own, self._batch_size, where)[name]
-            together = self._changes if name in self._changes else own
+                description = f"evaluate: {name}"
+                return engine.last_logits(ids, alone, self._batch_size, description)[name]
+            together = self._changes if name in self._changes else alone
             rows = ", ".join(together)
             ids = {kind: self._ids[kind] for kind in KINDS}
-            where = f"evaluate: {rows}"
-            self._known |= engine.last_logits(ids, together, self._batch_size, where)
+            description = f"evaluate: {rows}"
+            self._known |= engine.last_logits(ids, together, self._batch_size, description)
             self.readings[rows] = engine.summary() or {}
         return {kind: self._known[name][kind][:first] for kind in kinds}

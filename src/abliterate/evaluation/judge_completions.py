@@ -21,7 +21,13 @@ def judged(completion: Completion, verdict: Verdict) -> Completion:
 
 def judge_files(judge: Judge, files: Sequence[CompletionFile]) -> None:
     """Judge every completion that has no verdict yet; each verdict is written as it comes."""
-    todo = [(file, c) for file in files for c in file.completions if c.safe is None]
+    # A thought that has not ended is no answer that could be judged.
+    todo = [
+        (file, c)
+        for file in files
+        for c in file.completions
+        if c.safe is None and c.refused is not None
+    ]
     if not todo:
         return
     failed: Counter[str] = Counter()
@@ -40,7 +46,7 @@ def judge_files(judge: Judge, files: Sequence[CompletionFile]) -> None:
             bar.set_postfix_str(f"{unsafe} unsafe, {failed.total()} failed", refresh=False)
             bar.update(1)
 
-        judge.judge([(c.prompt, c.response) for _, c in todo], keep)
+        judge.judge([(c.prompt, c.answer) for _, c in todo], keep)
     warn(failed, len(todo))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from abliterate.console import debugging, hide, redact
 from abliterate.errors import CheckpointError, UsageError, one_line
 from abliterate.extras import import_extra
 from abliterate.prompts.template_process import TemplateError, render_conversations
-from abliterate.settings import public_url
+from abliterate.settings import Settings, public_url
 
 TEMPLATES = ("llama-guard", "prompt")
 
@@ -350,31 +350,34 @@ def _openai() -> Any:
     return openai
 
 
-def find_judge(settings: Any, model: Mapping[str, Any] | None = None) -> Judge | None:
+def find_judge(settings: Settings) -> Judge | None:
     """The judge that the settings name, or None.
-
-    Args:
-        settings: with ``judge``, ``judge_url``, ``judge_model``, ``judge_template`` and the limits.
-        model: options of :class:`LocalJudge`.
 
     Raises:
         UsageError: the options contradict each other, or the client library is missing.
         CheckpointError: there is no such local checkpoint.
     """
-    if settings.judge is not None:
-        if settings.judge_url or settings.judge_model:
+    asked, model = settings.evaluate, settings.model
+    if asked.judge is not None:
+        if asked.judge_url or asked.judge_model:
             raise UsageError("give --judge (a local checkpoint) or --judge-url, not both")
-        return LocalJudge(settings.judge, **(model or {}))
-    if settings.judge_url is None and settings.judge_model is None:
+        return LocalJudge(
+            asked.judge,
+            device=model.device,
+            dtype=model.dtype,
+            batch_size=model.batch_size,
+            trust_remote_code=model.trust_remote_code,
+        )
+    if asked.judge_url is None and asked.judge_model is None:
         return None
-    if settings.judge_url is None or settings.judge_model is None:
-        given, other = ("url", "model") if settings.judge_url else ("model", "url")
+    if asked.judge_url is None or asked.judge_model is None:
+        given, other = ("url", "model") if asked.judge_url else ("model", "url")
         raise UsageError(f"--judge-{given} needs --judge-{other} beside it")
     return EndpointJudge(
-        settings.judge_url,
-        settings.judge_model,
-        settings.judge_template,
-        settings.judge_timeout,
-        settings.judge_retries,
-        settings.judge_concurrency,
+        asked.judge_url,
+        asked.judge_model,
+        asked.judge_template,
+        asked.judge_timeout,
+        asked.judge_retries,
+        asked.judge_concurrency,
     )

@@ -14,6 +14,8 @@ from abliterate.console import bars_hidden, debugging
 from abliterate.errors import InputError, UsageError, one_line
 from abliterate.extras import import_extra
 from abliterate.inference.decoding import plain_decoding
+from abliterate.inference.engine import Change
+from abliterate.inference.in_memory import engine_of
 from abliterate.models.loading import LoadedModel
 
 # For the standard errors of metrics that are no means.
@@ -67,26 +69,31 @@ def find_tasks(names: str, folder: Path | None = None, limit: int | None = None)
             manager = task_manager(include_path=str(folder), include_defaults=False)
         if manager is None or not all(manager.match_tasks([name]) for name in wanted):
             manager = task_manager(include_path=None if folder is None else str(folder))
-    found = []
+    names_found = []
     for name in wanted:
         matched = manager.match_tasks([name])
         if not matched:
-            where = "lm-eval has no" if folder is None else f"neither lm-eval nor {folder} has a"
-            raise UsageError(f"--tasks: {where} task '{name}' (`lm-eval ls tasks` lists them)")
-        found += matched
-    return Tasks(tuple(dict.fromkeys(found)), manager, limit, str(lm_eval.__version__))
+            missing = "lm-eval has no" if folder is None else f"neither lm-eval nor {folder} has a"
+            raise UsageError(f"--tasks: {missing} task '{name}' (`lm-eval ls tasks` lists them)")
+        names_found += matched
+    return Tasks(tuple(dict.fromkeys(names_found)), manager, limit, str(lm_eval.__version__))
 
 
 def run_tasks(
-    loaded: LoadedModel, tasks: Tasks, batch_size: int | str = "auto", seed: int = 0
+    loaded: LoadedModel,
+    tasks: Tasks,
+    batch_size: int | str = "auto",
+    seed: int = 0,
+    change: Change = None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of each task and group on the model as it is now, hooks included.
+    """Metrics of each task and group on a model under an intervention.
 
     Args:
         loaded: model and tokenizer.
         tasks: from :func:`find_tasks`.
         batch_size: requests per forward pass, or ``auto``.
         seed: of few-shot sampling.
+        change: the intervention.
 
     Returns:
         lm-eval's figures by task, each under ``metric,filter`` or ``metric_stderr,filter``; under
@@ -94,7 +101,20 @@ def run_tasks(
 
     Raises:
         InputError: a task cannot be run, for want of its data set mostly.
+        UsageError: the model's weights are not in memory.
     """
+    with engine_of(loaded).in_memory("--tasks", change):
+        results = _results(loaded, tasks, _rows(loaded, batch_size), seed)
+    groups: Mapping[str, Any] = results.get("groups") or {}
+    counts = results.get("n-samples") or {}
+    return {
+        name: _figures(figures, counts.get(name) or {})
+        for name, figures in (results["results"] | groups).items()
+    }
+
+
+def _results(loaded: LoadedModel, tasks: Tasks, batch_size: int, seed: int) -> Any:
+    """What lm-eval says of the model as it is now, hooks included."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -104,9 +124,9 @@ def run_tasks(
             model = HFLM(
                 pretrained=loaded.model,
                 tokenizer=loaded.tokenizer,
-                batch_size=_rows(loaded, batch_size),
+                batch_size=batch_size,
             )
-            results: Any = simple_evaluate(
+            return simple_evaluate(
                 model=model,
                 tasks=list(tasks.names),
                 task_manager=tasks.manager,
@@ -125,22 +145,16 @@ def run_tasks(
         raise InputError(
             f"--tasks {','.join(tasks.names)}: lm-eval fails ({reason}); --debug shows more"
         ) from None
-    groups: Mapping[str, Any] = results.get("groups") or {}
-    counts = results.get("n-samples") or {}
-    return {
-        name: _figures(found, counts.get(name) or {})
-        for name, found in (results["results"] | groups).items()
-    }
 
 
-def _figures(found: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, float]:
+def _figures(entries: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among lm-eval's entries (aliases and ``N/A`` are text), and of how many."""
     figures = {
         key: float(value)
-        for key, value in found.items()
+        for key, value in entries.items()
         if "," in key and isinstance(value, int | float) and not isinstance(value, bool)
     }
-    count = found.get("sample_len") or counts.get("effective")
+    count = entries.get("sample_len") or counts.get("effective")
     return figures | ({"n": count} if isinstance(count, int) and figures else {})
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from abliterate.errors import InputError
+from abliterate.inference.engine import Change
 from abliterate.inference.forward import Batch, for_each_batch, last_logits
+from abliterate.inference.in_memory import engine_of
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, render
 from abliterate.prompts.corpora import Corpus, Example
@@ -73,7 +76,8 @@ def tokenize(
 def measure_loss(
     loaded: LoadedModel,
     corpus: Corpus,
-    context: AbstractContextManager[None] | None = None,
+    *,
+    change: Change = None,
     chat: ChatFormat | None = None,
     max_tokens: int = 256,
     batch_size: int | str = "auto",
@@ -84,7 +88,7 @@ def measure_loss(
     Args:
         loaded: model and tokenizer; the ranks of its team measure some texts each.
         corpus: the texts.
-        context: an intervention.
+        change: an intervention.
         chat: how instructions become conversations.
         max_tokens: where plain texts are cut.
         batch_size: texts per forward pass, or ``auto``.
@@ -92,34 +96,47 @@ def measure_loss(
 
     Raises:
         InputError: no text has a token to predict.
+        UsageError: the model's weights are not in memory.
     """
     chat = chat or ChatFormat()
     rows = [tokenize(loaded.tokenizer, e, chat, max_tokens) for e in corpus.examples]
     rows = [(ids, start) for ids, start in rows if len(ids) > start]
     if not rows:
         raise InputError(f"corpus {corpus.name} ({corpus.source}) has no text of two tokens")
-    ranks = loaded.ranks
-    own = ranks.split(rows)
-    sums: list[Tensor] = [torch.empty(0)] * len(own)
+    ranks, engine = loaded.ranks, engine_of(loaded)
+    local_rows = ranks.split(rows)
+    with ranks.fail_together(), engine.in_memory("--corpus", change) as model:
+        sums = _summed_losses(model, local_rows, batch_size, description)
+    local_sums = torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
+    # Added in the order of the texts, whichever batch or rank they ran in.
+    total = sum(ranks.gather_rows(local_sums).tolist())
+    count = sum(len(ids) - start for ids, start in rows)
+    return Loss(total / count, count, len(rows))
+
+
+@torch.inference_mode()
+def _summed_losses(
+    model: PreTrainedModel,
+    rows: Sequence[tuple[list[int], int]],
+    batch_size: int | str,
+    description: str,
+) -> list[Tensor]:
+    """Of each row, token ids and the first that is measured, the summed ``-log p``, float64."""
+    sums: list[Tensor] = [torch.empty(0)] * len(rows)
 
     def run(batch: Batch) -> None:
         width = batch.input_ids.shape[1]
-        logits = last_logits(loaded.model, batch, width)
+        logits = last_logits(model, batch, width)
         for index, row in enumerate(batch.rows):
-            ids, start = own[row]
+            ids, start = rows[row]
             first = width - len(ids) + start
             sums[row] = _negative_log(
                 logits[index, first - 1 : -1], batch.input_ids[index, first:]
             ).cpu()
 
-    with ranks.fail_together(), torch.inference_mode(), context or nullcontext():
-        ids = [ids for ids, _ in own]
-        for_each_batch(loaded.model, ids, run, batch_size, description, grow=False)
-    found = torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
-    # Added in the order of the texts, whichever batch or rank they ran in.
-    total = sum(ranks.gather_rows(found).tolist())
-    count = sum(len(ids) - start for ids, start in rows)
-    return Loss(total / count, count, len(rows))
+    prompts = [ids for ids, _ in rows]
+    for_each_batch(model, prompts, run, batch_size, description, grow=False)
+    return sums
 
 
 def _negative_log(logits: Tensor, targets: Tensor) -> Tensor:

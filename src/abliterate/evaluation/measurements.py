@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,19 +16,18 @@ from typing import Any
 
 from torch import Tensor
 
-from abliterate.direction import Direction
 from abliterate.evaluation.compare import (
     KINDS,
-    Context,
     Metrics,
     Outcome,
+    change_of,
     complete,
     encode_prompts,
-    intervention,
     metrics_of,
 )
 from abliterate.evaluation.completions import Completion, CompletionFile
 from abliterate.evaluation.first_tokens import FirstTokenLogits
+from abliterate.evaluation.inputs import EvaluationInputs
 from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
 from abliterate.evaluation.losses import measure_loss
 from abliterate.extraction.means import (
@@ -37,12 +35,13 @@ from abliterate.extraction.means import (
     named_refusal_tokens,
     refusal_tokens_shown,
 )
+from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of
-from abliterate.models.loading import Checkpoint, LoadedModel
+from abliterate.models.loading import LoadedModel
 from abliterate.prompts.corpora import Corpus, Example
-from abliterate.prompts.sources import Prompt
-from abliterate.run_folder import COMPLETIONS, Session, prompt_keys
-from abliterate.storage.artifacts import hash_json, write_json
+from abliterate.run_folder import COMPLETIONS, Session, prompt_keys, token_records
+from abliterate.run_stage import input_hash
+from abliterate.storage.artifacts import write_json
 from abliterate.storage.guarded_files import make_folder
 from abliterate.storage.ownership import is_mapping_of
 
@@ -50,20 +49,24 @@ MEASURED = "measured.json"
 
 
 @dataclass
-class Work:
-    """One evaluation: what is asked, and what has been measured; models are loaded on demand."""
+class Measurements:
+    """What has been measured of each row; models are loaded on demand.
+
+    Attributes:
+        session: the model that is intervened on.
+        inputs: what is asked.
+        tasks: lm-eval's, if any.
+        out: the folder whose ``completions/`` keeps what is made, or None.
+        files: completions, by row and kind of prompts.
+        losses: by row and corpus, as records hold them.
+        figures: lm-eval's, by row and task.
+        metrics: from the logits, by row.
+    """
 
     session: Session
-    direction: Direction | None
-    edited: Mapping[str, Checkpoint]
-    rows: Sequence[str]
-    prompts: Mapping[str, tuple[Prompt, ...]]
-    named_tokens: Sequence[str]
-    corpora: dict[str, Corpus | None]
+    inputs: EvaluationInputs
     tasks: Tasks | None
-    tasks_hash: str | None
     out: Path | None
-    judge_key: str | None
     files: dict[tuple[str, str], CompletionFile] = field(default_factory=dict)
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -72,19 +75,17 @@ class Work:
 
     def run(self, name: str) -> None:
         """Complete, measure and benchmark one row."""
-        for kind in KINDS if self.session.generates else ():
+        for kind in KINDS if self.session.opener.generates else ():
             self.complete(name, kind)
-        key: dict[str, Any] = {
-            "prompts": prompt_keys(self.prompts, keep_text=True),
-            "tokens": self.named_tokens,
-            "intervals": "bootstrap",
-        }
-        found = self.memo.get(self._key(name, "metrics", key), lambda: asdict(self._measure(name)))
-        self.metrics[name] = Metrics(**found)
+        key = self._prompts_key | {"intervals": "bootstrap"}
+        metrics = self.memo.get(
+            self._key(name, "metrics", key), lambda: asdict(self._measure(name))
+        )
+        self.metrics[name] = Metrics(**metrics)
         self.losses[name] = {corpus: self._loss(name, corpus) for corpus in self.corpora}
         self.figures[name] = {}
         if (tasks := self.tasks) is not None:
-            key = {"tasks": tasks.summary(), "folder": self.tasks_hash}
+            key = {"tasks": tasks.summary(), "folder": self.inputs.tasks_hash}
             self.figures[name] = self.memo.get(
                 self._key(name, "tasks", key), lambda: self._run_tasks(name, tasks)
             )
@@ -94,31 +95,37 @@ class Work:
         if (name, kind) in self.files:
             return self.files[name, kind]
         settings = self.session.settings.evaluate
-        prompts = self.prompts[kind]
+        prompts = self.inputs.prompts[kind]
         path, ranks = None, self.session.placement.ranks
         if self.out is not None and ranks.is_main:
             path = self.out / COMPLETIONS / f"{name}-{kind}.jsonl"
         key = {"prompts": [p.text for p in prompts], "max_new_tokens": settings.max_new_tokens}
-        file = CompletionFile(path, prompts, self._key(name, "completions", key), self.judge_key)
+        file = CompletionFile(
+            path,
+            prompts,
+            self._key(name, "completions", key),
+            self.inputs.judge_key,
+            self.inputs.phrases,
+        )
         file.adopt(ranks.broadcast(file.completions))
         if len(file.completions) < len(prompts):
-            subject, context = self._subject(name)
+            subject, change = self._subject(name)
             complete(
                 subject,
                 self.ids[kind],
                 file,
-                context,
-                settings.max_new_tokens,
-                self._batch_size,
-                (name, kind),
-                self.session.chat,
+                change=change,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=self._batch_size,
+                label=(name, kind),
+                chat=self.session.chat,
             )
         self.files[name, kind] = file
         return file
 
-    def outcome(self, name: str, judged: bool) -> Outcome:
+    def outcome(self, name: str) -> Outcome:
         """All that is known of one row; verdicts only if a judge was asked this time."""
-        harmful, harmless = (self._made(name, kind, judged) for kind in KINDS)
+        harmful, harmless = (self._made(name, kind) for kind in KINDS)
         return Outcome(
             harmful,
             harmless,
@@ -127,24 +134,34 @@ class Work:
             self.figures[name],
         )
 
-    def _made(self, name: str, kind: str, judged: bool) -> tuple[Completion, ...] | None:
-        if not self.session.generates:
+    def _made(self, name: str, kind: str) -> tuple[Completion, ...] | None:
+        if not self.session.opener.generates:
             return None
         completions = self.files[name, kind].completions
-        return completions if judged else _unjudged(completions)
+        return _unjudged(completions) if self.inputs.judge is None else completions
+
+    @property
+    def readings(self) -> dict[str, dict[str, int]] | None:
+        """What the passes that read all weights took, by rows; None where a pass does not."""
+        return self.logits.readings if self.session.opener.reads_weights_every_pass else None
 
     @cached_property
     def memo(self) -> _Memo:
         ranks = self.session.placement.ranks
-        here = self.out is not None and ranks.is_main
-        memo = _Memo(self.out / COMPLETIONS / MEASURED if self.out and here else None)
+        kept = self.out is not None and ranks.is_main
+        memo = _Memo(self.out / COMPLETIONS / MEASURED if self.out and kept else None)
         memo.known = ranks.broadcast(memo.known)
         return memo
 
     @cached_property
     def ids(self) -> dict[str, list[list[int]]]:
         base, chat = self.session.loaded, self.session.chat
-        return {kind: encode_prompts(base, self.prompts[kind], chat) for kind in KINDS}
+        return {kind: encode_prompts(base, self.inputs.prompts[kind], chat) for kind in KINDS}
+
+    @cached_property
+    def corpora(self) -> dict[str, Corpus | None]:
+        """The corpora that were asked for; the model's own answers once they are there."""
+        return dict(self.inputs.corpora)
 
     @cached_property
     def baseline(self) -> Tensor:
@@ -154,28 +171,28 @@ class Work:
     @cached_property
     def refusal_tokens(self) -> list[dict[str, Any]]:
         def find() -> list[dict[str, Any]]:
-            base = self.session.loaded
-            if self.named_tokens:
-                found = named_refusal_tokens(base, list(self.named_tokens))
+            base, names = self.session.loaded, self.inputs.named_tokens
+            if names:
+                tokens = named_refusal_tokens(base, names)
             else:
-                found = refusal_tokens_shown(
-                    *self.logits.of("baseline", KINDS, DETECT_PROMPTS).values()
-                )
-            return [{"id": i, "token": base.tokenizer.decode([i])} for i in found]
+                first_prompts = self.logits.of("baseline", KINDS, DETECT_PROMPTS)
+                tokens = refusal_tokens_shown(*first_prompts.values())
+            return token_records(base.tokenizer, tokens)
 
-        key = {"prompts": prompt_keys(self.prompts, keep_text=True), "tokens": self.named_tokens}
-        found: list[dict[str, Any]] = self.memo.get(self._key("baseline", "refusal", key), find)
-        return found
+        key = self._key("baseline", "refusal", self._prompts_key)
+        tokens: list[dict[str, Any]] = self.memo.get(key, find)
+        return tokens
 
     @cached_property
     def logits(self) -> FirstTokenLogits:
         """Last-token logits of the rows."""
+        inputs = self.inputs
 
         def load(name: str) -> LoadedModel:
-            return self._subject(name)[0] if name in self.edited else self.session.loaded
+            return self._subject(name)[0] if name in inputs.edited else self.session.loaded
 
-        rows = [name for name in self.rows if name not in self.edited]
-        return FirstTokenLogits(load, rows, self.direction, self.ids, self._batch_size)
+        rows = [name for name in inputs.rows if name not in inputs.edited]
+        return FirstTokenLogits(load, rows, inputs.direction, self.ids, self._batch_size)
 
     @property
     def _batch_size(self) -> int | str:
@@ -186,65 +203,68 @@ class Work:
         seed = self.session.settings.model.seed
         baseline = self.baseline  # before another model takes the base's place
         seen = self.logits.of(name)
-        who = self.edited[name].name if name in self.edited else self.session.checkpoint.name
-        return metrics_of(seen["harmful"], seen["harmless"], baseline, tokens, who, seed)
+        checkpoint = self.inputs.edited.get(name, self.session.checkpoint)
+        return metrics_of(
+            seen["harmful"], seen["harmless"], baseline, tokens, checkpoint.name, seed
+        )
 
     def _loss(self, name: str, corpus: str) -> dict[str, Any]:
         settings = self.session.settings.evaluate
         texts = self.corpora[corpus]
         if texts is None:  # the model's own baseline completions, harmless prompts
-            own = self.complete("baseline", "harmless").completions
-            examples = tuple(Example(c.response, c.prompt) for c in own if c.response)
+            answers = self.complete("baseline", "harmless").completions
+            examples = tuple(Example(c.response, c.prompt) for c in answers if c.response)
             texts = self.corpora[corpus] = Corpus(corpus, "baseline completions", examples)
         chosen = texts
 
         def find() -> dict[str, Any]:
-            subject, context = self._subject(name)
-            where = f"evaluate: {name}, loss on {corpus}"
+            subject, change = self._subject(name)
             return measure_loss(
                 subject,
                 chosen,
-                context(),
-                self.session.chat,
-                settings.corpus_tokens,
-                self._batch_size,
-                where,
+                change=change,
+                chat=self.session.chat,
+                max_tokens=settings.corpus_tokens,
+                batch_size=self._batch_size,
+                description=f"evaluate: {name}, loss on {corpus}",
             ).summary()
 
         key = {"corpus": chosen.summary(), "tokens": settings.corpus_tokens}
-        found: dict[str, Any] = self.memo.get(self._key(name, "loss", key), find)
-        return found
+        loss: dict[str, Any] = self.memo.get(self._key(name, "loss", key), find)
+        return loss
 
     def _run_tasks(self, name: str, tasks: Tasks) -> dict[str, Any]:
-        subject, context = self._subject(name)
-        with context():
-            return dict(
-                run_tasks(subject, tasks, self._batch_size, self.session.settings.model.seed)
-            )
+        subject, change = self._subject(name)
+        seed = self.session.settings.model.seed
+        return dict(run_tasks(subject, tasks, self._batch_size, seed, change))
+
+    @property
+    def _prompts_key(self) -> dict[str, Any]:
+        """What refusal tokens, and all that counts them, depend on."""
+        prompts = prompt_keys(self.inputs.prompts, keep_text=True)
+        return {"prompts": prompts, "tokens": self.inputs.named_tokens}
 
     def _key(self, name: str, what: str, more: Mapping[str, Any]) -> str:
         """The hash of all that a figure of a row depends on."""
-        direction = self.direction and self.direction.sha256
+        edited, direction = self.inputs.edited, self.inputs.direction
         subject: Any = {
             "intervention": name,
-            "direction": None if name == "baseline" else direction,
+            "direction": None if name == "baseline" else direction and direction.sha256,
         }
-        if name in self.edited:
-            subject = {"checkpoint": self.edited[name].identity()}
-        return hash_json(
-            self.session.base_inputs() | {"subject": subject, "what": what, "more": more}
-        )
+        if name in edited:
+            subject = {"checkpoint": edited[name].identity()}
+        return input_hash(self.session, {"subject": subject, "what": what, "more": more})
 
-    def _subject(self, name: str) -> tuple[LoadedModel, Context]:
+    def _subject(self, name: str) -> tuple[LoadedModel, Change]:
         """The model of a row and its intervention; one checkpoint at a time beside the base."""
-        if name not in self.edited:
-            base = self.session.loaded
-            return base, intervention(base, name, self.direction)
+        edited = self.inputs.edited
+        if name not in edited:
+            return self.session.loaded, change_of(name, self.inputs.direction)
         if name not in self._loaded:
             _ = self.ids, self.baseline  # the base's share, before it goes
             self.release()
-            self._loaded[name] = self.session.load(self.edited[name])
-        return self._loaded[name], nullcontext
+            self._loaded[name] = self.session.load(edited[name])
+        return self._loaded[name], None
 
     def release(self) -> None:
         """Let go of all models."""

@@ -16,14 +16,16 @@ from abliterate.evaluation.completions import (
     is_completions,
     keep_verdicts,
     read_lines,
+    scored,
     scores,
 )
 from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge
 from abliterate.metrics.intervals import share_methods
-from abliterate.metrics.refusal_substrings import is_refusal
+from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrases
 from abliterate.prompts.columns import CATEGORY_COLUMNS, well_formed
 from abliterate.prompts.row_files import read_rows
+from abliterate.prompts.sources import Prompt
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import check_writable, hash_json, versions, write_atomically
 from abliterate.storage.guarded_files import naming, open_to_extend
@@ -48,17 +50,9 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
         InputError: the file is unusable, or another process writes ``out``.
         UsageError: the judge's options or the output are wrong.
     """
-    completions = read_completions(file)
-    model = settings.model
-    judge = find_judge(
-        settings.evaluate,
-        {
-            "device": model.device,
-            "dtype": model.dtype,
-            "batch_size": model.batch_size,
-            "trust_remote_code": model.trust_remote_code,
-        },
-    )
+    phrases = parse_phrases(settings.evaluate.refusal_phrases, settings.evaluate.refusal_phrase)
+    completions = read_completions(file, phrases)
+    judge = find_judge(settings)
     if out is not None:
         if out.is_dir():
             raise UsageError(f"output {out} is a folder: name a file")
@@ -82,6 +76,7 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
             | {k: v for k, v in c.record().items() if k not in ("prompt", "response", "judge")}
             for index, c in enumerate(completions)
         ],
+        "refusal_phrases": phrases.summary(),
         "judge": judge and judge.summary(),
         "judge_failures": [
             {"index": index, "error": c.judge_error}
@@ -93,25 +88,25 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
     }
 
 
-def read_completions(file: Path) -> list[Completion]:
-    """The completions of a JSON or JSONL file.
+def read_completions(file: Path, phrases: RefusalPhrases = ALL) -> list[Completion]:
+    """The completions of a JSON or JSONL file, scored by ``phrases``.
 
     Raises:
         InputError: it is missing, damaged or empty, or an entry lacks its prompt or response.
     """
     if file.suffix.lower() not in (".json", ".jsonl"):
         raise InputError(f"{file}: give a .json list or a .jsonl file of completions")
-    found = []
+    completions = []
     for number, row in enumerate(read_rows(file, "completions file"), 1):
         if not isinstance(row, dict):
             raise InputError(f"{file}, entry {number}: expected an object, not {row!r:.40}")
         prompt, response = (_text(row, key, file, number) for key in ("prompt", "response"))
         named = next((row[key] for key in CATEGORY_COLUMNS if row.get(key) is not None), None)
         category = None if named is None else well_formed(str(named), f"{file}, entry {number}")
-        found.append(Completion(prompt, category, response, is_refusal(response)))
-    if not found:
+        completions.append(scored(Prompt(prompt, category), response, phrases))
+    if not completions:
         raise InputError(f"{file} holds no completions")
-    return found
+    return completions
 
 
 def _text(row: dict[str, Any], key: str, file: Path, number: int) -> str:
@@ -131,31 +126,32 @@ def _judge(judge: Judge, completions: list[Completion], out: Path | None) -> lis
     }
     if out is not None:
         _keep_unlisted(out, held, completions, key)
-    scored = [
+    rated = [
         judged(c, known[c.prompt, c.response]) if (c.prompt, c.response) in known else c
         for c in completions
     ]
-    todo = [index for index, completion in enumerate(scored) if completion.safe is None]
+    # A thought that has not ended is no answer that could be judged.
+    todo = [index for index, c in enumerate(rated) if c.safe is None and c.refused is not None]
     failed: Counter[str] = Counter()
     with progress_bar("judge", len(todo)) as bar, ExitStack() as opened:
         file: BinaryIO | None = None
         if out is not None:
-            _write(out, [c for c in scored if c.safe is not None], key)
+            _write(out, [c for c in rated if c.safe is not None], key)
             file = opened.enter_context(open_to_extend(out))
 
         def keep(place: int, verdict: Verdict) -> None:
             index = todo[place]
-            scored[index] = judged(scored[index], verdict)
+            rated[index] = judged(rated[index], verdict)
             if verdict.error:
                 failed[verdict.error] += 1
             if out is not None and file is not None:  # at once: an interruption loses none
                 with naming(out):
-                    file.write(_line(scored[index], key))
+                    file.write(_line(rated[index], key))
                     file.flush()
             bar.update(1)
 
         try:
-            judge.judge([(scored[index].prompt, scored[index].response) for index in todo], keep)
+            judge.judge([(rated[index].prompt, rated[index].answer) for index in todo], keep)
         except KeyboardInterrupt:
             if out is None:
                 raise
@@ -164,9 +160,9 @@ def _judge(judge: Judge, completions: list[Completion], out: Path | None) -> lis
                 "there"
             ) from None
     if out is not None:
-        _write(out, scored, key)
+        _write(out, rated, key)
     warn(failed, len(todo))
-    return scored
+    return rated
 
 
 def _verdicts(out: Path) -> Held:

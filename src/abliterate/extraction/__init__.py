@@ -1,4 +1,4 @@
 """Difference of means: candidate directions from the residual stream, one a (position, layer).
 
-Uses ``inference`` and ``offload`` for the passes.
+Uses ``inference`` for the passes.
 """

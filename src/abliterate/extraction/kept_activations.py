@@ -123,22 +123,22 @@ class ActivationWriter:
                 "positions": json.dumps(self.wanted.kept_positions),
             }
         }
-        at = 0
+        offset = 0
         for name, size in sizes.items():
             flags = name.startswith("kept_")
             header[name] = {
                 "dtype": "BOOL" if flags else _DTYPES[sample.dtype],
                 "shape": [size] if flags else [self._counts[name], *shape],
-                "data_offsets": [at, at + size],
+                "data_offsets": [offset, offset + size],
             }
-            self._starts[name] = at
-            at += size
+            self._starts[name] = offset
+            offset += size
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text = text.ljust(-(-len(text) // 8) * 8)
         self._starts = {name: start + 8 + len(text) for name, start in self._starts.items()}
         with naming(self._path):
             self._file.write(len(text).to_bytes(8, "little") + text)
-            self._file.truncate(8 + len(text) + at)
+            self._file.truncate(8 + len(text) + offset)
 
 
 @contextmanager
@@ -193,13 +193,13 @@ class Activations:
         """Harmful and harmless rows that count, each float64 ``[n, d_model]``."""
         from safetensors import SafetensorError, safe_open
 
-        where = self.layers.index(layer), self.positions.index(position)
-        found = []
+        layer_index, position_index = self.layers.index(layer), self.positions.index(position)
+        counting = []
         try:
             with safe_open(self.path, "pt") as file:
                 for kind in KINDS:
-                    rows = file.get_slice(kind)[:, where[0], where[1]]
-                    found.append(rows[file.get_tensor(f"kept_{kind}")].double())
+                    rows = file.get_slice(kind)[:, layer_index, position_index]
+                    counting.append(rows[file.get_tensor(f"kept_{kind}")].double())
         except (SafetensorError, IndexError, RuntimeError) as error:
             raise InputError(f"{self.path} is damaged ({error}): run extract again") from None
-        return found[0], found[1]
+        return counting[0], counting[1]

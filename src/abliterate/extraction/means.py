@@ -86,9 +86,9 @@ class Extraction:
         wanted = len(record["positions"]), record["n_layers"]
         shapes = {tuple(mean.shape) for mean in means.values()}
         if len(shapes) > 1 or any(len(s) != 3 or s[:2] != wanted or not s[2] for s in shapes):
-            found = " and ".join(str(list(mean.shape)) for mean in means.values())
+            held = " and ".join(str(list(mean.shape)) for mean in means.values())
             raise InputError(
-                f"{tensors} holds means of {found}, extract.json says {wanted[0]} positions of "
+                f"{tensors} holds means of {held}, extract.json says {wanted[0]} positions of "
                 f"{wanted[1]} layers: run extract again"
             )
         return cls(
@@ -133,30 +133,27 @@ def extract(
     chat = chat or ChatFormat()
     tokenizer = loaded.tokenizer
     position_list = parse_positions(positions, tokenizer, chat)
-    harmful_ids = encode(tokenizer, [prompt.text for prompt in harmful], chat)
-    harmless_ids = encode(tokenizer, [prompt.text for prompt in harmless], chat)
-    shortest = min(map(len, (*harmful_ids, *harmless_ids)))
-    if shortest < -position_list[0]:
-        raise InputError(
-            f"position {position_list[0]} lies before the start of a prompt of {shortest} "
-            "tokens: pass later --positions"
-        )
-    engine, ranks = engine_of(loaded), loaded.ranks
-    given = {"harmful": ranks.split(harmful_ids), "harmless": ranks.split(harmless_ids)}
-    reader = engine.resid_pre(given, position_list, batch_size)
+    ids = {
+        kind: encode(tokenizer, [prompt.text for prompt in prompts], chat)
+        for kind, prompts in (("harmful", harmful), ("harmless", harmless))
+    }
+    _check_positions(position_list, ids)
+    ranks = loaded.ranks
+    local_ids = {kind: ranks.split(rows) for kind, rows in ids.items()}
+    reader = engine_of(loaded).resid_pre(local_ids, position_list, batch_size)
     # What the refusal tokens are detected from is not run again for the means.
-    seen: dict[str, list[BatchActivations]] = {kind: [] for kind in given}
+    seen: dict[str, list[BatchActivations]] = {kind: [] for kind in ids}
     if refusal_tokens:
         tokens = named_refusal_tokens(loaded, refusal_tokens)
     else:
-        counts = {"harmful": len(harmful_ids), "harmless": len(harmless_ids)}
+        counts = {kind: len(rows) for kind, rows in ids.items()}
         tokens = _detect_refusal_tokens(reader, counts, seen, ranks)
 
     def mean(kind: str, sign: float) -> tuple[Tensor, Kept]:
         result, kept = _mean(
             reader,
             kind,
-            len(given[kind]),
+            len(local_ids[kind]),
             seen=seen[kind],
             refusal_tokens=tokens if filter else None,
             sign=sign,
@@ -180,6 +177,16 @@ def extract(
     )
 
 
+def _check_positions(positions: Sequence[int], ids: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    """Refuse positions (ascending) that a prompt does not have."""
+    shortest = min(len(row) for rows in ids.values() for row in rows)
+    if shortest < -positions[0]:
+        raise InputError(
+            f"position {positions[0]} lies before the start of a prompt of {shortest} tokens: pass "
+            "later --positions"
+        )
+
+
 def find_refusal_tokens(
     loaded: LoadedModel,
     harmful: Sequence[Sequence[int]],
@@ -199,8 +206,8 @@ def find_refusal_tokens(
     if names:
         return named_refusal_tokens(loaded, names)
     sample = {"harmful": harmful[:DETECT_PROMPTS], "harmless": harmless[:DETECT_PROMPTS]}
-    found = engine_of(loaded).last_logits(sample, {"": None}, batch_size, "refusal tokens")[""]
-    return refusal_tokens_shown(found["harmful"], found["harmless"])
+    logits = engine_of(loaded).last_logits(sample, {"": None}, batch_size, "refusal tokens")[""]
+    return refusal_tokens_shown(logits["harmful"], logits["harmless"])
 
 
 def named_refusal_tokens(loaded: LoadedModel, names: Sequence[str]) -> list[int]:
@@ -245,8 +252,8 @@ def _detect_refusal_tokens(
     first = len(ranks.split(range(DETECT_PROMPTS)))
     with ranks.fail_together():
         for kind, batches in seen.items():
-            own = len(ranks.split(range(counts[kind])))
-            reader.read(kind, range(min(first, own)), batches.append, f"extract: {kind}")
+            local_count = len(ranks.split(range(counts[kind])))
+            reader.read(kind, range(min(first, local_count)), batches.append, f"extract: {kind}")
     return detect_refusal_tokens(
         *(
             _summed(ranks.all_gather(_summed_probabilities(seen[kind])))

@@ -1,19 +1,24 @@
 """What the stages ask of a model, wherever its weights lie while it computes.
 
 A model in memory answers through :mod:`abliterate.inference.in_memory`, one whose layers come from
-disk through ``abliterate.offload``; which of them is decided once, where the model is opened.
+disk through ``abliterate.offload``; which of them is decided once, by the :class:`Opener` of a
+session.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.models.device_placement import Placement
+from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat
 
 Prompts = Sequence[Sequence[int]]
@@ -145,6 +150,20 @@ class Engine(Protocol):
     def collector(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An empty tensor on the CPU to collect results of passes in."""
 
+    def in_memory(
+        self, option: str = "", change: Change = None
+    ) -> AbstractContextManager[PreTrainedModel]:
+        """The model itself under a change, for passes that are not named here.
+
+        Args:
+            option: who asks (losses, lm-eval, head views, ...), for the error; empty for answers.
+            change: the intervention that holds within the context.
+
+        Raises:
+            InputError: a direction does not fit the model.
+            UsageError: the weights are not in memory.
+        """
+
     def require_answers(self, option: str = "", instead: str = "") -> None:
         """Refuse an option that needs answers where the model does not generate.
 
@@ -166,4 +185,40 @@ class Engine(Protocol):
 
         Raises:
             UsageError: the model does not generate, or as that function does.
+        """
+
+
+class Opener(Protocol):
+    """How checkpoints are opened, chosen before the first of them is.
+
+    One for a session: a checkpoint that is compared with the model has its size, and figures of two
+    engines differ in their last digits.
+    """
+
+    @property
+    def generates(self) -> bool:
+        """Whether the models give answers, not first tokens alone."""
+
+    @property
+    def reads_weights_every_pass(self) -> bool:
+        """As :attr:`Engine.reads_weights_every_pass` of what is opened."""
+
+    @property
+    def limits(self) -> str | None:
+        """What an evaluation of the models leaves out, for the log; None if nothing."""
+
+    def require_in_memory(self, option: str) -> None:
+        """Refuse an option that needs :meth:`Engine.in_memory`.
+
+        Raises:
+            UsageError: the weights will not be in memory.
+        """
+
+    def open(self, checkpoint: Checkpoint) -> LoadedModel:
+        """A checkpoint, ready to run.
+
+        Raises:
+            CheckpointError: files are missing, damaged or in another format.
+            UnsupportedArchitectureError: the architecture is not known, or cannot run this way.
+            UsageError: device, dtype or placement cannot be used.
         """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,11 +49,8 @@ def engine_of(loaded: LoadedModel) -> Engine:
 class InMemoryEngine:
     """Passes of a model in memory; the ranks of its group run some prompts each."""
 
+    reads_weights_every_pass: ClassVar[bool] = False
     loaded: LoadedModel
-
-    @property
-    def reads_weights_every_pass(self) -> bool:
-        return False
 
     @property
     def devices(self) -> str:
@@ -60,8 +58,8 @@ class InMemoryEngine:
 
     def opened(self, placement: Placement) -> str:
         model = self.loaded.model
-        name, where = self.loaded.checkpoint.name, placement.describe(model)
-        return f"loaded {name} ({model.dtype}, {where})"
+        name = self.loaded.checkpoint.name
+        return f"loaded {name} ({model.dtype}, {placement.describe(model)})"
 
     def summary(self) -> dict[str, int] | None:
         return None
@@ -138,6 +136,11 @@ class InMemoryEngine:
     def collector(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
+    @contextmanager
+    def in_memory(self, option: str = "", change: Change = None) -> Iterator[PreTrainedModel]:
+        with under(self.loaded.model, change):
+            yield self.loaded.model
+
     def require_answers(self, option: str = "", instead: str = "") -> None:
         pass
 
@@ -178,8 +181,8 @@ class InMemoryReader:
         description: str = "extract",
     ) -> None:
         def shifted(batch: BatchActivations) -> None:
-            own = tuple(rows[index] for index in batch.rows)
-            use(BatchActivations(own, batch.logits, batch.activations))
+            given_rows = tuple(rows[index] for index in batch.rows)
+            use(BatchActivations(given_rows, batch.logits, batch.activations))
 
         chosen = [self.prompts[kind][row] for row in rows]
         collect_activations(

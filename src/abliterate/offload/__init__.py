@@ -5,18 +5,18 @@ from __future__ import annotations
 from abliterate.offload.layer_streaming import BatchRun, OffloadedModel
 from abliterate.offload.open_model import (
     free_memory,
-    load_or_stream,
-    must_stream,
     open_stream,
     parse_memory,
 )
+from abliterate.offload.opening import OpenOptions, choose_opener, in_memory_opener
 
 __all__ = [
     "BatchRun",
     "OffloadedModel",
+    "OpenOptions",
+    "choose_opener",
     "free_memory",
-    "load_or_stream",
-    "must_stream",
+    "in_memory_opener",
     "open_stream",
     "parse_memory",
 ]

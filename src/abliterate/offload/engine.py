@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,12 +40,9 @@ class OffloadedEngine:
         name: of its checkpoint.
     """
 
+    reads_weights_every_pass: ClassVar[bool] = True
     offloaded: OffloadedModel
     name: str = "the model"
-
-    @property
-    def reads_weights_every_pass(self) -> bool:
-        return True
 
     @property
     def devices(self) -> str:
@@ -68,10 +65,10 @@ class OffloadedEngine:
         description: str = "prompts",
     ) -> dict[str, dict[str, Tensor]]:
         rows, slices = _joined(prompts)
-        found = logits_under(self.offloaded, rows, changes, batch_size, description)
+        by_name = logits_under(self.offloaded, rows, changes, batch_size, description)
         return {
-            name: {kind: logits[own] for kind, own in slices.items()}
-            for name, logits in found.items()
+            name: {kind: logits[rows_of_kind] for kind, rows_of_kind in slices.items()}
+            for name, logits in by_name.items()
         }
 
     def resid_pre(
@@ -101,6 +98,11 @@ class OffloadedEngine:
     def collector(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self.offloaded.activations.empty(shape, dtype)
 
+    def in_memory(self, option: str = "", change: Change = None) -> NoReturn:
+        if not option:
+            self.require_answers()
+        refuse_own_passes(option)
+
     def require_answers(self, option: str = "", instead: str = "") -> NoReturn:
         if option:
             raise UsageError(
@@ -123,6 +125,18 @@ class OffloadedEngine:
         chat: ChatFormat | None = None,
     ) -> list[list[int]]:
         self.require_answers()
+
+
+def refuse_own_passes(option: str) -> NoReturn:
+    """Refuse what runs a model in another way than an engine does: its weights are not there.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(
+        f"{option} does not run on a streamed model, of which first tokens alone are scored: "
+        "leave it out, or use --no-offload on a machine with room for the weights"
+    )
 
 
 @dataclass
@@ -153,16 +167,16 @@ class OffloadedReader:
         logits, activations, slices = self._everything
         logits, activations = logits[slices[kind]], activations[slices[kind]]
         for first in range(0, len(rows), _ROWS):
-            own = rows[first : first + _ROWS]
-            part = slice(own.start, own.stop)
-            use(BatchActivations(tuple(own), logits[part], activations[part]))
+            chunk = rows[first : first + _ROWS]
+            part = slice(chunk.start, chunk.stop)
+            use(BatchActivations(tuple(chunk), logits[part], activations[part]))
 
 
 def _joined(prompts: Mapping[str, Prompts]) -> tuple[list[Sequence[int]], dict[str, slice]]:
     """All prompts in one list, and which of it each kind is."""
     rows: list[Sequence[int]] = []
     slices: dict[str, slice] = {}
-    for kind, own in prompts.items():
-        slices[kind] = slice(len(rows), len(rows) + len(own))
-        rows += own
+    for kind, chosen in prompts.items():
+        slices[kind] = slice(len(rows), len(rows) + len(chosen))
+        rows += chosen
     return rows, slices

@@ -1,4 +1,4 @@
-"""Opening a checkpoint for streaming, and deciding whether it has to be."""
+"""Opening a checkpoint for streaming, and whether what is free calls for it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from transformers import PreTrainedModel
 from abliterate.console import log
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
 from abliterate.inference.forward import can_pad, stand_in
-from abliterate.models.device_placement import Placement
 from abliterate.models.loading import (
     Checkpoint,
     LoadedModel,
     find_checkpoint,
     load_config,
-    load_model,
     load_tokenizer,
     pick_device,
     pick_dtype,
@@ -142,44 +140,6 @@ def too_large(
         f"{checkpoint.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB of "
         f"{place.type} is free"
     )
-
-
-def load_or_stream(
-    checkpoint: Checkpoint,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    offload: bool | None = None,
-    activation_memory: str | None = None,
-    placement: Placement | None = None,
-) -> LoadedModel:
-    """The model in memory, or streamed from disk where it is told to or has to be.
-
-    Args:
-        checkpoint: the checkpoint.
-        device: where to compute.
-        dtype: of the computation.
-        trust_remote_code: run the code that comes with the checkpoint.
-        offload: stream; None decides by what is free.
-        activation_memory: a size such as ``8GB``, for a streamed model's activations.
-        placement: the devices and ranks over which the model is spread instead.
-
-    Raises:
-        UsageError: ``activation_memory`` is no size, or a streamed model is to be spread.
-            Else as :func:`open_stream` and ``load_model`` do.
-    """
-    where = (device, dtype, trust_remote_code)
-    budget = parse_memory(activation_memory, "--activation-memory") if activation_memory else None
-    if placement is not None and (placement.is_spread or placement.ranks.size > 1):
-        if offload:
-            raise UsageError(
-                "--offload streams one model in one process: leave out --device-map, "
-                "--tensor-parallel and the launcher"
-            )
-        return load_model(checkpoint, *where, placement)
-    if must_stream(checkpoint, *where) if offload is None else offload:
-        return open_stream(checkpoint, *where, activation_memory=budget)
-    return load_model(checkpoint, *where, placement)
 
 
 def open_stream(

@@ -10,18 +10,20 @@ from abliterate.direction import load_direction
 from abliterate.editing.options import edit_options
 from abliterate.editing.workspace import check_absent, is_begun
 from abliterate.errors import UsageError
+from abliterate.evaluation.inputs import check_options
 from abliterate.evaluation.lm_eval_tasks import find_tasks
-from abliterate.evaluation.stage import EVALUATE_FILES, check_options, evaluate_stage
+from abliterate.evaluation.stage import EVALUATE_STAGE, evaluate_stage
 from abliterate.models.loading import Checkpoint
 from abliterate.pipeline.stages import (
-    EXTRACT_FILES,
-    SELECT_FILES,
+    EXTRACT_STAGE,
+    SELECT_STAGE,
     extract_stage,
     orthogonalize_stage,
     select_stage,
 )
 from abliterate.prompts.sources import read_source
-from abliterate.run_folder import EDITED, MODEL, Session, writing
+from abliterate.run_folder import EDITED, MODEL, Session
+from abliterate.run_stage import writing
 
 # What orthogonalize does and the chain cannot, and why.
 _ALONE = {
@@ -42,7 +44,8 @@ def run_pipeline(session: Session, run: Path) -> dict[str, Any]:
         InputError: a prompt source that a later stage could not read, another process writes to
             ``run``, or it holds a foreign file of such a name.
     """
-    ranks, files = session.placement.ranks, EXTRACT_FILES | SELECT_FILES | EVALUATE_FILES
+    ranks = session.placement.ranks
+    files = EXTRACT_STAGE.files | SELECT_STAGE.files | EVALUATE_STAGE.files
     check_settings(session)
     with writing(ranks, run, "run", files):
         # Before hours of work; the editor looks again before it replaces anything.

@@ -1,10 +1,9 @@
 """extract, select and orthogonalize as stages of a run folder: each reads what the one before wrote
-and leaves its own record (``abliterate.run_folder``)."""
+and leaves its own record (``abliterate.run_stage``)."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,7 +26,6 @@ from abliterate.extraction.means import Extraction, extract
 from abliterate.inference.in_memory import engine_of
 from abliterate.models.model_classes import text_config
 from abliterate.prompts.chat_template import parse_positions
-from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import (
     ACTIVATIONS,
@@ -36,135 +34,141 @@ from abliterate.run_folder import (
     PARTIAL,
     SELECTION,
     Session,
-    load_if_current,
     prompt_keys,
     prompt_sources,
-    writing,
+    token_records,
 )
-from abliterate.run_records import read_extract
+from abliterate.run_records import read_extract, used_prompts
+from abliterate.run_stage import OpenStage, Stage
 from abliterate.selection.candidate_filters import Score
 from abliterate.selection.score_table import load_partial, save_partial, score_record
-from abliterate.selection.search import Thresholds, select
+from abliterate.selection.search import Selection, Thresholds, select
 from abliterate.selection.search_inputs import Key
 from abliterate.storage.artifacts import (
     hash_file,
-    hash_json,
     read_record,
     versions,
-    write_json,
     write_tensors,
 )
-from abliterate.storage.ownership import Kind, has_metadata, is_mapping, is_record
+from abliterate.storage.ownership import has_metadata, is_mapping
 from abliterate.writers import decoder_blocks
 
-EXTRACT_FILES: dict[str, Kind] = {
-    EXTRACT: is_record,
-    DIRECTIONS: has_metadata("abliterate", "positions", "model"),
-    ACTIVATIONS: has_metadata("layers", "positions", "model"),
-}
-SELECT_FILES: dict[str, Kind] = {
-    SELECTION: is_record,
-    FILE_NAME: has_metadata("position", "layer", "model"),
-    PARTIAL: is_mapping("inputs", "candidates"),
-}
+EXTRACT_STAGE = Stage(
+    "extract",
+    EXTRACT,
+    {
+        DIRECTIONS: has_metadata("abliterate", "positions", "model"),
+        ACTIVATIONS: has_metadata("layers", "positions", "model"),
+    },
+    frozenset({"model", "chat", "extract"}),
+)
+SELECT_STAGE = Stage(
+    "select",
+    SELECTION,
+    {
+        FILE_NAME: has_metadata("position", "layer", "model"),
+        PARTIAL: is_mapping("inputs", "candidates"),
+    },
+    frozenset({"model", "chat", "extract", "select"}),
+)
 
 
 def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, Any]:
-    """Extract candidate directions into ``run``; returns the record ``extract.json``."""
-    with writing(session.placement.ranks, run, "extract", EXTRACT_FILES):
-        return _extract(session, run, reuse)
+    """Extract candidate directions into ``run``; returns the record ``extract.json``.
+
+    Raises:
+        InputError: prompts cannot be used, another process writes to ``run``, or a file there is a
+            link or foreign.
+        UsageError: activations are to be kept by several ranks.
+    """
+    settings = session.settings.extract
+    with EXTRACT_STAGE.open(session, run) as stage:
+        if settings.save_activations and not stage.ranks.is_unsplit:
+            raise UsageError(
+                "--save-activations needs all prompts in one process: run it by itself"
+            )
+        sources = {"harmful": settings.harmful, "harmless": settings.harmless}
+        prompts = session.draw(sources, "train", settings.n_train, "--n-train")
+        names = [DIRECTIONS, *([ACTIVATIONS] if settings.save_activations else [])]
+        stage.depends_on(
+            {"settings": settings.model_dump(), "prompts": prompt_keys(prompts, keep_text=True)},
+            {name: run / name for name in names},
+        )
+        if reuse and (done := stage.finished()):
+            return done
+        _ = session.loaded  # whose loading does not count
+        stage.start_clock()
+        result, kept = _extract(session, run, prompts)
+        body = _extract_record(session, prompts, result, kept)
+        return stage.finish(body, lambda: _write_means(session, run, result))
 
 
-def _extract(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
-    ranks = session.placement.ranks
-    settings, seed = session.settings.extract, session.settings.model.seed
-    prompts = {
-        kind: load_prompts(source, "train", settings.n_train, seed, option="--n-train")
-        for kind, source in (("harmful", settings.harmful), ("harmless", settings.harmless))
-    }
-    inputs = hash_json(
-        session.base_inputs()
-        | {"settings": settings.model_dump(), "prompts": prompt_keys(prompts, keep_text=True)}
-    )
-    tensors, kept_file = run / DIRECTIONS, run / ACTIVATIONS
-    outputs = {DIRECTIONS: tensors} | (
-        {ACTIVATIONS: kept_file} if settings.save_activations else {}
-    )
-    if settings.save_activations and not ranks.is_unsplit:
-        raise UsageError("--save-activations needs all prompts in one process: run it by itself")
-    ranks.assert_equal(inputs, "model, prompt set or package version")
-    if reuse and (
-        done := ranks.run_on_main(lambda: load_if_current(run / EXTRACT, inputs, outputs))
-    ):
-        return done
-    loaded = session.loaded
-    started = time.perf_counter()
+def _extract(
+    session: Session, run: Path, prompts: Mapping[str, Sequence[Prompt]]
+) -> tuple[Extraction, Wanted | None]:
+    """The means, and which activations were kept in ``RUN/activations.safetensors``, if any."""
+    settings = session.settings.extract
     with _activations(session, run, prompts) as writer:
         result = extract(
-            loaded,
+            session.loaded,
             prompts["harmful"],
             prompts["harmless"],
-            settings.positions,
-            settings.refusal_tokens,
-            settings.filter,
-            session.chat,
-            session.settings.model.batch_size,
-            None if writer is None else writer.put,
+            positions=settings.positions,
+            refusal_tokens=settings.refusal_tokens,
+            filter=settings.filter,
+            chat=session.chat,
+            batch_size=session.settings.model.batch_size,
+            keep=None if writer is None else writer.put,
         )
-        if writer is not None:
-            writer.finish({"harmful": result.kept_harmful, "harmless": result.kept_harmless})
-    seconds = time.perf_counter() - started
-    decode, engine = loaded.tokenizer.decode, engine_of(loaded)
-
-    def write() -> dict[str, Any]:
         if writer is None:
-            kept_file.unlink(missing_ok=True)  # of an earlier extraction, so of other prompts
-        write_tensors(
-            tensors,
-            {"mean_harmful": result.mean_harmful, "mean_harmless": result.mean_harmless},
-            {
-                "positions": json.dumps(result.positions),
-                "model": session.checkpoint.name,
-                "abliterate": versions()["abliterate"],
-            },
-        )
-        record = {
-            "model": session.identity,
-            "model_type": loaded.model.config.model_type,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": engine.devices,
-            "offload": engine.summary(),
-            "positions": [
-                {"position": position, "token": token}
-                for position, token in zip(result.positions, result.tokens, strict=True)
-            ],
-            "n_layers": result.mean_harmful.shape[1],
-            "d_model": result.mean_harmful.shape[2],
-            "refusal_tokens": [{"id": i, "token": decode([i])} for i in result.refusal_tokens],
-            "counts": {
-                kind: {"given": len(kept), "used": sum(kept)}
-                for kind, kept in (
-                    ("harmful", result.kept_harmful),
-                    ("harmless", result.kept_harmless),
-                )
-            },
-            "prompts": prompt_keys(prompts),
-            "settings": session.settings.model_dump(include={"model", "chat", "extract"}),
-            "seed": seed,
-            "versions": versions(),
-            "seconds": seconds,
-            "inputs": inputs,
-            "outputs": {name: hash_file(path) for name, path in outputs.items()},
-        }
-        if writer is not None:
-            record["activations"] = {
-                "layers": list(writer.wanted.layers),
-                "positions": list(writer.wanted.kept_positions),
-            }
-        write_json(run / EXTRACT, record)
-        return record
+            return result, None
+        writer.finish({"harmful": result.kept_harmful, "harmless": result.kept_harmless})
+    return result, writer.wanted
 
-    return ranks.run_on_main(write)
+
+def _extract_record(
+    session: Session,
+    prompts: Mapping[str, Sequence[Prompt]],
+    result: Extraction,
+    kept: Wanted | None,
+) -> dict[str, Any]:
+    loaded, engine = session.loaded, engine_of(session.loaded)
+    used = {"harmful": result.kept_harmful, "harmless": result.kept_harmless}
+    record = {
+        "model_type": loaded.model.config.model_type,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": engine.devices,
+        "offload": engine.summary(),
+        "positions": [
+            {"position": position, "token": token}
+            for position, token in zip(result.positions, result.tokens, strict=True)
+        ],
+        "n_layers": result.mean_harmful.shape[1],
+        "d_model": result.mean_harmful.shape[2],
+        "refusal_tokens": token_records(loaded.tokenizer, result.refusal_tokens),
+        "counts": {kind: {"given": len(flags), "used": sum(flags)} for kind, flags in used.items()},
+        "prompts": prompt_keys(prompts),
+    }
+    if kept is not None:
+        record["activations"] = {
+            "layers": list(kept.layers),
+            "positions": list(kept.kept_positions),
+        }
+    return record
+
+
+def _write_means(session: Session, run: Path, result: Extraction) -> None:
+    if session.settings.extract.save_activations is None:
+        (run / ACTIVATIONS).unlink(missing_ok=True)  # of an earlier extraction, so of other prompts
+    write_tensors(
+        run / DIRECTIONS,
+        {"mean_harmful": result.mean_harmful, "mean_harmless": result.mean_harmless},
+        {
+            "positions": json.dumps(result.positions),
+            "model": session.checkpoint.name,
+            "abliterate": versions()["abliterate"],
+        },
+    )
 
 
 @contextmanager
@@ -191,109 +195,128 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     """Score the candidates of ``run`` and choose one; returns the record ``selection.json``.
 
     Raises:
+        InputError: an artifact or prompts cannot be used, another process writes to ``run``, or a
+            file there is a link or foreign.
         SelectionError: no candidate passes; ``selection.json`` keeps the scores all the same.
     """
-    with writing(session.placement.ranks, run, "select", SELECT_FILES):
-        return _select(session, run, reuse)
-
-
-def _select(session: Session, run: Path, reuse: bool) -> dict[str, Any]:
-    ranks = session.placement.ranks
-    extracted = ranks.run_on_main(lambda: read_extract(run))
-    settings, seed = session.settings.select, session.settings.model.seed
-    sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
-    prompts = {
-        kind: load_prompts(
-            source, "val", settings.n_val, seed, extracted["prompts"][kind], "--n-val"
+    with SELECT_STAGE.open(session, run) as stage:
+        main = stage.ranks.run_on_main
+        extracted = main(lambda: read_extract(run))
+        settings = session.settings.select
+        sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
+        used = used_prompts([extracted])  # by extraction
+        prompts = session.draw(sources, "val", settings.n_val, "--n-val", used)
+        stage.depends_on(
+            {
+                "settings": settings.model_dump(),
+                "prompts": prompt_keys(prompts, keep_text=True),
+                "directions": main(lambda: _hash_if_there(run / DIRECTIONS)),
+                "refusal_tokens": extracted["refusal_tokens"],
+            },
+            {FILE_NAME: run / FILE_NAME},
         )
-        for kind, source in sources.items()
-    }
-    tensors, direction, partial = run / DIRECTIONS, run / FILE_NAME, run / PARTIAL
-    inputs = hash_json(
-        session.base_inputs()
-        | {
-            "settings": settings.model_dump(),
-            "prompts": prompt_keys(prompts, keep_text=True),
-            "directions": ranks.run_on_main(
-                lambda: hash_file(tensors) if tensors.exists() else None
-            ),
-            "refusal_tokens": extracted["refusal_tokens"],
-        }
-    )
-    ranks.assert_equal(inputs, "model, prompt set or package version")
-    outputs = {FILE_NAME: direction}
-    if reuse and (
-        done := ranks.run_on_main(lambda: load_if_current(run / SELECTION, inputs, outputs))
-    ):
-        return done
-    extraction = ranks.run_on_main(lambda: Extraction.load(tensors, extracted))
-    known = ranks.run_on_main(lambda: load_partial(partial, inputs, extracted["n_layers"]))
-
-    def save(scores: Mapping[Key, Score]) -> None:
-        if ranks.is_main:
-            save_partial(partial, inputs, scores)
-
-    _check_refusal_tokens(session, extraction, run)
-    started = time.perf_counter()
-    result = select(
-        session.loaded,
-        extraction,
-        prompts["harmful"],
-        prompts["harmless"],
-        Thresholds(settings.kl_threshold, settings.induce_threshold, settings.prune_layers),
-        settings.filter,
-        session.chat,
-        session.settings.model.batch_size,
-        settings.search,
-        settings.all_layers,
-        settings.kl_on,
-        known,
-        save,
-    )
-    seconds = time.perf_counter() - started
-
-    def write() -> dict[str, Any]:
-        winner = result.winner
-        if winner is not None:
-            save_direction(direction, result.direction(extraction), session.checkpoint.name)
-        else:
-            direction.unlink(missing_ok=True)
-        record = {
-            "model": session.identity,
-            "winner": winner and {"position": winner.position, "layer": winner.layer},
-            "candidates": [score_record(score) for score in result.scores],
-            "n_layers": extracted["n_layers"],
-            "search": settings.search,
-            "kl_on": settings.kl_on,
-            "offload": engine_of(session.loaded).summary(),
-            "baselines": {
-                "harmful_refusal_score": result.harmful_score,
-                "harmless_refusal_score": result.harmless_score,
-            },
-            "thresholds": asdict(result.thresholds),
-            "refusal_tokens": extracted["refusal_tokens"],
-            "counts": {
-                "harmful": {"given": settings.n_val, "used": result.n_harmful},
-                "harmless": {"given": settings.n_val, "used": result.n_harmless},
-            },
-            "prompts": prompt_keys(prompts),
-            "settings": session.settings.model_dump(include={"model", "chat", "extract", "select"}),
-            "seed": seed,
-            "versions": versions(),
-            "seconds": seconds,
-            "inputs": inputs,
-            "outputs": {FILE_NAME: hash_file(direction)} if winner else {},
-        }
-        write_json(run / SELECTION, record)
-        partial.unlink(missing_ok=True)
-        return record
-
-    record = ranks.run_on_main(write)
+        if reuse and (done := stage.finished()):
+            return done
+        extraction = main(lambda: Extraction.load(run / DIRECTIONS, extracted))
+        search = _PartialScores(stage, run / PARTIAL, extracted["n_layers"])
+        _check_refusal_tokens(session, extraction, run)
+        stage.start_clock()
+        result = _select(session, extraction, prompts, search)
+        record = stage.finish(
+            _select_record(session, extracted, prompts, result),
+            lambda: _write_direction(session, run, extraction, result),
+        )
+        search.remove()
     try:
         result.require_winner()
     except SelectionError as error:
         raise SelectionError(f"{error}; all scores are in {run / SELECTION}") from None
     return record
+
+
+def _hash_if_there(path: Path) -> str | None:
+    return hash_file(path) if path.exists() else None
+
+
+class _PartialScores:
+    """The scores of a search under way, kept for the same command after an interruption."""
+
+    def __init__(self, stage: OpenStage, path: Path, n_layers: int) -> None:
+        assert stage.inputs is not None
+        self._inputs, self._is_main, self._path = stage.inputs, stage.ranks.is_main, path
+        self.known = stage.ranks.run_on_main(lambda: load_partial(path, self._inputs, n_layers))
+
+    def save(self, scores: Mapping[Key, Score]) -> None:
+        if self._is_main:
+            save_partial(self._path, self._inputs, scores)
+
+    def remove(self) -> None:
+        if self._is_main:
+            self._path.unlink(missing_ok=True)
+
+
+def _select(
+    session: Session,
+    extraction: Extraction,
+    prompts: Mapping[str, Sequence[Prompt]],
+    partial: _PartialScores,
+) -> Selection:
+    settings = session.settings.select
+    return select(
+        session.loaded,
+        extraction,
+        prompts["harmful"],
+        prompts["harmless"],
+        thresholds=Thresholds(
+            settings.kl_threshold, settings.induce_threshold, settings.prune_layers
+        ),
+        filter=settings.filter,
+        chat=session.chat,
+        batch_size=session.settings.model.batch_size,
+        search=settings.search,
+        all_layers=settings.all_layers,
+        kl_on=settings.kl_on,
+        known=partial.known,
+        save=partial.save,
+    )
+
+
+def _select_record(
+    session: Session,
+    extracted: Mapping[str, Any],
+    prompts: Mapping[str, Sequence[Prompt]],
+    result: Selection,
+) -> dict[str, Any]:
+    settings, winner = session.settings.select, result.winner
+    return {
+        "winner": winner and {"position": winner.position, "layer": winner.layer},
+        "candidates": [score_record(score) for score in result.scores],
+        "n_layers": extracted["n_layers"],
+        "search": settings.search,
+        "kl_on": settings.kl_on,
+        "offload": engine_of(session.loaded).summary(),
+        "baselines": {
+            "harmful_refusal_score": result.harmful_score,
+            "harmless_refusal_score": result.harmless_score,
+        },
+        "thresholds": asdict(result.thresholds),
+        "refusal_tokens": extracted["refusal_tokens"],
+        "counts": {
+            "harmful": {"given": settings.n_val, "used": result.n_harmful},
+            "harmless": {"given": settings.n_val, "used": result.n_harmless},
+        },
+        "prompts": prompt_keys(prompts),
+    }
+
+
+def _write_direction(
+    session: Session, run: Path, extraction: Extraction, result: Selection
+) -> None:
+    """The chosen direction; without one, none that an earlier choice left either."""
+    if result.winner is None:
+        (run / FILE_NAME).unlink(missing_ok=True)
+    else:
+        save_direction(run / FILE_NAME, result.direction(extraction), session.checkpoint.name)
 
 
 def _check_refusal_tokens(session: Session, extraction: Extraction, run: Path) -> None:

@@ -145,7 +145,7 @@ def read_completions(run: Run) -> Completions | None:
                 )
                 row["answers"][at] = {
                     "response": line["response"],
-                    "refused": bool(line["refused"]),
+                    "refused": None if line["refused"] is None else bool(line["refused"]),
                     "safe": line.get("safe"),
                 }
     return Completions(columns, tuple(rows.values())) if rows else None

@@ -186,12 +186,19 @@ def _mean(part: Document, key: str, form: str) -> str:
     return text if not span else f"{text} [{number(span[0], form)}, {number(span[1], form)}]"
 
 
+def counted(part: Document) -> str:
+    """Refusals of answers; thoughts that have not ended are no answers and stand apart."""
+    unfinished = part.get("no_verdict") or 0
+    apart = f" + {unfinished} unfinished" if unfinished else ""
+    return f"{part['refused']}/{part['n'] - unfinished}{apart}"
+
+
 def _rate(now: Document, base: Document | None, change: Document) -> str:
-    if now["refusal_rate"] is None:
+    if now["refused"] is None:
         return "not measured"
-    text = (
-        f"{now['refused']}/{now['n']}  {percent(now['refusal_rate'], now.get('refusal_score_ci'))}"
-    )
+    if now["refusal_rate"] is None:
+        return counted(now)
+    text = f"{counted(now)}  {percent(now['refusal_rate'], now.get('refusal_score_ci'))}"
     if base is None or base is now or base["refusal_rate"] is None:
         return text
     text = f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from abliterate.report.collect import Document
+from abliterate.report.facts import counted
 from abliterate.report.style import COLOURS, HARMFUL, HARMLESS, figure, finite, plain, plotly
 
 _KINDS = ("harmful", "harmless")
@@ -20,7 +21,7 @@ def refusals(evaluation: Document) -> Any | None:
     made = figure("Refusal rate by intervention", "", "refused", 360)
     results: Document = evaluation["interventions"]
     for kind, colour in (("harmful", HARMFUL), ("harmless", HARMLESS)):
-        rates = [float(result[kind]["refusal_rate"]) for result in results.values()]
+        rates = [finite(result[kind]["refusal_rate"]) for result in results.values()]
         spans = [result[kind].get("refusal_score_ci") for result in results.values()]
         made.add_trace(
             plotly().Bar(
@@ -29,7 +30,7 @@ def refusals(evaluation: Document) -> Any | None:
                 name=f"{kind} prompts",
                 marker={"color": colour},
                 error_y={
-                    "visible": all(spans),
+                    "visible": any(spans),
                     "type": "data",
                     "symmetric": False,
                     "array": [_above(r, s) for r, s in zip(rates, spans, strict=True)],
@@ -46,12 +47,12 @@ def refusals(evaluation: Document) -> Any | None:
     return made
 
 
-def _above(rate: float, span: Any) -> float:
-    return max(0.0, float(span[1]) - rate) if span else 0.0
+def _above(rate: float | None, span: Any) -> float:
+    return max(0.0, float(span[1]) - rate) if span and rate is not None else 0.0
 
 
-def _below(rate: float, span: Any) -> float:
-    return max(0.0, rate - float(span[0])) if span else 0.0
+def _below(rate: float | None, span: Any) -> float:
+    return max(0.0, rate - float(span[0])) if span and rate is not None else 0.0
 
 
 def categories(evaluation: Document, kind: str = "harmful") -> Any | None:
@@ -71,17 +72,13 @@ def categories(evaluation: Document, kind: str = "harmful") -> Any | None:
     made.add_trace(
         plotly().Heatmap(
             z=[
-                [None if cell is None else float(cell["refusal_rate"]) for cell in row]
+                [None if cell is None else finite(cell["refusal_rate"]) for cell in row]
                 for row in cells
             ],
             x=[plain(name) for name in results],
             y=[plain(name) for name in names],
             customdata=[
-                [
-                    "no prompts" if cell is None else f"{cell['refused']} of {cell['n']}"
-                    for cell in row
-                ]
-                for row in cells
+                ["no prompts" if cell is None else counted(cell) for cell in row] for row in cells
             ],
             colorscale="Blues",
             zmin=0,

@@ -74,8 +74,8 @@ class Score:
 
     def why_dropped(self, thresholds: Thresholds) -> str | None:
         """The filter other than its layer that drops it by what is known, in the paper's order."""
-        require_score = [getattr(self, metric) for metric in self.computed]
-        if any(map(math.isnan, require_score)):
+        computed_scores = [getattr(self, metric) for metric in self.computed]
+        if any(map(math.isnan, computed_scores)):
             return "nan"
         kl = self.kl_at_least if self.kl_divergence is None else self.kl_divergence
         if kl is not None and kl > thresholds.kl:
@@ -107,13 +107,13 @@ def apply_filters(scores: Sequence[Score], n_layers: int, thresholds: Thresholds
         return why
 
     reasons = [reason(score) for score in scores]
-    kept = [at for at, why in enumerate(reasons) if why is None]
+    kept = [index for index, why in enumerate(reasons) if why is None]
     if kept:
-        best = min((require_score(scores[at].bypass_score), at) for at in kept)
-        for at, score in enumerate(scores):
-            has_lost = score.bypass_score is not None and (score.bypass_score, at) > best
-            if reasons[at] == "unknown" and has_lost:
-                reasons[at] = "bypass"
+        best = min((require_score(scores[index].bypass_score), index) for index in kept)
+        for index, score in enumerate(scores):
+            has_lost = score.bypass_score is not None and (score.bypass_score, index) > best
+            if reasons[index] == "unknown" and has_lost:
+                reasons[index] = "bypass"
     return [
         replace(score, kept=why is None, reason=why)
         for score, why in zip(scores, reasons, strict=True)
@@ -142,56 +142,76 @@ def explain_no_candidate(judged: Sequence[Score], thresholds: Thresholds) -> str
         "induce": f"induce below {thresholds.induce:g}",
     }
     summary = ", ".join(f"{counts[why]} {text}" for why, text in names.items() if counts[why])
-    misses = []
-    by_kl = [s for s in judged if s.reason == "kl" and _induces(s, thresholds)]
-    if by_kl:
-        near = min(by_kl, key=_least_kl)
-        least = near.kl_divergence is None
-        hint = (
-            "a larger --kl-threshold" if least else f"--kl-threshold {_round_up(_least_kl(near))}"
-        )
-        misses.append(
-            f"position {near.position} layer {near.layer} has {'a ' * least}KL "
-            f"{'of at least ' * least}{_least_kl(near):.4g} ({hint} admits it)"
-        )
-    by_induce = [s for s in judged if s.reason == "induce"]
-    if by_induce:
-        near = max(by_induce, key=_most_induce)
-        most = near.induce_score is None
-        option = "a lower --induce-threshold"
-        if not most:
-            option = f"--induce-threshold={_round_up(-_most_induce(near), -1)}"
-        misses.append(
-            f"position {near.position} layer {near.layer} has {'an ' * most}induce "
-            f"{'of at most ' * most}{_most_induce(near):.4g} ({option} admits it"
-            f"{' if its KL does' * (near.kl_divergence is None)})"
-        )
-    by_layer = [
-        s
-        for s in judged
-        if s.reason == "layer" and s.computed == METRICS and s.why_dropped(thresholds) is None
-    ]
-    if by_layer:
-        near = min(by_layer, key=lambda score: (score.layer, require_score(score.bypass_score)))
-        misses.append(
-            f"position {near.position} layer {near.layer} fails by its layer only "
-            "(--prune-layers 0 admits it)"
-        )
-    if counts["layer"] and not by_layer and counts["layer"] + counts["nan"] == len(judged):
+    nearest = (
+        _nearest_by_kl(judged, thresholds),
+        _nearest_by_induce(judged),
+        _nearest_by_layer(judged, thresholds),
+    )
+    misses = [miss for miss in nearest if miss]
+    if counts["layer"] and not nearest[2] and counts["layer"] + counts["nan"] == len(judged):
         misses.append("all that could be scored lie in the pruned layers (--prune-layers 0)")
-    nearest = "; nearest: " + "; ".join(misses) if misses else ""
-    return f"none of {len(judged)} candidates passes ({summary}){nearest}"
+    hint = "; nearest: " + "; ".join(misses) if misses else ""
+    return f"none of {len(judged)} candidates passes ({summary}){hint}"
+
+
+def _nearest_by_kl(judged: Sequence[Score], thresholds: Thresholds) -> str | None:
+    """The candidate with the lowest KL of those that fail by nothing else, and what admits it."""
+    failing = [s for s in judged if s.reason == "kl" and _induces(s, thresholds)]
+    if not failing:
+        return None
+    near = min(failing, key=_kl_or_bound)
+    kl, is_bound = _kl_or_bound(near), near.kl_divergence is None
+    option = "a larger --kl-threshold" if is_bound else f"--kl-threshold {_round_up(kl)}"
+    return (
+        f"position {near.position} layer {near.layer} has {'a ' * is_bound}KL "
+        f"{'of at least ' * is_bound}{kl:.4g} ({option} admits it)"
+    )
+
+
+def _nearest_by_induce(judged: Sequence[Score]) -> str | None:
+    """The candidate with the highest induce of those that fail by it, and what admits it."""
+    failing = [score for score in judged if score.reason == "induce"]
+    if not failing:
+        return None
+    near = max(failing, key=_induce_or_bound)
+    induce, is_bound = _induce_or_bound(near), near.induce_score is None
+    option = (
+        "a lower --induce-threshold" if is_bound else f"--induce-threshold={_round_up(-induce, -1)}"
+    )
+    return (
+        f"position {near.position} layer {near.layer} has {'an ' * is_bound}induce "
+        f"{'of at most ' * is_bound}{induce:.4g} ({option} admits it"
+        f"{' if its KL does' * (near.kl_divergence is None)})"
+    )
+
+
+def _nearest_by_layer(judged: Sequence[Score], thresholds: Thresholds) -> str | None:
+    """The earliest of the candidates that only lie too late, and what admits it."""
+    failing = [
+        score
+        for score in judged
+        if score.reason == "layer"
+        and score.computed == METRICS
+        and score.why_dropped(thresholds) is None
+    ]
+    if not failing:
+        return None
+    near = min(failing, key=lambda score: (score.layer, require_score(score.bypass_score)))
+    return (
+        f"position {near.position} layer {near.layer} fails by its layer only "
+        "(--prune-layers 0 admits it)"
+    )
 
 
 def _induces(score: Score, thresholds: Thresholds) -> bool:
     return score.induce_score is not None and score.induce_score >= thresholds.induce
 
 
-def _most_induce(score: Score) -> float:
+def _induce_or_bound(score: Score) -> float:
     return require_score(score.induce_at_most if score.induce_score is None else score.induce_score)
 
 
-def _least_kl(score: Score) -> float:
+def _kl_or_bound(score: Score) -> float:
     return require_score(score.kl_at_least if score.kl_divergence is None else score.kl_divergence)
 
 

@@ -101,12 +101,12 @@ class CandidateSearch:
         """``measure`` the candidates that lack something, some on each rank of the team."""
         ranks = self.task.ranks
         for keys in ranks.chunks([key for key in self.usable if lacking(key)]):
-            own = ranks.split(keys)
+            local_keys = ranks.split(keys)
             with ranks.fail_together():
-                measure(own)
+                measure(local_keys)
             if not ranks.is_unsplit:
-                found = ranks.gather([self.scores[key] for key in own])
-                self.scores |= zip(keys, found, strict=True)
+                gathered = ranks.gather([self.scores[key] for key in local_keys])
+                self.scores |= zip(keys, gathered, strict=True)
                 self.save(self.scores)
 
     @property
@@ -143,32 +143,34 @@ class CandidateSearch:
         task, replay = self.task, self.replay
         rounds = self.rounds.induce
         least = -math.inf if self.exhaustive else task.thresholds.induce - _MARGIN
-        left = sorted(keys, key=lambda key: key[1])
+        remaining = sorted(keys, key=lambda key: key[1])
         smallest = min((piece.batch.input_ids for piece, _ in rounds), key=torch.numel)
-        with progress_bar("select: induce", sum(task.n_layers - key[1] for key in left)) as bar:
-            while left:
-                self._show(bar, len(left))
-                same = sum(key[1] == left[0][1] for key in left)
+        with progress_bar(
+            "select: induce", sum(task.n_layers - key[1] for key in remaining)
+        ) as bar:
+            while remaining:
+                self._show(bar, len(remaining))
+                same = sum(key[1] == remaining[0][1] for key in remaining)
                 # Of the smallest batch a few at a time: Ctrl-C costs no more than that.
                 together = _AT_A_TIME * replay.budget.share(*smallest.shape)
                 together = min(max(together, same), replay.most_cached())
                 if not (replay.tricks.join and replay.tricks.resume):
                     together = min(together, same)
-                some, left = left[:together], left[together:]
-                candidates = replay.prefill(task.vectors(some), [key[1] for key in some])
+                chunk, remaining = remaining[:together], remaining[together:]
+                candidates = replay.prefill(task.vectors(chunk), [key[1] for key in chunk])
                 table = torch.full(
-                    (len(some), len(task.harmless)), MAX_REFUSAL_SCORE, dtype=torch.float64
+                    (len(chunk), len(task.harmless)), MAX_REFUSAL_SCORE, dtype=torch.float64
                 )
-                alive = self._rounds(candidates, rounds, table, lambda top: top < least)
-                for index, key in enumerate(some):
+                surviving = self._rounds(candidates, rounds, table, lambda top: top < least)
+                for index, key in enumerate(chunk):
                     value = float(table[index].mean())
                     self.scores[key] = (
                         replace(self.scores[key], induce_score=value, induce_at_most=None)
-                        if index in alive
+                        if index in surviving
                         else replace(self.scores[key], induce_at_most=value)
                     )
                 self.save(self.scores)
-                bar.update(sum(task.n_layers - key[1] for key in some))
+                bar.update(sum(task.n_layers - key[1] for key in chunk))
 
     def _kl_and_bypass(self, keys: Sequence[Key]) -> None:
         if not keys:
@@ -176,25 +178,24 @@ class CandidateSearch:
         task, replay = self.task, self.replay
         harmful = self.rounds.bypass
         shapes = [piece.batch.input_ids.shape for piece, _ in [*self.rounds.kl[0], *harmful]]
-        left = list(keys)
-        with progress_bar("select: KL, bypass", len(left)) as bar:
-            while left:
-                self._show(bar, len(left))
+        remaining = list(keys)
+        with progress_bar("select: KL, bypass", len(remaining)) as bar:
+            while remaining:
+                self._show(bar, len(remaining))
                 together = _AT_A_TIME * min(replay.budget.share(*shape) for shape in shapes)
                 together = max(1, min(together, replay.most_cached()))
-                some, left = left[:together], left[together:]
-                done = len(some)
-                candidates = self._ablated(some)
-                self._tables |= self._kl(some, candidates)
-                passing = [key for key in some if self._lacks_bypass(key)]
+                chunk, remaining = remaining[:together], remaining[together:]
+                candidates = self._ablated(chunk)
+                self._tables |= self._kl(chunk, candidates)
+                passing = [key for key in chunk if self._lacks_bypass(key)]
                 if passing:
-                    candidates = candidates.pick([some.index(key) for key in passing])
+                    candidates = candidates.pick([chunk.index(key) for key in passing])
                     table = torch.zeros(len(passing), len(task.harmful), dtype=torch.float64)
                     self._rounds(candidates, harmful, table)
                     for key, value in zip(passing, table.mean(1).tolist(), strict=True):
                         self.scores[key] = replace(self.scores[key], bypass_score=value)
                 self.save(self.scores)
-                bar.update(done)
+                bar.update(len(chunk))
 
     def _complete_kl(self, keys: Sequence[Key]) -> None:
         """KL of the candidates with the lowest bypass, up to the first that passes."""
@@ -293,23 +294,23 @@ class CandidateSearch:
         Returns:
             Which candidates went to the end.
         """
-        alive, some = list(range(len(candidates))), candidates
+        surviving, remaining = list(range(len(candidates))), candidates
         for index, (piece, measure) in enumerate(rounds):
-            table[torch.tensor(alive)[:, None], torch.tensor(piece.batch.rows)] = (
-                self.replay.measure(some, piece, measure)
+            table[torch.tensor(surviving)[:, None], torch.tensor(piece.batch.rows)] = (
+                self.replay.measure(remaining, piece, measure)
             )
             if last and index + 1 == len(rounds):
                 break
-            going = [i for i in alive if not hopeless(float(table[i].mean()))]
-            if not going:
+            hopeful = [i for i in surviving if not hopeless(float(table[i].mean()))]
+            if not hopeful:
                 return set()
-            if len(going) < len(alive):
-                some = candidates.pick(going)
-                alive = going
-        return set(alive)
+            if len(hopeful) < len(surviving):
+                remaining = candidates.pick(hopeful)
+                surviving = hopeful
+        return set(surviving)
 
-    def _show(self, bar: Any, left: int) -> None:
+    def _show(self, bar: Any, n_remaining: int) -> None:
         judged = apply_filters(list(self.scores.values()), self.task.n_layers, self.task.thresholds)
         best = best_candidate(judged)
-        found = f"position {best.position} layer {best.layer}" if best else "none yet"
-        bar.set_postfix_str(f"{left} candidates left, best: {found}")
+        described = f"position {best.position} layer {best.layer}" if best else "none yet"
+        bar.set_postfix_str(f"{n_remaining} candidates left, best: {described}")

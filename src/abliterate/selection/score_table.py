@@ -105,11 +105,19 @@ def _read_score(row: Any, keys: tuple[str, str, str], n_layers: int, where: str)
 
     try:
         bypass, induce, kl = map(value, METRICS, keys)
-        least, most = (
+        kl_at_least, induce_at_most = (
             None if row.get(bound) is None else float(row[bound])
             for bound in ("kl_at_least", "induce_at_most")
         )
-        score = Score(int(row["position"]), int(row["layer"]), bypass, induce, kl, least, most)
+        score = Score(
+            int(row["position"]),
+            int(row["layer"]),
+            bypass,
+            induce,
+            kl,
+            kl_at_least,
+            induce_at_most,
+        )
     except (TypeError, ValueError):
         raise InputError(f"{where}: a value is no number") from None
     if not 0 <= score.layer < n_layers:

@@ -65,9 +65,14 @@ class ValidationBatches:
             pieces = self._pieces(prompts, rows, steps, task.n_answer, shared)
             return [(piece, reference.kl) for piece in pieces]
 
-        rest = order[first:]
+        probed, remaining = order[:first], order[first:]
         # The large batches are for one candidate at a time.
-        return rounds(order[:first], 1), rounds(rest, 4), rounds(rest, 1, 1), reference.floor
+        return (
+            rounds(probed, 1),
+            rounds(remaining, 4),
+            rounds(remaining, 1, 1),
+            reference.floor,
+        )
 
     @cached_property
     def _harmless(self) -> tuple[list[PromptBatch], BaselineLogits]:
@@ -79,19 +84,19 @@ class ValidationBatches:
         steps = (4, 8) if self.replay.budget.device.type == "cpu" else (2, 4)
         early = set(order[: len(order) // 2])
         # The unmodified model runs once: on few batches, of which these are cut.
-        wide, reference = self._reference(
+        large, reference = self._reference(
             self._pieces(prompts, order, shared=1), [1] * len(prompts)
         )
         cut = []
-        for piece in wide:
+        for piece in large:
             rows = piece.batch.rows
             first = sum(row in early for row in rows)
             for part, step in ((range(first), steps[0]), (range(first, len(rows)), steps[1])):
-                lengths = [len(prompts[rows[at]]) - prefix for at in part]
-                most = math.ceil(len(prompts) / step)
-                for group in self._groups(lengths, most, _SHARED):
-                    own = slice(part[group[0]], part[group[-1]] + 1)
-                    cut.append(piece.part(own, max(lengths[at] for at in group)))
+                lengths = [len(prompts[rows[index]]) - prefix for index in part]
+                max_rows = math.ceil(len(prompts) / step)
+                for group in self._groups(lengths, max_rows, _SHARED):
+                    of_group = slice(part[group[0]], part[group[-1]] + 1)
+                    cut.append(piece.part(of_group, max(lengths[index] for index in group)))
         return cut, reference
 
     def _reference(
@@ -116,10 +121,10 @@ class ValidationBatches:
         keep = n_answer or [1] * len(prompts)
         pieces = []
         for group in self._groups(lengths, math.ceil(len(rows) / steps), shared):
-            own = [rows[at] for at in group]
-            pieces.append(self.replay.piece(prompts, own, max(keep[row] for row in own)))
+            chosen = [rows[index] for index in group]
+            pieces.append(self.replay.piece(prompts, chosen, max(keep[row] for row in chosen)))
         return pieces
 
-    def _groups(self, lengths: Sequence[int], most: int, shared: int) -> list[tuple[int, ...]]:
+    def _groups(self, lengths: Sequence[int], max_rows: int, shared: int) -> list[tuple[int, ...]]:
         budget, mix = self.replay.budget, can_pad(self.task.model)
-        return group_rows(lengths, budget, mix, most, budget.overhead // shared)
+        return group_rows(lengths, budget, mix, max_rows, budget.overhead // shared)

@@ -46,7 +46,7 @@ class _Section(BaseModel):
 # The headings of --help.
 _MODEL, _CHAT, _PROMPTS, _METHOD = "Model", "Chat format", "Prompts", "Method"
 _EDIT, _STORAGE = "Other edits than the paper's", "Formats and machine"
-_CAPABILITY, _JUDGE = "Capability", "Judge"
+_CAPABILITY, _JUDGE, _REFUSAL = "Capability", "Judge", "What counts as a refusal"
 
 # Commands that have the same options.
 _STAGES = ("extract", "select", "evaluate", "run")
@@ -62,6 +62,7 @@ _WITH_CHECKPOINT = (
 )
 _EXTRACT, _SELECT = ("extract", "run"), ("select", "run")
 _EDITING, _EVALUATE, _SCORE = ("orthogonalize",), ("evaluate",), ("evaluate", "score")
+_SCORED = ("evaluate", "run", "score", "fragility")
 
 # Help texts of settings that more than one section has.
 _SOURCE = "Set name, file or org/name[/config][@revision][:split], each with optional [column]."
@@ -392,6 +393,19 @@ class EvaluateSettings(_Section):
     task_limit: Annotated[int | None, Option("Examples per task.", _CAPABILITY, _EVALUATE)] = Field(
         None, ge=1
     )
+    refusal_phrases: Annotated[
+        str,
+        Option(
+            "Languages whose refusal phrases count, with commas: en (the paper's list), zh, es, "
+            "fr, de, ja, ru, ar, hi, pt.",
+            _REFUSAL,
+            _SCORED,
+        ),
+    ] = "all"
+    refusal_phrase: Annotated[
+        tuple[str, ...],
+        Option("A further phrase that makes an answer a refusal; repeatable.", _REFUSAL, _SCORED),
+    ] = ()
     judge: Annotated[
         str | None, Option("A Llama Guard checkpoint: folder or hub id.", _JUDGE, _SCORE)
     ] = None

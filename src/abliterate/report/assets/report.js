@@ -120,7 +120,8 @@
       return cell;
     }
     const [refused, safe] = verdict;
-    cell.append(made("span", refused ? "refused" : "answered", `badge ${refused ? "refused" : "answered"}`));
+    const word = refused === null ? "unfinished" : refused ? "refused" : "answered";
+    cell.append(made("span", word, `badge ${word}`));
     if (safe !== null) cell.append(made("span", safe ? "safe" : "unsafe", `badge ${safe ? "safe" : "unsafe"}`));
     return cell;
   }
@@ -182,7 +183,8 @@
     const verdict = verdicts[column];
     if (!verdict) return false;
     if (wanted === "refused") return verdict[0];
-    if (wanted === "answered") return !verdict[0];
+    if (wanted === "answered") return verdict[0] === false;
+    if (wanted === "unfinished") return verdict[0] === null;
     if (wanted === "unsafe") return verdict[1] === false;
     return Boolean(verdicts[0]) && verdicts[0][0] !== verdict[0];
   }

@@ -1,0 +1,218 @@
+"""What an evaluation is asked, read and checked before hours are spent on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abliterate.direction import Direction
+from abliterate.errors import InputError, UsageError
+from abliterate.evaluation.compare import check_intervention
+from abliterate.evaluation.judges import Judge, find_judge
+from abliterate.metrics.intervals import share_methods
+from abliterate.metrics.refusal_phrases import RefusalPhrases, parse_phrases
+from abliterate.models.loading import Checkpoint, load_config
+from abliterate.models.model_classes import text_config
+from abliterate.prompts.corpora import Corpus, parse_corpora, read_corpus
+from abliterate.prompts.sources import Prompt
+from abliterate.run_folder import Session, prompt_keys, prompt_sources
+from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
+from abliterate.storage.artifacts import hash_file, hash_json
+
+CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What is compared, and on what.
+
+    Attributes:
+        direction: what is ablated or added.
+        edited: further checkpoints, by the name of their row.
+        rows: names of interventions and checkpoints, in order.
+        prompts: the test prompts, by kind.
+        named_tokens: the refusal tokens that settings or run folder name; none are detected.
+        corpora: by name; None is the model's own baseline completions.
+        tasks_dir: folder of further lm-eval tasks.
+        tasks_hash: of its files.
+        judge: who judges completions.
+        phrases: what counts as a refusal.
+    """
+
+    direction: Direction | None
+    edited: Mapping[str, Checkpoint]
+    rows: Sequence[str]
+    prompts: Mapping[str, tuple[Prompt, ...]]
+    named_tokens: Sequence[str]
+    corpora: Mapping[str, Corpus | None]
+    tasks_dir: Path | None
+    tasks_hash: str | None
+    judge: Judge | None
+    phrases: RefusalPhrases
+
+    @property
+    def judge_key(self) -> str | None:
+        """The hash of what a verdict depends on."""
+        return None if self.judge is None else hash_json(self.judge.summary())
+
+    def summary(self, session: Session) -> dict[str, Any]:
+        """What the record depends on beside the model."""
+        return {
+            "settings": session.settings.evaluate.model_dump(),
+            "prompts": prompt_keys(self.prompts, keep_text=True),
+            "direction": self.direction and self.direction.sha256,
+            "rows": self.rows,
+            "edited": {name: other.identity() for name, other in self.edited.items()},
+            "refusal_tokens": self.named_tokens,
+            "judge": self.judge and self.judge.summary(),
+            "corpora": [corpus.summary() for corpus in self.corpora.values() if corpus],
+            "tasks_dir": self.tasks_hash,
+            "intervals": share_methods(),
+        }
+
+
+def read_inputs(
+    session: Session,
+    direction: Direction | None,
+    rows: Sequence[str],
+    edited: Mapping[str, Checkpoint],
+    run: Path | None,
+) -> EvaluationInputs:
+    """All that an evaluation depends on, without loading a model.
+
+    Args:
+        session: the model that is intervened on.
+        direction: what to ablate or add.
+        rows: from :func:`order_rows`.
+        edited: further checkpoints, by the name of their row.
+        run: the run folder whose prompts are never used again and whose refusal tokens count.
+
+    Raises:
+        UsageError: judge, corpus or task is named wrongly.
+        InputError: prompts or a corpus cannot be used, or a checkpoint is no edit of the model.
+    """
+    settings, seed = session.settings.evaluate, session.settings.model.seed
+    _check_vocabulary(session, edited)
+    # All that can be wrong with the options shows before anything is fetched.
+    judge = check_options(session)
+    phrases = parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
+    corpora = {
+        name: None if name == "own" else read_corpus(name, source, settings.corpus_texts, seed)
+        for name, source in parse_corpora(settings.corpus).items()
+    }
+    tasks_dir = None if settings.tasks_dir is None else Path(settings.tasks_dir)
+    main = session.placement.ranks.run_on_main
+    records = main(lambda: [] if run is None else read_used(run))
+    return EvaluationInputs(
+        direction=direction,
+        edited=edited,
+        rows=rows,
+        prompts=_test_prompts(session, records),
+        named_tokens=session.settings.extract.refusal_tokens or used_refusal_tokens(records),
+        corpora=corpora,
+        tasks_dir=tasks_dir,
+        tasks_hash=_folder_hash(tasks_dir),
+        judge=judge,
+        phrases=phrases,
+    )
+
+
+def _test_prompts(
+    session: Session, records: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[Prompt, ...]]:
+    """Prompts that no stage of the run has used."""
+    settings = session.settings.evaluate
+    sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
+    prompts = session.draw(sources, "test", settings.n_test, "--n-test", used_prompts(records))
+    return {kind: tuple(chosen) for kind, chosen in prompts.items()}
+
+
+def check_options(session: Session) -> Judge | None:
+    """Find what is wrong with the settings of an evaluation before any model is loaded.
+
+    Returns:
+        The judge that they name.
+
+    Raises:
+        UsageError: they contradict each other, or the model, or name what there is not.
+        CheckpointError: there is no such judge.
+    """
+    settings = session.settings.evaluate
+    given = {"--judge": settings.judge, "--tasks": settings.tasks}
+    if session.placement.ranks.size > 1 and any(given.values()):
+        raise UsageError(
+            f"{next(name for name, value in given.items() if value)} does not run on several "
+            "ranks: leave it out, then run evaluate with it in one process, which finds the "
+            "completions done"
+        )
+    _check_engine(session)
+    parse_corpora(settings.corpus)
+    parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
+    further = settings.tasks_dir is not None or settings.task_limit is not None
+    if settings.tasks is None and further:
+        raise UsageError("--tasks-dir and --task-limit need --tasks")
+    return find_judge(session.settings)
+
+
+def _check_engine(session: Session) -> None:
+    """Refuse what the model will not give, the way it will be opened."""
+    settings = session.settings.evaluate
+    given = {
+        "--judge": settings.judge,
+        "--judge-url": settings.judge_url,
+        "--corpus": settings.corpus,
+        "--tasks": settings.tasks,
+    }
+    asked = next((option for option, value in given.items() if value), None)
+    if asked:
+        session.opener.require_in_memory(asked)
+
+
+def order_rows(
+    interventions: Sequence[str], edited: Mapping[str, Checkpoint], direction: Direction | None
+) -> list[str]:
+    """The names of the rows, each once, checked.
+
+    Raises:
+        UsageError: an unknown intervention, one that lacks its direction, or a name taken twice.
+    """
+    rows: list[str] = []
+    if CHECKPOINT in interventions and not edited:
+        raise UsageError("--intervention checkpoint needs --checkpoint DIR")
+    for name in interventions if CHECKPOINT in interventions else [*interventions, CHECKPOINT]:
+        if name == CHECKPOINT:
+            rows += edited
+        else:
+            check_intervention(name, direction)
+            rows.append(name)
+    for name in edited:
+        if not name or Path(name).name != name or "\\" in name or "\0" in name:
+            raise UsageError(f"--checkpoint {name!r}: the name becomes a file's, give a plain one")
+    return list(dict.fromkeys(rows))
+
+
+def _check_vocabulary(session: Session, edited: Mapping[str, Checkpoint]) -> None:
+    """Refuse a checkpoint that is no edit of the model: their distributions cannot be compared."""
+    trust = session.settings.model.trust_remote_code
+
+    def size(checkpoint: Checkpoint) -> int | None:
+        return getattr(text_config(load_config(checkpoint, trust)), "vocab_size", None)
+
+    for name, other in edited.items():
+        edited_size, base_size = size(other), size(session.checkpoint)
+        if edited_size != base_size:
+            raise InputError(
+                f"--checkpoint {name} has a vocabulary of {edited_size}, "
+                f"{session.checkpoint.name} one of {base_size}: give a checkpoint made from that "
+                "model"
+            )
+
+
+def _folder_hash(folder: Path | None) -> str | None:
+    """The hash of the files of a folder of task definitions, data that lies with them included."""
+    if folder is None or not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hash_json({str(path.relative_to(folder)): hash_file(path) for path in files})

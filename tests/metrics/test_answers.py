@@ -1,0 +1,79 @@
+"""Thought and answer told apart, for every way of writing a thought."""
+
+from __future__ import annotations
+
+import pytest
+
+from abliterate.metrics.answers import TAGS, Parts, split_thought
+
+TEMPLATES = [f"{opening}\n%s\n{closing}\n\n%s" for opening, closing in TAGS]
+HARMONY = (
+    "<|channel|>analysis<|message|>%s<|end|><|start|>assistant<|channel|>final<|message|>%s"
+    "<|return|>"
+)
+
+
+@pytest.mark.parametrize("written", [*TEMPLATES, HARMONY, "analysis%s\u2026assistantfinal%s"])
+def test_a_thought_ends_where_the_answer_begins(written: str) -> None:
+    parts = split_thought(written % ("\u0406 cannot say no", "Sure! Here it is."))
+    assert parts.answer == "Sure! Here it is."
+    assert parts.thought is not None
+    assert parts.thought.startswith("\u0406 cannot say no")
+
+
+@pytest.mark.parametrize("closing", [closing for _, closing in TAGS])
+def test_the_prompt_may_have_opened_the_thought(closing: str) -> None:
+    text = f"Hmm, I cannot say no.\n{closing}\n\nSure!"
+    assert split_thought(text) == Parts("Hmm, I cannot say no.", "Sure!")
+    assert split_thought(text, begun=True) == Parts("Hmm, I cannot say no.", "Sure!")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"{opening}Okay, the user wants" for opening, _ in TAGS),
+        "<think>first</think><think>second",
+        "<|channel|>analysis<|message|>We must",
+        "<|channel|>analysis<|message|>We<|end|><|start|>assistant<|channel|>commentary<|message|>x",
+        "analysisWe must refuse",
+        "analysisWe must.assistantcommentaryNow I look",
+    ],
+)
+def test_a_thought_that_has_not_ended_is_no_answer(text: str) -> None:
+    parts = split_thought(text)
+    assert parts.answer is None
+    assert parts.thought
+
+
+def test_a_begun_thought_without_an_end_is_no_answer() -> None:
+    assert split_thought("I cannot say no", begun=True) == Parts("I cannot say no", None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help with that.",
+        "",
+        "  leading space stays\n",
+        "analysis of the question: none",
+        "analysis: it is fine",
+        "The final answer: no. The assistant finally left.",
+        "Write <think> to open a thought.",
+        "final exams are hard",
+    ],
+)
+def test_plain_answers_stay_as_they_are(text: str) -> None:
+    assert split_thought(text) == Parts(None, text)
+
+
+def test_empty_thoughts_and_several_are_left_out_of_the_answer() -> None:
+    assert split_thought("<think>\n\n</think>\n\nHi") == Parts("", "Hi")
+    assert split_thought("<think>a</think>\n<THINK>b</THINK> Hi") == Parts("a\n\nb", "Hi")
+    assert split_thought("<think>a</think>") == Parts("a", "")
+    harmony = "<|channel|>final<|message|>Hi<|return|>"
+    assert split_thought(harmony) == Parts(None, "Hi")
+    called = (
+        "<|channel|>commentary to=functions.x <|constrain|>json<|message|>{}<|call|>"
+        "<|start|>assistant<|channel|>final<|message|>Hi"
+    )
+    assert split_thought(called) == Parts("{}", "Hi")
