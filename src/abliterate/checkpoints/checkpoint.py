@@ -70,10 +70,10 @@ def find_checkpoint(
                     f"{folder} holds GGUF weights, which can be neither run nor edited here: use "
                     "the safetensors checkpoint that they were converted from"
                 )
-            from abliterate.checkpoints.hub import check_files
-            from abliterate.checkpoints.shards import ADAPTER_CONFIG, weight_files
+            if (folder / "adapter_config.json").is_file():
+                from abliterate.checkpoints.hub import check_files
+                from abliterate.checkpoints.shards import ADAPTER_CONFIG, weight_files
 
-            if (folder / ADAPTER_CONFIG).is_file():
                 check_files(str(folder), weight_files(folder) or [ADAPTER_CONFIG])
             raise CheckpointError(f"{folder} has no config.json: it is no transformers checkpoint")
         return Checkpoint(name, folder)
@@ -97,3 +97,28 @@ def find_checkpoint(
     path = fetch_snapshot(name, info.sha, False)
     sizes = {file.rfilename: file.size for file in info.siblings or () if file.size is not None}
     return Checkpoint(name, path, info.sha, HubRepo(name, info.sha, sizes))
+
+
+def find_config(name: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint's configuration; of a hub id its small files alone are fetched.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json: it is no transformers checkpoint")
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"model '{name}' is neither an existing folder nor a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
+    except Exception as error:  # the hub client's many error types have no narrower common base
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(
+            f"model '{name}' cannot be fetched from the hub ({reason}): check the id, --revision "
+            "and network, set HF_TOKEN if it is gated, or give a local folder"
+        ) from None

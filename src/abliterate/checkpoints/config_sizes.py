@@ -20,10 +20,12 @@ from abliterate.checkpoints.shards import MAX_CONFIG, ShardSet
 from abliterate.errors import CheckpointError
 
 CONFIG = "config.json"
-#: More layers, heads, experts, loops or groups than this no model has.
+#: More heads, experts, loops or groups than this no model has.
 MOST = 10_000
+#: And more layers: building so many takes seconds, even of tensors without memory.
+MOST_LAYERS = 1_000
 # Doge looks its experts up in tables: 16,384 rows by its own default.
-_MOST_EXPERTS = 1 << 20
+_MOST_OF = {"experts": 1 << 20} | dict.fromkeys(("layer", "layers", "depth"), MOST_LAYERS)
 #: Numbers and tensors of a model, and the length of one: more than any has.
 NUMBERS, TENSORS, LENGTH = 10**13, 150_000, 1 << 26
 
@@ -133,7 +135,7 @@ def check_sizes(folder: Path, config: Any, held: Held | None) -> None:
     layers = _size(config, "num_hidden_layers")
     # Some count a block several times that is passed several times, or its halves.
     known = None if held is None else held.layers
-    most = MOST if held is None or known is None else max(_PASSES * known, len(held.shapes))
+    most = MOST_LAYERS if held is None or known is None else max(_PASSES * known, len(held.shapes))
     if layers is not None and not 1 <= layers <= most:
         refuse("num_hidden_layers", layers)
     if held is None or not held.has_shapes or getattr(config, "quantization_config", None):
@@ -154,7 +156,7 @@ def absurd_count(config: Mapping[str, Any]) -> tuple[str, float] | None:
     """A key of a configuration that counts more than any model has, and its value."""
     for key, value in _numbers(config):
         counted = key.rpartition("_")[2].lower()
-        most = _MOST_EXPERTS if counted == "experts" else MOST
+        most = _MOST_OF.get(counted, MOST)
         if counted in _COUNTED and not value <= most:
             return key, value
     return None

@@ -10,7 +10,7 @@ import typer
 from abliterate.cli import options as opt
 from abliterate.console import print_json
 from abliterate.errors import UsageError
-from abliterate.settings import Settings, load_settings
+from abliterate.settings import Settings, load_settings, parse_layers
 
 if TYPE_CHECKING:
     from abliterate.run_folder import Session
@@ -90,10 +90,12 @@ def orthogonalize(
     """Write a checkpoint that cannot write along the direction."""
     settings = load_settings(config, given)
     from abliterate.cli.tables import show_edit
-    from abliterate.direction import load_direction
+    from abliterate.direction import find_direction, load_direction
 
-    vector = load_direction(direction)
+    parse_layers(settings.orthogonalize.layers)
+    find_direction(direction)
     session = open_session(model, settings, settings.orthogonalize.low_disk)
+    vector = load_direction(direction)
     from abliterate.pipeline.stages import orthogonalize_stage
 
     record = orthogonalize_stage(session, vector, output)

@@ -19,6 +19,7 @@ from abliterate.checkpoints.hub import read_remote_shards
 from abliterate.checkpoints.quantized_formats import dense_shapes, find_quantized, read_config
 from abliterate.checkpoints.shards import INDEX, ShardSet, read_index, read_shards, weight_files
 from abliterate.console import log
+from abliterate.editing.config_contradiction import map_matching
 from abliterate.errors import CheckpointError, PlanError, UnsupportedArchitectureError
 from abliterate.inference.interventions import unit_direction
 from abliterate.models.loading import (
@@ -229,7 +230,7 @@ def locate_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> L
     plan = plan_for(model, proof.plan, proof.decoder)
     axes = _writer_axes(model, plan)
     gains = {g.parameter: g.axis for w in plan.writers for g in w.gains if g.parameter}
-    disk = disk_map(model, gains | axes, shapes)
+    disk = map_matching(checkpoint.folder, model, gains | axes, shapes)
     values = {name: _read_parameter(name, disk, shards) for name in gains}
     head = _tied_head(model)
     embedding = None if head is None else _aliases(model)[head]
@@ -419,7 +420,7 @@ def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
     proof = _prove(checkpoint, config, trust_remote_code) if has_weights else proof_of(config)
     plan = plan_for(model, proof.plan, proof.decoder)
     axes = _writer_axes(model, plan)
-    disk = disk_map(model, axes, shapes)
+    disk = map_matching(checkpoint.folder, model, axes, shapes)
     head = _tied_head(model)
     tensors: dict[str, list[str]] = {name: [] for name in axes}
     for tensor in disk.tensors:

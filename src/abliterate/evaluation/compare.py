@@ -22,6 +22,7 @@ from abliterate.evaluation.completions import (
     scores,
     share_changes,
 )
+from abliterate.evaluation.intervention_names import check_name
 from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of, under
 from abliterate.metrics.intervals import bootstrap
@@ -35,7 +36,6 @@ from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts
 
-INTERVENTIONS = ("baseline", "ablate", "add", "subtract")
 KINDS = ("harmful", "harmless")
 
 # Logits that are scored in float64 at once.
@@ -128,15 +128,8 @@ def change_of(name: str, direction: Direction | None) -> Change:
 
 def check_intervention(name: str, direction: Direction | None) -> None:
     """Raise as :func:`intervention` does, without a model."""
-    if name not in INTERVENTIONS:
-        raise UsageError(
-            f"--intervention must be one of {', '.join(INTERVENTIONS)}, checkpoint, not '{name}'"
-        )
-    if name == "baseline":
-        return
-    if direction is None:
-        raise UsageError(f"--intervention {name} needs --direction")
-    if name != "ablate" and direction.layer is None:
+    check_name(name, direction, (name,))
+    if name in ("add", "subtract") and direction is not None and direction.layer is None:
         raise UsageError(f"--intervention {name} needs a direction file that records its layer")
 
 

@@ -16,6 +16,7 @@ from abliterate.evaluation.compare import (
     deltas,
 )
 from abliterate.evaluation.completions import MANIFEST, is_completions, is_manifest
+from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
 from abliterate.evaluation.judge_completions import failures, judge_files
 from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.evaluation.lm_eval_tasks import find_tasks
@@ -37,13 +38,13 @@ from abliterate.run_records import read_used
 from abliterate.storage.artifacts import (
     hash_file,
     hash_json,
+    is_plain_name,
     versions,
     write_json,
 )
 from abliterate.storage.guarded_files import check_folder, remove_temporaries
 from abliterate.storage.ownership import Kind, claim, is_record
 
-CHECKPOINT = "checkpoint"
 EVALUATE_FILES: dict[str, Kind] = {EVALUATION: is_record}
 
 
@@ -256,8 +257,8 @@ def order_rows(
         UsageError: an unknown intervention, one that lacks its direction, or a name taken twice.
     """
     rows: list[str] = []
-    if CHECKPOINT in interventions and not edited:
-        raise UsageError("--intervention checkpoint needs --checkpoint DIR")
+    for name in interventions:
+        check_name(name, direction, edited)
     for name in interventions if CHECKPOINT in interventions else [*interventions, CHECKPOINT]:
         if name == CHECKPOINT:
             rows += edited
@@ -265,8 +266,10 @@ def order_rows(
             check_intervention(name, direction)
             rows.append(name)
     for name in edited:
-        if not name or Path(name).name != name or "\\" in name or "\0" in name:
+        if not is_plain_name(name):
             raise UsageError(f"--checkpoint {name!r}: the name becomes a file's, give a plain one")
+        if name in (*INTERVENTIONS, CHECKPOINT):
+            raise UsageError(f"--checkpoint {name}: that is an intervention's name, give another")
     return list(dict.fromkeys(rows))
 
 

@@ -8,7 +8,6 @@ from abliterate.offload.open_model import (
     load_or_stream,
     must_stream,
     open_stream,
-    parse_memory,
 )
 
 __all__ = [
@@ -18,5 +17,4 @@ __all__ = [
     "load_or_stream",
     "must_stream",
     "open_stream",
-    "parse_memory",
 ]

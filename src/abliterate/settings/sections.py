@@ -27,6 +27,8 @@ from pydantic import (
 
 from abliterate.settings.marks import Granted, Option, Recorded
 from abliterate.settings.values import (
+    check_batch_size,
+    check_memory,
     check_revision,
     parse_json_object,
     public_url,
@@ -119,6 +121,7 @@ class ModelSettings(_Section):
     ] = "auto"
     batch_size: Annotated[
         int | str,
+        AfterValidator(check_batch_size),
         Option(
             "Prompts per forward pass, or auto.",
             _MODEL,
@@ -137,6 +140,7 @@ class ModelSettings(_Section):
     ] = None
     activation_memory: Annotated[
         str | None,
+        AfterValidator(check_memory),
         Option(
             "Memory for activations under --offload, such as 8GB; more goes to mapped files. "
             "Default: half of what is free.",

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from abliterate.errors import PlanError
+from abliterate.errors import PlanError, ShapeMismatchError
 from abliterate.writers.provenance import Traced, TraceError, leaf
 from abliterate.writers.tensor_slices import Ranges, Region, RegionError, regions
 
@@ -94,8 +94,9 @@ def disk_map(
         on_disk: the shape of every tensor in the checkpoint, from the safetensors headers.
 
     Raises:
-        PlanError: a parameter is not on disk, not all of it, with another shape, or in a form in
-            which d_model is not one whole axis; or a tensor cannot be placed.
+        PlanError: a parameter is not on disk, not all of it, or in a form in which d_model is not
+            one whole axis; or a tensor cannot be placed.
+        ShapeMismatchError: a tensor that the model loads has another shape than it.
     """
     if method := getattr(model.config, "quantization_config", None):
         # Its tensors are codes with scales beside them, on which an edit has no meaning.
@@ -187,14 +188,14 @@ def _group_tensors(
     results = _convert(model, group, axes, aliases)
     for key, traced in results.items():
         parameter = aliases.get(key, key)
-        if parameter not in axes:
-            continue
+        if parameter not in aliases:
+            continue  # a buffer
+        # Of parameters that are not planned too: a model of other shapes is another model.
         expected = tuple(model.get_parameter(parameter).shape)
         if tuple(traced.shape) != expected:
-            raise PlanError(
-                f"{parameter} is {expected} in the model but {tuple(traced.shape)} on disk "
-                f"({group.names[0]})"
-            )
+            raise ShapeMismatchError(parameter, group.names[0], expected, tuple(traced.shape))
+        if parameter not in axes:
+            continue
         try:
             held = regions(traced, axes[parameter], shapes)
         except (RegionError, TraceError) as error:
