@@ -8,7 +8,6 @@ the stage depended on, so that ``run`` can tell a finished stage from a stale on
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from abliterate.prompts.sampling import prompt_key
 from abliterate.prompts.sources import Prompt
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import check_writable, hash_file, versions
+from abliterate.storage.json_text import parse_json
 from abliterate.storage.locks import hold_folder
 from abliterate.storage.ownership import Kind, claim
 
@@ -196,7 +196,7 @@ def load_if_current(
 ) -> dict[str, Any] | None:
     """The record, if the stage ran on the same inputs and its outputs are still as it left them."""
     try:
-        document: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        document: dict[str, Any] = parse_json(record.read_text(encoding="utf-8"))
         if document["inputs"] != inputs:
             return None
         if any(document["outputs"][name] != hash_file(path) for name, path in outputs.items()):

@@ -6,7 +6,6 @@ there is an error that says how to obtain a plain checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from abliterate.checkpoints.disk_matrix import DiskMatrix, MatrixSlice
 from abliterate.checkpoints.shards import ShardSet, TensorEntry
 from abliterate.errors import CheckpointError
 from abliterate.storage.file_io import SourceFile, TargetFile
+from abliterate.storage.json_text import parse_json
 from abliterate.storage.write_buffers import as_bytes
 
 _FP8, _FP8_MAX = torch.float8_e4m3fn, 448.0
@@ -364,7 +364,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     if not isinstance(config, dict):

@@ -8,7 +8,6 @@ from anyone: nothing in a header or an index is believed before it is checked.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from abliterate.errors import CheckpointError
+from abliterate.storage.json_text import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -163,7 +163,7 @@ def parse_shard(path: Path, raw: bytes, stamp: FileStamp) -> Shard:
     """Check a shard's header, without its length; raises as :func:`read_shard` does."""
     data_start = 8 + len(raw)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        header = parse_json(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
         metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are no strings")
@@ -291,7 +291,7 @@ def _refuse_other_weights(folder: Path) -> None:
     try:
         if not path.is_file() or path.stat().st_size > MAX_CONFIG:
             return
-        named = json.loads(path.read_bytes()).get("transformers_weights")
+        named = parse_json(path.read_bytes()).get("transformers_weights")
     except (OSError, ValueError, AttributeError, RecursionError):
         return  # who reads the configuration says what is wrong with it
     if named is not None and named not in (SINGLE, INDEX):
@@ -370,7 +370,7 @@ def read_index(path: Path) -> dict[str, Any]:
         if inside(path.parent, path).stat().st_size > _MAX_HEADER:
             raise ValueError("it is too large")
         text = path.read_text(encoding="utf-8")
-        index = json.loads(text, object_pairs_hook=_unique_keys)
+        index = parse_json(text, object_pairs_hook=_unique_keys)
         names = list(index["weight_map"].values())
         good = all(isinstance(name, str) for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -113,12 +113,15 @@ def run(
     """extract, select, orthogonalize and evaluate; finished stages are skipped."""
     settings = load_settings(config, given)
     from abliterate.cli.tables import show_run
+    from abliterate.storage.artifacts import believing
 
     session = open_session(model, settings)
     from abliterate.pipeline.run import run_pipeline
 
     record = run_pipeline(session, output)
-    print_json(record) if as_json else show_run(record, output)
+    # Of stages that were up to date it holds what lies there.
+    with believing(output, "run"):
+        print_json(record) if as_json else show_run(record, output)
 
 
 def open_session(model: str, settings: Settings, leave_shards: bool = False) -> Session:

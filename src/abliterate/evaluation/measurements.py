@@ -7,7 +7,6 @@ goes on from there, and one with a further judge, corpus or task computes that a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +43,7 @@ from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import COMPLETIONS, Session, prompt_keys
 from abliterate.storage.artifacts import hash_json, write_json
 from abliterate.storage.guarded_files import make_folder
+from abliterate.storage.json_text import parse_json
 from abliterate.storage.ownership import is_mapping_of
 
 MEASURED = "measured.json"
@@ -273,7 +273,7 @@ class _Memo:
         self.known: dict[str, Any] = {}
         if path is not None:
             try:
-                document = json.loads(path.read_text(encoding="utf-8"))
+                document = parse_json(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 document = None
             self.known = document if isinstance(document, dict) else {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from abliterate.errors import InputError, UsageError
 from abliterate.resources import data_dir
+from abliterate.storage.json_text import parse_json
 
 TEXT_COLUMNS = ("instruction", "prompt", "goal", "text", "question", "behavior")
 CATEGORY_COLUMNS = ("category", "semanticcategory", "functionalcategory", "topic", "label")
@@ -219,8 +219,8 @@ def _text_rows(path: Path, kind: str, text: str) -> list[Any]:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({error})") from None
 
 

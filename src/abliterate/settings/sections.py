@@ -150,7 +150,10 @@ class ModelSettings(_Section):
     ] = None
     # Bounds: what numpy, torch and lm-eval all take.
     seed: Annotated[
-        int, Recorded(), Option("Of all sampling.", _MODEL, (*_STAGES, "trace", "chat"))
+        int,
+        Recorded(),
+        Option("Of all sampling.", _MODEL, (*_STAGES, "trace", "chat")),
+        Option("Accepted for scripts that pass it: scoring samples nothing.", _MODEL, ("score",)),
     ] = Field(0, ge=0, le=2**32 - 1)
     trust_remote_code: Annotated[
         bool,

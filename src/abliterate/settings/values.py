@@ -14,7 +14,7 @@ def parse_json_object(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not a JSON object ({error})") from None
 
 
