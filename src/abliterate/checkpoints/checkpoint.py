@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from abliterate.checkpoints.hub import HubRepo
 
 
+# Of weights, configurations, templates, code and vocabularies.
+_READ = (".safetensors", ".json", ".jinja", ".py", ".txt", ".model", ".tiktoken", ".bin")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk.
@@ -42,6 +46,17 @@ class Checkpoint:
             if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja", ".model")
         )
         return {"id": self.name, "files": {path.name: hash_file(path) for path in files}}
+
+
+def check_regular_files(folder: Path) -> None:
+    """Refuse pipes, sockets and devices under names that libraries read: it would never end.
+
+    Raises:
+        CheckpointError: there is one, or a link to one.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ and path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is a pipe, socket or device, and no file: remove it")
 
 
 def find_checkpoint(
@@ -76,6 +91,7 @@ def find_checkpoint(
 
                 check_files(str(folder), weight_files(folder) or [ADAPTER_CONFIG])
             raise CheckpointError(f"{folder} has no config.json: it is no transformers checkpoint")
+        check_regular_files(folder)
         return Checkpoint(name, folder)
     if folder.exists():
         raise CheckpointError(f"{name} is a file: give the checkpoint's folder or a hub id")
@@ -109,6 +125,7 @@ def find_config(name: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} has no config.json: it is no transformers checkpoint")
+        check_regular_files(folder)
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"model '{name}' is neither an existing folder nor a hub id")

@@ -25,7 +25,7 @@ MOST = 10_000
 #: And more layers: building so many takes seconds, even of tensors without memory.
 MOST_LAYERS = 1_000
 # Doge looks its experts up in tables: 16,384 rows by its own default.
-_MOST_OF = {"experts": 1 << 20} | dict.fromkeys(("layer", "layers", "depth"), MOST_LAYERS)
+_MOST_OF = {"experts": 1 << 20} | dict.fromkeys(("layer", "layers", "blocks", "depth"), MOST_LAYERS)
 #: Numbers and tensors of a model, and the length of one: more than any has.
 NUMBERS, TENSORS, LENGTH = 10**13, 150_000, 1 << 26
 

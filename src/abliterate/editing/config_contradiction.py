@@ -6,6 +6,7 @@ touches: the checkpoint would be written, and could be loaded by nobody.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -26,6 +27,7 @@ def map_matching(
     model: PreTrainedModel,
     parameters: Mapping[str, int],
     on_disk: Mapping[str, tuple[int, ...]],
+    whole: bool = True,
 ) -> DiskMap:
     """As :func:`~abliterate.writers.disk_tensors.disk_map`; a contradiction names its number.
 
@@ -34,19 +36,30 @@ def map_matching(
         model: on the meta device.
         parameters: the d_model axis of each parameter of interest.
         on_disk: the shape of every tensor in the checkpoint.
+        whole: refuse one that lacks other parameters, with which nothing could load it.
 
     Raises:
         PlanError: as there.
-        CheckpointError: a tensor has another shape than the model of the configuration.
+        CheckpointError: a tensor has another shape than the model of the configuration, or none
+            loads as a parameter.
     """
     try:
-        return disk_map(model, parameters, on_disk)
+        found = disk_map(model, parameters, on_disk)
     except ShapeMismatchError as error:
         said = _wrong_number(model.config, error, parameters, on_disk)
         raise CheckpointError(
             f"{folder / CONFIG} {said}, but tensor '{error.tensor}' gives {error.parameter} the "
             f"shape {list(error.found)} and not {list(error.expected)}: they do not belong together"
         ) from None
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    absent = [n for n in found.absent if not any(re.search(pattern, n) for pattern in ignored)]
+    if absent and whole:
+        raise CheckpointError(
+            f"{folder} lacks a tensor for parameter '{absent[0]}'"
+            + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+            + f" of the model that {CONFIG} describes: the checkpoint is incomplete, or another's"
+        )
+    return found
 
 
 def _wrong_number(

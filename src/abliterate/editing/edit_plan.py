@@ -420,7 +420,7 @@ def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
     proof = _prove(checkpoint, config, trust_remote_code) if has_weights else proof_of(config)
     plan = plan_for(model, proof.plan, proof.decoder)
     axes = _writer_axes(model, plan)
-    disk = map_matching(checkpoint.folder, model, axes, shapes)
+    disk = map_matching(checkpoint.folder, model, axes, shapes, has_weights)
     head = _tied_head(model)
     tensors: dict[str, list[str]] = {name: [] for name in axes}
     for tensor in disk.tensors:

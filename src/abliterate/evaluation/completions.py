@@ -109,8 +109,8 @@ class CompletionFile:
             self._write()  # torn or double lines, the order of finishing
 
     def _take(self, line: Mapping[str, Any], verdicts: bool) -> None:
-        prompt = self.prompts.get(line.get("prompt", ""))
-        response = line.get("response")
+        text, response = line.get("prompt"), line.get("response")
+        prompt = self.prompts.get(text) if isinstance(text, str) else None
         if prompt is None or not isinstance(response, str):
             return
         held = Completion(prompt.text, prompt.category, response, is_refusal(response))

@@ -296,7 +296,7 @@ def load_weights(
     except Exception as error:
         raise _loading_error(checkpoint, error) from None
     check_unchanged(shards)
-    absent = sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"]))
+    absent = sorted(info["missing_keys"]) or sorted(map(name_of, info["mismatched_keys"]))
     if absent:
         raise CheckpointError(
             f"{checkpoint.folder} lacks a usable tensor for parameter '{absent[0]}'"
@@ -304,6 +304,11 @@ def load_weights(
             + ": the checkpoint is incomplete"
         )
     return cast(PreTrainedModel, (model if placement.is_spread else model.to(place)).eval())
+
+
+def name_of(mismatched: Any) -> str:
+    """The parameter of an entry of the library's ``mismatched_keys``: it, or it and two shapes."""
+    return str(mismatched[0] if isinstance(mismatched, tuple) else mismatched)
 
 
 def has_causal_class(config: Any) -> bool:

@@ -34,7 +34,7 @@ from transformers.utils.logging import (
 from abliterate.checkpoints.shards import read_shards
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.models.library_versions import load_tensors
-from abliterate.models.loading import Checkpoint, empty_model
+from abliterate.models.loading import Checkpoint, empty_model, name_of
 from abliterate.offload.mmap_weights import Mapped
 
 
@@ -213,7 +213,9 @@ class Weights:
                 f"a block of {self.checkpoint.name} and what it is converted from do not fit into "
                 f"memory beside what waits there: use a smaller {smaller}"
             )
-        wrong = sorted(map(str, info.mismatched_keys)) or sorted(map(str, info.conversion_errors))
+        wrong = sorted(map(name_of, info.mismatched_keys)) or sorted(
+            map(str, info.conversion_errors)
+        )
         if wrong:
             raise CheckpointError(
                 f"{self.checkpoint.folder} lacks a usable tensor for parameter '{wrong[0]}': the "

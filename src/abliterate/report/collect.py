@@ -161,8 +161,15 @@ def _lines(path: Path) -> list[Document]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         parsed = [parse_json(line) for line in lines if line]
-        if all({"prompt", "response", "refused"} <= set(line) for line in parsed):
+        if all(isinstance(line, dict) and _is_completion(line) for line in parsed):
             return parsed
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}): run evaluate again") from None
     raise InputError(f"{path} holds a line that is no completion: run evaluate again")
+
+
+def _is_completion(line: Document) -> bool:
+    texts = all(isinstance(line.get(key), str) for key in ("prompt", "response"))
+    category, safe = line.get("category"), line.get("safe")
+    named = category is None or isinstance(category, str)
+    return texts and named and "refused" in line and (safe is None or isinstance(safe, bool))

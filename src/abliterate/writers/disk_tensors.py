@@ -57,10 +57,17 @@ class DiskTensor:
 
 @dataclass(frozen=True)
 class DiskMap:
-    """Where the given parameters are on disk, and what on disk the model does not load."""
+    """Where the given parameters are on disk, and what on disk the model does not load.
+
+    Attributes:
+        tensors: those of the parameters.
+        untouched: names on disk that the model does not load.
+        absent: parameters of the model, asked for or not, that nothing on disk loads as.
+    """
 
     tensors: tuple[DiskTensor, ...]
     untouched: tuple[str, ...]
+    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,12 +114,14 @@ def disk_map(
     groups, untouched = _groups(model, disk)
     names, shapes = list(disk), list(disk.values())
     found: list[DiskTensor] = []
+    loaded: set[str] = set()
     for group in groups:
-        found += _group_tensors(model, group, axes, aliases, names, shapes)
+        found += _group_tensors(model, group, axes, aliases, names, shapes, loaded)
     for name in axes.keys() - {tensor.parameter for tensor in found}:
         raise PlanError(f"{name} is not on disk: nothing in the checkpoint loads as it")
     _check_disjoint(found)
-    return DiskMap(tuple(found), tuple(untouched))
+    absent = tuple(sorted(set(aliases.values()) - loaded))
+    return DiskMap(tuple(found), tuple(untouched), absent)
 
 
 def _method(quantization: Any) -> str:
@@ -182,10 +191,13 @@ def _group_tensors(
     aliases: Mapping[str, str],
     names: Sequence[str],
     shapes: Sequence[tuple[int, ...]],
+    loaded: set[str],
 ) -> list[DiskTensor]:
-    """The planned tensors among those that ``group`` reads."""
+    """The planned tensors among those that ``group`` reads; all its parameters go to ``loaded``."""
     found: list[DiskTensor] = []
     results = _convert(model, group, axes, aliases)
+    targets = results or _targets(group)
+    loaded.update(aliases.get(key, key) for key in targets)
     for key, traced in results.items():
         parameter = aliases.get(key, key)
         if parameter not in aliases:
@@ -228,17 +240,19 @@ def _convert(
         results = conversion.convert(group.target, model=model, config=model.config)
     except Exception as error:
         # Of no concern unless a planned parameter should have come out.
-        targets = [
-            group.target.replace(conversion.target_patterns[0], t)
-            for t in conversion.target_patterns
-        ]
-        if any(aliases.get(target, target) in axes for target in targets):
+        if any(aliases.get(target, target) in axes for target in _targets(group)):
             reason = str(error).partition("\n")[0]
             raise PlanError(
                 f"cannot follow {group.names[0]} into {group.target}: {reason}"
             ) from error
         return {}
     return {key: v[0] if isinstance(v, list) else v for key, v in results.items()}
+
+
+def _targets(group: _Group) -> list[str]:
+    """The names of what the library makes of ``group``."""
+    patterns = group.conversion.target_patterns
+    return [group.target.replace(patterns[0], pattern) for pattern in patterns]
 
 
 def _axis(box: Region, axis: int) -> int:
