@@ -48,11 +48,11 @@ def save_direction(path: Path, direction: Direction, model: str) -> None:
     write_tensors(path, {"direction": direction.vector}, metadata)
 
 
-def load_direction(source: str | Path) -> Direction:
-    """Read a run folder's direction, or a safetensors file with a tensor ``direction``.
+def find_direction(source: str | Path) -> Path:
+    """The file of a run folder's direction, or the file itself; imports no torch.
 
     Raises:
-        InputError: there is none, or it is not one vector of numbers.
+        InputError: there is none.
     """
     path = Path(source)
     if path.is_dir():
@@ -60,6 +60,18 @@ def load_direction(source: str | Path) -> Direction:
         if not path.is_file():
             again = shlex.join(["abliterate", "select", str(source)])
             raise InputError(f"{path} does not exist: run `{again}` first")
+    if not path.is_file():
+        raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
+    return path
+
+
+def load_direction(source: str | Path) -> Direction:
+    """Read a run folder's direction, or a safetensors file with a tensor ``direction``.
+
+    Raises:
+        InputError: there is none, or it is not one vector of numbers.
+    """
+    path = find_direction(source)
     vector = read_tensors(path, "direction")["direction"]
     if vector.ndim != 1 or not vector.is_floating_point():
         raise InputError(

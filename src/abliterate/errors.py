@@ -51,6 +51,24 @@ class PlanError(CheckpointError):
     """The writers were found, but the edit cannot be planned on the tensors on disk."""
 
 
+class ShapeMismatchError(PlanError):
+    """A tensor on disk has another shape than the model of the configuration.
+
+    Attributes:
+        parameter: the model's parameter.
+        tensor: a tensor on disk that it is loaded from.
+        expected: the parameter's shape.
+        found: the shape that loading gives it.
+    """
+
+    def __init__(
+        self, parameter: str, tensor: str, expected: tuple[int, ...], found: tuple[int, ...]
+    ) -> None:
+        super().__init__(f"{parameter} is {expected} in the model but {found} on disk ({tensor})")
+        self.parameter, self.tensor = parameter, tensor
+        self.expected, self.found = expected, found
+
+
 class SelectionError(AbliterateError):
     """No candidate direction passes the filters."""
 

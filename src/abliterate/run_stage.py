@@ -6,7 +6,6 @@ that ``run`` can tell a finished stage from a stale one. Imports no torch.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from abliterate.storage.artifacts import (
     versions,
     write_json,
 )
+from abliterate.storage.json_text import parse_json
 from abliterate.storage.locks import hold_folder
 from abliterate.storage.ownership import Kind, claim, is_record
 
@@ -190,7 +190,7 @@ def load_if_current(
 ) -> dict[str, Any] | None:
     """The record, if the stage ran on the same inputs and its outputs are still as it left them."""
     try:
-        document: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        document: dict[str, Any] = parse_json(record.read_text(encoding="utf-8"))
         if document["inputs"] != inputs:
             return None
         if any(document["outputs"][name] != hash_file(path) for name, path in outputs.items()):

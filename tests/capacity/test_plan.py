@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from abliterate.capacity import machine_benchmark
 from abliterate.capacity.resource_estimate import shape_of
 
 
@@ -82,3 +83,18 @@ def test_the_table_names_every_stage_and_bad_sizes_are_refused(tiny, cli, fails)
     assert "--memory" in fails("plan", tiny("gemma"), "--memory", "much", code=2)
     assert "--gpu-memory" in fails("plan", tiny("gemma"), "--gpu-memory", "-3GB", code=2)
     assert "no config.json" in fails("plan", Path(__file__).parent, code=4)
+
+
+def test_speeds_of_a_slow_machine_are_measured_on_smaller_samples(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A clock on which each step takes a minute: one step of each kind, and speeds that say so."""
+    now = iter(range(0, 10**6, 60))
+    monkeypatch.setattr(machine_benchmark.time, "perf_counter", lambda: float(next(now)))
+    speed = machine_benchmark.layer_speed(64, torch.float32, torch.device("cpu"))
+    layers = 8
+    assert speed == pytest.approx(layers * 4 * 32 * 64 * 256 / 60)
+    (tmp_path / "model.safetensors").write_bytes(bytes(32 << 20))
+    assert machine_benchmark.disk_speed(tmp_path) == pytest.approx((4 << 20) / 60)
+    assert machine_benchmark.copy_speed() == pytest.approx((64 << 20) / 60)
+    assert next(now) <= 60 * 8

@@ -110,6 +110,26 @@ def test_headers_at_the_edge_are_read(tmp_path: Path) -> None:
         read_shard(path)
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"]
+)
+def test_a_pipe_or_device_among_the_files_is_refused_before_a_library_reads_it(
+    name: str, tiny, fails, direction: Path, tmp_path: Path
+) -> None:
+    folder = copy(tiny("llama"), tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    for command in (
+        ["extract", folder, "-o", tmp_path / "run"],
+        ["verify", folder, "--direction", direction],
+        ["plan", folder],
+    ):
+        assert f"{folder / name} is a pipe" in fails(*command, code=4)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    assert f"{folder / name} is a pipe, socket or device" in fails("plan", folder, code=4)
+
+
 def mutate(raw: bytes, generator: random.Random) -> bytes:
     """A few bytes changed, moved, cut or doubled; mostly in the header."""
     data = bytearray(raw)

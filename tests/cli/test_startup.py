@@ -98,6 +98,16 @@ def test_help_and_usage_errors_import_nothing_heavy(tmp_path: Path) -> None:
         ["fragility", "run", "--image", "gif"],
         ["chat", "model", "--ablate"],
         ["plan", "model", "--tokens", "0"],
+        ["plan", "model", "--memory", "much"],
+        ["plan", "model", "--dtype", "int3"],
+        ["extract", "model", "-o", "out", "--batch-size", "0"],
+        ["extract", "model", "-o", "out", "--activation-memory", "much"],
+        ["orthogonalize", "model", "-o", "out", "--direction", "run", "--layers", "7-3"],
+        ["evaluate", "model", "--intervention", "nothing"],
+        ["evaluate", "model", "--intervention", "ablate"],
+        ["evaluate", "model", "--checkpoint", f"ablate={tmp_path}"],
+        ["audit", "model", "-o", str(tmp_path)],
+        ["chat", "model", "--temperature=-1"],
     ]
     for argv, names in zip(wrong, _imports(wrong, 2), strict=True):
         assert not _heavy(names), argv
@@ -112,6 +122,14 @@ def test_names_that_do_not_exist_are_told_before_torch_is_imported(tmp_path: Pat
         ["verify", absent, "--direction", "run"],
         ["writers", absent],
         ["diff", absent, absent],
+        ["audit", absent],
+        ["audit", str(demo_model_dir()), "--base", absent],
+        ["chat", absent],
+        ["plan", absent],
+        ["plan", str(tmp_path)],
+        ["writers", str(tmp_path)],
+        ["diff", str(demo_model_dir()), str(tmp_path)],
+        ["evaluate", str(demo_model_dir()), "--checkpoint", f"other={absent}"],
     ]
     for argv, names in zip(models, _imports(models, 4), strict=True):
         assert not _heavy(names), argv
@@ -124,6 +142,12 @@ def test_names_that_do_not_exist_are_told_before_torch_is_imported(tmp_path: Pat
         ["trace", absent],
         ["report", absent],
         ["orthogonalize", "model", "-o", "out", "--direction", f"{tmp_path}"],
+        ["orthogonalize", "model", "-o", "out", "--direction", absent],
+        ["evaluate", "model", "--direction", absent],
+        ["verify", str(demo_model_dir()), "--direction", absent],
+        ["audit", "model", "--direction", absent],
+        ["chat", "model", "--direction", absent],
+        ["fragility", absent],
     ]
     for argv, names in zip(others, _imports(others, 3), strict=True):
         assert not _heavy(names), argv

@@ -187,3 +187,18 @@ def test_locks_and_torn_files_are_not_carried_along(tiny, cli, direction, tmp_pa
     assert [name for name in os.listdir(out) if "lock" in name or name.startswith(".")] == [
         "notes.lock"
     ]
+
+
+def test_an_older_checkpoint_whose_record_lists_no_files_is_named_as_that(
+    base, cli, fails, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert cli(*base, out).code == 0
+    record = json.loads((out / "abliterate.json").read_text())
+    del record["files"]
+    (out / "abliterate.json").write_text(json.dumps(record))
+    before = files(out)
+    line = fails(*base, out, "--overwrite", code=2)
+    assert "older version" in line
+    assert "remove it yourself" in line
+    assert files(out) == before

@@ -112,6 +112,8 @@ def test_any_subset_of_interventions(tiny, cli, fails, direction, prompts, tmp_p
 
     assert "is taken" in fails(*base, "--checkpoint", edited, "--checkpoint", f"{edited}/", code=2)
     assert "is taken" in fails(*base, "--checkpoint", f"ablate={edited}", code=2)
+    for name in ("../x", "a/b", "..", "a\nb", "a\x1bb", "a\\b", "x" * 300):
+        assert "no plain name" in fails(*base, "--checkpoint", f"{name}={edited}", code=2)
     assert "needs --checkpoint" in fails(*base, "--intervention", "checkpoint", code=2)
     other = fails(*base, "--intervention", "baseline", "--checkpoint", tiny("other"), code=3)
     assert "vocabulary of" in other

@@ -119,6 +119,59 @@ def test_a_configuration_alone_builds_nothing_huge(
     assert time.monotonic() - begun < 30
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "tensor"),
+    [
+        ("llama", {"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight"),
+        ("llama", {"num_key_value_heads": 1}, "model.layers.0.self_attn.k_proj.weight"),
+        ("llama", {"head_dim": 24}, "model.layers.0.self_attn.k_proj.weight"),
+        ("qwen2", {"intermediate_size": 40}, "model.layers.0.mlp.down_proj.weight"),
+        ("llama-bias", {"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.bias"),
+    ],
+)
+def test_a_number_that_contradicts_tensors_which_no_edit_touches_is_named(
+    kind: str, values: dict[str, int], tensor: str, tiny, fails, tmp_path: Path
+) -> None:
+    """Written out, the checkpoint could not be loaded."""
+    model = Path(shutil.copytree(tiny(kind), tmp_path / "model"))
+    say(model, **values)
+    save_file({"direction": torch.ones(48)}, tmp_path / "d.safetensors")
+    ((key, value),) = values.items()
+    for line in (
+        fails("orthogonalize", model, "--direction", tmp_path / "d.safetensors",
+              "-o", tmp_path / "out", code=4),
+        fails("writers", model, code=4),
+    ):  # fmt: skip
+        assert f"{model / 'config.json'} says {key} is {value}" in line
+        assert tensor in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_alone_is_planned_for_without_tracing_all_its_experts(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trace of so many layers and experts takes minutes; and no speed is measured for long."""
+
+    def none(config: Any) -> None:
+        raise AssertionError("the writers of a large model are searched for")
+
+    monkeypatch.setattr("abliterate.writers.proof_of", none)
+    Qwen3MoeConfig(num_hidden_layers=30, num_experts=32).save_pretrained(tmp_path)
+    document = cli("plan", tmp_path, "--json").json
+    assert document["n_layers"] == 30
+    assert document["parameters"] > document["active_parameters"] > 10**8
+    one = tmp_path / "one"
+    Qwen3MoeConfig(num_hidden_layers=1, num_experts=128).save_pretrained(one)
+    assert cli("plan", one, "--json").json["n_layers"] == 1
+
+
+def test_the_layers_that_no_model_has_are_not_built(model: Path, fails) -> None:
+    (model / "model.safetensors").unlink()
+    say(model, num_hidden_layers=5_000)
+    for command in ("plan", "writers"):
+        assert "num_hidden_layers is 5,000, which no model has" in fails(command, model, code=4)
+
+
 def test_an_index_alone_says_how_many_layers_there_are(tiny, fails, cli, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny("llama", True), folder, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -1,4 +1,7 @@
-"""How fast this machine reads, copies and computes, measured in a second or two."""
+"""How fast this machine reads, copies and computes, measured in a second or two.
+
+However slow it is, or busy with something else: what is measured ends once it has taken so long.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,10 @@ from abliterate.storage.guarded_files import naming
 
 _SAMPLE = 256 << 20
 _COPIED = 64 << 20
+# Seconds after which one measurement takes no larger sample.
+_LONGEST = 1.0
+# Tokens to begin with on a CPU.
+_FEW_ROWS = 32
 # Weights of the layers that are measured, so that they come from memory and not from a cache.
 _WEIGHTS = 128 << 20
 _MOST_LAYERS = 8
@@ -49,19 +56,25 @@ def _read_speed(path: Path) -> float:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
         begun = time.perf_counter()
-        left = size
-        while left > 0 and (got := file.readinto(buffer[: min(len(buffer), left)])):
+        seconds, left = 0.0, size
+        while left > 0 and seconds < _LONGEST:
+            got = file.readinto(buffer[: min(len(buffer), left)])
+            if not got:
+                break
             left -= got
-        return size / max(time.perf_counter() - begun, 1e-9)
+            seconds = time.perf_counter() - begun
+        return (size - left) / max(seconds, 1e-9)
 
 
 def copy_speed() -> float:
     """Bytes per second copied within main memory, into pages that are new to the process."""
     source = torch.ones(_COPIED, dtype=torch.uint8)
     begun = time.perf_counter()
-    for _ in range(3):
+    copies, seconds = 0, 0.0
+    while copies < 3 and seconds < _LONGEST:
         source.clone()
-    return 3 * _COPIED / max(time.perf_counter() - begun, 1e-9)
+        copies, seconds = copies + 1, time.perf_counter() - begun
+    return copies * _COPIED / max(seconds, 1e-9)
 
 
 @torch.inference_mode()
@@ -76,12 +89,12 @@ def layer_speed(width: int, dtype: torch.dtype, device: torch.device) -> float:
         device: where it runs.
     """
     width = min(width, _WIDEST.get(device.type, _WIDEST_ACCELERATOR))
-    rows, inner = TokenBudget(device).tokens, 4 * width
+    most, inner = TokenBudget(device).tokens, 4 * width
     size = 2 * width * inner * dtype.itemsize
     n = min(_MOST_LAYERS, -(-_WEIGHTS // size))
     up = [torch.randn(inner, width, device=device, dtype=dtype) / width**0.5 for _ in range(n)]
     down = [torch.randn(width, inner, device=device, dtype=dtype) / inner**0.5 for _ in range(n)]
-    hidden = torch.randn(rows, width, device=device, dtype=dtype)
+    hidden = torch.randn(most, width, device=device, dtype=dtype)
 
     def run(stream: Tensor) -> float:
         begun = time.perf_counter()
@@ -91,6 +104,12 @@ def layer_speed(width: int, dtype: torch.dtype, device: torch.device) -> float:
             torch.accelerator.synchronize(device)
         return time.perf_counter() - begun
 
-    run(hidden)
-    seconds = sum(run(hidden) for _ in range(2))
-    return 2 * n * 4 * rows * width * inner / max(seconds, 1e-9)
+    # Few tokens are slower than many, but take no minutes where the machine is slow.
+    rows = min(_FEW_ROWS, most) if device.type == "cpu" else most
+    seconds = run(hidden[:rows])
+    while rows < most and 2 * seconds < _LONGEST:
+        rows = min(2 * rows, most)
+        seconds = run(hidden[:rows])
+    if 2 * seconds < _LONGEST:
+        seconds = (run(hidden[:rows]) + run(hidden[:rows])) / 2
+    return n * 4 * rows * width * inner / max(seconds, 1e-9)

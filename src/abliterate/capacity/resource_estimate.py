@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.shard_writer import edit_memory, usable_cores
-from abliterate.errors import CheckpointError, UsageError
+from abliterate.errors import UsageError
 from abliterate.inference.token_batches import TokenBudget
 from abliterate.models.loading import DTYPES
 from abliterate.models.model_classes import empty_model, text_config
@@ -148,12 +147,13 @@ def shape_of(
 
     Raises:
         CheckpointError: the configuration contradicts itself, or is that of a larger model.
-        UnsupportedArchitectureError: its decoder blocks cannot be found.
+        UnsupportedArchitectureError: its decoder blocks cannot be found. That its writers can is
+            not looked at.
     """
     model = empty_model(config, trust_remote_code, shards)
-    blocks, width = decoder_blocks(model), find_writers(model).d_model
     text = text_config(model)
-    width = getattr(text, "hidden_size", width)
+    blocks = _layers(model, text) or decoder_blocks(model)
+    width = getattr(text, "hidden_size", None) or find_writers(model).d_model
     size = dtype.itemsize
     inside = {id(p) for block in blocks for p in block.parameters()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -177,6 +177,18 @@ def shape_of(
         size,
         *_copied(model, dtype, stored),
     )
+
+
+def _layers(model: Any, text: Any) -> list[nn.Module]:
+    """The decoder's blocks where they are plain to see; empty where it takes a trace to tell.
+
+    A trace runs a copy with all layers and experts, which takes minutes for the largest.
+    """
+    parts = model.get_decoder().children()
+    lists = [module for module in parts if isinstance(module, nn.ModuleList)]
+    if len(lists) != 1 or len(lists[0]) != getattr(text, "num_hidden_layers", None):
+        return []
+    return list(lists[0])
 
 
 def _copied(model: Any, dtype: torch.dtype, stored: torch.dtype) -> tuple[int, int]:
@@ -339,24 +351,6 @@ def dtype_of(name: str, config: Any, accelerator: bool) -> torch.dtype:
     own = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     own = getattr(torch, own) if isinstance(own, str) else own
     return (own or torch.float32) if accelerator else torch.float32
-
-
-def config_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint's configuration; of a hub id its small files alone are fetched.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} has no config.json: it is no transformers checkpoint")
-        return folder
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"model '{name}' is neither an existing folder nor a hub id")
-    from abliterate.checkpoints.hub import fetch_configuration
-
-    return fetch_configuration(name, revision)
 
 
 def as_document(

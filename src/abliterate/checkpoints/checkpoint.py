@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from abliterate.checkpoints.hub import HubRepo
 
 
+# Of weights, configurations, templates, code and vocabularies.
+_READ = (".safetensors", ".json", ".jinja", ".py", ".txt", ".model", ".tiktoken", ".bin")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk.
@@ -44,6 +48,17 @@ class Checkpoint:
         return {"id": self.name, "files": {path.name: hash_file(path) for path in files}}
 
 
+def check_regular_files(folder: Path) -> None:
+    """Refuse pipes, sockets and devices under names that libraries read: it would never end.
+
+    Raises:
+        CheckpointError: there is one, or a link to one.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ and path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is a pipe, socket or device, and no file: remove it")
+
+
 def find_checkpoint(
     name: str, revision: str | None = None, leave_shards: bool = False
 ) -> Checkpoint:
@@ -66,6 +81,7 @@ def find_checkpoint(
             )
         if not (folder / "config.json").is_file():
             raise _no_config(folder)
+        check_regular_files(folder)
         return Checkpoint(name, folder)
     if folder.exists():
         raise CheckpointError(f"{name} is a file: give the checkpoint's folder or a hub id")
@@ -81,10 +97,10 @@ def _no_config(folder: Path) -> CheckpointError:
             f"{folder} holds GGUF weights, which can be neither run nor edited here: use "
             "the safetensors checkpoint that they were converted from"
         )
-    from abliterate.checkpoints.hub import check_files
-    from abliterate.checkpoints.shards import ADAPTER_CONFIG, weight_files
+    if (folder / "adapter_config.json").is_file():
+        from abliterate.checkpoints.hub import check_files
+        from abliterate.checkpoints.shards import ADAPTER_CONFIG, weight_files
 
-    if (folder / ADAPTER_CONFIG).is_file():
         check_files(str(folder), weight_files(folder) or [ADAPTER_CONFIG])
     return CheckpointError(f"{folder} has no config.json: it is no transformers checkpoint")
 
@@ -106,3 +122,22 @@ def _find_on_hub(name: str, revision: str | None, leave_shards: bool) -> Checkpo
     path = fetch_snapshot(name, info.sha, False)
     sizes = {file.rfilename: file.size for file in info.siblings or () if file.size is not None}
     return Checkpoint(name, path, info.sha, HubRepo(name, info.sha, sizes))
+
+
+def find_config(name: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint's configuration; of a hub id its small files alone are fetched.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json: it is no transformers checkpoint")
+        check_regular_files(folder)
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"model '{name}' is neither an existing folder nor a hub id")
+    from abliterate.checkpoints.hub import fetch_configuration
+
+    return fetch_configuration(name, revision)

@@ -20,10 +20,12 @@ from abliterate.checkpoints.shards import MAX_CONFIG, ShardSet
 from abliterate.errors import CheckpointError
 
 CONFIG = "config.json"
-#: More layers, heads, experts, loops or groups than this no model has.
+#: More heads, experts, loops or groups than this no model has.
 MAX_COUNT = 10_000
+#: And more layers: building so many takes seconds, even of tensors without memory.
+MAX_LAYERS = 1_000
 # Doge looks its experts up in tables: 16,384 rows by its own default.
-_MAX_EXPERTS = 1 << 20
+_MAX_OF = {"experts": 1 << 20} | dict.fromkeys(("layer", "layers", "blocks", "depth"), MAX_LAYERS)
 #: Numbers and tensors of a model, and the length of one: more than any has.
 NUMBERS, TENSORS, LENGTH = 10**13, 150_000, 1 << 26
 
@@ -134,7 +136,7 @@ def check_sizes(folder: Path, config: Any, held: Held | None) -> None:
     # Some count a block several times that is passed several times, or its halves.
     known = None if held is None else held.layers
     max_layers = (
-        MAX_COUNT if held is None or known is None else max(_PASSES * known, len(held.shapes))
+        MAX_LAYERS if held is None or known is None else max(_PASSES * known, len(held.shapes))
     )
     if layers is not None and not 1 <= layers <= max_layers:
         refuse("num_hidden_layers", layers)
@@ -156,7 +158,7 @@ def absurd_count(config: Mapping[str, Any]) -> tuple[str, float] | None:
     """A key of a configuration that counts more than any model has, and its value."""
     for key, value in _numbers(config):
         counted = key.rpartition("_")[2].lower()
-        max_count = _MAX_EXPERTS if counted == "experts" else MAX_COUNT
+        max_count = _MAX_OF.get(counted, MAX_COUNT)
         if counted in _COUNTED and not value <= max_count:
             return key, value
     return None

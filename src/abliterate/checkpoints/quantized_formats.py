@@ -6,7 +6,6 @@ there is an error that says how to obtain a plain checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from abliterate.checkpoints.safetensors_header import TensorEntry
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.errors import CheckpointError
+from abliterate.storage.json_text import parse_json
 
 SCALE_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E8M0": torch.float8_e8m0fnu}
 FP4_GROUP = 32  # elements per scale, in 16 bytes
@@ -162,7 +162,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     if not isinstance(config, dict):

@@ -8,7 +8,6 @@ from anyone: nothing in a header is believed before it is checked.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from abliterate.errors import CheckpointError
+from abliterate.storage.json_text import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -126,7 +126,7 @@ def parse_shard(path: Path, raw: bytes, stamp: FileStamp) -> Shard:
     """Check a shard's header, without its length; raises as :func:`read_shard` does."""
     data_start = 8 + len(raw)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+        header = parse_json(raw.decode("utf-8"), object_pairs_hook=unique_keys)
         metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are no strings")

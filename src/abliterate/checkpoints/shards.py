@@ -5,7 +5,6 @@ A checkpoint may come from anyone: nothing in an index is believed before it is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from abliterate.checkpoints.safetensors_header import (
     unique_keys,
 )
 from abliterate.errors import CheckpointError
+from abliterate.storage.json_text import parse_json
 
 # Read at once where stored bytes are compared.
 _COMPARED_BYTES = 32 << 20
@@ -126,7 +126,7 @@ def _refuse_other_weights(folder: Path) -> None:
     try:
         if not path.is_file() or path.stat().st_size > MAX_CONFIG:
             return
-        named = json.loads(path.read_bytes()).get("transformers_weights")
+        named = parse_json(path.read_bytes()).get("transformers_weights")
     except (OSError, ValueError, AttributeError, RecursionError):
         return  # who reads the configuration says what is wrong with it
     if named is not None and named not in (SINGLE, INDEX):
@@ -205,7 +205,7 @@ def read_index(path: Path) -> dict[str, Any]:
         if inside(path.parent, path).stat().st_size > MAX_HEADER:
             raise ValueError("it is too large")
         text = path.read_text(encoding="utf-8")
-        index = json.loads(text, object_pairs_hook=unique_keys)
+        index = parse_json(text, object_pairs_hook=unique_keys)
         names = list(index["weight_map"].values())
         good = all(isinstance(name, str) for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -32,6 +32,8 @@ def inspect(
     """Describe the directions: PCA, separation, cosines, norms and logit lens, layer by layer."""
     from abliterate.analysis.inspection_record import finished_inspection
     from abliterate.cli.analysis_tables import show_inspection
+    from abliterate.run_folder import INSPECT
+    from abliterate.storage.artifacts import believing
 
     session = later_session(run, model, None, given)
     record = finished_inspection(session, run, position)
@@ -39,7 +41,8 @@ def inspect(
         from abliterate.analysis.inspection import inspect_stage
 
         record = inspect_stage(session, run, position)
-    print_json(record) if as_json else show_inspection(record, run)
+    with believing(run / INSPECT, "inspect"):  # it may be the one that was there
+        print_json(record) if as_json else show_inspection(record, run)
 
 
 @opt.command()

@@ -54,14 +54,16 @@ def audit(
 
     Exit code 0 if it is clean, 7 if it was edited, 8 if that cannot be told.
     """  # fmt: skip
-    from abliterate.auditing.report import audit as judge
-    from abliterate.direction import Direction, load_direction, save_direction
+    from abliterate.checkpoints.checkpoint import find_checkpoint
+    from abliterate.direction import Direction, find_direction, load_direction, save_direction
     from abliterate.errors import UsageError
-    from abliterate.models.loading import find_checkpoint, pick_device
+    from abliterate.settings import load_settings
     from abliterate.storage.artifacts import check_writable, finite
     from abliterate.storage.ownership import claim_file, has_metadata
 
-    place = pick_device(device)
+    load_settings(None, given)
+    if direction is not None:
+        find_direction(direction)
     if output is not None:
         if output.is_dir():
             raise UsageError(f"-o {output} is a folder: name a file such as direction.safetensors")
@@ -69,8 +71,13 @@ def audit(
         # A direction that select chose has its position: it is no output of this command.
         claim_file(output, has_metadata("layer", "model", position="None"), "audit -o")
     target = find_checkpoint(checkpoint, given["model"]["revision"])
-    known = load_direction(direction) if direction else None
-    found = judge(target, find_checkpoint(base) if base else None, known, place)
+    other = None if base is None else find_checkpoint(base)
+    from abliterate.auditing.report import audit as judge
+    from abliterate.models.loading import pick_device
+
+    place = pick_device(device)
+    known = None if direction is None else load_direction(direction)
+    found = judge(target, other, known, place)
     document = finite(found.document())
     document["direction"] = None
     if output is not None and found.direction is not None:

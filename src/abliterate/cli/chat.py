@@ -144,6 +144,11 @@ def _number(option: str, text: str = "1") -> float:
     return value
 
 
+def _check_temperature(value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise UsageError(f"--temperature must be 0 or more, not {value}")
+
+
 def _typed() -> Iterator[str]:
     """Lines typed at a terminal, until Ctrl-D."""
     import readline  # arrow keys and history for input()
@@ -211,18 +216,22 @@ def chat(
     """
     if ablate and add is not None:
         raise UsageError("--ablate and --add exclude each other")
+    _check_temperature(temperature)
     coeff = None if add is None else _number("--add", str(add))
     if direction is None and (ablate or add is not None or compare):
         wanted = "--ablate" if ablate else "--compare" if add is None else "--add"
         raise UsageError(f"{wanted} needs --direction")
     settings = load_settings(config, given)
     from abliterate.cli.commands import open_session
-    from abliterate.direction import load_direction
+    from abliterate.direction import find_direction, load_direction
+
+    if direction is not None:
+        find_direction(direction)
+    session = open_session(model, settings)
     from abliterate.inference.dialogue import Conversation, Decoding, Steering
 
     decoding = Decoding(settings.evaluate.max_new_tokens, temperature, settings.model.seed)
     vector = None if direction is None else load_direction(direction)
-    session = open_session(model, settings)
 
     def conversation() -> Conversation:
         return Conversation(session.load_in_memory(), vector, session.chat, decoding)

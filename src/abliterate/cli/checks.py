@@ -42,13 +42,16 @@ def verify(
     from dataclasses import replace
 
     from abliterate.checkpoints.checkpoint import find_checkpoint
-    from abliterate.direction import load_direction
+    from abliterate.direction import find_direction, load_direction
+    from abliterate.settings import load_settings
 
+    load_settings(None, given)
     model, prompts = given["model"], given["extract"]
     trust = bool(model["trust_remote_code"])
     checkpoint = find_checkpoint(edited)
-    vector = load_direction(direction)
+    find_direction(direction)
     base = None if source is None else find_checkpoint(source, model["revision"])
+    vector = load_direction(direction)
     from abliterate.checkpoints.shards import read_shards
     from abliterate.offload import OpenOptions, choose_opener
     from abliterate.prompts.chat_template import ChatFormat, encode

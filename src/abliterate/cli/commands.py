@@ -10,7 +10,7 @@ import typer
 from abliterate.cli import options as opt
 from abliterate.console import print_json
 from abliterate.errors import UsageError
-from abliterate.settings import Settings, load_settings
+from abliterate.settings import Settings, load_settings, parse_layers
 
 if TYPE_CHECKING:
     from abliterate.run_folder import Session
@@ -90,10 +90,12 @@ def orthogonalize(
     """Write a checkpoint that cannot write along the direction."""
     settings = load_settings(config, given)
     from abliterate.cli.tables import show_edit
-    from abliterate.direction import load_direction
+    from abliterate.direction import find_direction, load_direction
 
-    vector = load_direction(direction)
+    parse_layers(settings.orthogonalize.layers)
+    find_direction(direction)
     session = open_session(model, settings, settings.orthogonalize.low_disk)
+    vector = load_direction(direction)
     from abliterate.pipeline.stages import orthogonalize_stage
 
     record = orthogonalize_stage(session, vector, output)
@@ -111,12 +113,15 @@ def run(
     """extract, select, orthogonalize and evaluate; finished stages are skipped."""
     settings = load_settings(config, given)
     from abliterate.cli.tables import show_run
+    from abliterate.storage.artifacts import believing
 
     session = open_session(model, settings)
     from abliterate.pipeline.run import run_pipeline
 
     record = run_pipeline(session, output)
-    print_json(record) if as_json else show_run(record, output)
+    # Of stages that were up to date it holds what lies there.
+    with believing(output, "run"):
+        print_json(record) if as_json else show_run(record, output)
 
 
 def open_session(model: str, settings: Settings, leave_shards: bool = False) -> Session:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +13,6 @@ from abliterate.cli.commands import later_session, open_session
 from abliterate.console import print_json
 from abliterate.errors import UsageError
 from abliterate.settings import load_settings
-
-if TYPE_CHECKING:
-    from abliterate.checkpoints.checkpoint import Checkpoint
 
 
 @opt.command()
@@ -57,53 +55,63 @@ def evaluate(
 
     Interrupted, the same command goes on where it stopped.
     """
+    from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.cli.evaluation_tables import show_evaluation
-    from abliterate.direction import load_direction
+    from abliterate.direction import find_direction, load_direction
+    from abliterate.evaluation.intervention_names import check_name
 
+    for name in intervention or ():
+        check_name(name, direction, checkpoint or ())
+    if direction is not None:
+        find_direction(direction)
+    named = name_checkpoints(checkpoint or [])
     run = Path(direction) if direction and Path(direction).is_dir() else None
-    vector = load_direction(direction) if direction else None
     session = (
         open_session(model, load_settings(config, given))
         if run is None
         else later_session(run, model, config, given)
     )
+    vector = None if direction is None else load_direction(direction)
     names = intervention or (["baseline", "ablate", "add"] if vector else ["baseline"])
-    edited = name_checkpoints(checkpoint or [])
+    edited = {name: find_checkpoint(folder) for name, folder in named.items()}
     from abliterate.evaluation.stage import evaluate_stage
 
     record = evaluate_stage(session, vector, names, edited, run, output or run)
     print_json(record) if as_json else show_evaluation(record)
 
 
-def name_checkpoints(specs: list[str]) -> dict[str, Checkpoint]:
-    """Checkpoints by the name of their row: the one given, or that of their folder.
+def name_checkpoints(specs: list[str]) -> dict[str, str]:
+    """Folders or hub ids by the name of their row: the one given, or that of the folder.
 
     Raises:
-        UsageError: two have the same name, or one has that of an intervention.
-        CheckpointError: one does not exist.
+        UsageError: two have the same name, or one has that of an intervention or no plain name.
     """
-    from abliterate.checkpoints.checkpoint import find_checkpoint
-    from abliterate.evaluation.compare import INTERVENTIONS
+    from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS
     from abliterate.storage.artifacts import is_plain_name
 
-    found: dict[str, Checkpoint] = {}
+    found: dict[str, str] = {}
     for spec in specs:
         name, equals, folder = spec.partition("=")
-        if not equals or "/" in name or Path(spec).exists():
+        # The equals sign may be part of a path.
+        if not equals or _exists(spec) or ("/" in name and not _exists(folder)):
             name, folder = "", spec
-        name = name or Path(folder).resolve().name
+        name = name or Path(folder.replace("\0", " ")).resolve().name
         if not is_plain_name(name):
             raise UsageError(
                 f"--checkpoint {spec}: '{name}' is no plain name, give one as "
                 f"--checkpoint NAME={folder}"
             )
-        if name in found or name in (*INTERVENTIONS, "checkpoint"):
+        if name in found or name in (*INTERVENTIONS, CHECKPOINT):
             raise UsageError(
                 f"--checkpoint {spec}: the name '{name}' is taken, give another as "
                 f"--checkpoint NAME={folder}"
             )
-        found[name] = find_checkpoint(folder)
+        found[name] = folder
     return found
+
+
+def _exists(path: str) -> bool:
+    return "\0" not in path and os.path.lexists(path)
 
 
 @opt.command()

@@ -45,6 +45,9 @@ def fragility(
             raise UsageError(f"--image must be png or svg, not '{kind}'")
     if image and not picture:
         raise UsageError("--image and --no-picture exclude each other")
+    from abliterate.run_records import read_extract
+
+    read_extract(run)
     from abliterate.analysis.fragility_plot import claim_pictures, draw, require_plotly
 
     if picture:

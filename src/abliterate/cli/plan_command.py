@@ -9,6 +9,7 @@ import typer
 from abliterate.cli import options as opt
 from abliterate.console import print_json, print_line, print_table
 from abliterate.errors import UsageError
+from abliterate.settings import load_settings, parse_memory
 
 
 @opt.command(last=("dtype", "revision", "trust_remote_code"))
@@ -37,24 +38,30 @@ def plan(
     """Estimate memory, time and passes of each stage from config.json alone."""
     if min(n_train, n_val, tokens, positions) < 1:
         raise UsageError("--n-train, --n-val, --tokens and --positions must be at least 1")
+    from abliterate.checkpoints.checkpoint import find_config
+
     asked = given["model"]
+    load_settings(None, given)
+    given_memory = None if memory is None else parse_memory(memory, "--memory")
+    given_gpu = None
+    if gpu_memory is not None:
+        given_gpu = 0 if gpu_memory.strip() == "0" else parse_memory(gpu_memory, "--gpu-memory")
+    folder = find_config(model, asked["revision"])
     import psutil
     import torch
 
     from abliterate.capacity import machine_benchmark, resource_estimate
     from abliterate.models.loading import Checkpoint, load_config, pick_device, present_shards
-    from abliterate.offload import free_memory, parse_memory
+    from abliterate.offload import free_memory
 
-    folder = resource_estimate.config_folder(model, asked["revision"])
     trust = bool(asked["trust_remote_code"])
     checkpoint = Checkpoint(model, folder)
     config = load_config(checkpoint, trust)
     here = pick_device("auto")
-    main = parse_memory(memory, "--memory") if memory else free_memory(torch.device("cpu"))
-    if gpu_memory is None:
+    main = free_memory(torch.device("cpu")) if given_memory is None else given_memory
+    gpu = given_gpu
+    if gpu is None:
         gpu = free_memory(here) if here.type == "cuda" else 0
-    else:
-        gpu = 0 if gpu_memory.strip() == "0" else parse_memory(gpu_memory, "--gpu-memory")
     number = resource_estimate.dtype_of(asked["dtype"] or "auto", config, gpu > 0)
     shape = resource_estimate.shape_of(config, number, trust, present_shards(checkpoint))
     speed: float | None = None

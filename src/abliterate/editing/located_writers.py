@@ -22,13 +22,14 @@ from abliterate.checkpoints.quantized_formats import (
 )
 from abliterate.checkpoints.shards import ShardSet, read_shards
 from abliterate.console import log
+from abliterate.editing.config_contradiction import map_matching
 from abliterate.editing.tied_embeddings import tied_head
 from abliterate.errors import CheckpointError, PlanError, UnsupportedArchitectureError
 from abliterate.models.loading import Checkpoint, load_config, load_weights, require_safetensors
 from abliterate.models.model_classes import empty_model, text_config
 from abliterate.writers import Proof, WriterPlan, plan_for, proof_of, prove_in_place
 from abliterate.writers.discovery import DiscoveryError
-from abliterate.writers.disk_tensors import DiskMap, DiskTensor, disk_map
+from abliterate.writers.disk_tensors import DiskMap, DiskTensor
 from abliterate.writers.parameter_names import parameter_aliases
 
 
@@ -89,7 +90,7 @@ def locate_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> L
     plan = plan_for(model, proof.plan, proof.decoder)
     axes = writer_axes(model, plan)
     gains = {g.parameter: g.axis for w in plan.writers for g in w.gains if g.parameter}
-    disk = disk_map(model, gains | axes, shapes)
+    disk = map_matching(checkpoint.folder, model, gains | axes, shapes)
     values = {name: _read_parameter(name, disk, shards) for name in gains}
     head = tied_head(model)
     embedding = None if head is None else parameter_aliases(model)[head]

@@ -6,12 +6,13 @@ such a record, and no other file.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 from abliterate.editing.file_names import RECORD
 from abliterate.errors import UsageError
+from abliterate.storage.json_text import parse_json
 
 
 def file_list(folder: Path, *more: str) -> list[str]:
@@ -31,6 +32,12 @@ def check_replaceable(out: Path) -> None:
     if not any(out.iterdir()):
         return
     listed = _listed(out)
+    if listed is None and _is_older(out):
+        raise UsageError(
+            f"{out} is an edited checkpoint of an older version, whose {RECORD} does not list its "
+            "files, so that nobody can tell what came to it since: look into it and remove it "
+            "yourself, or choose another folder"
+        )
     if listed is None:
         raise UsageError(
             f"{out} was not made by `abliterate orthogonalize` (it has no {RECORD} that lists its "
@@ -44,18 +51,30 @@ def check_replaceable(out: Path) -> None:
             )
 
 
-def _listed(out: Path) -> set[str] | None:
-    """What the folder's record lists; None if that is no record of ours."""
+def _is_older(out: Path) -> bool:
+    """Whether it has a record of ours that lists no files."""
+    record = _record(out)
+    return record is not None and "files" not in record
+
+
+def _record(out: Path) -> dict[str, Any] | None:
+    """The folder's record, if it is one of ours."""
     path = out / RECORD
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        made_by, files = record["versions"]["abliterate"], record["files"]
+        record = parse_json(path.read_text(encoding="utf-8"))
+        made_by = record["versions"]["abliterate"]
         ours = isinstance(made_by, str) and {"source", "direction", "tensors"} <= record.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not ours or not isinstance(files, list) or RECORD not in files:
+    return dict(record) if ours else None
+
+
+def _listed(out: Path) -> set[str] | None:
+    """What the folder's record lists; None if that is no record of ours."""
+    files = (_record(out) or {}).get("files")
+    if not isinstance(files, list) or RECORD not in files:
         return None
     return {name for name in files if isinstance(name, str)}
 

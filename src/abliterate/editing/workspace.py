@@ -26,6 +26,7 @@ from abliterate.editing.own_checkpoint import check_replaceable
 from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.storage.file_io import exchange, sync_file
 from abliterate.storage.guarded_files import check_folder, check_regular, naming, open_to_extend
+from abliterate.storage.json_text import parse_json
 from abliterate.storage.locks import hold, holder_file
 
 _JOURNAL = Path("journal.jsonl")
@@ -261,7 +262,7 @@ def _is_ours(folder: Path) -> bool:
 def _is_journal(path: Path) -> bool:
     try:
         with path.open("rb") as journal:
-            inputs = json.loads(journal.readline(4096))["inputs"]
+            inputs = parse_json(journal.readline(4096))["inputs"]
         return re.fullmatch(r"[0-9a-f]{64}", inputs) is not None
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -305,7 +306,7 @@ def _whole_lines(journal: IO[bytes]) -> tuple[list[dict[str, Any]], int]:
     lines, end = [], 0
     for raw in journal:
         try:
-            line = json.loads(raw)
+            line = parse_json(raw)
         except ValueError:
             break
         if not raw.endswith(b"\n") or not isinstance(line, dict):

@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from abliterate.checkpoints.shards import INDEX, read_index, weight_files
+from abliterate.editing.config_contradiction import map_matching
 from abliterate.editing.located_writers import prove_writers, read_plain, writer_axes
 from abliterate.editing.tied_embeddings import tied_head
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.models.model_classes import empty_model
 from abliterate.writers import Writer, plan_for, proof_of, stream_width
-from abliterate.writers.disk_tensors import disk_map
 
 
 def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
     )
     plan = plan_for(model, proof.plan, proof.decoder)
     axes = writer_axes(model, plan)
-    disk = disk_map(model, axes, shapes)
+    disk = map_matching(checkpoint.folder, model, axes, shapes, has_weights)
     head = tied_head(model)
     tensors: dict[str, list[str]] = {name: [] for name in axes}
     for tensor in disk.tensors:

@@ -21,6 +21,7 @@ from abliterate.evaluation.completions import (
     scores,
     share_changes,
 )
+from abliterate.evaluation.intervention_names import check_name
 from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of
 from abliterate.metrics.intervals import bootstrap
@@ -33,7 +34,6 @@ from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts
 
-INTERVENTIONS = ("baseline", "ablate", "add", "subtract")
 KINDS = ("harmful", "harmless")
 
 # Logits that are scored in float64 at once.
@@ -117,15 +117,8 @@ def check_intervention(name: str, direction: Direction | None) -> None:
     Raises:
         UsageError: the name is unknown, or it needs a direction or a source layer it lacks.
     """
-    if name not in INTERVENTIONS:
-        raise UsageError(
-            f"--intervention must be one of {', '.join(INTERVENTIONS)}, checkpoint, not '{name}'"
-        )
-    if name == "baseline":
-        return
-    if direction is None:
-        raise UsageError(f"--intervention {name} needs --direction")
-    if name != "ablate" and direction.layer is None:
+    check_name(name, direction, (name,))
+    if name in ("add", "subtract") and direction is not None and direction.layer is None:
         raise UsageError(f"--intervention {name} needs a direction file that records its layer")
 
 

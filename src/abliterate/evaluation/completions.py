@@ -17,6 +17,7 @@ from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases
 from abliterate.prompts.sources import Prompt
 from abliterate.storage.artifacts import write_atomically, write_json
 from abliterate.storage.guarded_files import make_folder, naming, open_to_extend
+from abliterate.storage.json_text import parse_json
 from abliterate.storage.ownership import is_lines, is_mapping_of
 
 MANIFEST = "manifest.json"
@@ -128,8 +129,8 @@ class CompletionFile:
             self._write()  # torn or double lines, the order of finishing
 
     def _take(self, line: Mapping[str, Any], verdicts: bool) -> None:
-        prompt = self.prompts.get(line.get("prompt", ""))
-        response = line.get("response")
+        text, response = line.get("prompt"), line.get("response")
+        prompt = self.prompts.get(text) if isinstance(text, str) else None
         if prompt is None or not isinstance(response, str):
             return
         held = scored(prompt, response, self.phrases)
@@ -209,7 +210,7 @@ def keep_verdicts(path: Path) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        document = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}
@@ -224,7 +225,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in raw.split(b"\n"):
         try:
-            document = json.loads(line)
+            document = parse_json(line)
         except ValueError:
             continue
         if isinstance(document, dict):

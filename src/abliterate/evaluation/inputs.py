@@ -10,6 +10,7 @@ from typing import Any
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.compare import check_intervention
+from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
 from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_phrases import RefusalPhrases, parse_phrases
@@ -19,9 +20,7 @@ from abliterate.prompts.corpora import Corpus, parse_corpora, read_corpus
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import Session, prompt_keys, prompt_sources
 from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
-from abliterate.storage.artifacts import hash_file, hash_json
-
-CHECKPOINT = "checkpoint"
+from abliterate.storage.artifacts import hash_file, hash_json, is_plain_name
 
 
 @dataclass(frozen=True)
@@ -179,8 +178,8 @@ def order_rows(
         UsageError: an unknown intervention, one that lacks its direction, or a name taken twice.
     """
     rows: list[str] = []
-    if CHECKPOINT in interventions and not edited:
-        raise UsageError("--intervention checkpoint needs --checkpoint DIR")
+    for name in interventions:
+        check_name(name, direction, edited)
     for name in interventions if CHECKPOINT in interventions else [*interventions, CHECKPOINT]:
         if name == CHECKPOINT:
             rows += edited
@@ -188,8 +187,10 @@ def order_rows(
             check_intervention(name, direction)
             rows.append(name)
     for name in edited:
-        if not name or Path(name).name != name or "\\" in name or "\0" in name:
+        if not is_plain_name(name):
             raise UsageError(f"--checkpoint {name!r}: the name becomes a file's, give a plain one")
+        if name in (*INTERVENTIONS, CHECKPOINT):
+            raise UsageError(f"--checkpoint {name}: that is an intervention's name, give another")
     return list(dict.fromkeys(rows))
 
 

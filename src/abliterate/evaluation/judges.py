@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from abliterate.console import debugging, hide, redact
 from abliterate.errors import CheckpointError, UsageError, one_line
 from abliterate.extras import import_extra
+from abliterate.prompts.special_tokens import SpelledOut
 from abliterate.prompts.template_process import TemplateError, render_conversations
 from abliterate.settings import Settings, public_url
 
@@ -295,14 +296,23 @@ class LocalJudge:
         from abliterate.models.loading import load_model
 
         loaded = load_model(self._found(), self.device, self.dtype, self.trust_remote_code)
-        rendered = [_guard_text(loaded.tokenizer, *item) for item in items]
-        ids = loaded.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = [guard_ids(loaded.tokenizer, *item) for item in items]
 
         def answered(index: int, answer: list[int]) -> None:
             text = loaded.tokenizer.decode(answer, skip_special_tokens=True)
             report(index, read_verdict(text))
 
         greedy_answers(loaded, ids, _LOCAL_TOKENS, self.batch_size, "judge", answered)
+
+
+def guard_ids(tokenizer: Any, prompt: str, response: str) -> list[int]:
+    """The judge's question as token ids; special tokens are its template's, never the texts' own.
+
+    Raises:
+        CheckpointError: its template loses the answer.
+    """
+    spelled = SpelledOut(tokenizer)
+    return spelled.encode(_guard_text(tokenizer, spelled.hide(prompt), spelled.hide(response)))
 
 
 def _guard_text(tokenizer: Any, prompt: str, response: str) -> str:

@@ -7,9 +7,9 @@ goes on from there, and one with a further judge, corpus or task computes that a
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from abliterate.run_folder import COMPLETIONS, Session, prompt_keys, token_recor
 from abliterate.run_stage import input_hash
 from abliterate.storage.artifacts import write_json
 from abliterate.storage.guarded_files import make_folder
+from abliterate.storage.json_text import parse_json
 from abliterate.storage.ownership import is_mapping_of
 
 MEASURED = "measured.json"
@@ -79,7 +80,7 @@ class Measurements:
             self.complete(name, kind)
         key = self._prompts_key | {"intervals": "bootstrap"}
         metrics = self.memo.get(
-            self._key(name, "metrics", key), lambda: asdict(self._measure(name))
+            self._key(name, "metrics", key), lambda: asdict(self._measure(name)), _are_metrics
         )
         self.metrics[name] = Metrics(**metrics)
         self.losses[name] = {corpus: self._loss(name, corpus) for corpus in self.corpora}
@@ -87,7 +88,7 @@ class Measurements:
         if (tasks := self.tasks) is not None:
             key = {"tasks": tasks.summary(), "folder": self.inputs.tasks_hash}
             self.figures[name] = self.memo.get(
-                self._key(name, "tasks", key), lambda: self._run_tasks(name, tasks)
+                self._key(name, "tasks", key), lambda: self._run_tasks(name, tasks), _are_tasks
             )
 
     def complete(self, name: str, kind: str) -> CompletionFile:
@@ -180,7 +181,7 @@ class Measurements:
             return token_records(base.tokenizer, tokens)
 
         key = self._key("baseline", "refusal", self._prompts_key)
-        tokens: list[dict[str, Any]] = self.memo.get(key, find)
+        tokens: list[dict[str, Any]] = self.memo.get(key, find, _are_tokens)
         return tokens
 
     @cached_property
@@ -230,7 +231,7 @@ class Measurements:
             ).summary()
 
         key = {"corpus": chosen.summary(), "tokens": settings.corpus_tokens}
-        loss: dict[str, Any] = self.memo.get(self._key(name, "loss", key), find)
+        loss: dict[str, Any] = self.memo.get(self._key(name, "loss", key), find, _is_loss)
         return loss
 
     def _run_tasks(self, name: str, tasks: Tasks) -> dict[str, Any]:
@@ -285,6 +286,51 @@ def _is_hash(key: str, figure: Any) -> bool:
 is_memo = is_mapping_of(_is_hash)
 
 
+def _is_number(value: Any) -> bool:
+    """As records have them: null for what is not finite."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and abs(value) <= sys.float_info.max)
+
+
+def _are_metrics(figure: Any) -> bool:
+    if not isinstance(figure, dict) or set(figure) != {one.name for one in fields(Metrics)}:
+        return False
+    return all(
+        isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
+        if name.endswith("_ci")
+        else _is_number(value)
+        for name, value in figure.items()
+    )
+
+
+def _is_loss(figure: Any) -> bool:
+    keys = {"loss", "perplexity", "n_tokens", "n_texts"}
+    return (
+        isinstance(figure, dict) and set(figure) == keys and all(map(_is_number, figure.values()))
+    )
+
+
+def _are_tasks(figure: Any) -> bool:
+    return isinstance(figure, dict) and all(
+        isinstance(one, dict) and all(map(_is_number, one.values())) for one in figure.values()
+    )
+
+
+def _are_tokens(figure: Any) -> bool:
+    return (
+        isinstance(figure, list)
+        and bool(figure)
+        and all(
+            isinstance(one, dict)
+            and set(one) == {"id", "token"}
+            and type(one["id"]) is int
+            and 0 <= one["id"] < 2**31
+            and isinstance(one["token"], str)
+            for one in figure
+        )
+    )
+
+
 class _Memo:
     """Figures by the hash of what they depend on, kept in a file."""
 
@@ -293,14 +339,14 @@ class _Memo:
         self.known: dict[str, Any] = {}
         if path is not None:
             try:
-                document = json.loads(path.read_text(encoding="utf-8"))
+                document = parse_json(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 document = None
             self.known = document if isinstance(document, dict) else {}
 
-    def get(self, key: str, find: Callable[[], Any]) -> Any:
-        """The figure, found now if it is not known."""
-        if key not in self.known:
+    def get(self, key: str, find: Callable[[], Any], good: Callable[[Any], bool]) -> Any:
+        """The figure, found now if it is not known, or what is kept is not ``good``."""
+        if key not in self.known or not good(self.known[key]):
             self.known[key] = find()
             if self.path is not None:
                 make_folder(self.path.parent)

@@ -21,6 +21,7 @@ from abliterate.errors import InputError, UsageError
 from abliterate.settings import parse_layers
 from abliterate.storage.artifacts import read_tensors, tensor_metadata
 from abliterate.storage.guarded_files import naming, replacing
+from abliterate.storage.json_text import parse_json
 
 KINDS = ("harmful", "harmless")
 
@@ -181,7 +182,7 @@ class Activations:
         read_tensors(path, *(f"kept_{kind}" for kind in KINDS))
         metadata = tensor_metadata(path)
         try:
-            layers, positions = (json.loads(metadata[key]) for key in ("layers", "positions"))
+            layers, positions = (parse_json(metadata[key]) for key in ("layers", "positions"))
             return cls(path, tuple(map(int, layers)), tuple(map(int, positions)))
         except (KeyError, ValueError, TypeError):
             raise InputError(

@@ -139,7 +139,9 @@ def stop_tokens(loaded: LoadedModel, chat: ChatFormat | None = None) -> list[int
         loaded.tokenizer.eos_token_id,
         *end_of_turn_ids(loaded.tokenizer, chat or ChatFormat()),
     ]
-    return [token for token in dict.fromkeys(ids) if isinstance(token, int)]
+    # What a stranger's file says may be anything, and no token.
+    known = (token for token in ids if isinstance(token, int) and 0 <= token < 2**31)
+    return list(dict.fromkeys(int(token) for token in known))
 
 
 class _Decoder:

@@ -120,7 +120,7 @@ def parse_device_map(text: str) -> str | dict[str, Any]:
         return text
     try:
         devices = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         devices = None
     valid = isinstance(devices, dict) and devices
     if not valid or not all(isinstance(device, str | int) for device in devices.values()):

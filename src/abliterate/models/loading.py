@@ -233,7 +233,7 @@ def load_weights(
         trust_remote_code=trust_remote_code,
     )
     check_unchanged(shards)
-    absent = sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"]))
+    absent = sorted(info["missing_keys"]) or sorted(map(name_of, info["mismatched_keys"]))
     if absent:
         raise incomplete(checkpoint, absent)
     return cast(PreTrainedModel, (model if placement.is_spread else model.to(place)).eval())
@@ -270,6 +270,11 @@ def _from_pretrained(
     except Exception as error:
         raise _loading_error(checkpoint, error) from None
     return model, info
+
+
+def name_of(mismatched: Any) -> str:
+    """The parameter of an entry of the library's ``mismatched_keys``: it, or it and two shapes."""
+    return str(mismatched[0] if isinstance(mismatched, tuple) else mismatched)
 
 
 def incomplete(checkpoint: Checkpoint, parameters: Sequence[str]) -> CheckpointError:

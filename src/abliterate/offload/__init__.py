@@ -6,7 +6,6 @@ from abliterate.offload.layer_streaming import BatchRun, OffloadedModel
 from abliterate.offload.open_model import (
     free_memory,
     open_stream,
-    parse_memory,
 )
 from abliterate.offload.opening import OpenOptions, choose_opener, in_memory_opener
 
@@ -18,5 +17,4 @@ __all__ = [
     "free_memory",
     "in_memory_opener",
     "open_stream",
-    "parse_memory",
 ]

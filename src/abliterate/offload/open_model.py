@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from abliterate.console import log
-from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
+from abliterate.errors import CheckpointError, UnsupportedArchitectureError
 from abliterate.inference.forward import can_pad, stand_in
 from abliterate.models.loading import (
     Checkpoint,
@@ -27,26 +27,6 @@ from abliterate.writers.tiny_model import ShrinkError, shrunken
 
 #: What activations may take unless ``--activation-memory`` says otherwise: half of what is free.
 ACTIVATION_SHARE = 0.5
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-
-
-def parse_memory(text: str, option: str) -> int:
-    """Bytes of ``24GB``, ``512MiB`` or a plain number.
-
-    Raises:
-        UsageError: it is none of these, or not positive.
-    """
-    short = text.strip().replace(" ", "")
-    number = short.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    unit = short[len(number) :].upper()
-    try:
-        size = int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UsageError(f"{option} must be a size such as 24GB or 512MiB, not '{text}'")
-    return size
 
 
 def free_memory(device: torch.device) -> int:

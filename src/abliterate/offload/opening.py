@@ -10,7 +10,8 @@ from abliterate.inference.engine import Opener
 from abliterate.models.device_placement import Placement
 from abliterate.models.loading import Checkpoint, LoadedModel, load_model
 from abliterate.offload.engine import refuse_own_passes
-from abliterate.offload.open_model import must_stream, open_stream, parse_memory, too_large
+from abliterate.offload.open_model import must_stream, open_stream, too_large
+from abliterate.settings import parse_memory
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from transformers.utils.logging import (
 from abliterate.checkpoints.shards import read_shards
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.models.library_versions import load_tensors
-from abliterate.models.loading import Checkpoint, incomplete
+from abliterate.models.loading import Checkpoint, incomplete, name_of
 from abliterate.models.model_classes import empty_model
 from abliterate.offload.mmap_weights import Mapped
 from abliterate.writers.loaded_names import loaded_names
@@ -204,7 +204,9 @@ class Weights:
                 f"a block of {self.checkpoint.name} and what it is converted from do not fit into "
                 f"memory beside what waits there: use a smaller {smaller}"
             )
-        wrong = sorted(map(str, info.mismatched_keys)) or sorted(map(str, info.conversion_errors))
+        wrong = sorted(map(name_of, info.mismatched_keys)) or sorted(
+            map(str, info.conversion_errors)
+        )
         if wrong:
             raise CheckpointError(
                 f"{self.checkpoint.folder} lacks a usable tensor for parameter '{wrong[0]}': the "

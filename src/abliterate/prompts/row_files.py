@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, first_line
+from abliterate.storage.json_text import parse_json
 
 FILE_TYPES = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _DELIMITERS = ",;\t|"
@@ -68,10 +68,10 @@ def read_splits(path: Path, what: str = "prompt file") -> dict[str, list[Any]]:
     if kind in (".csv", ".tsv"):
         return {"train": _table_rows(path, text)}
     if kind == ".json":
-        return _json_splits(path, parse_json(text, str(path)))
+        return _json_splits(path, parse_document(text, str(path)))
     return {
         "train": [
-            parse_json(line, f"{path}, line {number}")
+            parse_document(line, f"{path}, line {number}")
             for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
@@ -111,15 +111,15 @@ def _table_rows(path: Path, text: str) -> list[Any]:
         raise InputError(f"{path} is not a readable CSV file: {error}") from None
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_document(text: str, where: str) -> Any:
     """A JSON document.
 
     Raises:
         InputError: it is none; the message begins with ``where``.
     """
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({error})") from None
 
 

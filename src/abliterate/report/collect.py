@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from abliterate.run_folder import (
     TRACE,
 )
 from abliterate.storage.artifacts import is_plain_name, read_record
+from abliterate.storage.json_text import parse_json
 
 Document = Mapping[str, Any]
 
@@ -160,9 +160,16 @@ def _stay_inside(path: Path, folder: Path) -> None:
 def _lines(path: Path) -> list[Document]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-        parsed = [json.loads(line) for line in lines if line]
-        if all({"prompt", "response", "refused"} <= set(line) for line in parsed):
+        parsed = [parse_json(line) for line in lines if line]
+        if all(isinstance(line, dict) and _is_completion(line) for line in parsed):
             return parsed
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}): run evaluate again") from None
     raise InputError(f"{path} holds a line that is no completion: run evaluate again")
+
+
+def _is_completion(line: Document) -> bool:
+    texts = all(isinstance(line.get(key), str) for key in ("prompt", "response"))
+    category, safe = line.get("category"), line.get("safe")
+    named = category is None or isinstance(category, str)
+    return texts and named and "refused" in line and (safe is None or isinstance(safe, bool))

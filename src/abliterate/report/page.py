@@ -25,7 +25,7 @@ from abliterate.report.collect import Completions, Run, read_completions
 from abliterate.report.reproduce import commands, notes
 from abliterate.report.selection_figures import METRICS, Table
 from abliterate.report.style import plotly
-from abliterate.storage.artifacts import versions
+from abliterate.storage.artifacts import OTHER_THINGS, versions
 from abliterate.storage.ownership import GENERATOR
 from abliterate.storage.web_page import content_policy, script_json
 
@@ -91,7 +91,7 @@ def _part(file: str, make: Callable[[], Any]) -> Any:
     """A part of the page; a record that does not hold what it should is named."""
     try:
         return make()
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except OTHER_THINGS as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
             f"{file} of the run folder does not hold what the report needs ({reason}): make it "

@@ -118,7 +118,7 @@ def _read_score(row: Any, keys: tuple[str, str, str], n_layers: int, where: str)
             kl_at_least,
             induce_at_most,
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where}: a value is no number") from None
     if not 0 <= score.layer < n_layers:
         raise InputError(

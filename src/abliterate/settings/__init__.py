@@ -6,7 +6,13 @@ options and the records of earlier stages. The command line's options (``cli.opt
 commands in a report come from the same declarations.
 """
 
-from abliterate.settings.loading import Tables, load_settings, parse_layers, take_recorded
+from abliterate.settings.loading import (
+    Tables,
+    load_settings,
+    parse_layers,
+    parse_memory,
+    take_recorded,
+)
 from abliterate.settings.marks import (
     Granted,
     Option,
@@ -42,6 +48,7 @@ __all__ = [
     "option_for",
     "options_of",
     "parse_layers",
+    "parse_memory",
     "public_url",
     "sections_of",
     "take_recorded",

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from abliterate.errors import InputError, UsageError
 from abliterate.settings.marks import flags_of, is_recorded, sections_of
 from abliterate.settings.sections import Settings
+from abliterate.settings.values import memory_size
 
 Tables = Mapping[str, Mapping[str, Any]]
 
@@ -60,6 +61,22 @@ def load_settings(
         message = first["msg"].removeprefix("Value error, ")
         given_value = "what it holds" if key == "judge_url" else repr(first["input"])
         raise UsageError(f"{source}: {message}, not {given_value}") from None
+
+
+def parse_memory(text: str, option: str) -> int:
+    """Bytes of ``24GB``, ``512MiB`` or a plain number.
+
+    Args:
+        text: the size.
+        option: which option gave it.
+
+    Raises:
+        UsageError: it is none of these, or not positive.
+    """
+    try:
+        return memory_size(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {error}, not '{text}'") from None
 
 
 def parse_layers(text: str | None) -> frozenset[int] | None:
@@ -125,7 +142,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"configuration file {file} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"configuration file {file} is not readable TOML: {error}") from None
 
 

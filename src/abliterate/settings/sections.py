@@ -27,6 +27,8 @@ from pydantic import (
 
 from abliterate.settings.marks import Granted, Option, Recorded
 from abliterate.settings.values import (
+    check_batch_size,
+    check_memory,
     check_revision,
     parse_json_object,
     public_url,
@@ -120,6 +122,7 @@ class ModelSettings(_Section):
     ] = "auto"
     batch_size: Annotated[
         int | str,
+        AfterValidator(check_batch_size),
         Option(
             "Prompts per forward pass, or auto.",
             _MODEL,
@@ -138,6 +141,7 @@ class ModelSettings(_Section):
     ] = None
     activation_memory: Annotated[
         str | None,
+        AfterValidator(check_memory),
         Option(
             "Memory for activations under --offload, such as 8GB; more goes to mapped files. "
             "Default: half of what is free.",
@@ -147,7 +151,10 @@ class ModelSettings(_Section):
     ] = None
     # Bounds: what numpy, torch and lm-eval all take.
     seed: Annotated[
-        int, Recorded(), Option("Of all sampling.", _MODEL, (*_STAGES, "trace", "chat"))
+        int,
+        Recorded(),
+        Option("Of all sampling.", _MODEL, (*_STAGES, "trace", "chat")),
+        Option("Accepted for scripts that pass it: scoring samples nothing.", _MODEL, ("score",)),
     ] = Field(0, ge=0, le=2**32 - 1)
     trust_remote_code: Annotated[
         bool,

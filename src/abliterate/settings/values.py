@@ -14,8 +14,43 @@ def parse_json_object(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not a JSON object ({error})") from None
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def memory_size(text: str) -> int:
+    """Bytes of ``24GB``, ``512MiB`` or a plain number.
+
+    Raises:
+        ValueError: it is none of these, or not positive.
+    """
+    short = text.strip().replace(" ", "")
+    number = short.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    try:
+        size = int(float(number) * _UNITS[short[len(number) :].upper()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ValueError("must be a size such as 24GB or 512MiB")
+    return size
+
+
+def check_memory(value: str | None) -> str | None:
+    """A size that :func:`memory_size` reads; it stays as it was written."""
+    if value is not None:
+        memory_size(value)
+    return value
+
+
+def check_batch_size(value: int | str) -> int | str:
+    """``auto`` or a positive number."""
+    if value != "auto" and not (str(value).isascii() and str(value).isdecimal() and int(value) > 0):
+        raise ValueError("must be auto or a positive number")
+    return value
 
 
 def check_revision(value: str | None) -> str | None:

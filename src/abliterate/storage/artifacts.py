@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, UsageError
 from abliterate.storage.guarded_files import naming, replacing
+from abliterate.storage.json_text import parse_json
 
 # Files past this size are hashed by sampling: a 140 GB checkpoint must not cost minutes of hashing.
 _WHOLE_FILE_LIMIT = 256 << 20
@@ -97,13 +99,33 @@ def read_json(path: Path, made_by: str) -> Any:
         size = path.stat().st_size
         if size > _JSON_LIMIT:
             raise InputError(f"{path} is no record: it has {size} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run `abliterate {made_by}` first") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: encoding, JSON, digits
         raise InputError(
             f"{path} cannot be read as JSON ({error}): make it again with `abliterate {made_by}`"
         ) from None
+
+
+#: What Python raises where a document holds other things than those it is read for.
+OTHER_THINGS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+
+
+@contextmanager
+def believing(path: Path, made_by: str) -> Iterator[None]:
+    """For what only uses a record, as it was read: one that holds other things is named.
+
+    Raises:
+        InputError: within the context the record turns out not to be what ``made_by`` writes.
+    """
+    try:
+        yield
+    except OTHER_THINGS as error:
+        raise InputError(
+            f"{path} does not hold what `abliterate {made_by}` writes ({type(error).__name__}: "
+            f"{str(error)[:200]}): remove it and make it again"
+        ) from error
 
 
 def read_record(path: Path, made_by: str) -> dict[str, Any]:

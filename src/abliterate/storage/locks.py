@@ -28,6 +28,7 @@ from abliterate.storage.guarded_files import (
     naming,
     remove_temporaries,
 )
+from abliterate.storage.json_text import parse_json
 
 log = logging.getLogger("abliterate")
 
@@ -153,7 +154,7 @@ def _in_use(subject: Path, path: Path) -> str:
     who = ""
     with suppress(OSError, ValueError, KeyError, TypeError, InputError):
         if check_regular(path):
-            said = json.loads(path.read_bytes()[:4096])
+            said = parse_json(path.read_bytes()[:4096])
             words = {key: str(said[key]) for key in ("pid", "host", "command", "started")}
             if all(re.fullmatch(r"[\w.:+-]{1,64}", word, re.ASCII) for word in words.values()):
                 who = ": `abliterate {command}`, pid {pid} on {host}, since {started}"

@@ -6,7 +6,6 @@ damaged) is taken for ours in a folder where another record of ours lies.
 
 from __future__ import annotations
 
-import json
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from abliterate.errors import InputError, UsageError
 from abliterate.storage.artifacts import tensor_metadata
 from abliterate.storage.guarded_files import check_regular
+from abliterate.storage.json_text import parse_json
 
 #: Whether the file is of the kind; raises ``ValueError`` or ``OSError`` where it cannot be read.
 Kind = Callable[[Path], bool]
@@ -85,7 +85,7 @@ def _has_record(folder: Path) -> bool:
 
 
 def _document(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def is_record(path: Path) -> bool:
@@ -137,7 +137,7 @@ def is_lines(*keys: str) -> Kind:
         lines = path.read_bytes().split(b"\n")
         torn = lines.pop()
         for line in lines:
-            document = json.loads(line)
+            document = parse_json(line)
             if not isinstance(document, dict) or not set(keys) <= document.keys():
                 return False
         return bool(lines) or torn.startswith(f'{{"{keys[0]}": '.encode())

@@ -28,6 +28,7 @@ from abliterate.editing.tied_embeddings import tied_tensors
 from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.storage.artifacts import read_record
+from abliterate.storage.json_text import parse_json
 
 _INDEX = "model.safetensors.index.json"
 # Of a download or of version control, and what no loader reads.
@@ -285,7 +286,7 @@ def _same_content(one: Path, other: Path) -> bool:
     if _same_file(one, other):
         return True
     try:
-        left, right = (json.loads(path.read_text(encoding="utf-8")) for path in (one, other))
+        left, right = (parse_json(path.read_text(encoding="utf-8")) for path in (one, other))
     except (ValueError, OSError, RecursionError):
         return False
     return bool(left == right)

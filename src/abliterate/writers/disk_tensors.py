@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from abliterate.errors import PlanError
+from abliterate.errors import PlanError, ShapeMismatchError
 from abliterate.writers.loaded_names import loaded_names
 from abliterate.writers.parameter_names import parameter_aliases
 from abliterate.writers.provenance import Traced, TraceError, leaf
@@ -54,10 +54,17 @@ class DiskTensor:
 
 @dataclass(frozen=True)
 class DiskMap:
-    """Where the given parameters are on disk, and what on disk the model does not load."""
+    """Where the given parameters are on disk, and what on disk the model does not load.
+
+    Attributes:
+        tensors: those of the parameters.
+        untouched: names on disk that the model does not load.
+        absent: parameters of the model, asked for or not, that nothing on disk loads as.
+    """
 
     tensors: tuple[DiskTensor, ...]
     untouched: tuple[str, ...]
+    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,9 @@ def disk_map(
         on_disk: the shape of every tensor in the checkpoint, from the safetensors headers.
 
     Raises:
-        PlanError: a parameter is not on disk, not all of it, with another shape, or in a form in
-            which d_model is not one whole axis; or a tensor cannot be placed.
+        PlanError: a parameter is not on disk, not all of it, or in a form in which d_model is not
+            one whole axis; or a tensor cannot be placed.
+        ShapeMismatchError: a tensor that the model loads has another shape than it.
     """
     if method := getattr(model.config, "quantization_config", None):
         # Its tensors are codes with scales beside them, on which an edit has no meaning.
@@ -103,12 +111,14 @@ def disk_map(
     groups, untouched = _groups(model, disk)
     names, shapes = list(disk), list(disk.values())
     tensors: list[DiskTensor] = []
+    loaded: set[str] = set()
     for group in groups:
-        tensors += _group_tensors(model, group, axes, aliases, names, shapes)
+        tensors += _group_tensors(model, group, axes, aliases, names, shapes, loaded)
     for name in axes.keys() - {tensor.parameter for tensor in tensors}:
         raise PlanError(f"{name} is not on disk: nothing in the checkpoint loads as it")
     _check_disjoint(tensors)
-    return DiskMap(tuple(tensors), tuple(untouched))
+    absent = tuple(sorted(set(aliases.values()) - loaded))
+    return DiskMap(tuple(tensors), tuple(untouched), absent)
 
 
 def _method(quantization: Any) -> str:
@@ -163,20 +173,23 @@ def _group_tensors(
     aliases: Mapping[str, str],
     names: Sequence[str],
     shapes: Sequence[tuple[int, ...]],
+    loaded: set[str],
 ) -> list[DiskTensor]:
-    """The planned tensors among those that ``group`` reads."""
+    """The planned tensors among those that ``group`` reads; all its parameters go to ``loaded``."""
     placed: list[DiskTensor] = []
     results = _convert(model, group, axes, aliases)
+    targets = results or _targets(group)
+    loaded.update(aliases.get(key, key) for key in targets)
     for key, traced in results.items():
         parameter = aliases.get(key, key)
-        if parameter not in axes:
-            continue
+        if parameter not in aliases:
+            continue  # a buffer
+        # Of parameters that are not planned too: a model of other shapes is another model.
         expected = tuple(model.get_parameter(parameter).shape)
         if tuple(traced.shape) != expected:
-            raise PlanError(
-                f"{parameter} is {expected} in the model but {tuple(traced.shape)} on disk "
-                f"({group.names[0]})"
-            )
+            raise ShapeMismatchError(parameter, group.names[0], expected, tuple(traced.shape))
+        if parameter not in axes:
+            continue
         try:
             held = regions(traced, axes[parameter], shapes)
         except (RegionError, TraceError) as error:
@@ -209,17 +222,19 @@ def _convert(
         results = conversion.convert(group.target, model=model, config=model.config)
     except Exception as error:
         # Of no concern unless a planned parameter should have come out.
-        targets = [
-            group.target.replace(conversion.target_patterns[0], t)
-            for t in conversion.target_patterns
-        ]
-        if any(aliases.get(target, target) in axes for target in targets):
+        if any(aliases.get(target, target) in axes for target in _targets(group)):
             reason = str(error).partition("\n")[0]
             raise PlanError(
                 f"cannot follow {group.names[0]} into {group.target}: {reason}"
             ) from error
         return {}
     return {key: v[0] if isinstance(v, list) else v for key, v in results.items()}
+
+
+def _targets(group: _Group) -> list[str]:
+    """The names of what the library makes of ``group``."""
+    patterns = group.conversion.target_patterns
+    return [group.target.replace(patterns[0], pattern) for pattern in patterns]
 
 
 def _axis(box: Region, axis: int) -> int:
