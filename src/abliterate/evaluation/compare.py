@@ -128,7 +128,7 @@ def change_of(name: str, direction: Direction | None) -> Change:
 
 def check_intervention(name: str, direction: Direction | None) -> None:
     """Raise as :func:`intervention` does, without a model."""
-    check_name(name, direction, (name,))
+    check_name(name, direction)
     if name in ("add", "subtract") and direction is not None and direction.layer is None:
         raise UsageError(f"--intervention {name} needs a direction file that records its layer")
 
