@@ -117,7 +117,7 @@ def check_intervention(name: str, direction: Direction | None) -> None:
     Raises:
         UsageError: the name is unknown, or it needs a direction or a source layer it lacks.
     """
-    check_name(name, direction, (name,))
+    check_name(name, direction)
     if name in ("add", "subtract") and direction is not None and direction.layer is None:
         raise UsageError(f"--intervention {name} needs a direction file that records its layer")
 
