@@ -172,7 +172,7 @@ def test_device_maps_give_what_one_device_gives(
         (
             ("--device-map", '{"": "gpu"}'),
             2,
-            "--device-map: 'gpu' of '' is neither 'disk' nor a device",
+            "--device-map: 'gpu' of '' is no device that torch knows: use auto or cpu",
         ),
         (("--tensor-parallel",), 2, "torchrun --nproc-per-node N"),
     ],

@@ -58,10 +58,11 @@ def audit(
     from abliterate.direction import Direction, load_direction, save_direction
     from abliterate.errors import UsageError
     from abliterate.models.loading import find_checkpoint, pick_device
+    from abliterate.precision import linear_algebra_device
     from abliterate.storage.artifacts import check_writable, finite
     from abliterate.storage.ownership import claim_file, has_metadata
 
-    place = pick_device(device)
+    place = linear_algebra_device(pick_device(device))
     if output is not None:
         if output.is_dir():
             raise UsageError(f"-o {output} is a folder: name a file such as direction.safetensors")

@@ -42,6 +42,7 @@ def plan(
     import torch
 
     from abliterate.capacity import machine_benchmark, resource_estimate
+    from abliterate.inference.token_batches import attempt
     from abliterate.models.loading import Checkpoint, load_config, pick_device, present_shards
     from abliterate.offload import free_memory, parse_memory
 
@@ -52,7 +53,7 @@ def plan(
     here = pick_device("auto")
     main = parse_memory(memory, "--memory") if memory else free_memory(torch.device("cpu"))
     if gpu_memory is None:
-        gpu = free_memory(here) if here.type == "cuda" else 0
+        gpu = free_memory(here) if here.type not in ("cpu", "mps") else 0
     else:
         gpu = 0 if gpu_memory.strip() == "0" else parse_memory(gpu_memory, "--gpu-memory")
     number = resource_estimate.dtype_of(asked["dtype"] or "auto", config, gpu > 0)
@@ -60,7 +61,9 @@ def plan(
     speed: float | None = None
     if not gpu or here.type != "cpu":
         place = here if gpu else torch.device("cpu")
-        speed = machine_benchmark.layer_speed(shape.width, number, place)
+        found: list[float] = []
+        if attempt(lambda: found.append(machine_benchmark.layer_speed(shape.width, number, place))):
+            speed = found[0]
     machine = resource_estimate.Machine(
         main, gpu, machine_benchmark.disk_speed(folder), speed, machine_benchmark.copy_speed()
     )

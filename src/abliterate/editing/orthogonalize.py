@@ -445,7 +445,7 @@ def _complete(job: _Job, workspace: Workspace, overwrite: bool) -> None:
 
 def _unit_list(vector: Tensor) -> list[float]:
     """The unit direction, so that the record can be checked against the weights by itself."""
-    wide = vector.detach().double().cpu()
+    wide = vector.detach().cpu().double()
     return [float(value) for value in wide / wide.norm()]
 
 

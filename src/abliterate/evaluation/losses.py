@@ -13,6 +13,7 @@ from torch import Tensor
 from abliterate.errors import InputError
 from abliterate.inference.forward import Batch, for_each_batch, last_logits
 from abliterate.models.loading import LoadedModel
+from abliterate.precision import widened
 from abliterate.prompts.chat_template import ChatFormat, render
 from abliterate.prompts.corpora import Corpus, Example
 
@@ -108,14 +109,12 @@ def measure_loss(
         for index, row in enumerate(batch.rows):
             ids, start = own[row]
             first = width - len(ids) + start
-            sums[row] = _negative_log(
-                logits[index, first - 1 : -1], batch.input_ids[index, first:]
-            ).cpu()
+            sums[row] = _negative_log(logits[index, first - 1 : -1], batch.input_ids[index, first:])
 
     with ranks.fail_together(), torch.inference_mode(), context or nullcontext():
         ids = [ids for ids, _ in own]
         for_each_batch(loaded.model, ids, run, batch_size, description, grow=False)
-    found = torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
+    found = torch.stack(sums).cpu() if sums else torch.empty(0, dtype=torch.float64)
     # Added in the order of the texts, whichever batch or rank they ran in.
     total = sum(ranks.gather_rows(found).tolist())
     count = sum(len(ids) - start for ids, start in rows)
@@ -123,13 +122,18 @@ def measure_loss(
 
 
 def _negative_log(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed ``-log p`` of ``targets [n]`` under ``logits [n, vocabulary]``, float64."""
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for start in range(0, len(logits), _TOKENS):
-        part = logits[start : start + _TOKENS].float()
-        total += torch.nn.functional.cross_entropy(
-            part,
+    """Summed ``-log p`` of ``targets [n]`` under ``logits [n, vocabulary]``, float64.
+
+    The sums of some hundred tokens are float32, as the log-probabilities are; those of all tokens
+    are float64, on the host where the device has none.
+    """
+    parts = [
+        torch.nn.functional.cross_entropy(
+            logits[start : start + _TOKENS].float(),
             targets[start : start + _TOKENS],
             reduction="sum",
-        ).double()
-    return total
+        )
+        for start in range(0, len(logits), _TOKENS)
+    ]
+    wide = widened(torch.stack(parts))
+    return sum(wide, wide.new_zeros(()))

@@ -45,7 +45,13 @@ from abliterate.console import bars_hidden
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError, UsageError
 from abliterate.models.bounded_build import TooLargeError, bounded_build
-from abliterate.models.device_placement import Placement, check_plan, own_device
+from abliterate.models.device_placement import (
+    Placement,
+    check_plan,
+    own_device,
+    reachable_device,
+)
+from abliterate.precision import has_float64, widest
 from abliterate.prompts.template_process import start_rendering
 
 DTYPES = {
@@ -136,12 +142,7 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return own_device(found) if found is not None else torch.device("cpu")
-    try:
-        chosen = own_device(torch.device(device))
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device} cannot be used here: {reason}") from None
+    chosen = own_device(reachable_device(device, f"--device {device}"))
     if chosen.type == "meta":
         raise UsageError(f"--device {device} holds no weights: nothing can be computed there")
     return chosen
@@ -159,10 +160,14 @@ def pick_dtype(
     if dtype != "auto":
         if dtype not in DTYPES:
             raise UsageError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not '{dtype}'")
+        if dtype == "float64" and not has_float64(device):
+            raise UsageError(f"--dtype float64: {device.type} has no float64: use float32")
         return DTYPES[dtype]
     own = getattr(config, "dtype", None) or torch.float32
     if isinstance(own, str):
         own = getattr(torch, own)
+    if own == torch.float64:
+        own = widest(device)
     if device.type != "cpu" or own in (torch.float32, torch.float64):
         return own
     import psutil

@@ -221,7 +221,7 @@ def writer_direction(writer: Writer, direction: Tensor, parameters: dict[str, Te
     u = direction.double()
     for gain in reversed(writer.gains):
         if gain.parameter is not None:
-            value = parameters[gain.parameter].detach().to(u.device, torch.float64)
+            value = parameters[gain.parameter].detach().to(u.device).double()
             if gain.index:
                 value = value[tuple(slice(None) if i is None else i for i in gain.index)]
             u = u * (value.reshape(-1) + gain.offset)
