@@ -217,6 +217,9 @@ _SIZED = {
 _RESHAPING = {"resize_", "t_", "transpose_", "squeeze_", "unsqueeze_", "as_strided_", "swapaxes_"}
 
 
+_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.layout, torch.memory_format}
+
+
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry an operator out on the CPU, as the device would or would not have."""
     name = func._schema.name.rpartition("::")[2]
@@ -226,6 +229,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     def strip(value: Any) -> Any:
         nonlocal foreign, device
+        if type(value) in _PLAIN:
+            return value
         if isinstance(value, Emulated):
             homes.add(_index(value.device))
             wrapped[id(value.raw)] = value

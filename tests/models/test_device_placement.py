@@ -168,6 +168,12 @@ def test_device_maps_give_what_one_device_gives(
         (("--device-map", "auto", "--tensor-parallel"), 2, "exclude each other: choose one"),
         (("--device-map", "auto", "--device", "cpu"), 2, "and --device cpu exclude each other"),
         (("--device-map", "left"), 2, "auto, balanced, .* or a JSON object .* not 'left'"),
+        (("--device", "mps"), 2, "--device mps is not on this machine, .* use auto or cpu$"),
+        (("--device", "cuda:7"), 2, "--device cuda:7 is not on this machine, .* use auto or cpu$"),
+        (("--device", "gpu"), 2, "--device gpu is no device that torch knows: use auto or cpu$"),
+        (("--device", "cuda:x"), 2, "--device cuda:x is no device that torch knows: use auto"),
+        (("--device-map", '{"": "cuda:0"}'), 2, "--device-map: 'cuda:0' of '' is not on this"),
+        (("--device-map", '{"": 0}'), 2, "--device-map: '0' of '' is not on this machine"),
         (("--device-map", '{"": [0]}'), 2, "a JSON object of devices by module name"),
         (
             ("--device-map", '{"": "gpu"}'),
