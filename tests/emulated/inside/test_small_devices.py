@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_device import MODEL, TRAIN, VAL, on_device, on_host
+from on_device import MODEL, TRAIN, VAL, accelerator, on_device, on_host
 from safetensors.torch import load_file
+
+from abliterate.errors import UsageError
+from abliterate.models.loading import pick_device
 
 _WEIGHTS = 9_000_000  # of the demo model in float32
 
@@ -91,6 +94,19 @@ def test_devices_that_are_not_there_are_refused(
     on_device("extract", MODEL, "-o", tmp_path / "run", *options, "-q", code=2, devices=2)
     (error,) = [one for one in capfd.readouterr().err.splitlines() if one.startswith("error: ")]
     assert line in error
+
+
+def test_each_rank_of_a_machine_gets_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with accelerator.accelerator(devices=2):
+        assert pick_device("auto") == pick_device("emu") == torch.device("emu", 1)
+        assert pick_device("emu:0") == torch.device("emu", 0)
+    with (
+        accelerator.accelerator(devices=1),
+        pytest.raises(UsageError, match="local rank 1 finds no emu device of its own"),
+    ):
+        pick_device("auto")
 
 
 def test_float64_is_refused_where_there_is_none(tmp_path: Path, capfd) -> None:
