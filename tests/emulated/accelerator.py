@@ -5,9 +5,9 @@ They say device ``emu:0`` (or ``emu:1``), refuse operators with tensors of anoth
 refuse float64 as Apple's MPS does, run out of memory when told how much there is, and every wait of
 the host for the device is counted with the place in the code that waited.
 
-A wrapper subclass carries the operators out on its ``raw`` CPU tensor; a dispatch mode does so for
-what makes tensors on the device. The mode slows every operator: never import this into a process
-that runs ordinary tests (``inside/`` is a pytest run of its own).
+A wrapper subclass carries the operators out on its ``raw`` CPU tensor, and the kernels that make
+tensors on the device make such wrappers. A device, once registered, stays for the life of the
+process: never import this where ordinary tests run (``inside/`` is a pytest run of its own).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch.autograd.grad_mode import inference_mode
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 NAME = "emu"
@@ -249,8 +248,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain = [strip(arg) for arg in args]
     named = {key: strip(arg) for key, arg in kwargs.items() if key != "pin_memory"}
     on_device = device is not None and device.type == NAME
-    if on_device and _index(device) >= STATE.devices:
-        raise RuntimeError(f"{NAME} error: invalid device ordinal")
+    if on_device:
+        _existing(device)
     if ((homes and foreign is not None) or len(homes) > 1) and name not in _CROSSING:
         places = ", ".join([f"{NAME}:{i}" for i in sorted(homes)] + ["cpu"] * (foreign is not None))
         raise RuntimeError(
@@ -338,27 +337,29 @@ def _refuse_wide(dtype: torch.dtype | None) -> None:
         )
 
 
-class _Mode(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
-
-
-# What C++ makes on the device without asking a mode: lists of indices become tensors there.
+# What makes tensors on the device: all else of the kind ends in these.
 _LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+def _existing(device: Any) -> int:
+    index = _index(torch.device(device))
+    if not STATE.active or index >= STATE.devices:
+        raise RuntimeError(f"{NAME} error: invalid device ordinal")
+    return index
 
 
 def _empty_strided(
     size: Any, stride: Any, dtype: Any = None, layout: Any = None, device: Any = None,
     pin_memory: Any = None,
 ) -> Emulated:  # fmt: skip
-    return _new(torch.empty_strided(size, stride, dtype=dtype), _index(torch.device(device)))
+    return _new(torch.empty_strided(size, stride, dtype=dtype), _existing(device))
 
 
 def _empty(
     size: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
     memory_format: Any = None,
 ) -> Emulated:  # fmt: skip
-    return _new(torch.empty(size, dtype=dtype), _index(torch.device(device)))
+    return _new(torch.empty(size, dtype=dtype), _existing(device))
 
 
 def _copy_from(source: Any, goal: Any, non_blocking: bool = False) -> Any:
@@ -408,8 +409,7 @@ def accelerator(
     try:
         for (owner, name), value in patched.items():
             setattr(owner, name, value)
-        with _Mode():
-            yield STATE
+        yield STATE
     finally:
         for (owner, name), value in own.items():
             setattr(owner, name, value)

@@ -1,5 +1,5 @@
 """Apple silicon and CUDA, shown without owning either: the tests of ``inside/`` in a process of
-their own, as the dispatch mode that emulates an accelerator slows every operator of the process.
+their own, as a device that was registered with torch stays for the life of the process.
 
 One of them: ``EMULATED_ACCELERATOR=1 pytest tests/emulated/inside -k NAME``.
 """

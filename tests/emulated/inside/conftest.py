@@ -17,6 +17,14 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(scope="session")
+def edited_on_cpu(on_cpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model without the direction."""
+    out = tmp_path_factory.mktemp("edited") / "model"
+    on_host("orthogonalize", MODEL, "--direction", on_cpu, "-o", out, "-q")
+    return out
+
+
 @pytest.fixture(scope="session", params=[False, True], ids=["mps-like", "cuda-like"])
 def on_emu(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

@@ -23,12 +23,11 @@ def _directions(run: Path) -> torch.Tensor:
 
 def test_batches_shrink_until_they_fit(on_cpu: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    free = on_device("extract", MODEL, "-o", run, *TRAIN, "--no-offload")
     tight = _WEIGHTS + 3_000_000
     state = on_device("extract", MODEL, "-o", run, *TRAIN, "--no-offload", memory=tight)
     assert state.refused > 0
     assert state.peak <= tight
-    assert state.forwards > free.forwards
+    assert state.forwards > 2 + 2  # the trial of padding, and a batch of each kind
     difference = _directions(run) - _directions(on_cpu)
     assert difference.norm() <= 1e-5 * _directions(on_cpu).norm()
 
@@ -71,7 +70,7 @@ def test_a_model_lies_on_two_devices(on_cpu: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ("--device-map", json.dumps(spread))
     on_device("extract", MODEL, "-o", run, *TRAIN, *options, devices=2, float64=False)
-    on_device("select", run, *VAL, *options, devices=2, float64=False)
+    on_device("select", run, *VAL, "--n-val", "4", *options, devices=2, float64=False)
     difference = _directions(run) - _directions(on_cpu)
     assert difference.norm() <= 1e-5 * _directions(on_cpu).norm()
     ours, theirs = (json.loads((f / "selection.json").read_text()) for f in (run, on_cpu))
@@ -122,7 +121,7 @@ def test_a_conversation_is_the_same(on_cpu: Path, monkeypatch: pytest.MonkeyPatc
     for run in (on_device, on_host):
         monkeypatch.setattr("sys.stdin", io.StringIO("How do I bake bread?\n/ablate\nHello\n"))
         capfd.readouterr()
-        options = ("--direction", on_cpu, "--max-new-tokens", "10", "--dtype", "float32", "-q")
+        options = ("--direction", on_cpu, "--max-new-tokens", "6", "--dtype", "float32", "-q")
         run("chat", MODEL, *options)
         said.append(capfd.readouterr().out)
     assert said[0] == said[1]
