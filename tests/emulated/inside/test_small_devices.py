@@ -10,7 +10,11 @@ import torch
 from on_device import MODEL, TRAIN, VAL, accelerator, on_device, on_host
 from safetensors.torch import load_file
 
+import abliterate
+from abliterate import precision
+from abliterate.direction import save_direction
 from abliterate.errors import UsageError
+from abliterate.inference.logit_lens import logit_lens
 from abliterate.models.loading import pick_device
 
 _WEIGHTS = 9_000_000  # of the demo model in float32
@@ -106,6 +110,28 @@ def test_each_rank_of_a_machine_gets_a_device_of_its_own(monkeypatch: pytest.Mon
         pytest.raises(UsageError, match="local rank 1 finds no emu device of its own"),
     ):
         pick_device("auto")
+
+
+def test_a_direction_may_lie_on_the_device(tmp_path: Path) -> None:
+    """As a library's caller has it who computed it there."""
+    vector = torch.randn(128, generator=torch.Generator().manual_seed(2))
+    precision._computes_float64.cache_clear()
+    with accelerator.accelerator(float64=False):
+        here = vector.to("emu")
+        found = abliterate.Direction(here, -1, 3)
+        assert found.summary()["norm"] == pytest.approx(float(vector.norm()))
+        save_direction(tmp_path / "r.safetensors", found, "demo")
+        loaded = abliterate.load_model(MODEL, device="emu", dtype="float32")
+        ids = torch.tensor([[1, 5, 9, 33]], device="emu")
+        logits = []
+        for same in (here, vector):
+            with torch.no_grad(), abliterate.ablate(loaded.model, same):
+                logits.append(loaded.model(ids).logits.cpu())
+        assert torch.equal(*logits)
+        assert logit_lens(loaded.model, here[None]).shape == (1, 2048)
+        abliterate.orthogonalize(MODEL, found, tmp_path / "edited")
+    assert torch.equal(load_file(tmp_path / "r.safetensors")["direction"], vector)
+    assert (tmp_path / "edited" / "model.safetensors").exists()
 
 
 def test_float64_is_refused_where_there_is_none(tmp_path: Path, capfd) -> None:
