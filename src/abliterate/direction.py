@@ -21,7 +21,7 @@ class Direction:
     """An unnormalised difference of means.
 
     Attributes:
-        vector: ``[d_model]``.
+        vector: ``[d_model]``, on the host: what a device holds is fetched.
         position: source token, counted from the prompt's end, or None if not recorded.
         layer: source layer, or None if not recorded.
         sha256: hash of the file it was read from.
@@ -31,6 +31,12 @@ class Direction:
     position: int | None = None
     layer: int | None = None
     sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        # What is computed of a direction alone is float64, which not every device has.
+        place = getattr(self.vector, "device", None)
+        if place is not None and place.type not in ("cpu", "meta"):
+            object.__setattr__(self, "vector", self.vector.detach().cpu())
 
     def summary(self) -> dict[str, Any]:
         """What other artifacts record of it."""

@@ -30,6 +30,7 @@ from abliterate.inference.forward import Batch, capture_resid_pre, for_each_batc
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import unit_direction
 from abliterate.models.loading import LoadedModel
+from abliterate.precision import widened, widest
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.suffixes import Marked, Marker, Span
 from abliterate.run_folder import TRACE, Session
@@ -198,9 +199,10 @@ class Tracer:
             def run(batch: Batch) -> None:
                 nonlocal heads
                 last_logits(model, batch)
-                hidden = captured()[:, 0].double().cpu()
-                along = (hidden @ self.unit) / hidden.norm(dim=-1).clamp_min(1e-30)
-                for row, values in zip(batch.rows, along, strict=True):
+                stream = captured()[:, 0]
+                hidden = stream.to(widest(stream.device))
+                along = (hidden @ self.unit.to(hidden)) / hidden.norm(dim=-1).clamp_min(1e-30)
+                for row, values in zip(batch.rows, widened(along).cpu(), strict=True):
                     cosines[row] = values
                 if heads is not None:
                     try:

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from abliterate.precision import has_float64
 from abliterate.storage.file_io import SourceFile, TargetFile
 from abliterate.storage.write_buffers import Outgoing, as_bytes, scratch
 
@@ -179,9 +180,10 @@ class PlainDiskMatrix:
             self.source.read_into(
                 view[offset : offset + length], begin + row * matrix_slice.stride * size
             )
-        # Half precision is computed in float32, float32 itself in float64.
+        # Half precision is computed in float32, float32 itself in float64: on the host where the
+        # device has none, as the edit of a float32 checkpoint is to be exact to its last digit.
         upcast = torch.float32 if size == 2 else torch.float64
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" and (size == 2 or has_float64(self.device)):
             return raw.to(self.device).to(upcast)  # one by one: the narrow bytes travel
         return scratch.tensor("wide", raw.shape, upcast).copy_(raw)
 

@@ -99,8 +99,20 @@ def _run(argv: Sequence[str] | None) -> int:
         if (known := rank_process.explained(error)) is not None:
             return _fail(str(known), known.exit_code, error)
         short = one_line(error) or "no message"
+        if _is_lack_of_memory(error):
+            text = f"memory ran out ({short[:200]}): use a smaller --batch-size or --dtype, "
+            return _fail(text + "--offload, or another --device", 2, error)
         text = f"unexpected {type(error).__name__}: {short[:300]} (--debug shows the traceback)"
         return _fail(text, 1, error)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Where no batch could be made smaller."""
+    if not (isinstance(error, RuntimeError) and "memory" in str(error)):
+        return False
+    from abliterate.inference.token_batches import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:

@@ -74,8 +74,9 @@ def audit(
     other = None if base is None else find_checkpoint(base)
     from abliterate.auditing.report import audit as judge
     from abliterate.models.loading import pick_device
+    from abliterate.precision import linear_algebra_device
 
-    place = pick_device(device)
+    place = linear_algebra_device(pick_device(device))
     known = None if direction is None else load_direction(direction)
     found = judge(target, other, known, place)
     document = finite(found.document())

@@ -51,6 +51,7 @@ def plan(
     import torch
 
     from abliterate.capacity import machine_benchmark, resource_estimate
+    from abliterate.inference.token_batches import attempt
     from abliterate.models.loading import Checkpoint, load_config, pick_device, present_shards
     from abliterate.offload import free_memory
 
@@ -61,13 +62,15 @@ def plan(
     main = free_memory(torch.device("cpu")) if given_memory is None else given_memory
     gpu = given_gpu
     if gpu is None:
-        gpu = free_memory(here) if here.type == "cuda" else 0
+        gpu = free_memory(here) if here.type not in ("cpu", "mps") else 0
     number = resource_estimate.dtype_of(asked["dtype"] or "auto", config, gpu > 0)
     shape = resource_estimate.shape_of(config, number, trust, present_shards(checkpoint))
     speed: float | None = None
     if not gpu or here.type != "cpu":
         place = here if gpu else torch.device("cpu")
-        speed = machine_benchmark.layer_speed(shape.width, number, place)
+        found: list[float] = []
+        if attempt(lambda: found.append(machine_benchmark.layer_speed(shape.width, number, place))):
+            speed = found[0]
     machine = resource_estimate.Machine(
         main, gpu, machine_benchmark.disk_speed(folder), speed, machine_benchmark.copy_speed()
     )

@@ -74,7 +74,7 @@ def edit_record(plan: OutputPlan, edited: Sequence[EditedTensor], files: Path) -
 
 def _unit_list(vector: Tensor) -> list[float]:
     """The unit direction, so that the record can be checked against the weights by itself."""
-    upcast = vector.detach().double().cpu()
+    upcast = vector.detach().cpu().double()
     return [float(value) for value in upcast / upcast.norm()]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from abliterate.checkpoints.disk_matrix import DiskMatrix
 from abliterate.checkpoints.safetensors_header import TensorEntry
 from abliterate.errors import CheckpointError
+from abliterate.precision import widened
 
 # A block stays in a core's cache through the handful of passes over it.
 _BLOCK_ELEMENTS = 1 << 19
@@ -222,7 +223,7 @@ def _energy(block: Tensor) -> float:
 
 
 def _square(values: Tensor) -> float:
-    return float(values.to(torch.float64).square_().sum())
+    return float(widened(values).square().sum())
 
 
 def _stored_square(coefficients: Tensor) -> float:

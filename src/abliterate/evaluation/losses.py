@@ -16,6 +16,7 @@ from abliterate.inference.engine import Change
 from abliterate.inference.forward import Batch, for_each_batch, last_logits
 from abliterate.inference.in_memory import engine_of
 from abliterate.models.loading import LoadedModel
+from abliterate.precision import widened
 from abliterate.prompts.chat_template import ChatFormat, render
 from abliterate.prompts.corpora import Corpus, Example
 
@@ -107,7 +108,7 @@ def measure_loss(
     local_rows = ranks.split(rows)
     with ranks.fail_together(), engine.in_memory("--corpus", change) as model:
         sums = _summed_losses(model, local_rows, batch_size, description)
-    local_sums = torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
+    local_sums = torch.stack(sums).cpu() if sums else torch.empty(0, dtype=torch.float64)
     # Added in the order of the texts, whichever batch or rank they ran in.
     total = sum(ranks.gather_rows(local_sums).tolist())
     count = sum(len(ids) - start for ids, start in rows)
@@ -130,9 +131,7 @@ def _summed_losses(
         for index, row in enumerate(batch.rows):
             ids, start = rows[row]
             first = width - len(ids) + start
-            sums[row] = _negative_log(
-                logits[index, first - 1 : -1], batch.input_ids[index, first:]
-            ).cpu()
+            sums[row] = _negative_log(logits[index, first - 1 : -1], batch.input_ids[index, first:])
 
     prompts = [ids for ids, _ in rows]
     for_each_batch(model, prompts, run, batch_size, description, grow=False)
@@ -140,13 +139,18 @@ def _summed_losses(
 
 
 def _negative_log(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed ``-log p`` of ``targets [n]`` under ``logits [n, vocabulary]``, float64."""
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for start in range(0, len(logits), _TOKENS):
-        part = logits[start : start + _TOKENS].float()
-        total += torch.nn.functional.cross_entropy(
-            part,
+    """Summed ``-log p`` of ``targets [n]`` under ``logits [n, vocabulary]``, float64.
+
+    The sums of some hundred tokens are float32, as the log-probabilities are; those of all tokens
+    are float64, on the host where the device has none.
+    """
+    parts = [
+        torch.nn.functional.cross_entropy(
+            logits[start : start + _TOKENS].float(),
             targets[start : start + _TOKENS],
             reduction="sum",
-        ).double()
-    return total
+        )
+        for start in range(0, len(logits), _TOKENS)
+    ]
+    wide = widened(torch.stack(parts))
+    return sum(wide, wide.new_zeros(()))

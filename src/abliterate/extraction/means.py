@@ -17,9 +17,11 @@ from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import InputError
 from abliterate.inference.engine import ActivationReader, BatchActivations
 from abliterate.inference.in_memory import InMemoryReader, engine_of
-from abliterate.metrics.refusal import detect_refusal_tokens, refusal_score, resolve_refusal_tokens
+from abliterate.inference.token_batches import attempt
+from abliterate.metrics.refusal import detect_refusal_tokens, log_odds, resolve_refusal_tokens
 from abliterate.models.embedding_rows import require_token
 from abliterate.models.loading import LoadedModel
+from abliterate.precision import summed_rows, to_host, widest
 from abliterate.prompts.chat_template import ChatFormat, encode, parse_positions, position_tokens
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.storage.artifacts import read_tensors
@@ -250,22 +252,28 @@ def _detect_refusal_tokens(
         ranks: the processes that share the prompts.
     """
     first = len(ranks.split(range(DETECT_PROMPTS)))
+    local_sums: dict[str, list[Tensor]] = {kind: [] for kind in seen}
     with ranks.fail_together():
         for kind, batches in seen.items():
             local_count = len(ranks.split(range(counts[kind])))
-            reader.read(kind, range(min(first, local_count)), batches.append, f"extract: {kind}")
+            note = partial(_note, batches, local_sums[kind])
+            reader.read(kind, range(min(first, local_count)), note, f"extract: {kind}")
+    parts = [part for local in local_sums.values() for part in local]
+    fetched = iter(to_host(*parts) if parts else [])  # in one transfer
+    sums = {kind: _summed([next(fetched) for _ in local]) for kind, local in local_sums.items()}
     return detect_refusal_tokens(
         *(
-            _summed(ranks.all_gather(_summed_probabilities(seen[kind])))
-            / min(DETECT_PROMPTS, counts[kind])
+            _summed(ranks.all_gather(sums[kind])) / min(DETECT_PROMPTS, counts[kind])
             for kind in ("harmful", "harmless")
         )
     )
 
 
-def _summed_probabilities(seen: Sequence[BatchActivations]) -> Tensor:
-    """Summed next-token probabilities, float64 ``[vocabulary]`` on the CPU; ``[1]`` if none."""
-    return _summed([one.logits.double().softmax(-1).sum(0).cpu() for one in seen])
+def _note(seen: list[BatchActivations], sums: list[Tensor], batch: BatchActivations) -> None:
+    """Keep a batch, and its summed next-token probabilities ``[vocabulary]`` where they lie."""
+    own = batch.logits
+    sums.append(own.to(widest(own.device)).softmax(-1).sum(0))
+    seen.append(batch)  # last: a batch that runs out of memory comes again in parts
 
 
 def _summed(parts: Iterable[Tensor]) -> Tensor:
@@ -328,22 +336,37 @@ def _mean(
         nonlocal total
         counts = torch.ones(len(batch.rows), dtype=torch.bool)
         if refusal_tokens is not None:
-            counts = (sign * refusal_score(batch.logits, refusal_tokens) > 0).cpu()
-        chosen = batch.activations[counts.to(batch.activations.device)]
-        total += chosen.sum(0, dtype=torch.float64).cpu()
-        for row, flag in zip(batch.rows, counts.tolist(), strict=True):
-            kept[row] = flag
+            counts = sign * log_odds(batch.logits, refusal_tokens) > 0
+        counts = counts.to(batch.activations.device)
+        # What a batch has to say comes in one transfer, for which an accelerator is waited for.
+        flags, *sums = to_host(counts, *summed_rows(batch.activations, counts))
         if keep is not None:
             keep(list(batch.rows), batch.activations)
+        # Last: what has run out of memory by here comes again.
+        total += sum(sums)
+        for row, flag in zip(batch.rows, flags.tolist(), strict=True):
+            kept[row] = bool(flag)
 
     with ranks.fail_together():
         for batch in seen:
-            accumulate(batch)
+            _in_parts(batch, accumulate)
         first = sum(len(batch.rows) for batch in seen)
         description = f"extract: {kind}".removesuffix(": ")
         reader.read(kind, range(first, n_prompts), accumulate, description)
     total, kept = ranks.all_reduce_sum(total), ranks.gather(kept)
     return total / sum(kept) if any(kept) else total * float("nan"), tuple(kept)
+
+
+def _in_parts(batch: BatchActivations, use: Callable[[BatchActivations], None]) -> None:
+    """Call ``use`` on a batch, or on halves of it where memory runs out."""
+    half = len(batch.rows) // 2
+    if not half:
+        use(batch)
+    elif not attempt(partial(use, batch)):
+        for part in (slice(None, half), slice(half, None)):
+            _in_parts(
+                BatchActivations(batch.rows[part], batch.logits[part], batch.activations[part]), use
+            )
 
 
 def require_min_prompts(name: str, kept: int, given: int, option: str) -> None:

@@ -109,12 +109,12 @@ def _out_projection(
         )
     norm, gain = _post_norm(model, writer)
     seen = unit if gain is None else unit * gain
-    matrix = weight.detach().double().cpu()
+    matrix = weight.detach().cpu().double()
     reader = torch.tensordot(seen, matrix, dims=([0], [writer.axis]))
     bias = biases.get(module)
     along = 0.0
     if bias is not None:
-        along = float(seen @ model.get_parameter(bias.parameter).detach().double().cpu())
+        along = float(seen @ model.get_parameter(bias.parameter).detach().cpu().double())
     return OutProjection(
         layer,
         module,
@@ -132,7 +132,7 @@ def _post_norm(model: PreTrainedModel, writer: Writer) -> tuple[str | None, Tens
     gain = writer.gains[0]
     if len(writer.gains) > 1 or gain.centred or gain.parameter is None or gain.index:
         raise HeadsUnknown(f"{writer.parameter} is followed by more than one per-channel gain")
-    value = model.get_parameter(gain.parameter).detach().double().cpu() + gain.offset
+    value = model.get_parameter(gain.parameter).detach().cpu().double() + gain.offset
     return gain.parameter.rpartition(".")[0], value
 
 
@@ -194,7 +194,7 @@ def watch_heads(
             looked.pop(at, None)
             for item in output if isinstance(output, tuple | list) else ():
                 if isinstance(item, Tensor) and item.ndim == 4 and item.shape[1] == n_heads:
-                    looked[at] = item[:, :, -1].detach().float().cpu()
+                    looked[at] = item[:, :, -1].detach().to(torch.float32, copy=True)
 
         return hook
 
@@ -202,16 +202,17 @@ def watch_heads(
         shares, whole = [], []
         for at, projection in enumerate(projections):
             heads = projection.reader
-            apart = read[at].reshape(len(read[at]), *heads.shape)
+            apart = read[at].cpu().reshape(len(read[at]), *heads.shape)
             along = (apart * heads).sum(-1)
-            scale, out = _through_norm(projection, made[at], normed.get(at), unit)
+            before_norm = (normed[at][0].cpu(), normed[at][1].cpu()) if at in normed else None
+            scale, out = _through_norm(projection, made[at].cpu(), before_norm, unit)
             shares.append((along * scale.unsqueeze(1), projection.bias * scale))
             whole.append(out)
         contributions = torch.stack([part for part, _ in shares], dim=1)
         biases = torch.stack([bias.expand(len(contributions)) for _, bias in shares], dim=1)
         total = torch.stack(whole, dim=1)
         gap = (contributions.sum(2) + biases - total).abs().max()
-        attention = [looked.get(at) for at in range(len(projections))]
+        attention = [looked[at].cpu() if at in looked else None for at in range(len(projections))]
         return HeadView(contributions, total, attention, float(gap / total.abs().max()))
 
     with ExitStack() as stack:
@@ -228,8 +229,12 @@ def watch_heads(
 
 
 def _last(hidden: Tensor) -> Tensor:
-    """The last token's vectors, float32 ``[batch, width]`` on the CPU."""
-    return hidden.detach().reshape(hidden.shape[0], -1, hidden.shape[-1])[:, -1].float().cpu()
+    """The last token's vectors, float32 ``[batch, width]``; a copy, where the model computes.
+
+    A hook that took them to the host would wait for the device at every layer.
+    """
+    last = hidden.detach().reshape(hidden.shape[0], -1, hidden.shape[-1])[:, -1]
+    return last.to(torch.float32, copy=True)
 
 
 def _through_norm(

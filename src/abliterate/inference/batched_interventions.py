@@ -240,6 +240,7 @@ class InterventionRunner:
             b.input_ids.repeat(n, 1),
             b.attention_mask.repeat(n, 1),
             b.position_ids.repeat(n, 1),
+            b.lengths * n,
         )
         cache = candidates.cache and expanded(candidates.cache, k)
         with ExitStack() as stack:

@@ -73,10 +73,16 @@ class Candidates:
         layers = self.layers and tuple(self.layers[at] for at in index)
         cache = self.cache
         if cache is not None:
-            rows = [[at for at in index if at < self.active(i)] or [0] for i in range(len(cache))]
-            cache = tuple(
-                (keys[of], values[of]) for (keys, values), of in zip(cache, rows, strict=True)
-            )
+            # What is picked goes to a device once, not with every layer.
+            rows: dict[tuple[int, torch.device], Tensor] = {}
+            picked = []
+            for layer, (keys, values) in enumerate(cache):
+                key = self.active(layer), keys.device
+                if key not in rows:
+                    own = [at for at in index if at < key[0]] or [0]
+                    rows[key] = torch.tensor(own, device=keys.device)
+                picked.append((keys[rows[key]], values[rows[key]]))
+            cache = tuple(picked)
         return replace(self, vectors=self.vectors[index], layers=layers, cache=cache)
 
 
@@ -104,6 +110,7 @@ class PromptBatch:
             b.input_ids[which, -width:],
             torch.cat([mask[:, :cached], mask[:, -width:]], dim=1),
             b.position_ids[which, -width:],
+            b.lengths[which],
         )
         return PromptBatch(
             batch, self.keep, tuple(stream[which, -width:] for stream in self.streams)

@@ -15,6 +15,7 @@ from abliterate.inference.candidate_batches import FastPathFlags
 from abliterate.inference.forward import can_pad, last_logits, left_pad
 from abliterate.inference.interventions import ablate, add
 from abliterate.inference.token_batches import out_of_memory
+from abliterate.precision import widened
 from abliterate.writers import decoder_blocks
 
 # Largest difference of logits, relative to their spread, that is rounding in a given dtype.
@@ -57,7 +58,7 @@ def verified_runner(
     layer = len(decoder_blocks(model)) // 2
     layers = (layer, min(layer + 1, len(decoder_blocks(model)) - 1))
     full = _full_passes(model, ends, vectors, layers)
-    spread = float(full.double().std()) + 1e-30
+    spread = float(widened(full).std()) + 1e-30
 
     def off(tricks: FastPathFlags) -> float:
         """How far from full passes, relative to the logits' spread; infinite if it fails."""

@@ -21,6 +21,7 @@ from abliterate.errors import UnsupportedArchitectureError
 from abliterate.inference.token_batches import TokenBudget, group_rows
 from abliterate.models.embedding_rows import embedding_rows, require_token
 from abliterate.models.model_classes import text_config
+from abliterate.precision import widest
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 _PADDABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -36,12 +37,19 @@ class Batch:
         attention_mask: ``[batch, prefix + tokens]``, 0 on padding; ``prefix`` is how many leading
             tokens a key/value cache holds, 0 without one.
         position_ids: ``[batch, tokens]``, ``prefix`` at each prompt's first own token.
+        lengths: how many of ``tokens`` are each prompt's own. Known here, so that whether there is
+            padding need not be asked of the device.
     """
 
     rows: tuple[int, ...]
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def is_padded(self) -> bool:
+        return min(self.lengths) < self.input_ids.shape[1]
 
 
 def _accepts(model: PreTrainedModel, argument: str) -> bool:
@@ -85,8 +93,9 @@ def stand_in(model: PreTrainedModel, device: torch.device, paddable: bool) -> No
 @torch.inference_mode()
 def _padding_is_masked(model: PreTrainedModel) -> bool:
     ids = list(range(3, 43))
-    alone = last_logits(model, left_pad(model, [ids[:16]], [0]), 8)[0].double()
-    padded = last_logits(model, left_pad(model, [ids[:16], ids], [0, 1]), 8)[0].double()
+    alone = last_logits(model, left_pad(model, [ids[:16]], [0]), 8)[0]
+    padded = last_logits(model, left_pad(model, [ids[:16], ids], [0, 1]), 8)[0]
+    alone, padded = (logits.to(widest(logits.device)) for logits in (alone, padded))
     rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((padded - alone).abs().max() <= rounding * alone.std())
 
@@ -108,7 +117,8 @@ def left_pad(
     Raises:
         CheckpointError: the embedding has no row for a token.
     """
-    width = max(len(prompts[row]) for row in rows) - prefix
+    lengths = tuple(len(prompts[row]) - prefix for row in rows)
+    width = max(lengths)
     fill = padding_token(model, getattr(text_config(model), "pad_token_id", None))
     ids = torch.full((len(rows), width), fill, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -120,7 +130,7 @@ def left_pad(
     positions = (mask.cumsum(1) - 1).clamp(min=0) + prefix
     mask = torch.cat([mask.new_ones(len(rows), prefix), mask], dim=1)
     place = input_device(model)
-    return Batch(tuple(rows), ids.to(place), mask.to(place), positions.to(place))
+    return Batch(tuple(rows), ids.to(place), mask.to(place), positions.to(place), lengths)
 
 
 def padding_token(model: PreTrainedModel, *wanted: Any) -> int:
@@ -230,7 +240,7 @@ def last_logits(model: PreTrainedModel, batch: Batch, keep: int = 1, past: Any =
         past: keys and values of the leading tokens that ``batch`` leaves out.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids}
-    padded = not bool(batch.attention_mask.all())
+    padded = batch.is_padded
     if padded:
         inputs["attention_mask"] = batch.attention_mask
     if (padded or past is not None) and _accepts(model, "position_ids"):
@@ -285,7 +295,9 @@ def capture_resid_pre(
     plan = find_writers(model)
     blocks, width = decoder_blocks(model), stream_width(model, plan)
     seen: dict[int, Tensor] = {}
-    where, shape = list(positions), torch.Size()
+    where, shape = torch.tensor(positions), torch.Size()
+    # On the device once: as a list they would travel there at every block.
+    moved: dict[torch.device, Tensor] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal shape
@@ -293,7 +305,10 @@ def capture_resid_pre(
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            streams = token_streams(block_input(args, kwargs), shape, width)[:, where]
+            hidden = block_input(args, kwargs)
+            if hidden.device not in moved:
+                moved[hidden.device] = where.to(hidden.device)
+            streams = token_streams(hidden, shape, width)[:, moved[hidden.device]]
             seen[layer] = streams.mean(2) if streams.shape[2] > 1 else streams[:, :, 0].clone()
 
         return record

@@ -33,6 +33,9 @@ from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
 # runs out of memory all the same halves it.
 _TOKENS = {"cpu": 16384}
 _TOKENS_ACCELERATOR = 65536
+# Once in so many tokens it is asked which rows have ended: an accelerator is waited for each time.
+_LOOK = {"cpu": 1}
+_LOOK_ACCELERATOR = 8
 
 
 def greedy_answers(
@@ -159,9 +162,12 @@ class _Decoder:
         """Answer ``batch``; ``keep`` gets each row as soon as it ends."""
         ids, mask, rows = batch.input_ids, batch.attention_mask, list(batch.rows)
         width, cache = ids.shape[1], None
+        answers: dict[int, list[int]] = {row: [] for row in rows}
         while rows:
-            left = self.max_new_tokens - (ids.shape[1] - width)
-            watch = _Watch(self.stops, rows, width, keep, shrink=self.mix)
+            grown = ids.shape[1] - width
+            left = self.max_new_tokens - grown
+            watch = _Watch(self.stops, {row: answers[row][:grown] for row in rows}, ids, keep,
+                           shrink=self.mix)  # fmt: skip
             with plain_decoding(self.model):
                 output = self.model.generate(
                     input_ids=ids,
@@ -175,11 +181,13 @@ class _Decoder:
                     ),
                     stopping_criteria=StoppingCriteriaList([watch]),
                 )
-            ids = output.sequences
+            ids, answers = output.sequences, watch.answers
+            watch.look(ids)
             going = [index for index, row in enumerate(rows) if row not in watch.ended]
             if not (going and watch.ended) or ids.shape[1] - width >= self.max_new_tokens:
                 for index in going:
-                    keep(rows[index], ids[index, width:].tolist())
+                    # Some devices run a token too far before they learn that it is the end.
+                    keep(rows[index], answers[rows[index]][: ids.shape[1] - width])
                 return
             # Half of the rows have ended: go on with the others alone.
             chosen = torch.tensor(going, device=ids.device)
@@ -190,28 +198,50 @@ class _Decoder:
 
 
 class _Watch(StoppingCriteria):  # type: ignore[misc]
-    """Hands over rows as they end, and stops the batch once few are left."""
+    """Hands over rows as they end, and stops the batch once few are left.
+
+    Args:
+        stops: what ends an answer.
+        answers: what each row has said so far; grows with every look.
+        ids: ``[batch, tokens]`` at the start.
+        keep: gets each row's answer.
+        shrink: stop once half of the rows have ended.
+    """
 
     def __init__(
         self,
         stops: Sequence[int],
-        rows: Sequence[int],
-        width: int,
+        answers: dict[int, list[int]],
+        ids: Tensor,
         keep: Callable[[int, list[int]], None],
         shrink: bool,
     ) -> None:
-        self.stops, self.rows, self.width, self.keep = set(stops), rows, width, keep
-        self.shrink = shrink
+        self.stops, self.answers, self.keep, self.shrink = set(stops), answers, keep, shrink
         self.ended: set[int] = set()
+        self._seen = ids.shape[1]
+        self._every = _LOOK.get(ids.device.type, _LOOK_ACCELERATOR)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        last = input_ids[:, -1].tolist()
-        for index, row in enumerate(self.rows):
-            if row not in self.ended and last[index] in self.stops:
+        if input_ids.shape[1] - self._seen >= self._every:
+            self.look(input_ids)
+        stop = self.shrink and 2 * len(self.ended) >= len(self.answers)
+        return torch.full((len(self.answers),), stop, dtype=torch.bool, device=input_ids.device)
+
+    def look(self, input_ids: Tensor) -> None:
+        """Take the tokens since the last look to the host, in one transfer."""
+        if input_ids.shape[1] <= self._seen:
+            return
+        for (row, answer), new in zip(
+            self.answers.items(), input_ids[:, self._seen :].tolist(), strict=True
+        ):
+            if row in self.ended:
+                continue
+            end = next((at for at, token in enumerate(new) if token in self.stops), None)
+            answer += new if end is None else new[: end + 1]
+            if end is not None:
                 self.ended.add(row)
-                self.keep(row, input_ids[index, self.width :].tolist())
-        stop = self.shrink and 2 * len(self.ended) >= len(self.rows)
-        return torch.full((len(self.rows),), stop, dtype=torch.bool, device=input_ids.device)
+                self.keep(row, answer)
+        self._seen = input_ids.shape[1]
 
 
 def _select(cache: Any, rows: Tensor) -> Any:

@@ -44,7 +44,7 @@ def check_direction(direction: Tensor, width: int) -> Tensor:
             f"the direction has shape {list(direction.shape)}, the model needs [{width}]: it was "
             "made for another model"
         )
-    wide = direction.detach().double().cpu()
+    wide = direction.detach().cpu().double()
     if not bool(torch.isfinite(wide).all()):
         raise InputError("the direction holds NaN or infinity")
     if float(wide.norm()) == 0.0:
@@ -170,8 +170,15 @@ def add_vectors(block: nn.Module, vectors: Tensor) -> Iterator[None]:
         vectors: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each.
     """
 
+    # Moved once for each device, as in :func:`ablate_at`.
+    ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
     def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        moved = shifted(block_input(args, kwargs), vectors)
+        hidden = block_input(args, kwargs)
+        key = hidden.device, hidden.dtype
+        if key not in ready:
+            ready[key] = vectors.to(*key)
+        moved = shifted(hidden, ready[key])
         if args:
             return (moved, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": moved}

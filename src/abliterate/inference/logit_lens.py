@@ -49,7 +49,8 @@ def logit_lens(model: PreTrainedModel, vectors: Tensor) -> Tensor:
         UnsupportedArchitectureError: the last block's output cannot be replaced, or the model has
             no output embedding.
     """
-    scaled = vectors.double() / vectors.double().square().mean(1, keepdim=True).sqrt()
+    wide = vectors.cpu().double()
+    scaled = wide / wide.square().mean(1, keepdim=True).sqrt()
     stream = torch.cat([scaled, torch.zeros_like(scaled[:1])])
     before_head = _through_final_norm(model, stream)
     read = before_head[:-1] - before_head[-1:]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.metrics.refusal import kl_divergence, kl_floor, refusal_score
+from abliterate.metrics.refusal import kl_floor, local_kl, log_odds
+from abliterate.precision import to_host, widened, widest
 
 # From logits ``[candidates, prompts, kept tokens, vocabulary]`` and the prompts' rows to float64
 # ``[candidates, prompts]``.
@@ -25,8 +26,8 @@ def refusal_metric(tokens: Sequence[int]) -> LogitMetric:
         last = logits[:, :, -1]
         flat = last.flatten(0, 1)
         size = max(1, _CHUNK // flat.shape[-1])
-        parts = [refusal_score(flat[i : i + size], tokens) for i in range(0, len(flat), size)]
-        return torch.cat(parts).view(last.shape[:2])
+        parts = [log_odds(flat[i : i + size], tokens) for i in range(0, len(flat), size)]
+        return widened(torch.cat(parts)).view(last.shape[:2])
 
     return measure
 
@@ -58,12 +59,13 @@ class BaselineLogits:
             for row, own in zip(rows, part, strict=True):
                 # A copy: what does not count is not kept.
                 logits[row] = own[len(own) - counts[row] :].clone()
-                floor[row] = float(kl_floor(logits[row]).mean())
+            least = torch.stack([kl_floor(logits[row]).mean() for row in rows])
+            floor[list(rows)] = to_host(least)[0]
         return cls(logits, floor)
 
     def kl(self, logits: Tensor, rows: tuple[int, ...]) -> Tensor:
         """A ``LogitMetric``: KL of each candidate and prompt, mean over the tokens that count."""
-        result = logits.new_empty(logits.shape[:2], dtype=torch.float64)
+        result = logits.new_empty(logits.shape[:2], dtype=widest(logits.device))
         counts = [len(self.logits[row]) for row in rows]
         size = max(1, _CHUNK // logits.shape[-1] // len(logits) // max(counts))
         for start in range(0, len(rows), size):
@@ -72,6 +74,6 @@ class BaselineLogits:
             for some in [part] if alike else [range(at, at + 1) for at in part]:
                 count = counts[some[0]]
                 base = torch.stack([self.logits[rows[at]] for at in some])
-                kl = kl_divergence(base, logits[:, some[0] : some[-1] + 1, -count:])
+                kl = local_kl(base, logits[:, some[0] : some[-1] + 1, -count:])
                 result[:, some[0] : some[-1] + 1] = kl.mean(-1)
-        return result
+        return widened(result)

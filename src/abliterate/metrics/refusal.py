@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import InputError, UsageError
+from abliterate.precision import widened, widest
 
 # Paper, appendix B: the first tokens of each family's refusals.
 REFUSAL_TOKEN_PRESETS = {
@@ -38,11 +39,27 @@ def refusal_score(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
         token_ids: the refusal tokens.
 
     Returns:
-        float64 ``[batch]``: ``log(p + 1e-8) - log(1 - p + 1e-8)``, p the mass on ``token_ids``.
+        float64 ``[batch]``: ``log(p + 1e-8) - log(1 - p + 1e-8)``, p the mass on ``token_ids``; on
+        the host where the logits' device has no float64.
     """
-    probabilities = logits.double().softmax(dim=-1)
-    p = probabilities[:, list(token_ids)].sum(dim=-1)
-    return torch.log(p + _SCORE_EPSILON) - torch.log(1 - p + _SCORE_EPSILON)
+    return widened(log_odds(logits, token_ids))
+
+
+def log_odds(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """:func:`refusal_score` in the widest dtype of the logits' device, where they lie.
+
+    In float32 ``1 - p`` would cancel: there it is the mass on all other tokens.
+    """
+    probabilities = logits.to(widest(logits.device)).softmax(dim=-1)
+    # Column by column: a list of them would first travel to the device.
+    p = torch.stack([probabilities[:, token] for token in token_ids], dim=-1).sum(dim=-1)
+    if probabilities.dtype == torch.float64:
+        others = 1 - p
+    else:
+        for token in token_ids:
+            probabilities[:, token] = 0
+        others = probabilities.sum(dim=-1)
+    return torch.log(p + _SCORE_EPSILON) - torch.log(others + _SCORE_EPSILON)
 
 
 def check_refusal_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
@@ -68,10 +85,17 @@ def kl_divergence(baseline: Tensor, ablated: Tensor) -> Tensor:
         ablated: logits ``[..., vocabulary]``; leading axes broadcast.
 
     Returns:
-        float64 ``[...]``, with the paper's epsilon of 1e-6 inside the logarithms.
+        float64 ``[...]``, with the paper's epsilon of 1e-6 inside the logarithms; on the host where
+        the logits' device has no float64.
     """
-    p = baseline.double().softmax(dim=-1)
-    q = ablated.double().softmax(dim=-1)
+    return widened(local_kl(baseline, ablated))
+
+
+def local_kl(baseline: Tensor, ablated: Tensor) -> Tensor:
+    """:func:`kl_divergence` in the widest dtype of the logits' device, where they lie."""
+    wide = widest(ablated.device)
+    p = baseline.to(wide).softmax(dim=-1)
+    q = ablated.to(wide).softmax(dim=-1)
     return (p * (torch.log(p + _KL_EPSILON) - torch.log(q + _KL_EPSILON))).sum(dim=-1)
 
 
@@ -87,11 +111,16 @@ def kl_floor(baseline: Tensor) -> Tensor:
         baseline: logits ``[..., vocabulary]``.
 
     Returns:
-        float64 ``[...]``, at most zero and usually -1e-5 or so.
+        ``[...]`` in the widest dtype of the logits' device, where they lie; at most zero and
+        usually -1e-5 or so.
     """
-    p = baseline.double().softmax(dim=-1)
+    p = baseline.to(widest(baseline.device)).softmax(dim=-1)
     w = p / (p + _KL_EPSILON)
-    floor = -torch.log(w.amax(dim=-1) + _KL_EPSILON * w.sum(dim=-1))
+    if p.dtype == torch.float64:
+        floor = -torch.log(w.amax(dim=-1) + _KL_EPSILON * w.sum(dim=-1))
+    else:  # what the sum differs from one by, which float32 would round away: max w is 1 - e/(p+e)
+        excess = w.sum(dim=-1) - 1 / (p.amax(dim=-1) + _KL_EPSILON)
+        floor = -torch.log1p(_KL_EPSILON * excess)
     # It cannot exceed KL(p || p) = 0; rounding must not make it so.
     return floor.clamp(max=0.0)
 

@@ -129,13 +129,44 @@ def parse_device_map(text: str) -> str | dict[str, Any]:
             f"name, not '{text}'"
         )
     for name, device in devices.items():
-        try:
-            _ = device == "disk" or torch.device(device)
-        except RuntimeError:
-            raise UsageError(
-                f"--device-map: '{device}' of '{name}' is neither 'disk' nor a device"
-            ) from None
+        if device != "disk":
+            reachable_device(device, f"--device-map: '{device}' of '{name}'")
     return dict(devices)
+
+
+def reachable_device(device: str | int, named: str) -> torch.device:
+    """A device that torch knows and this machine has.
+
+    Args:
+        device: as the user wrote it; a number is one of the accelerator's.
+        named: the option with its value, for the error message.
+
+    Raises:
+        UsageError: there is none.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    instead = f"use auto or {' or '.join(here)}"
+    if isinstance(device, int):
+        device = f"{'cuda' if accelerator is None else accelerator.type}:{device}"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"{named} is no device that torch knows: {instead}") from None
+    if chosen.type in ("cpu", "meta"):
+        return chosen
+    if chosen.type not in here:
+        raise UsageError(f"{named} is not on this machine, or its torch lacks it: {instead}")
+    count = torch.accelerator.device_count()
+    if (chosen.index or 0) >= count:
+        last = f"{chosen.type}:0" + (f" to {chosen.type}:{count - 1}" if count > 1 else "")
+        raise UsageError(f"{named} does not exist: this machine has {last}")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{named} cannot be used here ({reason}): {instead}") from None
+    return chosen
 
 
 def check_plan(config: Any, ranks: RankGroup, placement: Placement) -> None:

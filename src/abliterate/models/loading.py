@@ -34,13 +34,18 @@ from abliterate.errors import (
     CheckpointError,
     UnsupportedArchitectureError,
     UsageError,
-    first_line,
     one_line,
 )
 from abliterate.models.bounded_build import TooLargeError, bounded_build
-from abliterate.models.device_placement import Placement, check_plan, own_device
+from abliterate.models.device_placement import (
+    Placement,
+    check_plan,
+    own_device,
+    reachable_device,
+)
 from abliterate.models.embedding_rows import remember_tokenizer
 from abliterate.models.model_classes import model_class, size_bounds, text_config, too_large
+from abliterate.precision import has_float64, widest
 from abliterate.prompts.template_process import start_rendering
 
 DTYPES = {
@@ -87,11 +92,7 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return own_device(accelerator) if accelerator is not None else torch.device("cpu")
-    try:
-        chosen = own_device(torch.device(device))
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} cannot be used here: {first_line(error)}") from None
+    chosen = own_device(reachable_device(device, f"--device {device}"))
     if chosen.type == "meta":
         raise UsageError(f"--device {device} holds no weights: nothing can be computed there")
     return chosen
@@ -109,10 +110,14 @@ def pick_dtype(
     if dtype != "auto":
         if dtype not in DTYPES:
             raise UsageError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not '{dtype}'")
+        if dtype == "float64" and not has_float64(device):
+            raise UsageError(f"--dtype float64: {device.type} has no float64: use float32")
         return DTYPES[dtype]
     stored = getattr(config, "dtype", None) or torch.float32
     if isinstance(stored, str):
         stored = getattr(torch, stored)
+    if stored == torch.float64:
+        stored = widest(device)
     if device.type != "cpu" or stored in (torch.float32, torch.float64):
         return stored
     import psutil

@@ -31,12 +31,18 @@ ACTIVATION_SHARE = 0.5
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device: of an accelerator its own, of a CPU the machine's, or what
-    a control group still allows."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    a control group still allows. Apple's GPU has the machine's memory, up to a limit of its own."""
     import psutil
 
-    return min(int(psutil.virtual_memory().available), _group_limit())
+    free = min(int(psutil.virtual_memory().available), _group_limit())
+    if device.type == "mps":
+        most = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return min(free, max(0, most))
+    if device.type != "cpu":
+        # As every accelerator's module of torch calls it; not all have it.
+        info = getattr(torch.get_device_module(device), "mem_get_info", None)
+        return free if info is None else int(info(device)[0])
+    return free
 
 
 def _group_limit() -> int:

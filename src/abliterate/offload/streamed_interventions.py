@@ -18,9 +18,10 @@ from abliterate.inference.interventions import (
 )
 from abliterate.offload.layer_streaming import BatchRun, OffloadedModel
 from abliterate.offload.weight_passes import Rows, batches, flow, retry, streaming_budget
+from abliterate.precision import widest
 from abliterate.writers import find_writers
 from abliterate.writers.op_trace import elements_of
-from abliterate.writers.residual_stream import ratio
+from abliterate.writers.residual_stream import largest, ratio
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def changed_job(
         batch.input_ids.repeat(n, 1),
         batch.attention_mask.repeat(n, 1),
         batch.position_ids.repeat(n, 1),
+        batch.lengths * n,
     )
     rows, tokens = several.input_ids.shape
     job = BatchRun(
@@ -169,14 +171,12 @@ def leak_of(
         prompts: token ids.
         batch_size: prompts per batch, or ``auto``; those of one length share one.
     """
-    unit = unit_direction(direction, stream.width)
-    worst = 0.0
+    unit = unit_direction(direction, stream.width).to(stream.device, widest(stream.device))
+    seen: list[Tensor] = []
 
     def see(layer: int, hidden: Tensor, output: object) -> None:
-        nonlocal worst
         after = [t for t in elements_of(output) if t is not None and t.shape == hidden.shape]
-        for tensor in (hidden, *after[:1]):
-            worst = max(worst, ratio(tensor, unit))
+        seen.extend(ratio(tensor, unit) for tensor in (hidden, *after[:1]))
 
     def job(rows: Rows) -> BatchRun:
         batch = left_pad(stream.model, prompts, rows)
@@ -184,4 +184,4 @@ def leak_of(
         return BatchRun(partial(last_logits, stream.model, batch), lambda _: None, shape, see=see)
 
     flow(stream, prompts, job, batch_size, "verify: prompts", mix=False)
-    return worst
+    return largest(seen) if seen else 0.0

@@ -50,7 +50,8 @@ def look(
     width = stream.width
     shape = (len(prompts), len(positions), stream.n_blocks, width)
     seen = stream.activations.empty(shape, model.dtype)
-    needed, where = logits_needed(model, positions), list(positions)
+    needed = logits_needed(model, positions)
+    where = torch.tensor(positions, device=stream.device)
     logits: list[Tensor] = []
 
     def job(rows: Rows) -> BatchRun:

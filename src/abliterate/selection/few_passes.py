@@ -16,7 +16,8 @@ from torch import Tensor
 
 from abliterate.console import log
 from abliterate.inference.engine import CandidateRun, Engine
-from abliterate.metrics.refusal import kl_divergence, refusal_score
+from abliterate.metrics.refusal import local_kl, log_odds
+from abliterate.precision import to_host
 from abliterate.selection.candidate_filters import Score
 from abliterate.selection.candidate_search import CandidateSearch
 from abliterate.selection.search_inputs import Key, Save, SearchInputs
@@ -110,11 +111,17 @@ class FewPassesSearch:
         if self._baseline is None:
             shape = len(self.inputs.harmless), logits.shape[-1]
             self._baseline = self.engine.collector(shape, logits.dtype)
-        self._baseline[list(rows)] = logits.cpu()
-        self._harmless_scores[list(rows)] = self._refusal(logits)
+        here = logits.cpu()
+        self._baseline[list(rows)] = here
+        self._harmless_scores[list(rows)] = self._refusal(here)
 
     def _refusal(self, logits: Tensor) -> Tensor:
-        return refusal_score(logits, self.inputs.refusal_tokens).cpu()
+        return to_host(log_odds(logits, self.inputs.refusal_tokens))[0]
+
+    def _refusals(self, logits: Tensor) -> Tensor:
+        """Of ``[candidates, prompts, vocabulary]``, ``[candidates, prompts]`` in one transfer."""
+        tokens = self.inputs.refusal_tokens
+        return to_host(torch.stack([log_odds(one, tokens) for one in logits]))[0]
 
     def _induce_run(self, keys: Sequence[Key]) -> CandidateRun:
         """The unmodified model on harmless prompts, and each candidate from its layer on."""
@@ -126,8 +133,8 @@ class FewPassesSearch:
         self._induce |= zip(keys, table, strict=True)
 
         def use(logits: Tensor, candidates: Sequence[int], rows: Sequence[int]) -> None:
-            for index, local_logits in zip(candidates, logits, strict=True):
-                table[index, list(rows)] = self._refusal(local_logits)
+            for index, scores in zip(candidates, self._refusals(logits), strict=True):
+                table[index, list(rows)] = scores
 
         layers = [layer for _, layer in keys]
         return replace(run, vectors=self.inputs.vectors(keys), layers=layers, use=use)
@@ -149,12 +156,13 @@ class FewPassesSearch:
         def measure_kl(logits: Tensor, candidates: Sequence[int], rows: Sequence[int]) -> None:
             assert self._baseline is not None
             base = self._baseline[list(rows)].to(logits.device)
-            for index, local_logits in zip(candidates, logits, strict=True):
-                kl[index, list(rows)] = kl_divergence(base, local_logits).cpu()
+            found = to_host(torch.stack([local_kl(base, one) for one in logits]))[0]
+            for index, values in zip(candidates, found, strict=True):
+                kl[index, list(rows)] = values
 
         def measure_bypass(logits: Tensor, candidates: Sequence[int], rows: Sequence[int]) -> None:
-            for index, local_logits in zip(candidates, logits, strict=True):
-                bypass[index, list(rows)] = self._refusal(local_logits)
+            for index, scores in zip(candidates, self._refusals(logits), strict=True):
+                bypass[index, list(rows)] = scores
 
         runs = [
             CandidateRun(inputs.harmless, harmless, units, use=measure_kl),

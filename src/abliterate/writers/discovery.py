@@ -221,7 +221,7 @@ def writer_direction(writer: Writer, direction: Tensor, parameters: dict[str, Te
     u = direction.double()
     for gain in reversed(writer.gains):
         if gain.parameter is not None:
-            u = u * gain.factors(parameters[gain.parameter].detach().to(u.device, torch.float64))
+            u = u * gain.factors(parameters[gain.parameter].detach().to(u.device).double())
         if gain.centred:
             u = u - u.mean()
     u = u if writer.part is None else u[slice(*writer.part)]

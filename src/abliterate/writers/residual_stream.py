@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from abliterate.precision import widest
 from abliterate.writers.op_trace import Call, elements_of, tensors_in
 
 
@@ -105,11 +108,22 @@ def block_calls(model: nn.Module, calls: Iterable[Call]) -> list[BlockCall]:
     return [block for block in candidates if block.stream_out.shape[-1] == width]
 
 
-def ratio(hidden: Tensor, unit: Tensor) -> float:
-    """The largest share of a stream ``[..., d_model]`` along a unit direction."""
-    h = hidden.detach().double().reshape(*hidden.shape[:-1], -1, unit.shape[0])
-    ratio = (h @ unit.to(h.device)).abs() / h.norm(dim=-1).clamp_min(1e-30)
-    return float(ratio.max()) if bool(torch.isfinite(ratio).all()) else float("inf")
+def ratio(hidden: Tensor, unit: Tensor) -> Tensor:
+    """The largest share of a stream ``[..., d_model]`` along a unit direction, where it lies."""
+    wide = hidden.detach().to(widest(hidden.device))
+    h = wide.reshape(*hidden.shape[:-1], -1, unit.shape[0])
+    shares: Tensor = (h @ unit.to(h)).abs() / h.norm(dim=-1).clamp_min(1e-30)
+    return shares.max()
+
+
+def largest(ratios: Sequence[Tensor]) -> float:
+    """The largest of :func:`ratio`'s results; infinity where the stream is not finite.
+
+    Hooks only note them: a device is waited for here, once.
+    """
+    first = ratios[0]
+    worst = float(torch.stack([one.to(first.device) for one in ratios]).max())
+    return worst if math.isfinite(worst) else math.inf  # NaN if one of them is
 
 
 def leak(
@@ -129,19 +143,21 @@ def leak(
     Raises:
         DiscoveryError: where the model has no decoder blocks with a stream of that width.
     """
-    unit = direction.double() / direction.double().norm()
+    wide = direction.cpu().double()
+    unit = wide / wide.norm()
     sizes = {member: each.parameters for each in block_lists(model) for member in each.members}
     if blocks:
         sizes = {name: sizes[name] for name in blocks}
-    seen: list[tuple[int, int, float]] = []
+    seen: list[tuple[int, int, Tensor]] = []
+    on = cache(lambda device: unit.to(device, widest(device)))
 
     def hook(size: int) -> Callable[[nn.Module, object, object, object], None]:
         def measure(module: nn.Module, args: object, kwargs: object, output: object) -> None:
             for before, after, _ in streams_of(tensors_in((args, kwargs)), elements_of(output)):
                 width = after.shape[-1]
                 if width % unit.shape[0] == 0:
-                    worst = max(ratio(before, unit), ratio(after, unit))
-                    seen.append((size, width, worst))
+                    here = on(after.device)
+                    seen.extend((size, width, ratio(side, here)) for side in (before, after))
 
         return measure
 
@@ -158,5 +174,5 @@ def leak(
             handle.remove()
     if not seen:
         raise DiscoveryError(f"no decoder blocks with a stream of width {unit.shape[0]}")
-    width = max(seen)[1]
-    return max(worst for _, w, worst in seen if w == width)
+    width = max((size, width) for size, width, _ in seen)[1]
+    return largest([share for _, w, share in seen if w == width])

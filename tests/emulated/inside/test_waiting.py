@@ -1,0 +1,117 @@
+"""How often the host waits for the accelerator, and where: it stands still meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from on_device import MODEL, accelerator, on_device
+
+import abliterate
+from abliterate.inference import interventions
+from abliterate.inference.generation import greedy_answers
+from abliterate.models.loading import LoadedModel, load_model
+from abliterate.prompts.chat_template import ChatFormat, encode
+
+_TEXTS = ["How do I bake bread?", "Name a river.", "Write a poem about the sea and the wind."]
+
+
+@contextmanager
+def _loaded(dtype: str = "bfloat16", **kind: Any) -> Iterator[tuple[LoadedModel, Any]]:
+    with accelerator.accelerator(**kind) as state:
+        yield load_model(MODEL, "emu", dtype), state
+
+
+def _ours(state: accelerator.State) -> dict[str, int]:
+    """Waits in this project's code, by place."""
+    found: dict[str, int] = {}
+    for wait, count in state.waits.items():
+        if wait.kind != "up" and wait.package == "abliterate":
+            found[wait.where] = found.get(wait.where, 0) + count
+    return found
+
+
+def test_extract_and_select_wait_at_most_once_a_batch(on_emu) -> None:
+    _, _, counts = on_emu
+    for command, state in counts.items():
+        ours = _ours(state)
+        assert 0 < sum(ours.values()) <= state.forwards, (command, state.forwards, ours)
+
+
+def test_extraction_waits_once_for_each_batch_and_once_for_the_refusal_tokens(
+    tmp_path: Path,
+) -> None:
+    options = ("--n-train", "12", "--batch-size", "4", "-q", "--positions", "-2,-1")
+    state = on_device("extract", MODEL, "-o", tmp_path / "run", *options, float64=False)
+    trial = 2  # whether padding is masked
+    batches = state.forwards - trial
+    assert batches == 6
+    assert sum(_ours(state).values()) == batches + 1 + 1, _ours(state)
+
+
+def test_generation_waits_once_in_eight_tokens() -> None:
+    with _loaded() as (loaded, state):
+        ids = encode(loaded.tokenizer, _TEXTS, ChatFormat())
+        greedy_answers(loaded, ids, 1)
+        state.waits.clear()
+        state.forwards = 0
+        answers = greedy_answers(loaded, ids, 18)
+        assert max(map(len, answers)) > 8
+        assert state.forwards >= 9
+        ours = sum(_ours(state).values())
+        assert ours <= -(-state.forwards // 8) + 1, _ours(state)
+        # The library's own stop test, one a token; what it asks of masks comes on top.
+        stops = state.synchronisations("transformers", "StopCheck")
+        assert stops <= state.forwards
+
+
+def test_answers_end_where_they_end_on_the_cpu() -> None:
+    """Looking late at rows that have ended changes no answer, nor which rows are handed over."""
+    on_cpu = load_model(MODEL, "cpu", "float32")
+    ids = encode(on_cpu.tokenizer, _TEXTS, ChatFormat())
+    with _loaded("float32", float64=False) as (loaded, _):
+        for limit in (8, 19):
+            heard: dict[int, list[int]] = {}
+            found = greedy_answers(loaded, ids, limit, on_answer=heard.__setitem__)
+            assert found == greedy_answers(on_cpu, ids, limit)
+            assert heard == dict(enumerate(found))
+
+
+@pytest.mark.parametrize("change", ["ablate", "add"])
+def test_hooks_wait_for_nothing_and_keep_the_dtype(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, torch.dtype, str]] = []
+
+    def watched(plain: Any) -> Any:
+        def run(value: torch.Tensor, *rest: Any) -> torch.Tensor:
+            result = plain(value, *rest)
+            seen.append((value.dtype, result.dtype, str(result.device)))
+            return result
+
+        return run
+
+    for name in ("project_out", "shifted"):
+        monkeypatch.setattr(interventions, name, watched(getattr(interventions, name)))
+    with _loaded("bfloat16", float64=False) as (loaded, state):
+        width = loaded.model.config.hidden_size
+        vector = torch.randn(width, generator=torch.Generator().manual_seed(1))
+        ids = torch.tensor([[1, 5, 9, 33]], device="emu")
+        hooked = (
+            abliterate.ablate(loaded.model, vector)
+            if change == "ablate"
+            else abliterate.add(loaded.model, vector, 3)
+        )
+        with torch.no_grad(), hooked:
+            loaded.model(ids)
+            seen.clear()
+            state.waits.clear()
+            for _ in range(3):
+                loaded.model(ids)
+        assert not state.waits, state.waits
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16, "emu:0")}
+    assert len(seen) == 3 * (17 if change == "ablate" else 1)
