@@ -36,10 +36,21 @@ def hide(root: Path) -> None:
     """Take it all away, for good."""
     import ctypes
     import mmap
+    import shutil
 
     import psutil  # has a module of its own for each system, by its name
 
     assert psutil
+    statvfs = os.statvfs
+
+    def disk_usage(path: Any) -> Any:  # by other means there
+        found = statvfs(path)
+        unit = found.f_frsize
+        total, free = found.f_blocks * unit, found.f_bavail * unit
+        return shutil._ntuple_diskusage(total, total - free, free)  # type: ignore[attr-defined]
+
+    shutil.disk_usage = disk_usage
+    shutil._use_fd_functions = False  # type: ignore[attr-defined]
     for name in MODULES:
         sys.modules[name] = None  # type: ignore[assignment]
     for name in (*FUNCTIONS, *(f"O_{flag}" for flag in FLAGS)):
@@ -62,10 +73,14 @@ def hide(root: Path) -> None:
 def hide_signals() -> None:
     """The signals too: after torch, which asks for the system's name, is imported."""
     import signal
+    import subprocess
+    from types import SimpleNamespace
 
     from transformers import modeling_utils
 
     assert modeling_utils
+    # The library's own needs them here to end a process, and other means there.
+    subprocess.signal = SimpleNamespace(**vars(signal))  # type: ignore[attr-defined]
     for name in SIGNALS:
         with contextlib.suppress(AttributeError):
             delattr(signal, name)

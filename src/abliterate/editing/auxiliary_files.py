@@ -54,7 +54,10 @@ def check_target(source: Path, out: Path) -> None:
 
 
 def find_auxiliary_files(
-    source: Path, shards: Collection[str], replaced: Collection[str]
+    source: Path,
+    shards: Collection[str],
+    replaced: Collection[str],
+    weights: Collection[Path] = (),
 ) -> AuxiliaryFiles:
     """What to carry over from the source.
 
@@ -62,6 +65,7 @@ def find_auxiliary_files(
         source: the checkpoint.
         shards: its weights.
         replaced: further files of its top folder that are written anew.
+        weights: further files of weights that come along (:mod:`.weights_beside`).
 
     Raises:
         CheckpointError: a symlink leaves the checkpoint.
@@ -75,6 +79,7 @@ def find_auxiliary_files(
             continue
         status = inside(source, path).stat()
         unedited = path.suffix.lower() in _OTHER_WEIGHTS or is_adapter(path.name)
+        unedited = unedited and relative not in weights
         if unedited or not stat.S_ISREG(status.st_mode):
             left_behind.append(str(relative))
         else:

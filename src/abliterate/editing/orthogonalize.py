@@ -281,8 +281,16 @@ def publish(plan: OutputPlan, workspace: Workspace, overwrite: bool, ranks: Rank
 def _write_other_files(plan: OutputPlan, workspace: Workspace) -> None:
     """All that is not in the shards: auxiliary files, an adapter, record and card."""
     if plan.auxiliary.left_behind:
-        names = ", ".join(plan.auxiliary.left_behind)
+        why = {str(path): f" ({reason})" for path, reason in plan.beside.left.items()}
+        names = ", ".join(f"{name}{why.get(name, '')}" for name in plan.auxiliary.left_behind)
         log.warning("weights in other files and adapters are left behind: %s", names)
+    if plan.beside.kept:
+        names = ", ".join(map(str, plan.beside.kept))
+        log.warning(
+            "kept as they are, since none of their tensors writes to the edited stream: %s "
+            "(--leave-behind NAME leaves one out)",
+            names,
+        )
     copy_auxiliary_files(plan.source.folder, plan.auxiliary, workspace.files)
     for name, document in plan.documents.items():
         write_json(workspace.files / name, document)
