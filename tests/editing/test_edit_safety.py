@@ -295,8 +295,8 @@ def test_a_second_process_waits_outside(tiny, fails, directions, tmp_path: Path)
 
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    with (partial / "journal.jsonl").open("wb") as journal:
-        fcntl.flock(journal, fcntl.LOCK_EX)
+    with (partial / "journal.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         line = fails("orthogonalize", tiny("llama"), "--direction", directions[0], "-o",
                      tmp_path / "out", code=3)  # fmt: skip
     assert "in use by another process" in line

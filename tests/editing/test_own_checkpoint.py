@@ -119,7 +119,8 @@ def begin(base, cli, out: Path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ["files", "current", "fetched", "replaced", "journal.jsonl",
-                                  "journal-1.jsonl", "journal.holder.json", ""])  # fmt: skip
+                                  "journal-1.jsonl", "journal.holder.json", "journal.lock",
+                                  ""])  # fmt: skip
 @pytest.mark.parametrize("begun", [False, True])
 def test_no_link_in_the_working_folder_is_followed(
     begun: bool, name: str, base, cli, fails, tmp_path: Path, monkeypatch

@@ -41,12 +41,13 @@ def disk_speed(folder: Path | None) -> float:
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
     if largest is not None and largest.stat().st_size >= 1 << 20:
         return _read_speed(largest)
-    with tempfile.NamedTemporaryFile(prefix="abliterate-speed-") as file:
-        with naming(file.name):
+    with tempfile.TemporaryDirectory(prefix="abliterate-speed-") as made:
+        path = Path(made, "bytes")
+        with naming(path), path.open("wb") as file:
             file.write(os.urandom(1 << 20) * 64)
             file.flush()
             os.fsync(file.fileno())
-        return _read_speed(Path(file.name))
+        return _read_speed(path)  # once it is closed: Windows opens no file twice so
 
 
 def _read_speed(path: Path) -> float:

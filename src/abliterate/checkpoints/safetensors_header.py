@@ -20,6 +20,7 @@ import torch
 
 from abliterate.errors import CheckpointError
 from abliterate.storage.json_text import parse_json
+from abliterate.storage.system_calls import BINARY, NONBLOCK
 
 DTYPES = {
     "F64": torch.float64,
@@ -150,7 +151,7 @@ def parse_shard(path: Path, raw: bytes, stamp: FileStamp) -> Shard:
 def _read_header(path: Path) -> tuple[bytes, FileStamp]:
     try:
         # Without O_NONBLOCK a FIFO of that name would wait for a writer for ever.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open(os.open(path, os.O_RDONLY | NONBLOCK | BINARY), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"shard {path} is no regular file")

@@ -24,6 +24,7 @@ from abliterate.checkpoints.safetensors_header import (
 )
 from abliterate.errors import CheckpointError
 from abliterate.storage.json_text import parse_json
+from abliterate.storage.portable_names import is_portable
 
 # Read at once where stored bytes are compared.
 _COMPARED_BYTES = 32 << 20
@@ -226,7 +227,7 @@ def _is_plain_name(name: str) -> bool:
         name.endswith(".safetensors")
         and len(name) <= 255
         and name.isprintable()
-        and not set(name) & set("/\\:")
+        and is_portable(name)
         and not name.startswith("..")
     )
 

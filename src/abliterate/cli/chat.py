@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -151,9 +153,8 @@ def _check_temperature(value: float) -> None:
 
 def _typed() -> Iterator[str]:
     """Lines typed at a terminal, until Ctrl-D."""
-    import readline  # arrow keys and history for input()
-
-    assert readline
+    with suppress(ImportError):  # Windows: its console has both by itself
+        import_module("readline")  # arrow keys and history for input()
     while True:
         try:
             yield input("> ")

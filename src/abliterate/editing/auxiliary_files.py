@@ -15,6 +15,8 @@ from abliterate.editing.workspace import partial_of
 from abliterate.errors import DiskSpaceError, UsageError
 from abliterate.storage.file_io import SourceFile, TargetFile, copy_range
 from abliterate.storage.locks import is_of_lock
+from abliterate.storage.portable_names import check_output_path
+from abliterate.storage.system_calls import block_size, free_bytes
 
 # Weights in other formats would still hold the unedited model.
 _OTHER_WEIGHTS = {
@@ -42,8 +44,9 @@ def check_target(source: Path, out: Path) -> None:
     """Refuse an output that would harm the source.
 
     Raises:
-        UsageError: it overlaps the source.
+        UsageError: it overlaps the source, or has a name that cannot be made.
     """
+    check_output_path(out)
     real = source.resolve()
     for target in (out.resolve(), partial_of(out).resolve()):
         if target == real or real in target.parents or target in real.parents:
@@ -51,7 +54,10 @@ def check_target(source: Path, out: Path) -> None:
 
 
 def find_auxiliary_files(
-    source: Path, shards: Collection[str], replaced: Collection[str]
+    source: Path,
+    shards: Collection[str],
+    replaced: Collection[str],
+    weights: Collection[Path] = (),
 ) -> AuxiliaryFiles:
     """What to carry over from the source.
 
@@ -59,6 +65,7 @@ def find_auxiliary_files(
         source: the checkpoint.
         shards: its weights.
         replaced: further files of its top folder that are written anew.
+        weights: further files of weights that come along (:mod:`.weights_beside`).
 
     Raises:
         CheckpointError: a symlink leaves the checkpoint.
@@ -72,6 +79,7 @@ def find_auxiliary_files(
             continue
         status = inside(source, path).stat()
         unedited = path.suffix.lower() in _OTHER_WEIGHTS or is_adapter(path.name)
+        unedited = unedited and relative not in weights
         if unedited or not stat.S_ISREG(status.st_mode):
             left_behind.append(str(relative))
         else:
@@ -127,10 +135,9 @@ def check_space(out: Path, sizes: Collection[int], present: int) -> None:
         DiskSpaceError: the filesystem has too little room.
     """
     parent = next(folder for folder in partial_of(out).absolute().parents if folder.exists())
-    system = os.statvfs(parent)
-    unit = system.f_frsize
+    unit = block_size(parent)
     needed = sum(-(-size // unit) * unit for size in sizes) - present
-    free = system.f_bavail * unit
+    free = free_bytes(parent)
     if needed > free:
         raise DiskSpaceError(
             f"{out} needs {needed:,} bytes of disk space, {parent} has {free:,}: free "

@@ -67,6 +67,10 @@ def edit_record(plan: OutputPlan, edited: Sequence[EditedTensor], files: Path) -
         "untouched": list(full.untouched),
         "leak_of_plan": full.leak,
         "tensors": [asdict(tensor) for tensor in edited],
+        "beside": {
+            "kept": [path.as_posix() for path in plan.beside.kept],
+            "left_behind": {path.as_posix(): why for path, why in plan.beside.left.items()},
+        },
         "files": file_list(files, RECORD, CARD),
         "versions": versions(),
     }

@@ -41,6 +41,8 @@ class EditOptions:
         quantized: what to do with FP8 and MXFP4 tensors: ``requantize``, ``dequantize`` or nothing.
         add: bake in the addition of this multiple of the direction instead of its removal.
         as_lora: write a PEFT adapter instead of a checkpoint.
+        leave_behind: names or patterns of safetensors files beside the weights that stay behind,
+            though they write to no stream of the edited model.
         device: where to compute.
         jobs: cores to use, or None for all.
     """
@@ -53,6 +55,7 @@ class EditOptions:
     quantized: Quantization | None = None
     add: float | None = None
     as_lora: bool = False
+    leave_behind: tuple[str, ...] = ()
     device: str = "cpu"
     jobs: int | None = None
 
@@ -94,6 +97,7 @@ class EditOptions:
             "quantized": self.quantized,
             "add": self.add,
             "as_lora": self.as_lora,
+            "leave_behind": list(self.leave_behind),
             "device": str(pick_device(self.device)),
         }
 
@@ -120,6 +124,7 @@ def edit_options(settings: OrthogonalizeSettings) -> EditOptions:
         quantized=quantized,
         add=settings.add,
         as_lora=settings.as_lora,
+        leave_behind=settings.leave_behind,
         device=settings.device,
         jobs=settings.jobs,
     )

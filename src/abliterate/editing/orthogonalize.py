@@ -55,6 +55,7 @@ from abliterate.errors import (
 )
 from abliterate.models.loading import pick_device
 from abliterate.storage.artifacts import write_json
+from abliterate.storage.system_calls import bytes_on_disk
 
 # Of the record and the card: a table entry for each edit, digits of the vector, and the text.
 _ENTRY_BYTES, _NUMBER_BYTES, _TEXT_BYTES = 1024, 32, 64 << 10
@@ -253,7 +254,7 @@ def _check_space(plan: OutputPlan, workspace: Workspace, extra_bytes: int) -> No
     )
     there = [workspace.files / name for name in workspace.finished]
     there += [path for path in workspace.fetched.glob("*.safetensors") if path.is_file()]
-    present = sum(path.stat().st_blocks * 512 for path in there)
+    present = sum(bytes_on_disk(path) for path in there)
     check_space(workspace.out, [*plan.sizes, report, extra_bytes], present)
 
 
@@ -280,8 +281,16 @@ def publish(plan: OutputPlan, workspace: Workspace, overwrite: bool, ranks: Rank
 def _write_other_files(plan: OutputPlan, workspace: Workspace) -> None:
     """All that is not in the shards: auxiliary files, an adapter, record and card."""
     if plan.auxiliary.left_behind:
-        names = ", ".join(plan.auxiliary.left_behind)
+        why = {str(path): f" ({reason})" for path, reason in plan.beside.left.items()}
+        names = ", ".join(f"{name}{why.get(name, '')}" for name in plan.auxiliary.left_behind)
         log.warning("weights in other files and adapters are left behind: %s", names)
+    if plan.beside.kept:
+        names = ", ".join(map(str, plan.beside.kept))
+        log.warning(
+            "kept as they are, since none of their tensors writes to the edited stream: %s "
+            "(--leave-behind NAME leaves one out)",
+            names,
+        )
     copy_auxiliary_files(plan.source.folder, plan.auxiliary, workspace.files)
     for name, document in plan.documents.items():
         write_json(workspace.files / name, document)

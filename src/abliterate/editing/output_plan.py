@@ -24,6 +24,7 @@ from abliterate.editing.planning import PlannedEdit
 from abliterate.editing.shard_layout import ShardLayout, lay_out, new_index
 from abliterate.editing.shard_tasks import EditContext
 from abliterate.editing.shard_writer import usable_cores
+from abliterate.editing.weights_beside import WeightsBeside, weights_beside
 from abliterate.errors import UsageError
 from abliterate.storage.artifacts import hash_json, hash_text, versions
 
@@ -41,6 +42,7 @@ class OutputPlan:
         layouts: the shards to write, by name; none for an adapter.
         documents: JSON files that change, by name.
         auxiliary: files that come along as they are.
+        beside: of them and of those left behind, the safetensors files.
         stamps: how every file of the source stood.
     """
 
@@ -52,6 +54,7 @@ class OutputPlan:
     layouts: Mapping[str, ShardLayout]
     documents: Mapping[str, Any]
     auxiliary: AuxiliaryFiles
+    beside: WeightsBeside
     stamps: Mapping[Path, FileStamp]
 
     @property
@@ -126,12 +129,15 @@ def plan_output(
     if index is not None:
         documents[INDEX] = index
     layouts = {name: lay_out(shard, edit.changes) for name, shard in shards.shards.items()}
-    auxiliary = find_auxiliary_files(source.folder, shards.shards, (RECORD, CARD, *documents))
+    beside = weights_beside(source.folder, edit.full, options.leave_behind)
+    replaced = (RECORD, CARD, *documents)
+    auxiliary = find_auxiliary_files(source.folder, shards.shards, replaced, beside.kept)
     if options.as_lora:
         if edit.full.tied and options.tied_embeddings == "share":
             raise UsageError("--as-lora leaves the output head alone: not --tied-embeddings share")
         check_targets(plan.edits, shards)
         layouts, documents, auxiliary = {}, {}, AuxiliaryFiles({}, ())
+        beside = WeightsBeside({}, {})
         edit = replace(edit, plan=replace(plan, copies={}))
     all_stamps = dict(stamps)
     if source.remote is None:  # else the commit says it all
@@ -153,5 +159,6 @@ def plan_output(
         layouts=layouts,
         documents=documents,
         auxiliary=auxiliary,
+        beside=beside,
         stamps=all_stamps,
     )

@@ -2,9 +2,10 @@
 
 It holds ``files`` (what becomes OUT; shards enter it whole and flushed), ``current`` (the shards
 being written), ``fetched`` (those that came from the hub for this edit alone) and ``journal.jsonl``
-(whose first line says what the work depends on, and each further one a finished shard). The lock on
-the journal keeps a second process out. The folder may have come from elsewhere: no link in it is
-followed, and without a journal of this program's nothing in it is removed.
+(whose first line says what the work depends on, and each further one a finished shard). The lock
+``journal.lock`` keeps a second process out: a file of its own, since Windows lets nobody read what
+is locked. The folder may have come from elsewhere: no link in it is followed, and without a journal
+of this program's nothing in it is removed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from abliterate.storage.guarded_files import check_folder, check_regular, naming
 from abliterate.storage.json_text import parse_json
 from abliterate.storage.locks import hold, holder_file
 
-_JOURNAL = Path("journal.jsonl")
+_JOURNAL, _LOCK = Path("journal.jsonl"), "journal.lock"
 _FILES, _CURRENT, _REPLACED, _FETCHED = "files", "current", "replaced", "fetched"
 _FOLDERS = (_CURRENT, _FILES, _FETCHED, _REPLACED)
 
@@ -135,11 +136,10 @@ class Workspace:
         for name in _FOLDERS:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         first, *others = _journals(self.folder)
-        with suppress(OSError):
-            for path in (*others, holder_file(first), first):
+        self.close()  # where a file that is open cannot be removed
+        for path in (*others, first):
+            with suppress(OSError):
                 path.unlink(missing_ok=True)
-            self.folder.rmdir()
-        self.close()
 
     def close(self) -> None:
         """Let go of the folder, which stays as it is."""
@@ -184,8 +184,12 @@ def hold_workspace(out: Path) -> Iterator[None]:
     folder = partial_of(out)
     if folder.is_symlink() or (folder.exists() and not _is_ours(folder)):
         raise CheckpointError(f"{folder} is in the way and was not left by an edit: remove it")
-    with hold(folder / _JOURNAL, out, "orthogonalize"):
-        yield
+    try:
+        with hold(folder / _LOCK, out, "orthogonalize"):
+            yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # nothing is left to go on from
 
 
 def open_workspace(out: Path, inputs: str) -> Workspace:
@@ -248,7 +252,7 @@ def _is_ours(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     journals = _journals(folder)
-    files = {path.name for path in (*journals, holder_file(journals[0]))}
+    files = {*(path.name for path in journals), _LOCK, holder_file(folder / _LOCK).name}
     if not {path.name for path in folder.iterdir()} <= {*files, *_FOLDERS}:
         return False
     for name in _FOLDERS:

@@ -22,6 +22,7 @@ from abliterate.checkpoints.safetensors_header import DTYPES as FLOATS
 from abliterate.checkpoints.safetensors_header import TensorEntry
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.errors import CheckpointError
+from abliterate.storage.system_calls import BINARY, read_at
 
 _DTYPES = FLOATS | {
     "I64": torch.int64,
@@ -133,7 +134,7 @@ class Mapped:
 
     def _file(self, path: Path) -> int:
         if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
+            self._files[path] = os.open(path, os.O_RDONLY | BINARY)
         return self._files[path]
 
     def _read(self, names: Sequence[str]) -> int:
@@ -144,7 +145,7 @@ class Mapped:
             file = self._file(path)
             while start < end:
                 view = memoryview(buffer)[: min(_READ, end - start)]
-                got = os.preadv(file, [view], start)
+                got = read_at(file, view, start)
                 if not got:
                     raise CheckpointError(f"{path} has become shorter while it was read")
                 start += got

@@ -341,6 +341,15 @@ class OrthogonalizeSettings(_Section):
     jobs: Annotated[
         int | None, Option("Cores to use, up to 16. Default: all.", _STORAGE, _EDITING)
     ] = Field(None, ge=1)
+    leave_behind: Annotated[
+        tuple[str, ...],
+        Option(
+            "Leave a safetensors file beside the weights behind (a draft head; a pattern may name "
+            "several). Those that hold the model's own weights always are; repeatable.",
+            _STORAGE,
+            _EDITING,
+        ),
+    ] = ()
     low_disk: Annotated[
         bool,
         Option(

@@ -15,6 +15,7 @@ from typing import Any
 from abliterate.errors import InputError, UsageError
 from abliterate.storage.guarded_files import naming, replacing
 from abliterate.storage.json_text import parse_json
+from abliterate.storage.portable_names import check_output_path, is_portable, is_windows
 
 # Files past this size are hashed by sampling: a 140 GB checkpoint must not cost minutes of hashing.
 _WHOLE_FILE_LIMIT = 256 << 20
@@ -31,13 +32,15 @@ def versions() -> dict[str, str]:
 
 def is_plain_name(name: object) -> bool:
     """Whether ``name``, out of a record or an option, can be part of a file's name: no path, no
-    character that does not print, no longer than file names are."""
+    character that does not print (on Windows, none of those that no file's name holds there), no
+    longer than file names are."""
     return (
         isinstance(name, str)
         and name.isprintable()
         and name.strip(". ") != ""
         and len(name.encode()) <= 200
         and not set(name) & {"/", "\\"}
+        and (is_portable(f"{name}-") or not is_windows())
     )
 
 
@@ -45,8 +48,10 @@ def check_writable(folder: Path) -> None:
     """Refuse an output folder that cannot be made, before any work is done for it.
 
     Raises:
-        UsageError: it is a file, or the nearest folder above it cannot be written to.
+        UsageError: it is a file, its name cannot be made, or the nearest folder above it cannot be
+            written to.
     """
+    check_output_path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder} is a file: choose a folder")
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from threading import Lock
 
-from abliterate.storage.guarded_files import NOFOLLOW, check_regular, naming
+from abliterate.storage.guarded_files import check_regular, naming
+from abliterate.storage.system_calls import BINARY, NOFOLLOW, read_at, write_at
 
 PAGE = mmap.PAGESIZE
 _CHUNK = 8 << 20
@@ -47,7 +48,7 @@ class SourceFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = os.open(path, os.O_RDONLY | BINARY)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from byte ``offset``.
@@ -57,7 +58,7 @@ class SourceFile:
         """
         while buffer:
             try:
-                got = os.preadv(self.descriptor, [buffer], offset)
+                got = read_at(self.descriptor, buffer, offset)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             if got == 0:
@@ -98,7 +99,7 @@ class TargetFile:
         """
         self.path = path
         check_regular(path)
-        flags = os.O_RDWR | NOFOLLOW | (0 if keep else os.O_CREAT | os.O_EXCL)
+        flags = os.O_RDWR | NOFOLLOW | BINARY | (0 if keep else os.O_CREAT | os.O_EXCL)
         self.descriptor = os.open(path, flags, 0o666)
         self.lock = Lock()
         # Where the same file is being read, the page cache stays in between.
@@ -110,7 +111,7 @@ class TargetFile:
             return  # without waiting for the lock
         with self.lock, naming(self.path):
             while content:
-                written = os.pwrite(self.descriptor, content, offset)
+                written = write_at(self.descriptor, content, offset)
                 content, offset = content[written:], offset + written
 
     def write_past_cache(self, content: memoryview, offset: int) -> None:
@@ -136,7 +137,7 @@ class TargetFile:
         """How much could be written that way."""
         assert self._direct is not None
         try:
-            return os.pwrite(self._direct, content, offset)
+            return write_at(self._direct, content, offset)
         except OSError as error:
             if error.errno in _CANNOT:
                 return 0
@@ -190,7 +191,11 @@ def _open_direct(path: Path) -> int | None:
 def clone_file(source: SourceFile, target: TargetFile) -> bool:
     """Let ``target`` share all blocks of ``source``, if the filesystem can."""
     try:
-        fcntl.ioctl(target.descriptor, _FICLONE, source.descriptor)
+        ioctl = import_module("fcntl").ioctl
+    except ImportError:  # Windows
+        return False
+    try:
+        ioctl(target.descriptor, _FICLONE, source.descriptor)
     except OSError as error:
         if error.errno in _CANNOT:
             return False
@@ -258,14 +263,25 @@ def exchange(one: Path, other: Path) -> bool:
 def _libc(name: str) -> Callable[..., int] | None:
     try:
         found: Callable[..., int] = getattr(ctypes.CDLL(None, use_errno=True), name)
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # the last of Windows, which has no such library
         return None
     return found
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file, or a folder's list of names, to disk.
+
+    Windows flushes files alone, and only those that are open for writing.
+    """
+    folders = hasattr(os, "O_DIRECTORY")
+    if not folders and path.is_dir():
+        return
+    try:
+        descriptor = os.open(path, (os.O_RDONLY if folders else os.O_RDWR) | BINARY)
+    except PermissionError:
+        if folders:
+            raise
+        return  # a copy that has the source's mark "read only"
     try:
         with naming(path):
             os.fsync(descriptor)

@@ -19,10 +19,9 @@ from typing import BinaryIO
 
 from abliterate.errors import InputError
 
-# Not every system has these (Windows): there the checks before opening stand alone.
-NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
-_BINARY = getattr(os, "O_BINARY", 0)
+# Where there are no such flags (Windows) the checks before opening stand alone.
+from abliterate.storage.system_calls import BINARY, NOFOLLOW, NONBLOCK
+
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
@@ -96,7 +95,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     check_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW | _BINARY
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW | BINARY
     with naming(path, temporary):
         file = os.fdopen(os.open(temporary, flags, 0o666), "w+b")
     try:
@@ -123,7 +122,7 @@ def open_to_extend(path: Path, create: bool = True) -> BinaryIO:
         OSError: it cannot be opened.
     """
     check_regular(path)
-    flags = os.O_RDWR | os.O_APPEND | NOFOLLOW | _NONBLOCK | _BINARY
+    flags = os.O_RDWR | os.O_APPEND | NOFOLLOW | NONBLOCK | BINARY
     with naming(path):
         descriptor = os.open(path, flags | (os.O_CREAT if create else 0), 0o666)
     status = os.fstat(descriptor)

@@ -22,13 +22,13 @@ from filelock import FileLock, Timeout
 
 from abliterate.errors import InputError
 from abliterate.storage.guarded_files import (
-    NOFOLLOW,
     check_regular,
     is_temporary,
     naming,
     remove_temporaries,
 )
 from abliterate.storage.json_text import parse_json
+from abliterate.storage.system_calls import BINARY, NOFOLLOW
 
 log = logging.getLogger("abliterate")
 
@@ -104,7 +104,7 @@ def hold(lock: Path, subject: Path, command: str) -> Iterator[None]:
         for path in (lock, holder_file(lock)):
             if check_regular(path) and path.stat().st_nlink != 1:
                 raise InputError(f"{path} has a further name (a hard link): remove it")
-        # No soft lock: its marker would be the file itself, which may be a journal.
+        # No soft lock, which a kill would leave behind.
         native = FileLock(lock, timeout=_PATIENCE, poll_interval=_POLL, fallback_to_soft=False)
         try:
             with naming(lock):
@@ -127,6 +127,10 @@ def hold(lock: Path, subject: Path, command: str) -> Iterator[None]:
                 if lock.stat().st_size == 0:
                     lock.unlink()
             native.release()
+            if os.name == "nt":  # which removes no file that is open, the next holder's included
+                with suppress(OSError):
+                    if lock.stat().st_size == 0:
+                        lock.unlink()
     finally:
         for folder in made:
             with suppress(OSError):
@@ -142,7 +146,7 @@ def _sign(path: Path, command: str) -> None:
     }
     path.unlink(missing_ok=True)  # of a process that was killed
     with naming(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW | BINARY, 0o666)
         try:
             os.write(descriptor, json.dumps(who).encode() + b"\n")
         finally:

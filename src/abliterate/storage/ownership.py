@@ -16,6 +16,7 @@ from abliterate.errors import InputError, UsageError
 from abliterate.storage.artifacts import tensor_metadata
 from abliterate.storage.guarded_files import check_regular
 from abliterate.storage.json_text import parse_json
+from abliterate.storage.portable_names import check_output_path
 
 #: Whether the file is of the kind; raises ``ValueError`` or ``OSError`` where it cannot be read.
 Kind = Callable[[Path], bool]
@@ -58,8 +59,10 @@ def claim_file(path: Path, kind: Kind, made_by: str) -> None:
 
     Raises:
         InputError: it is a link, or no regular file.
-        UsageError: it is there, and not an earlier output of that command.
+        UsageError: it is there, and not an earlier output of that command; or a name that Windows
+            cannot make.
     """
+    check_output_path(path)
     if not check_regular(path) or path.stat().st_size == 0:
         return
     if not _is(kind, path, lambda: False):

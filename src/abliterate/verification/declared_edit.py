@@ -25,6 +25,7 @@ from abliterate.editing.file_names import CARD, RECORD
 from abliterate.editing.options import EditOptions, promise
 from abliterate.editing.planning import PlannedEdit, plan_edit
 from abliterate.editing.tied_embeddings import tied_tensors
+from abliterate.editing.weights_beside import weights_beside
 from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.storage.artifacts import read_record
@@ -151,8 +152,11 @@ def _read_record(path: Path, direction: Direction) -> tuple[EditOptions, list[st
         raise wrong
     if given.get("quantized") not in (None, "requantize", "dequantize"):
         raise wrong
+    left = said.get("leave_behind", ["*"])  # before there was the option, all stayed behind
+    if not isinstance(left, list) or not all(isinstance(name, str) for name in left):
+        raise wrong
     try:
-        options = EditOptions(**given)
+        options = EditOptions(**given, leave_behind=tuple(left))
     except UsageError:
         raise wrong from None
     vector, conflicts = record.get("vector"), []
@@ -216,15 +220,17 @@ def check_files(
     edited: Checkpoint, source: Checkpoint, declared: DeclaredEdit, shards: ShardSet
 ) -> list[str]:
     """What is wrong with the files beside the weights, a sentence each."""
+    full = declared.planned.full
     config = declared.planned.config or read_config(source.folder)
     wrong = [] if not declared.recorded else _config_differs(edited.folder, config)
     if not declared.recorded:
         wrong = _loaded_config_differs(edited, source)
         conflict = tied_conflict(edited, shards)
         wrong += [conflict] if conflict else []
-    mine = find_auxiliary_files(edited.folder, shards.shards, (RECORD, CARD, CONFIG, _INDEX))
-    names = declared.planned.full.shards.shards
-    theirs = find_auxiliary_files(source.folder, names, (RECORD, CARD, CONFIG, _INDEX))
+    kept = weights_beside(source.folder, full, declared.options.leave_behind).kept
+    mine = find_auxiliary_files(edited.folder, shards.shards, (RECORD, CARD, CONFIG, _INDEX), kept)
+    names = full.shards.shards
+    theirs = find_auxiliary_files(source.folder, names, (RECORD, CARD, CONFIG, _INDEX), kept)
     same = _same_file if declared.recorded else _same_content
     for path in sorted(theirs.files):
         if path not in mine.files:
