@@ -63,7 +63,9 @@ def hide(root: Path) -> None:
     load = ctypes.CDLL.__init__
 
     def no_library_of_the_process(self: Any, name: Any, *args: Any, **kwargs: Any) -> None:
-        if name is None:
+        if name is None and str(sys._getframe(1).f_globals.get("__name__")).startswith(
+            "abliterate"
+        ):
             raise TypeError("argument of type 'NoneType' is not iterable")
         load(self, name, *args, **kwargs)
 
