@@ -25,7 +25,7 @@ MODULES = ("fcntl", "resource", "readline", "termios", "pwd", "grp")
 FUNCTIONS = (
     *("preadv", "pread", "pwritev", "pwrite", "readv", "writev", "copy_file_range", "sendfile"),
     *("splice", "memfd_create", "posix_fadvise", "posix_fallocate", "statvfs", "fstatvfs"),
-    *("sched_getaffinity", "fork", "forkpty", "killpg", "setsid", "mkfifo", "fchmod", "chown"),
+    *("sched_getaffinity", "fork", "forkpty", "killpg", "setsid", "mkfifo", "chown"),
 )
 FLAGS = ("DIRECT", "NOFOLLOW", "NONBLOCK", "DIRECTORY", "SYNC", "DSYNC", "NOATIME", "PATH")
 SIGNALS = ("SIGKILL", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2", "setitimer", "alarm")
