@@ -25,7 +25,7 @@ MODULES = ("fcntl", "resource", "readline", "termios", "pwd", "grp")
 FUNCTIONS = (
     *("preadv", "pread", "pwritev", "pwrite", "readv", "writev", "copy_file_range", "sendfile"),
     *("splice", "memfd_create", "posix_fadvise", "posix_fallocate", "statvfs", "fstatvfs"),
-    *("sched_getaffinity", "fork", "forkpty", "killpg", "setsid", "mkfifo", "fchmod", "chown"),
+    *("sched_getaffinity", "fork", "forkpty", "killpg", "setsid", "mkfifo", "chown"),
 )
 FLAGS = ("DIRECT", "NOFOLLOW", "NONBLOCK", "DIRECTORY", "SYNC", "DSYNC", "NOATIME", "PATH")
 SIGNALS = ("SIGKILL", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2", "setitimer", "alarm")
@@ -63,7 +63,9 @@ def hide(root: Path) -> None:
     load = ctypes.CDLL.__init__
 
     def no_library_of_the_process(self: Any, name: Any, *args: Any, **kwargs: Any) -> None:
-        if name is None:
+        if name is None and str(sys._getframe(1).f_globals.get("__name__")).startswith(
+            "abliterate"
+        ):
             raise TypeError("argument of type 'NoneType' is not iterable")
         load(self, name, *args, **kwargs)
 
