@@ -174,8 +174,8 @@ def test_low_disk_gives_the_same_bytes(windows: Commands, place: Path, tiny, cap
     assert not list(place.rglob("*.partial"))
 
 
-def test_a_second_process_and_a_kill_are_seen(windows: Commands, place: Path, capfd) -> None:
-    """A lock that names its holder, and work that an interruption left."""
+def test_a_second_process_is_kept_out(windows: Commands, place: Path) -> None:
+    """The lock is a file there: its text is what says that it is held."""
     run = place / "held"
     with hold_folder(run, "evaluate"):
         (run / ".abliterate.lock").write_text("held by a lock that is a file")
