@@ -81,6 +81,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "qwen2": lambda: Qwen2Config(**_SMALL, tie_word_embeddings=True),
     "gemma": lambda: GemmaConfig(**_SMALL, head_dim=12),
+    # A model that is no edit of the others.
+    "other": lambda: LlamaConfig(**{**_SMALL, "vocab_size": VOCABULARY + 8}),
     "mistral": lambda: MistralConfig(**_SMALL, tie_word_embeddings=False, sliding_window=16),
 }
 

@@ -119,16 +119,6 @@ def test_any_subset_of_interventions(tiny, cli, fails, direction, prompts, tmp_p
     assert "vocabulary of" in other
 
 
-@pytest.fixture(autouse=True)
-def _other_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that is no edit of the others."""
-    import conftest
-    from transformers import LlamaConfig
-
-    small = conftest._SMALL | {"vocab_size": 520}
-    monkeypatch.setitem(conftest.CONFIGS, "other", lambda: LlamaConfig(**small))
-
-
 def test_an_interrupted_run_goes_on_to_identical_files(
     tiny, cli, direction, prompts, monkeypatch, tmp_path: Path
 ) -> None:

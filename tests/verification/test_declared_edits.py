@@ -193,8 +193,9 @@ def test_verify_accepts_each_option_of_the_editor(
     assert result.code == 0, result.out
     assert "the edit's own record" in result.out
     record = json.loads((case.out / "abliterate.json").read_text())
-    record["options"] = dict.fromkeys(record["options"]) | {"tied_embeddings": "untie",
-                                                            "scale": 1.0}  # fmt: skip
+    record["options"] = dict.fromkeys(record["options"]) | {
+        "tied_embeddings": "untie", "scale": 1.0, "leave_behind": [],
+    }  # fmt: skip
     (case.out / "abliterate.json").write_text(json.dumps(record))
     assert case.verify(case.out).code == 6  # the same files are no plain edit
 

@@ -123,7 +123,7 @@ class Workspace:
 
     def _is_out(self) -> bool:
         lines = _read_lines(self._journal)
-        return self.out.exists() and lines[-1].get("inode") == self.out.stat().st_ino
+        return bool(lines) and _was_published(self.out, lines[-1])
 
     def gather(self) -> None:
         """Take in the shards that other processes finished."""
@@ -131,13 +131,15 @@ class Workspace:
         self.finished = _finished(self.files, lines, False)
 
     def discard(self) -> None:
-        """Remove all traces."""
-        # The journal goes last: without it the rest would look like someone else's folder.
+        """Remove all traces; of an output that has its name, :func:`hold_workspace` the journal."""
+        # The journal goes last: without it the rest would look like someone else's folder, and
+        # what was published just now like what had been there before.
         for name in _FOLDERS:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         first, *others = _journals(self.folder)
+        going = others if self._is_out() else [*others, first]
         self.close()  # where a file that is open cannot be removed
-        for path in (*others, first):
+        for path in going:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
@@ -189,6 +191,7 @@ def hold_workspace(out: Path) -> Iterator[None]:
             yield
     finally:
         with suppress(OSError):
+            _forget_published(out)
             folder.rmdir()  # nothing is left to go on from
 
 
@@ -241,6 +244,17 @@ def is_published(out: Path, inputs: str) -> bool:
         return begun and _was_published(out, lines[-1])
     except OSError:
         return False
+
+
+def _forget_published(out: Path) -> None:
+    """Remove the journal of an output that has its name, once all else is gone, the lock too."""
+    folder = partial_of(out)
+    if any((folder / name).exists() for name in _FOLDERS) or not (folder / _JOURNAL).is_file():
+        return
+    with (folder / _JOURNAL).open("rb") as journal:
+        lines, _ = _whole_lines(journal)
+    if lines and _was_published(out, lines[-1]):
+        (folder / _JOURNAL).unlink()
 
 
 def _is_ours(folder: Path) -> bool:
