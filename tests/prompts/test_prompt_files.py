@@ -135,6 +135,9 @@ def test_a_slice_and_a_column_are_told_apart(texts_of: Any, tmp_path: Path) -> N
     assert texts_of(f"{path}:train[:1]") == ["b"]
     assert texts_of(f"{path}:train[:1][goal]") == ["a"]
     assert texts_of(f"{path}[goal]") == ["a", "c"]
+    one = tmp_path / "one.json"
+    one.write_text('{"question": ["g", "h"]}')
+    assert texts_of(f"{one}:train[:1][question]") == ["g"]
     odd = tmp_path / "a b [goal].csv"
     odd.write_text("goal,prompt\ne,f\n")
     assert texts_of(odd) == ["f"]
@@ -161,6 +164,8 @@ def test_hub_slices_reach_datasets(monkeypatch: pytest.MonkeyPatch, texts_of: An
         ("https://example.org/prompts.csv", "is an address: download it"),
         ("org/name/", "a dataset of the hub is written org/name"),
         ("missing.csv:train[:2]", "missing.csv does not exist"),
+        ("missing.csv:train[4", "has no split 'train[4': write one as"),
+        ("", "the prompt source is empty"),
     ],
 )
 def test_what_is_written_otherwise_is_told(source: str, said: str, fails: Any) -> None:
@@ -175,12 +180,14 @@ def test_what_is_written_otherwise_is_told(source: str, said: str, fails: Any) -
         ("c.jsonl", _lines([{"prompt": ["a", "b"]}]), "entry 1: the prompt is no text but list"),
         ("d.csv", '"one prompt"\n"another"\n', "name one as SOURCE[column]"),
         ("e.json", "{}", "expected a JSON list"),
+        ("f.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
+        ("g.json[nope]", '{"question": ["a"]}', "has no column 'nope' (it has: question)"),
     ],
 )
 def test_what_holds_no_prompts_is_one_line(
     name: str, content: str, said: str, fails: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name.partition("[")[0]).write_text(content)
     assert said in fails("prompts", tmp_path / name, code=3)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError, first_line
+from abliterate.prompts.columns import TEXT_COLUMNS
 from abliterate.storage.json_text import parse_json
 
 FILE_TYPES = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -106,7 +107,12 @@ def _table_rows(path: Path, text: str) -> list[Any]:
     with suppress(csv.Error):  # one column
         delimiter = csv.Sniffer().sniff(header, _DELIMITERS).delimiter
     try:
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names = [name for name in table.fieldnames or () if name.strip()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"{path} has the column '{twice}' twice: rename one of them")
+        return list(table)
     except csv.Error as error:
         raise InputError(f"{path} is not a readable CSV file: {error}") from None
 
@@ -148,7 +154,9 @@ def _by_column(document: Mapping[str, Any]) -> list[dict[str, Any]] | None:
             return columns
         if all(list(column) == keys for column in columns[1:]):
             return [{name: column[key] for name, column in document.items()} for key in keys]
-    is_table = len(columns) > 1 and all(isinstance(column, list) for column in columns)
+    # One list under another name is a list of prompts.
+    is_named = len(columns) > 1 or next(iter(document)).lower() in TEXT_COLUMNS
+    is_table = is_named and all(isinstance(column, list) for column in columns)
     if is_table and len({len(column) for column in columns}) == 1:
         rows = [dict(zip(document, values, strict=True)) for values in zip(*columns, strict=True)]
         # Lists of objects are splits of rows, however long they are.

@@ -97,6 +97,8 @@ def read_source(spec: str) -> PromptSource:
     Raises:
         InputError: it does not exist, is empty, is damaged, or has no column of prompts.
     """
+    if not spec.strip():
+        raise InputError("the prompt source is empty: name a set, a file or a hub dataset")
     if spec in BUNDLED:
         folder = data_dir() / "prompts" / spec
         splits = {name: _prompts_of(folder / f"{name}.jsonl", None, None) for name in SPLITS}
@@ -136,11 +138,12 @@ def _cut_split(place: str) -> tuple[Path, str | None]:
     """A path without its split, which is what follows the last colon behind something that is."""
     path = Path(place).expanduser()
     before, colon, split = _last_colon(place)
-    if not colon or path.exists() or not _SPLIT.fullmatch(split):
-        return path, None
     held = Path(before).expanduser()
-    is_local = held.suffix.lower() in FILE_TYPES or held.exists()
-    return (held, split) if is_local else (path, None)
+    if not colon or path.exists() or not (held.suffix.lower() in FILE_TYPES or held.exists()):
+        return path, None
+    if not _SPLIT.fullmatch(split):
+        raise InputError(f"{held} has no split '{split}': write one as {held}:train[:400]")
+    return held, split
 
 
 def _last_colon(place: str) -> tuple[str, str, str]:
