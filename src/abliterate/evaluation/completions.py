@@ -64,8 +64,9 @@ class Completion:
             "response": self.response,
             "refused": self.refused,
         }
-        if (thought := self.parts.thought) is not None:
-            line |= {"thought": thought, "answer": self.parts.answer}
+        parts = self.parts
+        if parts.thought is not None:
+            line |= {"thought": parts.thought, "answer": parts.answer}
         if self.safe is not None or self.judge_error is not None:
             line |= {"safe": self.safe, "judge": _writable(self.judge)}
         if self.judge_error is not None:
