@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import torch
 from abliterate.errors import CheckpointError
 from abliterate.storage.json_text import parse_json
 from abliterate.storage.system_calls import BINARY, NONBLOCK
+
+_CONTROL = re.compile(r"[\x00-\x1f]")
 
 DTYPES = {
     "F64": torch.float64,
@@ -172,7 +175,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError("a name occurs twice")
     for name in unique:
         name.encode()  # JSON can spell half a surrogate pair, which no file name or terminal can
-        if any(ord(letter) < 32 for letter in name):
+        if _CONTROL.search(name):
             raise ValueError(f"the name {name[:80]!r} holds control characters")
     return unique
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        result = typer.main.get_command(app)(
+        result = _commands()(
             args=opt.spell_out(sys.argv[1:] if argv is None else argv),
             prog_name="abliterate",
             standalone_mode=False,
@@ -104,6 +105,12 @@ def _run(argv: Sequence[str] | None) -> int:
             return _fail(text + "--offload, or another --device", 2, error)
         text = f"unexpected {type(error).__name__}: {short[:300]} (--debug shows the traceback)"
         return _fail(text, 1, error)
+
+
+@cache
+def _commands() -> Any:
+    """Typer makes all commands anew each time it is asked; they do not change within a process."""
+    return typer.main.get_command(app)
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

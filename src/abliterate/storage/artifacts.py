@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ _JSON_LIMIT = 512 << 20
 def versions() -> dict[str, str]:
     """Versions that an artifact records: Python, this package and what computes for it."""
     packages = ("abliterate", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+_version = cache(version)
 
 
 def is_plain_name(name: object) -> bool:
