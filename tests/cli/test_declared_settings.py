@@ -46,7 +46,7 @@ class WiderSettings(Settings):
 
 def _run(*argv: str) -> Any:
     """A command ``extract`` of its own that shows the settings that it was given."""
-    wider = typer.Typer(pretty_exceptions_enable=False)
+    wider = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich")
 
     @wider.command()
     @opt.command(schema=WiderSettings)
@@ -65,7 +65,7 @@ def test_a_field_more_is_an_option_more_in_help() -> None:
     )
     assert "Share of the prompts [all]." in share
     assert "[default: (0.5)]" in share
-    assert "<float>" in share
+    assert "float" in share.lower()  # an older typer: FLOAT
     assert "[default: (True)]" in rows
     assert "--tag" in shown
     # Under its heading, and behind the section's own fields.

@@ -201,5 +201,7 @@ def test_commands_with_a_model_import_no_more_than_transformers_does_for_one() -
     assert "abliterate.pipeline.run" in _names(ours)
     assert "transformers.modeling_utils" in _names(theirs)
     assert not _heavy(_names(ours))
-    assert not _heavy(_names(stated), {"datasets", "pandas", "pyarrow", "sklearn", "plotly"})
+    # An older transformers imports sklearn, where it is, for its own assisted decoding.
+    assert not _heavy(_names(ours), {"sklearn"})
+    assert not _heavy(_names(stated), {"datasets", "pandas", "pyarrow", "plotly"})
     assert not _heavy(_names(stated), {"lm_eval", "openai", "peft"})

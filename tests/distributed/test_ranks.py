@@ -173,6 +173,17 @@ def test_a_failing_rank_is_quoted_by_the_others(tiny_run: Any, tmp_path: Path) -
     assert zero.out == one.out == ""
 
 
+def test_a_port_of_zero_is_no_meeting_place(tiny_run: Any, tmp_path: Path) -> None:
+    """What older releases of accelerate make of ``--main_process_port 0``."""
+    ended = each_rank(
+        2, "extract", tiny_run[0], "-o", tmp_path / "run", *RAW, env={"MASTER_PORT": "0"}
+    )
+    for rank in ended:
+        assert rank.code == 2
+        assert "--main_process_port" in rank.errors[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_timeout_must_be_a_number(tiny_run: Any, fails, monkeypatch, tmp_path: Path) -> None:
     model, _ = tiny_run
     monkeypatch.setenv("ABLITERATE_TIMEOUT", "soon")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launching import Ended, each_rank
+from launching import Ended, accelerate_launch, each_rank, torchrun
 from safetensors.torch import save_file
 
 
@@ -49,21 +46,13 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_ranks_split_the_shards(
     launcher: str, command: list[str], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    # --standalone and port 0: a free port of the system's choice.
-    start = {
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                       "--num_machines", "1", "--machine_rank", "0", "--mixed_precision", "no",
-                       "--dynamo_backend", "no", "--main_process_port", "0"],
-    }[launcher]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", *start, "-m", "abliterate", *command, "-o", str(tmp_path / "out"),
-         "--json"],
-        capture_output=True, text=True, check=False, timeout=600,
-        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["tensors"]  # rank 0 alone speaks
+    args, env = (*command, "-o", tmp_path / "out", "--json"), {"HF_HOME": str(tmp_path / "home")}
+    if launcher == "torchrun":
+        done = torchrun(2, "-m", "abliterate", *args, env=env)
+    else:
+        done = accelerate_launch(2, "abliterate", *args, env=env)
+    assert done.code == 0, done.err[-2000:]
+    assert json.loads(done.out)["tensors"]  # rank 0 alone speaks
     assert tree(tmp_path / "out") == expected
     assert not (tmp_path / "out.partial").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -52,18 +53,24 @@ def check_close(ours: Any, theirs: Any, tolerance: float = 1e-3) -> None:
         assert ours == theirs
 
 
+def free_port() -> str:
+    """One that is free now: the oldest accelerate takes no 0 for it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
 def torchrun(ranks: int, *args: str | Path, env: Mapping[str, str] | None = None) -> Ended:
     """``torchrun --standalone`` (no fixed port); ``args`` start with its own options."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     return _end(_start((*launcher, *map(str, args)), env or {}))
 
 
-def accelerate_launch(ranks: int, *args: str | Path) -> Ended:
+def accelerate_launch(ranks: int, *args: str | Path, env: Mapping[str, str] | None = None) -> Ended:
     """``accelerate launch`` of a module."""
-    options = ("--num_processes", str(ranks), "--num_machines", "1", "--main_process_port", "0",
-               "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
+    options = ("--num_processes", str(ranks), "--num_machines", "1", "--mixed_precision", "no",
+               "--main_process_port", free_port(), "--dynamo_backend", "no")  # fmt: skip
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", *options, "--module")
-    return _end(_start((*launcher, *map(str, args)), {}))
+    return _end(_start((*launcher, *map(str, args)), env or {}))
 
 
 def each_rank(
@@ -86,7 +93,6 @@ def each_rank(
         processes: list[BaseProcess] = []
         for rank in range(ranks):
             variables = {
-                **(env or {}),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
@@ -94,6 +100,7 @@ def each_rank(
                 "MASTER_ADDR": "localhost",
                 "MASTER_PORT": str(store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
+                **(env or {}),
             }
             arguments = (list(map(str, args)), variables, *files[rank])
             processes.append(_forks().Process(target=hooked.run_forked, args=arguments))

@@ -255,7 +255,7 @@ def join_ranks() -> RankGroup:
 
     Raises:
         RankError: the other ranks cannot be reached.
-        UsageError: the timeout is no number.
+        UsageError: the timeout is no number, or the launcher names no port.
     """
     if not launched():
         return RankGroup()
@@ -264,6 +264,12 @@ def join_ranks() -> RankGroup:
     wait = timedelta(seconds=timeout())
     start = max(wait, timedelta(seconds=_LEAST_START))
     owned = not dist.is_initialized()
+    # Older releases of accelerate hand port 0 on as it is: nobody is there, and torch would wait.
+    if owned and os.environ.get("MASTER_PORT") == "0":
+        raise UsageError(
+            "the launcher gave the ranks port 0 to meet at (MASTER_PORT): name a free one, as in "
+            "accelerate launch --main_process_port 29500"
+        )
     try:
         if owned:
             # Tensor parallel models on GPUs exchange activations over nccl.

@@ -31,19 +31,19 @@ def write_pngs(figures: Mapping[str, Any], folder: Path) -> list[Path]:
     claim(folder, {f"{name}.png": is_picture for name in figures})
     # Drawn elsewhere first: what draws would write through a link.
     with TemporaryDirectory(prefix="abliterate-") as drawn:
+        files = [f"{name}.png" for name in figures]
         jobs = [
             {
                 "fig": made.to_dict(),
-                "path": str(Path(drawn, f"{name}.png")),
+                "path": str(Path(drawn, file)),
                 "opts": {"format": "png", "width": _WIDTH, "scale": _SCALE},
             }
-            for name, made in figures.items()
+            for file, made in zip(files, figures.values(), strict=True)
         ]
-        _draw(kaleido, jobs)
-        paths = [folder / Path(job["path"]).name for job in jobs]
-        for job, path in zip(jobs, paths, strict=True):
-            write_atomically(path, mark_picture(Path(job["path"]).read_bytes()))
-    return paths
+        _draw(kaleido, jobs)  # kaleido 1.0 takes the jobs apart
+        for file in files:
+            write_atomically(folder / file, mark_picture(Path(drawn, file).read_bytes()))
+    return [folder / file for file in files]
 
 
 def _draw(kaleido: Any, jobs: Sequence[Mapping[str, Any]]) -> None:
