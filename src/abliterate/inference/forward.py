@@ -21,6 +21,7 @@ from abliterate.errors import UnsupportedArchitectureError
 from abliterate.inference.token_batches import TokenBudget, group_rows
 from abliterate.models.embedding_rows import embedding_rows, require_token
 from abliterate.models.model_classes import text_config
+from abliterate.models.quantized_loading import is_quantized
 from abliterate.precision import widest
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
@@ -96,7 +97,8 @@ def _padding_is_masked(model: PreTrainedModel) -> bool:
     alone = last_logits(model, left_pad(model, [ids[:16]], [0]), 8)[0]
     padded = last_logits(model, left_pad(model, [ids[:16], ids], [0, 1]), 8)[0]
     alone, padded = (logits.to(widest(logits.device)) for logits in (alone, padded))
-    rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    fine = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
+    rounding = 1e-3 if fine else 5e-2
     return bool((padded - alone).abs().max() <= rounding * alone.std())
 
 
