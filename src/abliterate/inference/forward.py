@@ -19,6 +19,7 @@ from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import UnsupportedArchitectureError
 from abliterate.inference.token_batches import TokenBudget, group_rows
+from abliterate.models.device_placement import to_device
 from abliterate.models.embedding_rows import embedding_rows, require_token
 from abliterate.models.model_classes import text_config
 from abliterate.models.quantized_loading import is_quantized
@@ -132,7 +133,8 @@ def left_pad(
     positions = (mask.cumsum(1) - 1).clamp(min=0) + prefix
     mask = torch.cat([mask.new_ones(len(rows), prefix), mask], dim=1)
     place = input_device(model)
-    return Batch(tuple(rows), ids.to(place), mask.to(place), positions.to(place), lengths)
+    ids, mask, positions = (to_device(tensor, place) for tensor in (ids, mask, positions))
+    return Batch(tuple(rows), ids, mask, positions, lengths)
 
 
 def padding_token(model: PreTrainedModel, *wanted: Any) -> int:
@@ -311,7 +313,7 @@ def capture_resid_pre(
             if hidden.device not in moved:
                 moved[hidden.device] = where.to(hidden.device)
             streams = token_streams(hidden, shape, width)[:, moved[hidden.device]]
-            seen[layer] = streams.mean(2) if streams.shape[2] > 1 else streams[:, :, 0].clone()
+            seen[layer] = streams.mean(2) if streams.shape[2] > 1 else streams[:, :, 0]
 
         return record
 
