@@ -150,6 +150,18 @@ class _Module:
 
     def set_rng_state(self, state: torch.Tensor, device: Any = 0) -> None: ...
 
+    def memory_allocated(self, device: Any = None) -> int:
+        return STATE.used[_index(torch.device(device or NAME))]
+
+    def memory_reserved(self, device: Any = None) -> int:
+        return self.memory_allocated(device)
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        return STATE.peak
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        STATE.peak = self.memory_allocated(device)
+
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         most = STATE.memory or 1 << 40
         return most - STATE.used[_index(torch.device(device or NAME))], most

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import UnsupportedArchitectureError
-from abliterate.inference.token_batches import TokenBudget, group_rows
+from abliterate.inference.token_batches import TokenBudget, group_rows, note_budget
 from abliterate.models.device_placement import to_device
 from abliterate.models.embedding_rows import embedding_rows, require_token
 from abliterate.models.model_classes import text_config
@@ -189,7 +189,8 @@ def for_each_batch(
             does not fit into memory.
     """
     device = input_device(model)
-    budget, mix = TokenBudget(device, batch_size, grow, is_tensor_parallel(model)), can_pad(model)
+    budget = TokenBudget(device, batch_size, grow, is_tensor_parallel(model), measure=grow)
+    mix = can_pad(model)
     left = list(range(len(prompts)))
     planned: list[tuple[int, ...]] = []
     size = budget.tokens
@@ -209,6 +210,7 @@ def for_each_batch(
                 planned = []
                 continue
             budget.ran(rows * width, time.perf_counter() - started)
+            note_budget(model, budget)
             done = set(batch.rows)
             left = [row for row in left if row not in done]
             bar.update(len(batch.rows))

@@ -24,6 +24,7 @@ from abliterate.extraction.kept_activations import (
 )
 from abliterate.extraction.means import Extraction, extract
 from abliterate.inference.in_memory import engine_of
+from abliterate.inference.token_batches import budget_record
 from abliterate.models.model_classes import text_config
 from abliterate.models.quantized_loading import how_it_computes
 from abliterate.prompts.chat_template import parse_positions
@@ -139,6 +140,7 @@ def _extract_record(
         "model_type": loaded.model.config.model_type,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         **how_it_computes(loaded.model),
+        **budget_record(loaded.model),
         "device": engine.devices,
         "offload": engine.summary(),
         "positions": [
@@ -298,6 +300,7 @@ def _select_record(
         "kl_on": settings.kl_on,
         "offload": engine_of(session.loaded).summary(),
         **how_it_computes(session.loaded.model),
+        **budget_record(session.loaded.model),
         "baselines": {
             "harmful_refusal_score": result.harmful_score,
             "harmless_refusal_score": result.harmless_score,
