@@ -21,7 +21,7 @@ OPEN = ("--no-filter", "--n-val", "8", "--kl-threshold", "1e9", "--induce-thresh
 SHORT = ("--n-test", "2", "--max-new-tokens", "2")
 # What names an experiment. A change of this list is a decision: see abliterate.settings.
 RECORDED = {
-    "model": {"revision", "dtype", "seed"},
+    "model": {"revision", "attn_implementation", "dtype", "load_in", "seed"},
     "chat": {"system", "template_kwargs", "response_prefix"},
     "extract": {"harmful", "harmless", "n_train", "positions", "filter", "refusal_tokens"},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from abliterate.errors import UsageError
@@ -25,6 +26,16 @@ def import_extra(module: str, needed_by: str, package: str, extra: str, otherwis
         return importlib.import_module(module)
     except ImportError:
         raise UsageError(missing_extra(needed_by, package, extra) + otherwise) from None
+
+
+def require_extra(module: str, needed_by: str, package: str, extra: str) -> None:
+    """Refuse what needs an optional package that is not there, without importing it.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise UsageError(missing_extra(needed_by, package, extra))
 
 
 def missing_extra(needed_by: str, package: str, extra: str) -> str:

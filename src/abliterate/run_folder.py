@@ -17,7 +17,7 @@ from abliterate.console import log
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.sources import Prompt
-from abliterate.settings import Settings
+from abliterate.settings import ModelSettings, Settings
 from abliterate.storage.artifacts import versions
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class Session:
             model.offload,
             model.activation_memory,
             self.placement,
+            model.load_in,
+            model.attn_implementation,
         )
 
     def load(self, checkpoint: Checkpoint) -> LoadedModel:
@@ -162,6 +164,12 @@ class Session:
             "seed": model.seed,
             "chat": self.settings.chat.model_dump(),
             "versions": versions(),
+            **{
+                name: value
+                for name in ("load_in", "attn_implementation")
+                # As they are unless told otherwise they leave a record what it was without them.
+                if (value := getattr(model, name)) != ModelSettings.model_fields[name].default
+            },
         }
 
 

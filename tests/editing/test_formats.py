@@ -198,6 +198,60 @@ def test_fp8_writers_are_those_of_the_plain_model(fp8: Path, tiny, cli) -> None:
     assert quantized == plain
 
 
+def _in_fp8(source: Path, folder: Path, size: int) -> Path:
+    """A copy of a checkpoint whose linear layers are FP8 in blocks of ``size`` x ``size``."""
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if "proj" in name:
+            tensors[name], tensors[f"{name}_scale_inv"] = to_fp8(tensor, size, torch.float32)
+        else:
+            tensors[name] = tensor.bfloat16()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [size, size]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+_FEW = ("--n-train", "8", "--positions=-1", "--refusal-token", "5", "--no-filter", "-q")
+
+
+def test_fp8_is_loaded_for_its_activations(tiny, cli, tmp_path: Path) -> None:
+    """Where the machine cannot multiply FP8, transformers widens it: to what it stands for."""
+    fp8, plain = _in_fp8(tiny("llama"), tmp_path / "fp8", 8), tmp_path / "plain"
+    stored = load_file(fp8 / "model.safetensors")
+    plain.mkdir()
+    for file in fp8.iterdir():
+        (plain / file.name).write_bytes(file.read_bytes())
+    wide = {
+        name: from_fp8(tensor, stored[f"{name}_scale_inv"], 8).bfloat16()
+        if f"{name}_scale_inv" in stored
+        else tensor
+        for name, tensor in stored.items()
+        if not name.endswith("_scale_inv")
+    }
+    save_file(wide, plain / "model.safetensors", {"format": "pt"})
+    (plain / "config.json").write_bytes((tiny("llama") / "config.json").read_bytes())
+    means = []
+    for source in (fp8, plain):
+        run = tmp_path / f"run of {source.name}"
+        assert cli("extract", source, "-o", run, *_FEW, "--dtype", "bfloat16").code == 0
+        means.append(load_file(run / "directions.safetensors")["mean_harmful"].flatten())
+    assert torch.cosine_similarity(*means, dim=0) > 0.9999
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU need not widen FP8")
+def test_fp8_that_would_be_widened_wrongly_is_refused(tiny, fails, tmp_path: Path) -> None:
+    """The library spreads the scales of a matrix evenly, whatever the size of its blocks."""
+    fp8 = _in_fp8(tiny("llama"), tmp_path / "fp8", 20)  # 48 rows: blocks of 20, 20 and 8
+    line = fails("extract", fp8, "-o", tmp_path / "run", *_FEW, code=4)
+    assert "proj.weight" in line
+    assert "no multiples of its FP8 blocks (20 x 20)" in line
+
+
 def test_fp8_is_edited_and_stored_again(fp8: Path, direction: Path, cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = cli(

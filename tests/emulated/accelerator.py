@@ -16,7 +16,7 @@ import contextlib
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,25 @@ class Wait:
     operator: str
 
 
+@dataclass(frozen=True)
+class Made:
+    """Memory that an operator took on the device.
+
+    Attributes:
+        package: whose code it was.
+        where: module and function.
+        operator: which operator.
+        dtype: of the tensor.
+        numel: of how many numbers.
+    """
+
+    package: str
+    where: str
+    operator: str
+    dtype: torch.dtype
+    numel: int
+
+
 @dataclass
 class State:
     """What the accelerator is at the moment.
@@ -63,6 +82,9 @@ class State:
         waits: what the host waited for.
         refused: how often memory ran out.
         forwards: passes through whole models.
+        pinned: bytes that went up from pinned memory without a wait.
+        pageable: bytes that went up otherwise.
+        made: what was allocated, while somebody listens.
     """
 
     active: bool = False
@@ -74,6 +96,9 @@ class State:
     waits: Counter[Wait] = field(default_factory=Counter)
     refused: int = 0
     forwards: int = 0
+    pinned: int = 0
+    pageable: int = 0
+    made: list[Made] | None = None
 
     def synchronisations(self, package: str | None = None, where: str = "") -> int:
         """How often the host waited for the device in the code of a package."""
@@ -124,6 +149,18 @@ class _Module:
         return torch.zeros(1, dtype=torch.uint8)
 
     def set_rng_state(self, state: torch.Tensor, device: Any = 0) -> None: ...
+
+    def memory_allocated(self, device: Any = None) -> int:
+        return STATE.used[_index(torch.device(device or NAME))]
+
+    def memory_reserved(self, device: Any = None) -> int:
+        return self.memory_allocated(device)
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        return STATE.peak
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        STATE.peak = self.memory_allocated(device)
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         most = STATE.memory or 1 << 40
@@ -188,18 +225,40 @@ def _index(device: torch.device) -> int:
     return device.index or 0
 
 
-def _waited(kind: str, operator: str) -> None:
-    """Count a wait, for the innermost code of this project or of what it calls."""
-    frame: Any = sys._getframe(1)
+def _caller() -> tuple[str, str]:
+    """The innermost code of this project or of what it calls: package, module and function."""
+    frame: Any = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         package = module.partition(".")[0]
         if package in _PACKAGES:
-            where = f"{module}.{frame.f_code.co_qualname}"
-            STATE.waits[Wait(kind, package, where, operator)] += 1
-            return
+            return package, f"{module}.{frame.f_code.co_qualname}"
         frame = frame.f_back
-    STATE.waits[Wait(kind, "", "", operator)] += 1
+    return "", ""
+
+
+def _waited(kind: str, operator: str) -> None:
+    """Count a wait, for the code that waited."""
+    package, where = _caller()
+    STATE.waits[Wait(kind, package, where, operator)] += 1
+
+
+def _went_up(source: torch.Tensor, name: str, non_blocking: bool) -> None:
+    """Count a transfer to the device, which is waited for unless it comes from pinned memory."""
+    if non_blocking and id(source) in _pinned:
+        STATE.pinned += source.nbytes
+    else:
+        STATE.pageable += source.nbytes
+        _waited("up", name)
+
+
+def _note_made(name: str, out: Any, raws: Iterable[torch.Tensor]) -> None:
+    """Note the tensors that an operator gives and that are neither its arguments nor views."""
+    assert STATE.made is not None
+    known = {raw.untyped_storage()._cdata for raw in raws}
+    for tensor in out if isinstance(out, tuple | list) else (out,):
+        if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+            STATE.made.append(Made(*_caller(), name, tensor.dtype, tensor.numel()))
 
 
 # Operators that move between devices, or that ask of two tensors what needs no values.
@@ -271,7 +330,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if homes and (name in _TO_HOST or home is None):
         _waited("down", name)
     elif foreign is not None and home is not None:
-        _waited("up", name)
+        _went_up(foreign, name, bool(named.get("non_blocking") or (plain[2:] and plain[2])))
     elif homes and (name in _SIZED or _chosen_by_mask(name, plain)):
         _waited("size", name)
     if name == "histc" and homes and not plain[0].is_floating_point():
@@ -281,6 +340,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = func(*plain, **named)
     if home is None:
         return out
+    if STATE.made is not None:
+        _note_made(name, out, [one.raw for one in wrapped.values()])
     return _wrap(out, home, wrapped)
 
 
@@ -364,8 +425,10 @@ def _empty(
 
 def _copy_from(source: Any, goal: Any, non_blocking: bool = False) -> Any:
     up, down = not isinstance(source, Emulated), not isinstance(goal, Emulated)
-    if (up or down) and source.numel():
-        _waited("down" if down else "up", "_copy_from")
+    if up and source.numel():
+        _went_up(source, "_copy_from", non_blocking)
+    elif down and source.numel():
+        _waited("down", "_copy_from")
     (goal if down else goal.raw).copy_(source if up else source.raw)
     return goal
 
@@ -404,6 +467,7 @@ def accelerator(
         (inference_mode, "__enter__"): _without_gradients,
         (inference_mode, "__exit__"): _as_before,
         (PreTrainedModel, "__call__"): _counted_call,
+        (torch.Tensor, "pin_memory"): _pin_memory,
     }
     own = {where: getattr(*where) for where in patched}
     try:
@@ -414,6 +478,18 @@ def accelerator(
         for (owner, name), value in own.items():
             setattr(owner, name, value)
         STATE.active = False
+
+
+# Tensors in pinned memory, as long as they live.
+_pinned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+
+
+def _pin_memory(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+    if isinstance(tensor, Emulated):
+        raise RuntimeError(f"cannot pin '{tensor.device}': only dense CPU tensors can be pinned")
+    pinned = tensor.contiguous().clone()
+    _pinned[id(pinned)] = pinned
+    return pinned
 
 
 _plain_call = PreTrainedModel.__call__

@@ -22,7 +22,8 @@ EVERY: dict[str, dict[str, Any]] = {
     "model": {
         "revision": "v2", "device": "cuda:1", "device_map": '{"": 0}', "tensor_parallel": True,
         "dtype": "bfloat16", "batch_size": "4", "trust_remote_code": True, "seed": 7,
-        "offload": False, "activation_memory": "8GB",
+        "offload": False, "activation_memory": "8GB", "load_in": "4bit",
+        "attn_implementation": "eager",
     },
     "chat": {
         "system": "-- 'quoted' & $HOME", "template_kwargs": {"enable_thinking": False, "n": [1]},
@@ -133,7 +134,8 @@ def test_commands_of_a_run_with_every_option_are_read_as_they_were_given() -> No
     assert list(parsed) == [
         "extract", "select", "orthogonalize", "evaluate", "inspect", "trace", "report",
     ]  # fmt: skip
-    machine = _expected("model", "trust_remote_code", "revision", "seed", "dtype")
+    recorded = ("seed", "dtype", "load_in", "attn_implementation")
+    machine = _expected("model", "trust_remote_code", "revision", *recorded)
     extract = parsed["extract"]
     model = _expected("model", "trust_remote_code") | {"revision": "abc123"}
     assert _given(extract, "model") == model

@@ -127,8 +127,11 @@ def run(
 def open_session(model: str, settings: Settings, leave_shards: bool = False) -> Session:
     """A session on a checkpoint; imports no torch, so that a wrong name is told at once."""
     from abliterate.checkpoints.checkpoint import find_checkpoint
+    from abliterate.extras import require_extra
     from abliterate.run_folder import Session
 
+    if (load_in := settings.model.load_in) != "none":  # told before anything is fetched
+        require_extra("bitsandbytes", f"--load-in {load_in}", "bitsandbytes", "quantized")
     return Session(find_checkpoint(model, settings.model.revision, leave_shards), settings)
 
 

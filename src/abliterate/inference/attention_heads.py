@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from abliterate.inference.forward import input_device
 from abliterate.models.model_classes import text_config
+from abliterate.models.quantized_loading import is_quantized
 from abliterate.writers import Writer, find_writers
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -98,10 +100,9 @@ def _out_projection(
 ) -> OutProjection:
     writer = writers[0]
     module = writer.parameter.rpartition(".")[0]
-    weight = model.get_parameter(writer.parameter)
-    plain = weight.ndim == 2 and writer.parameter.endswith(".weight") and writer.part is None
-    if len(writers) > 1 or not plain:
+    if len(writers) > 1 or not writer.parameter.endswith(".weight") or writer.part is not None:
         raise HeadsUnknown(f"layer {layer} writes by more than one plain matrix")
+    weight = _matrix(model, writer)
     width = weight.shape[1 - writer.axis]
     if width % n_heads:
         raise HeadsUnknown(
@@ -109,8 +110,7 @@ def _out_projection(
         )
     norm, gain = _post_norm(model, writer)
     seen = unit if gain is None else unit * gain
-    matrix = weight.detach().cpu().double()
-    reader = torch.tensordot(seen, matrix, dims=([0], [writer.axis]))
+    reader = torch.tensordot(seen, weight, dims=([0], [writer.axis]))
     bias = biases.get(module)
     along = 0.0
     if bias is not None:
@@ -124,6 +124,33 @@ def _out_projection(
         norm,
         None if gain is None else gain.float(),
     )
+
+
+@torch.inference_mode()
+def _matrix(model: PreTrainedModel, writer: Writer) -> Tensor:
+    """A writer's matrix, float64 on the host.
+
+    One that is quantised is packed in ways of its own: what it does to each channel shows it.
+
+    Raises:
+        HeadsUnknown: it is no matrix.
+    """
+    module = model.get_submodule(writer.parameter.rpartition(".")[0])
+    weight = getattr(module, "weight", None)
+    if not is_quantized(model) or (
+        isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize >= 2
+    ):
+        plain: Tensor = model.get_parameter(writer.parameter).detach()
+        if plain.ndim != 2:
+            raise HeadsUnknown(f"{writer.parameter} is no plain matrix")
+        return plain.cpu().double()
+    channels = getattr(module, "in_features", None)
+    if not isinstance(channels, int):
+        raise HeadsUnknown(f"{writer.parameter} is quantised, and not as a matrix")
+    units = torch.eye(channels, device=input_device(model), dtype=model.dtype)
+    nothing = module(torch.zeros_like(units[:1]))
+    columns: Tensor = (module(units) - nothing).cpu().double()
+    return columns.T if writer.axis == 0 else columns
 
 
 def _post_norm(model: PreTrainedModel, writer: Writer) -> tuple[str | None, Tensor | None]:

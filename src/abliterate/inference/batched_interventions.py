@@ -40,7 +40,7 @@ from abliterate.inference.forward import (
 )
 from abliterate.inference.interventions import ablate_at, add_vectors, shifted
 from abliterate.inference.partial_forward import last_token_only, recorded, rows_join_at_layer
-from abliterate.inference.token_batches import TokenBudget, attempt
+from abliterate.inference.token_batches import TokenBudget, attempt, note_budget
 from abliterate.metrics.logit_metrics import LogitMetric
 from abliterate.writers import WriterPlan, decoder_blocks, find_writers
 
@@ -69,7 +69,7 @@ class InterventionRunner:
         self.model = model
         self.tricks = tricks or FastPathFlags()
         self.budget = TokenBudget(
-            input_device(model), batch_size, in_step=is_tensor_parallel(model)
+            input_device(model), batch_size, in_step=is_tensor_parallel(model), measure=True
         )
         self.prefix = shared_prefix(prompts) if self.tricks.prefix and can_pad(model) else 0
         self._opening = list(prompts[0][: self.prefix])
@@ -227,9 +227,11 @@ class InterventionRunner:
     def _fits(self, run: Callable[[], None], rows: int, width: int) -> bool:
         """Run a batch; False, and a smaller budget, where memory ran out."""
         tokens = self.prefix + width
-        return self.budget.try_batch(
+        ran = self.budget.try_batch(
             run, rows, rows * width, partial(does_not_fit, tokens, self.budget.device)
         )
+        note_budget(self.model, self.budget)
+        return ran
 
     def logits(self, candidates: Candidates, piece: PromptBatch) -> Tensor:
         """Logits ``[candidates, prompts, kept tokens, vocabulary]`` in one forward pass."""

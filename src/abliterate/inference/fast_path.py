@@ -15,6 +15,7 @@ from abliterate.inference.candidate_batches import FastPathFlags
 from abliterate.inference.forward import can_pad, last_logits, left_pad
 from abliterate.inference.interventions import ablate, add
 from abliterate.inference.token_batches import out_of_memory
+from abliterate.models.quantized_loading import is_quantized
 from abliterate.precision import widened
 from abliterate.writers import decoder_blocks
 
@@ -72,7 +73,8 @@ def verified_runner(
             return float("inf")
 
     # Rounding, from one candidate and prompt at a time to batches; measured where it matters.
-    rounding = _ROUNDING.get(model.dtype, _ROUNDING_HALF)
+    fine = None if is_quantized(model) else _ROUNDING.get(model.dtype)
+    rounding = fine or _ROUNDING_HALF
     noise = 0.0
     for tricks in _LADDER:
         difference = off(tricks)

@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import UnsupportedArchitectureError
-from abliterate.inference.token_batches import TokenBudget, group_rows
+from abliterate.inference.token_batches import TokenBudget, group_rows, note_budget
+from abliterate.models.device_placement import to_device
 from abliterate.models.embedding_rows import embedding_rows, require_token
 from abliterate.models.model_classes import text_config
+from abliterate.models.quantized_loading import is_quantized
 from abliterate.precision import widest
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
@@ -96,7 +98,8 @@ def _padding_is_masked(model: PreTrainedModel) -> bool:
     alone = last_logits(model, left_pad(model, [ids[:16]], [0]), 8)[0]
     padded = last_logits(model, left_pad(model, [ids[:16], ids], [0, 1]), 8)[0]
     alone, padded = (logits.to(widest(logits.device)) for logits in (alone, padded))
-    rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    fine = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
+    rounding = 1e-3 if fine else 5e-2
     return bool((padded - alone).abs().max() <= rounding * alone.std())
 
 
@@ -130,7 +133,8 @@ def left_pad(
     positions = (mask.cumsum(1) - 1).clamp(min=0) + prefix
     mask = torch.cat([mask.new_ones(len(rows), prefix), mask], dim=1)
     place = input_device(model)
-    return Batch(tuple(rows), ids.to(place), mask.to(place), positions.to(place), lengths)
+    ids, mask, positions = (to_device(tensor, place) for tensor in (ids, mask, positions))
+    return Batch(tuple(rows), ids, mask, positions, lengths)
 
 
 def padding_token(model: PreTrainedModel, *wanted: Any) -> int:
@@ -185,7 +189,8 @@ def for_each_batch(
             does not fit into memory.
     """
     device = input_device(model)
-    budget, mix = TokenBudget(device, batch_size, grow, is_tensor_parallel(model)), can_pad(model)
+    budget = TokenBudget(device, batch_size, grow, is_tensor_parallel(model), measure=grow)
+    mix = can_pad(model)
     left = list(range(len(prompts)))
     planned: list[tuple[int, ...]] = []
     size = budget.tokens
@@ -205,6 +210,7 @@ def for_each_batch(
                 planned = []
                 continue
             budget.ran(rows * width, time.perf_counter() - started)
+            note_budget(model, budget)
             done = set(batch.rows)
             left = [row for row in left if row not in done]
             bar.update(len(batch.rows))
@@ -309,7 +315,7 @@ def capture_resid_pre(
             if hidden.device not in moved:
                 moved[hidden.device] = where.to(hidden.device)
             streams = token_streams(hidden, shape, width)[:, moved[hidden.device]]
-            seen[layer] = streams.mean(2) if streams.shape[2] > 1 else streams[:, :, 0].clone()
+            seen[layer] = streams.mean(2) if streams.shape[2] > 1 else streams[:, :, 0]
 
         return record
 

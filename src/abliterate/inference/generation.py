@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from abliterate.console import progress_bar
@@ -20,12 +20,14 @@ from abliterate.inference.engine import OnAnswer
 from abliterate.inference.forward import (
     Batch,
     can_pad,
+    does_not_fit,
     input_device,
     is_tensor_parallel,
+    last_logits,
     left_pad,
     padding_token,
 )
-from abliterate.inference.token_batches import TokenBudget, group_rows
+from abliterate.inference.token_batches import TokenBudget, attempt, group_rows
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
 
@@ -94,6 +96,8 @@ def greedy_answers(
     )
     budget.tokens = _TOKENS.get(budget.device.type, _TOKENS_ACCELERATOR)
     mix = can_pad(loaded.model)
+    if mix and len(prompts):
+        _measure(model, prompts, budget, batch_size)
     decoder = _Decoder(loaded, max_new_tokens, mix, stop_tokens(loaded, chat))
 
     def plan(rows: Sequence[int]) -> list[tuple[int, ...]]:
@@ -131,6 +135,29 @@ def greedy_answers(
             if not budget.try_batch(partial(decoder.run, batch, keep), len(rows), tokens, too_long):
                 planned = plan([row for group in [*planned, rows] for row in group])
     return answers
+
+
+def _measure(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], budget: TokenBudget, size: int | str
+) -> None:
+    """Set the budget by what the longest prompt takes with its keys and values, if it can be told.
+
+    The same prompts and the same free memory give the same batches, whatever is answered already.
+    """
+    trial = TokenBudget(budget.device, size, False, is_tensor_parallel(model), measure=True)
+    if not trial.measures:
+        return
+    longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
+    batch = left_pad(model, prompts, [longest])
+
+    def run() -> None:
+        with torch.inference_mode():
+            last_logits(model, batch, past=DynamicCache())
+
+    if attempt(run):  # what is made once does not count
+        tokens = batch.input_ids.numel()
+        if trial.try_batch(run, 1, tokens, partial(does_not_fit, tokens, budget.device)):
+            budget.tokens = trial.tokens
 
 
 def stop_tokens(loaded: LoadedModel, chat: ChatFormat | None = None) -> list[int]:

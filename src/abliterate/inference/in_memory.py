@@ -34,6 +34,7 @@ from abliterate.inference.interventions import ablate, add
 from abliterate.models.device_placement import Placement, devices
 from abliterate.models.embedding_rows import require_token
 from abliterate.models.loading import LoadedModel
+from abliterate.models.quantized_loading import quantization
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 from abliterate.writers.residual_stream import leak
@@ -59,7 +60,10 @@ class InMemoryEngine:
     def opened(self, placement: Placement) -> str:
         model = self.loaded.model
         name = self.loaded.checkpoint.name
-        return f"loaded {name} ({model.dtype}, {placement.describe(model)})"
+        kind = str(model.dtype)
+        if (small := quantization(model)) is not None:
+            kind += f", {small['method']}" + (f" {small['bits']}bit" if small["bits"] else "")
+        return f"loaded {name} ({kind}, {placement.describe(model)})"
 
     def summary(self) -> dict[str, int] | None:
         return None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedModel
 
 from abliterate.errors import UsageError
+from abliterate.inference.device_memory import MemoryMeter, find_meter
 
 # Where "auto" starts; it doubles from there while that is faster and memory allows. On a CPU the
 # activations of many tokens leave its caches, which costs more than reading the weights again.
@@ -18,6 +21,10 @@ _LARGEST_ACCELERATOR = 1 << 20
 # the weights once more. Below that, padding a row is cheaper than giving it a batch of its own.
 _OVERHEAD = {"cpu": 32}
 _OVERHEAD_ACCELERATOR = 1024
+# Where an accelerator's memory can be measured, the first batch has so many tokens, and shows what
+# the following ones may have: of what is free, this share is taken.
+_MEASURED_FIRST = 4096
+_SHARE_OF_FREE = 0.7
 # Doubling must raise the rate by this much to be worth the memory.
 _FASTER = 1.05
 
@@ -25,14 +32,24 @@ _FASTER = 1.05
 class TokenBudget:
     """Padded tokens per forward pass, found while running.
 
-    A batch that nearly fills the budget doubles it, unless the last doubling did not raise the
-    token rate: that one is taken back. A batch that runs out of memory halves it for good.
+    On a CPU a batch that nearly fills the budget doubles it, unless the last doubling did not raise
+    the token rate: that one is taken back. On an accelerator that counts its memory the first
+    batch is measured, and the budget is what the free memory has room for, as a power of two. A
+    batch that runs out of memory halves it for good.
 
     Ranks that hold parts of one model run in step: what each would learn from its own clock and
     memory must not make their batches differ, so there the budget stays as it is.
 
+    Args:
+        device: where batches run.
+        batch_size: rows per batch, or ``auto``.
+        grow: whether the budget may pass its start by the clock.
+        in_step: other ranks run the same batches.
+        measure: set it by the memory, where the device counts that.
+
     Attributes:
         tokens: the budget, ignored where ``rows`` is given.
+        largest: tokens of the largest batch that ran.
         rows: rows per forward pass if the user fixed them, else None.
         overhead: what a batch costs beyond its tokens, in tokens.
     """
@@ -43,15 +60,28 @@ class TokenBudget:
         batch_size: int | str = "auto",
         grow: bool = True,
         in_step: bool = False,
+        measure: bool = False,
     ) -> None:
         self.device = device
         self.rows = parse_batch_size(batch_size)
+        self.largest = 0
         self.tokens = _START.get(device.type, _START_ACCELERATOR)
         self.overhead = _OVERHEAD.get(device.type, _OVERHEAD_ACCELERATOR)
         self._largest = _LARGEST.get(device.type, _LARGEST_ACCELERATOR)
         self._rate = 0.0
         self._growing = grow and self.rows is None and not in_step
         self._in_step = in_step
+        self._meter: MemoryMeter | None = None
+        self._each, self._room = 0.0, 0
+        if measure and self.rows is None and not in_step:
+            self._meter = find_meter(device)
+        if self._meter is not None:
+            self.tokens, self._growing = _MEASURED_FIRST, False
+
+    @property
+    def measures(self) -> bool:
+        """Whether the budget comes from the device's memory."""
+        return self._meter is not None
 
     def fits(self, rows: int, width: int) -> bool:
         """Whether a batch of ``rows`` rows, ``width`` tokens each, is within the budget."""
@@ -90,6 +120,7 @@ class TokenBudget:
                 f"{rows}, or start more ranks"
             )
         self._growing = False
+        self._meter = None  # it has promised too much
         self.tokens = max(1, min(self.tokens, tokens) // 2)
         if self.rows is not None:
             self.rows = max(1, rows // 2)
@@ -113,12 +144,27 @@ class TokenBudget:
         Raises:
             UsageError: a single row does not fit, or ranks in step cannot shrink their batches.
         """
+        meter = self._meter
+        if meter is not None:
+            meter.start()
+            self._room = self._room or meter.free()
         if attempt(run):
+            self.largest = max(self.largest, tokens)
+            if meter is not None:
+                self._learn(meter.stop() / tokens)
             return True
         if rows == 1:
             raise UsageError(alone())
         self.failed(rows, tokens)
         return False
+
+    def _learn(self, each: float) -> None:
+        """Take what the memory has room for, once it is known what a token takes at most."""
+        if each <= self._each:
+            return
+        self._each = each
+        fitting = int(_SHARE_OF_FREE * self._room / each)
+        self.tokens = min(self._largest, 1 << max(0, fitting.bit_length() - 1))
 
     def _has_room(self, tokens: int) -> bool:
         """Whether twice as many tokens are likely to fit; an accelerator says so itself."""
@@ -128,6 +174,20 @@ class TokenBudget:
 
         # A CPU that runs out of memory swaps or kills: 256 kB a token is far more than one takes.
         return bool(psutil.virtual_memory().available > 4 * tokens * (256 << 10))
+
+
+_largest: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+
+
+def note_budget(model: PreTrainedModel, budget: TokenBudget) -> None:
+    """Remember the largest batch that a model ran, for records."""
+    if budget.rows is None and budget.device.type != "cpu":
+        _largest[model] = max(_largest.get(model, 0), budget.largest)
+
+
+def budget_record(model: PreTrainedModel) -> dict[str, int]:
+    """What records say of batches on an accelerator, whose memory decides on them."""
+    return {"batch_tokens": _largest[model]} if _largest.get(model) else {}
 
 
 def parse_batch_size(batch_size: int | str) -> int | None:

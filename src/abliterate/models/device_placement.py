@@ -199,6 +199,20 @@ def check_plan(config: Any, ranks: RankGroup, placement: Placement) -> None:
         )
 
 
+# Where a copy from pinned memory runs beside the host. Apple's GPU shares the host's memory.
+_COPIES_BESIDE = ("cuda", "xpu", torch._C._get_privateuse1_backend_name())
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``; what comes from the host is not waited for.
+
+    It goes through pinned memory, which its allocator does not give away before the copy is done.
+    """
+    if tensor.device.type != "cpu" or device.type not in _COPIES_BESIDE:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def own_device(device: torch.device) -> torch.device:
     """``device``, or the one of its kind that belongs to this rank of several on the machine.
 

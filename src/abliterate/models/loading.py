@@ -36,6 +36,7 @@ from abliterate.errors import (
     UsageError,
     one_line,
 )
+from abliterate.models.attention import attention_failure, attention_options
 from abliterate.models.bounded_build import TooLargeError, bounded_build
 from abliterate.models.device_placement import (
     Placement,
@@ -45,6 +46,13 @@ from abliterate.models.device_placement import (
 )
 from abliterate.models.embedding_rows import remember_tokenizer
 from abliterate.models.model_classes import model_class, size_bounds, text_config, too_large
+from abliterate.models.quantized_loading import (
+    check_widened,
+    is_quantized,
+    loading_failure,
+    quantizer_options,
+    stored_method,
+)
 from abliterate.precision import has_float64, widest
 from abliterate.prompts.template_process import start_rendering
 
@@ -186,6 +194,8 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     placement: Placement | None = None,
+    load_in: str = "none",
+    attn_implementation: str = "auto",
 ) -> LoadedModel:
     """Load model and tokenizer for inference, from safetensors only.
 
@@ -195,17 +205,23 @@ def load_model(
         dtype: ``auto`` or the name of a dtype.
         trust_remote_code: the checkpoint's own code may run.
         placement: over which devices and ranks the model is spread; None for one device.
+        load_in: ``8bit`` or ``4bit`` holds its matrices so (bitsandbytes); the files stay.
+        attn_implementation: which of transformers' ways to compute attention; ``auto`` is its own
+            choice.
 
     Raises:
         CheckpointError: files are missing, damaged or in another format, or a parameter has no
-            tensor on disk (transformers would fill it with random numbers).
+            tensor on disk (transformers would fill it with random numbers), or the checkpoint is
+            quantised in a way that cannot be loaded here.
         UnsupportedArchitectureError: the installed transformers does not know the model type.
-        UsageError: the device or dtype cannot be used.
+        UsageError: device, dtype, ``load_in`` or ``attn_implementation`` cannot be used.
     """
     if isinstance(checkpoint, str):
         checkpoint = find_checkpoint(checkpoint)
     placement = placement or Placement()
-    model = load_weights(checkpoint, device, dtype, trust_remote_code, placement)
+    model = load_weights(
+        checkpoint, device, dtype, trust_remote_code, placement, load_in, attn_implementation
+    )
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
     return LoadedModel(model, tokenizer, checkpoint, placement.ranks)
 
@@ -216,6 +232,8 @@ def load_weights(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     placement: Placement | None = None,
+    load_in: str = "none",
+    attn_implementation: str = "auto",
 ) -> PreTrainedModel:
     """The model alone, as :func:`load_model` loads it."""
     placement = placement or Placement()
@@ -225,6 +243,7 @@ def load_weights(
         transformers.utils.logging.disable_progress_bar()
     config = load_config(checkpoint, trust_remote_code)
     shards = _read_headers(checkpoint, config)
+    is_stored_small = stored_method(config) is not None
     check_plan(text_config(config), ranks, placement)
     copies = 1 if placement.is_spread else ranks.on_this_machine
     # What memory is free now differs from rank to rank; the dtype must not.
@@ -234,14 +253,21 @@ def load_weights(
         config,
         shards,
         placement,
+        load_in,
+        attn_implementation,
         dtype=number,
         trust_remote_code=trust_remote_code,
+        **attention_options(attn_implementation, config),
+        **quantizer_options(load_in, checkpoint, config, number, place, placement),
     )
     check_unchanged(shards)
     absent = sorted(info["missing_keys"]) or sorted(map(name_of, info["mismatched_keys"]))
     if absent:
         raise incomplete(checkpoint, absent)
-    return cast(PreTrainedModel, (model if placement.is_spread else model.to(place)).eval())
+    if is_stored_small:
+        check_widened(model, checkpoint, shards)
+    placed = placement.is_spread or is_quantized(model)
+    return cast(PreTrainedModel, (model if placed else model.to(place)).eval())
 
 
 def _read_headers(checkpoint: Checkpoint, config: Any) -> ShardSet:
@@ -255,7 +281,13 @@ def _read_headers(checkpoint: Checkpoint, config: Any) -> ShardSet:
 
 
 def _from_pretrained(
-    checkpoint: Checkpoint, config: Any, shards: ShardSet, placement: Placement, **options: Any
+    checkpoint: Checkpoint,
+    config: Any,
+    shards: ShardSet,
+    placement: Placement,
+    load_in: str,
+    attention: str,
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """The model as the library loads it, and what it says of the loading."""
     try:
@@ -273,7 +305,9 @@ def _from_pretrained(
     except TooLargeError as error:
         raise too_large(config, error, shards) from None
     except Exception as error:
-        raise _loading_error(checkpoint, error) from None
+        failure = loading_failure(load_in, checkpoint, config, error)
+        failure = failure or attention_failure(attention, error)
+        raise failure or _loading_error(checkpoint, error) from None
     return model, info
 
 

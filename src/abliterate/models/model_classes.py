@@ -41,6 +41,15 @@ def model_class(config: Any) -> Any:
     return _named_class(config) or AutoModelForCausalLM
 
 
+def concrete_class(config: Any) -> Any:
+    """The class of the models of ``config``; None where it is not one of transformers."""
+    kind = model_class(config)
+    if not hasattr(kind, "_model_mapping"):
+        return kind
+    known = kind._model_mapping.get(type(config), None)
+    return known[0] if isinstance(known, tuple) else known
+
+
 def build_model(config: Any, **options: Any) -> PreTrainedModel:
     """A model of ``config`` with random weights, on the current default device.
 

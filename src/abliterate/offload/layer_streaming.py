@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from abliterate.console import progress_bar
 from abliterate.inference.forward import block_input
+from abliterate.models.device_placement import to_device
 from abliterate.offload.activation_store import Activations
 from abliterate.offload.activation_swap import Lot, Parked, parking
 from abliterate.offload.non_block_modules import load_on_use, read_rows, replace_forward
@@ -378,7 +379,7 @@ class OffloadedModel:
             out = together.new_empty(len(together), len(rows))
             for first in range(0, len(rows), step):
                 part = slice(first, first + step)
-                chunk = rows[part].to(self.device, weight.empty.dtype)
+                chunk = to_device(rows[part], self.device).to(weight.empty.dtype)
                 out[:, part] = nn.functional.linear(
                     together, chunk, None if bias is None else bias[part]
                 )

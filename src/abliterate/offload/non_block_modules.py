@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from abliterate.models.device_placement import to_device
 from abliterate.offload.weights import Slot, Weights
 
 
@@ -27,7 +28,7 @@ def read_rows(module: nn.Module, weights: Weights, slot: Slot) -> None:
     def forward(ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         used, places = torch.unique(ids, return_inverse=True)
         table = weights.mapped.tensor(name)
-        rows = table[used.cpu()].to(weights.device, slot.empty.dtype)
+        rows = to_device(table[used.cpu()], weights.device).to(slot.empty.dtype)
         weights.mapped.bytes_read += rows.shape[0] * table[0].nbytes
         weights.mapped.forget([name])
         padding, module.padding_idx = module.padding_idx, None  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from abliterate.console import log
 from abliterate.errors import CheckpointError, UnsupportedArchitectureError
 from abliterate.inference.forward import can_pad, stand_in
+from abliterate.models.attention import attention_options
 from abliterate.models.loading import (
     Checkpoint,
     LoadedModel,
@@ -84,18 +86,26 @@ def _groups() -> list[tuple[Path, int]]:
     return found
 
 
-def needed_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+# A matrix of a decoder block: what bitsandbytes makes small. Embeddings and head stay as they are.
+_BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
+# Bytes of a number, with the share of its row's or block's scale.
+_SMALL = {"8bit": 1.01, "4bit": 0.5625}
+
+
+def needed_memory(checkpoint: Checkpoint, dtype: torch.dtype, load_in: str = "none") -> int:
     """Bytes of a checkpoint's weights in memory, from the headers of its files."""
-    from abliterate.checkpoints.safetensors_header import BITS
+    from abliterate.checkpoints.safetensors_header import BITS, TensorEntry
     from abliterate.checkpoints.shards import read_shards
 
-    entries = read_shards(checkpoint.folder).tensors.values()
-    return sum(
-        (e.end - e.start) * 8 // BITS[e.dtype] * dtype.itemsize
-        if e.dtype.startswith(("F", "BF"))
-        else e.end - e.start
-        for e in entries
-    )
+    def size(entry: TensorEntry) -> float:
+        if not entry.dtype.startswith(("F", "BF")):
+            return entry.end - entry.start
+        numbers = (entry.end - entry.start) * 8 // BITS[entry.dtype]
+        is_small = len(entry.shape) == 2 and _BLOCK_MATRIX.search(entry.name)
+        each = _SMALL.get(load_in, dtype.itemsize) if is_small else dtype.itemsize
+        return numbers * each
+
+    return int(sum(map(size, read_shards(checkpoint.folder).tensors.values())))
 
 
 def must_stream(
@@ -110,7 +120,11 @@ def must_stream(
 
 
 def too_large(
-    checkpoint: Checkpoint, device: str, dtype: str, trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    load_in: str = "none",
 ) -> str | None:
     """What is lacking for the weights in memory, in words; None if they fit."""
     place = pick_device(device)
@@ -118,7 +132,8 @@ def too_large(
     require_safetensors(checkpoint)
     if getattr(config, "quantization_config", None):
         return None
-    need = needed_memory(checkpoint, pick_dtype(dtype, config, checkpoint.folder, place))
+    number = pick_dtype(dtype, config, checkpoint.folder, place)
+    need = needed_memory(checkpoint, number, load_in)
     free = free_memory(place)
     if need <= 0.9 * free:
         return None
@@ -135,6 +150,7 @@ def open_stream(
     trust_remote_code: bool = False,
     activation_memory: int | None = None,
     resident: int = RESIDENT,
+    attn_implementation: str = "auto",
 ) -> LoadedModel:
     """A model that is read block by block while it runs; the tokenizer as usual.
 
@@ -146,6 +162,7 @@ def open_stream(
         activation_memory: bytes of memory for activations; the rest goes to mapped files in the
             folder for temporary files. None: half of what is free.
         resident: embeddings and projections up to this many bytes are kept in memory.
+        attn_implementation: which of transformers' ways to compute attention.
 
     Raises:
         CheckpointError: files are missing, damaged, quantised or in another format.
@@ -166,7 +183,8 @@ def open_stream(
     number = pick_dtype(dtype, config, checkpoint.folder, place)
     free = free_memory(torch.device("cpu"))
     budget = activation_memory or int(ACTIVATION_SHARE * free)
-    weights = Weights(checkpoint, config, number, place, trust_remote_code)
+    attention = attention_options(attn_implementation, config)
+    weights = Weights(checkpoint, config, number, place, trust_remote_code, attention)
     files = {entry.file for entry in weights.mapped.entries.values()}
     weights.mapped.transient = sum(file.stat().st_size for file in files) > free - budget
     try:

@@ -25,9 +25,12 @@ class OpenOptions:
         offload: stream the layers from disk; None decides by what is free.
         activation_memory: a size such as ``8GB``, for a streamed model's activations.
         placement: the devices and ranks over which a model is spread instead.
+        load_in: ``8bit`` or ``4bit`` holds the matrices of a model in memory so.
+        attn_implementation: which of transformers' ways to compute attention.
 
     Raises:
-        UsageError: ``activation_memory`` is no size.
+        UsageError: ``activation_memory`` is no size, or ``offload`` and ``load_in`` are both asked
+            for.
     """
 
     device: str = "auto"
@@ -36,9 +39,16 @@ class OpenOptions:
     offload: bool | None = None
     activation_memory: str | None = None
     placement: Placement = field(default_factory=Placement)
+    load_in: str = "none"
+    attn_implementation: str = "auto"
 
     def __post_init__(self) -> None:
         _ = self.activation_bytes
+        if self.offload and self.load_in != "none":
+            raise UsageError(
+                f"--offload reads the layers from disk as they are, --load-in {self.load_in} keeps "
+                "them in memory: leave one of the two out"
+            )
 
     @property
     def activation_bytes(self) -> int | None:
@@ -66,6 +76,8 @@ def choose_opener(checkpoint: Checkpoint, options: OpenOptions) -> Opener:
         UsageError: the device or dtype cannot be used.
     """
     streamed = options.offload
+    if options.load_in != "none":
+        return in_memory_opener(checkpoint, options)
     if streamed is None and not options.is_shared:
         streamed = must_stream(checkpoint, *options.where)
     return OffloadOpener(options) if streamed else InMemoryOpener(options)
@@ -78,11 +90,13 @@ def in_memory_opener(checkpoint: Checkpoint, options: OpenOptions) -> Opener:
         UsageError: the weights do not fit.
     """
     if options.is_shared:
+        if options.load_in != "none":
+            return InMemoryOpener(options)
         return choose_opener(checkpoint, options)
-    if lacking := too_large(checkpoint, *options.where):
+    if lacking := too_large(checkpoint, *options.where, options.load_in):
+        needs = "this command needs" if options.load_in == "none" else "--load-in needs"
         raise UsageError(
-            f"{lacking}: this command needs the model in memory, use a smaller --dtype or a larger "
-            "machine"
+            f"{lacking}: {needs} the model in memory, use a smaller --dtype or a larger machine"
         )
     return InMemoryOpener(options)
 
@@ -100,7 +114,14 @@ class InMemoryOpener:
         pass
 
     def open(self, checkpoint: Checkpoint) -> LoadedModel:
-        return load_model(checkpoint, *self.options.where, self.options.placement)
+        options = self.options
+        return load_model(
+            checkpoint,
+            *options.where,
+            options.placement,
+            options.load_in,
+            options.attn_implementation,
+        )
 
 
 @dataclass(frozen=True)
@@ -125,4 +146,9 @@ class OffloadOpener:
                 "--tensor-parallel and the launcher"
             )
         budget = self.options.activation_bytes
-        return open_stream(checkpoint, *self.options.where, activation_memory=budget)
+        return open_stream(
+            checkpoint,
+            *self.options.where,
+            activation_memory=budget,
+            attn_implementation=self.options.attn_implementation,
+        )

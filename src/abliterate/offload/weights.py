@@ -84,11 +84,12 @@ class Weights:
         dtype: torch.dtype,
         device: torch.device,
         trust_remote_code: bool = False,
+        attention: Mapping[str, str] | None = None,
     ) -> None:
         self.device, self.checkpoint = device, checkpoint
         shards = read_shards(checkpoint.folder)
         self.model: PreTrainedModel = empty_model(
-            config, trust_remote_code, shards, dtype=dtype
+            config, trust_remote_code, shards, dtype=dtype, **(attention or {})
         ).eval()
         self.mapped = Mapped(shards)
         self._config = LoadStateDictConfig(

@@ -24,7 +24,9 @@ from abliterate.extraction.kept_activations import (
 )
 from abliterate.extraction.means import Extraction, extract
 from abliterate.inference.in_memory import engine_of
+from abliterate.inference.token_batches import budget_record
 from abliterate.models.model_classes import text_config
+from abliterate.models.quantized_loading import how_it_computes
 from abliterate.prompts.chat_template import parse_positions
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import (
@@ -137,6 +139,8 @@ def _extract_record(
     record = {
         "model_type": loaded.model.config.model_type,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        **how_it_computes(loaded.model),
+        **budget_record(loaded.model),
         "device": engine.devices,
         "offload": engine.summary(),
         "positions": [
@@ -295,6 +299,8 @@ def _select_record(
         "search": settings.search,
         "kl_on": settings.kl_on,
         "offload": engine_of(session.loaded).summary(),
+        **how_it_computes(session.loaded.model),
+        **budget_record(session.loaded.model),
         "baselines": {
             "harmful_refusal_score": result.harmful_score,
             "harmless_refusal_score": result.harmless_score,

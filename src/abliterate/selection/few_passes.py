@@ -17,6 +17,7 @@ from torch import Tensor
 from abliterate.console import log
 from abliterate.inference.engine import CandidateRun, Engine
 from abliterate.metrics.refusal import local_kl, log_odds
+from abliterate.models.device_placement import to_device
 from abliterate.precision import to_host
 from abliterate.selection.candidate_filters import Score
 from abliterate.selection.candidate_search import CandidateSearch
@@ -155,7 +156,7 @@ class FewPassesSearch:
 
         def measure_kl(logits: Tensor, candidates: Sequence[int], rows: Sequence[int]) -> None:
             assert self._baseline is not None
-            base = self._baseline[list(rows)].to(logits.device)
+            base = to_device(self._baseline[list(rows)], logits.device)
             found = to_host(torch.stack([local_kl(base, one) for one in logits]))[0]
             for index, values in zip(candidates, found, strict=True):
                 kl[index, list(rows)] = values

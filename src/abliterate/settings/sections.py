@@ -27,6 +27,7 @@ from pydantic import (
 
 from abliterate.settings.marks import Granted, Option, Recorded
 from abliterate.settings.values import (
+    check_attention,
     check_batch_size,
     check_memory,
     check_revision,
@@ -118,6 +119,27 @@ class ModelSettings(_Section):
             "auto, float32, bfloat16 or float16. auto: the checkpoint's own; float32 on a CPU.",
             _MODEL,
             (*_STAGES, "score", "inspect", "trace", "fragility", "chat", "plan"),
+        ),
+    ] = "auto"
+    load_in: Annotated[
+        Literal["none", "8bit", "4bit"],
+        Recorded(),
+        Option(
+            "8bit or 4bit: hold the model's matrices so (bitsandbytes), for small cards. Edits are "
+            "always made to the files.",
+            _MODEL,
+            (*_STAGES, "inspect", "trace", "fragility", "chat"),
+        ),
+    ] = "none"
+    attn_implementation: Annotated[
+        str,
+        AfterValidator(check_attention),
+        Recorded(),
+        Option(
+            "How attention is computed: eager, sdpa, flash_attention_2, ... auto: transformers' "
+            "choice.",
+            _MODEL,
+            (*_STAGES, "fragility", "chat"),
         ),
     ] = "auto"
     batch_size: Annotated[

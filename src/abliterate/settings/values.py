@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,6 +51,13 @@ def check_batch_size(value: int | str) -> int | str:
     """``auto`` or a positive number."""
     if value != "auto" and not (str(value).isascii() and str(value).isdecimal() and int(value) > 0):
         raise ValueError("must be auto or a positive number")
+    return value
+
+
+def check_attention(value: str) -> str:
+    """A plain name: one with a slash is code on the hub."""
+    if not re.fullmatch(r"[a-z0-9_]{1,64}", value):
+        raise ValueError("must be auto, eager, sdpa, flex_attention or flash_attention_2")
     return value
 
 

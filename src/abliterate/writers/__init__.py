@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from abliterate.checkpoints.quantized_formats import plain_config
 from abliterate.errors import PlanError, UnsupportedArchitectureError
 from abliterate.writers.discovery import DiscoveryError, discover
 from abliterate.writers.parameter_names import module_name
@@ -95,14 +96,26 @@ def stream_width(model: PreTrainedModel, plan: WriterPlan) -> int:
     Raises:
         PlanError: they do not agree.
     """
-    widths = {
-        int(model.get_parameter(writer.parameter).shape[writer.axis])
-        for writer in plan.writers
-        if writer.part is None
-    }
+    whole = [writer for writer in plan.writers if writer.part is None]
+    if getattr(model, "is_quantized", False):
+        widths = {width for writer in whole if (width := _quantized_width(model, writer))}
+    else:
+        widths = {int(model.get_parameter(w.parameter).shape[w.axis]) for w in whole}
     if len(widths) != 1:
         raise PlanError(f"the writers found have different widths: {sorted(widths)}")
     return widths.pop()
+
+
+def _quantized_width(model: PreTrainedModel, writer: Writer) -> int | None:
+    """What a writer of a quantised model says of d_model; None where it is packed.
+
+    Quantised matrices have other shapes, dtypes and names: embeddings, norms and biases stay.
+    """
+    module, _, name = writer.parameter.rpartition(".")
+    parameter = getattr(model.get_submodule(module), name, None)
+    if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
+        return None
+    return int(parameter.shape[writer.axis]) if parameter.itemsize >= 2 else None
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -122,7 +135,7 @@ def find_writers(model: PreTrainedModel) -> WriterPlan:
     """
     if model not in _plans:
         try:
-            proof = proof_of(model.config)
+            proof = proof_of(plain_config(model.config))
             _plans[model] = plan_for(model, proof.plan, proof.decoder)
         except UnsupportedArchitectureError:
             if any(parameter.is_meta for parameter in model.parameters()):

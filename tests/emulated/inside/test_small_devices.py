@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import abliterate
 from abliterate import precision
 from abliterate.direction import save_direction
 from abliterate.errors import UsageError
+from abliterate.inference.forward import Batch, for_each_batch, last_logits
 from abliterate.inference.logit_lens import logit_lens
+from abliterate.inference.token_batches import TokenBudget, budget_record
 from abliterate.models.loading import pick_device
 
 _WEIGHTS = 9_000_000  # of the demo model in float32
@@ -34,6 +37,52 @@ def test_batches_shrink_until_they_fit(on_cpu: Path, tmp_path: Path) -> None:
     assert state.forwards > 2 + 2  # the trial of padding, and a batch of each kind
     difference = _directions(run) - _directions(on_cpu)
     assert difference.norm() <= 1e-5 * _directions(on_cpu).norm()
+
+
+def test_batches_are_as_large_as_what_is_free_has_room_for(tiny: Callable[..., Path]) -> None:
+    """By what the first of them takes, not by a constant; nothing runs out."""
+    prompts = [[(7 * row + at) % 500 + 3 for at in range(40)] for row in range(250)]
+    largest = {}
+    precision._computes_float64.cache_clear()
+    for memory in (16_000_000, 160_000_000):
+        with accelerator.accelerator(float64=False, memory=memory) as state:
+            model = abliterate.load_model(str(tiny("llama")), "emu", "float32").model
+            sizes: list[int] = []
+
+            def run(batch: Batch, model=model, sizes=sizes) -> None:
+                sizes.append(batch.input_ids.numel())
+                last_logits(model, batch)
+
+            with torch.inference_mode():
+                for_each_batch(model, prompts, run)
+            assert state.refused == 0
+            assert state.peak <= memory
+            assert sum(sizes) == 250 * 40
+            assert sizes[0] <= 4096
+            largest[memory] = max(sizes)
+            assert budget_record(model) == {"batch_tokens": max(sizes)}
+    assert largest[16_000_000] < 4096 < largest[160_000_000]
+
+
+def test_a_budget_is_a_share_of_what_is_free_by_what_a_token_takes() -> None:
+    with accelerator.accelerator(memory=10_000_000):
+        device = torch.device("emu")
+        held = torch.zeros(500_000, device="emu")  # 2 MB are taken, 8 MB are free
+        budget = TokenBudget(device, measure=True)
+        assert budget.tokens == 4096
+
+        def run(each: int) -> None:
+            torch.zeros(100 * each, dtype=torch.uint8, device="emu")
+
+        for each, tokens in ((1000, 4096), (100, 4096), (2000, 2048)):  # never more than was known
+            assert budget.try_batch(lambda each=each: run(each), 2, 100, lambda: "")
+            assert budget.tokens == tokens, each
+        assert budget.largest == 100
+        assert not budget.try_batch(lambda: run(1_000_000), 2, 100, lambda: "")
+        assert budget.tokens == 50  # and what it has learned is not believed any more
+        assert TokenBudget(device, 8, measure=True).rows == 8
+        assert TokenBudget(device).tokens == 32768  # nobody measures
+        assert held.device.type == "emu"
 
 
 def test_what_does_not_fit_is_streamed(on_cpu: Path, tmp_path: Path, capfd) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from on_device import MODEL, accelerator, on_device
 
 import abliterate
 from abliterate.inference import interventions
+from abliterate.inference.forward import capture_resid_pre, left_pad
 from abliterate.inference.generation import greedy_answers
 from abliterate.models.loading import LoadedModel, load_model
 from abliterate.prompts.chat_template import ChatFormat, encode
@@ -79,6 +81,63 @@ def test_answers_end_where_they_end_on_the_cpu() -> None:
             found = greedy_answers(loaded, ids, limit, on_answer=heard.__setitem__)
             assert found == greedy_answers(on_cpu, ids, limit)
             assert heard == dict(enumerate(found))
+
+
+@pytest.mark.parametrize("change", ["ablate", "add", "captured"])
+def test_hooks_make_one_tensor_of_the_streams_size_at_most_and_none_wider(change: str) -> None:
+    """In bfloat16, the stream is nowhere copied to float32 by this tool's code."""
+    with _loaded("bfloat16", float64=False) as (loaded, state):
+        model = loaded.model
+        vector = torch.randn(128, generator=torch.Generator().manual_seed(1))
+        ids = torch.arange(3, 3 + 2 * 16, device="emu").view(2, 16)
+        hooked: dict[str, Any] = {
+            "ablate": lambda: abliterate.ablate(model, vector),
+            "add": lambda: abliterate.add(model, vector, 3),
+            "captured": lambda: capture_resid_pre(model, [-2, -1]),
+        }
+        with torch.inference_mode(), hooked[change]():
+            model(ids)  # what is moved to the device once
+            state.made = []
+            model(ids)
+        made, state.made = state.made, None
+        stream = ids.numel() * 128
+        library = [one for one in made if one.package == "transformers" and one.numel >= stream]
+        assert len(library) > 50  # all that is made is seen
+        assert any(one.dtype == torch.float32 for one in library)  # its norms compute so
+        ours = [one for one in made if one.package == "abliterate"]
+        assert ours or change == "ablate"
+        assert {one.dtype for one in ours} <= {torch.bfloat16, torch.long}
+        large = Counter(one.where for one in ours if one.numel >= stream)
+        # The embedding's output is overwritten; what attention and MLPs give may be someone else's.
+        assert sum(large.values()) == {"ablate": 2 * 8, "add": 1, "captured": 0}[change], large
+
+
+def test_a_direction_a_row_takes_one_tensor_of_the_streams_size() -> None:
+    """And so does an output that belongs to someone else, which must not be overwritten."""
+    with accelerator.accelerator(float64=False) as state:
+        written = torch.randn(4, 8, 64, device="emu", dtype=torch.bfloat16)
+        units = torch.nn.functional.normalize(torch.randn(4, 64, device="emu"), dim=1).bfloat16()
+        for one_each, inplace, expected in (
+            (units[0], False, 1), (units, False, 1), (units[0], True, 0), (units, True, 0),
+        ):  # fmt: skip
+            state.made = []
+            interventions.project_out(written, one_each, inplace)
+            large = [one for one in state.made if one.numel >= written.numel()]
+            assert len(large) == expected, large
+            assert {one.dtype for one in state.made} == {torch.bfloat16}
+
+
+def test_what_comes_from_the_host_is_pinned_and_not_waited_for() -> None:
+    with _loaded() as (loaded, state):
+        ids = encode(loaded.tokenizer, _TEXTS, ChatFormat())
+        state.pinned = state.pageable = 0
+        state.waits.clear()
+        batch = left_pad(loaded.model, ids, range(3))
+        assert state.pinned == 3 * batch.input_ids.numel() * 8
+        assert state.pageable == 0
+        assert not state.waits
+        assert str(batch.input_ids.device) == "emu:0"
+        assert batch.input_ids.cpu()[0, -len(ids[0]) :].tolist() == list(ids[0])
 
 
 @pytest.mark.parametrize("change", ["ablate", "add"])
