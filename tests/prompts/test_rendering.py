@@ -424,6 +424,14 @@ def test_the_runs_date_is_told_in_every_stage(
         assert result.json["settings"]["chat"]["date"] == "2020-02-03"
     line = fails("select", run, *OPEN, "--date", "2021-01-01", code=3)
     assert "--date was '2020-02-03' and is '2021-01-01'" in line
+    for asking in (
+        "{{ strftime_now('%d.%m.%y') }}",
+        "{% if date_string %}{{ date_string }}{% endif %}",
+    ):
+        record = extracted(
+            model(asking + each(), str(len(asking))), "--date", "2020-02-03", into="one"
+        )
+        assert record["rendering"]["prompt"][:11] in ("03.02.20<|s", "03 Feb 2020")
     told = extracted(folder, "--template-arg", "date_string=May 1")["rendering"]["prompt"]
     assert told.startswith(f"Today: {today} May 1\n")
     for wrong in ("2020-2-3", "20200203", "today", "2020-13-01"):

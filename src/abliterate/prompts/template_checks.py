@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from abliterate.console import log
 from abliterate.errors import CheckpointError, UsageError
@@ -35,6 +34,8 @@ _MARK = "umber913"
 _SWITCHES = re.compile(r"/(?:no_?)?think\b")
 # What every template is given, whoever asks.
 _GIVEN = {"messages", "add_generation_prompt"}
+# Arguments that do something whatever the template reads.
+_STEERING = {"chat_template", "add_generation_prompt", "continue_final_message"}
 # Worded alike wherever a template cannot be used.
 OTHER_TEMPLATE = "give another one with --template FILE, or --template plain"
 
@@ -158,7 +159,9 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-_known: WeakKeyDictionary[Any, dict[str, Wrapping]] = WeakKeyDictionary()
+# What was found, by all that it depends on: a stage reads the same tokenizer more than once.
+_known: dict[str, Wrapping] = {}
+_MOST_KNOWN = 256
 
 
 def find_wrapping(template: Template, several: bool = False) -> Wrapping:
@@ -172,10 +175,8 @@ def find_wrapping(template: Template, several: bool = False) -> Wrapping:
         CheckpointError: the template fails, or loses or changes text; the message says which.
         UsageError: it never reads one of its arguments.
     """
-    found = _known.setdefault(template.tokenizer, {})
-    about = (str(getattr(template.tokenizer, "chat_template", None)), template.system, several)
-    key = json.dumps([*about, template.date, template.arguments], default=str, sort_keys=True)
-    if key not in found:
+    key = _key(template, several)
+    if key not in _known:
         check_arguments(template)
         wrapping = _find(template)
         if several:
@@ -183,8 +184,21 @@ def find_wrapping(template: Template, several: bool = False) -> Wrapping:
         else:
             _check_system(template, wrapping)
             _note(template, wrapping)
-        found[key] = wrapping
-    return found[key]
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = wrapping
+    return _known[key]
+
+
+def _key(template: Template, several: bool) -> str:
+    tokenizer = template.tokenizer
+    about = [
+        repr(type(tokenizer)),
+        *(getattr(tokenizer, name, None) for name in ("name_or_path", "chat_template")),
+        getattr(tokenizer, "special_tokens_map", None),
+        *(template.arguments, template.date, template.system, several),
+    ]
+    return json.dumps(about, default=str, sort_keys=True)
 
 
 def check_arguments(template: Template) -> None:
@@ -193,16 +207,10 @@ def check_arguments(template: Template) -> None:
     Raises:
         UsageError: naming those that it does read.
     """
-    import inspect
-
-    from transformers import PreTrainedTokenizerBase
-
     names = template.names() if template.arguments else None
     if names is None:
         return
-    own = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
-    own -= {"tools", "documents", "self", "kwargs", "conversation"}
-    unread = next((name for name in template.arguments if name not in names | own), None)
+    unread = next((name for name in template.arguments if name not in names | _STEERING), None)
     if unread is None:
         return
     usual = {*template.tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *_GIVEN, CLOCK}

@@ -87,18 +87,21 @@ def _tell_date(renderer: ModuleType, request: Mapping[str, Any]) -> None:
 
 @lru_cache(maxsize=8)
 def _names(renderer: ModuleType, template: str) -> dict[str, Any]:
-    """The variables that a template reads from outside, less what the library's templates have."""
-    from jinja2 import meta
+    """The variables that a template reads from outside, and the clock if it reads that.
+
+    Functions that the library gives to every template are not among them.
+    """
+    from jinja2 import meta, nodes
 
     try:
-        environment = renderer._compile_jinja_template(template).environment
-        found = meta.find_undeclared_variables(environment.parse(template))
+        parsed = renderer._compile_jinja_template(template).environment.parse(template)
+        found = meta.find_undeclared_variables(parsed)
+        found |= {CLOCK} & {name.name for name in parsed.find_all(nodes.Name)}
     except MemoryError:
         return {"limit": "takes too much memory"}
     except BaseException as error:
         return {"error": type(error).__name__, "message": str(error)[:_SHOWN]}
-    known = {*environment.globals} - {CLOCK}
-    return {"names": sorted(found - known)}
+    return {"names": sorted(found)}
 
 
 def find_renderer(library: str) -> ModuleType:
