@@ -22,7 +22,7 @@ SHORT = ("--n-test", "2", "--max-new-tokens", "2")
 # What names an experiment. A change of this list is a decision: see abliterate.settings.
 RECORDED = {
     "model": {"revision", "attn_implementation", "dtype", "load_in", "seed"},
-    "chat": {"system", "template_kwargs", "response_prefix"},
+    "chat": {"system", "template_kwargs", "template_args", "template", "date", "response_prefix"},
     "extract": {"harmful", "harmless", "n_train", "positions", "filter", "refusal_tokens"},
 }
 
@@ -83,6 +83,7 @@ def test_the_settings_that_a_record_may_decide_are_these() -> None:
 def test_what_names_the_experiment_is_taken_and_what_grants_is_not(tampered, cli, tmp_path) -> None:
     def change(record: dict[str, Any]) -> None:
         settings = record["settings"]
+        del record["rendering"]  # which is of the settings as they were
         settings["chat"] |= {"system": "Be brief.", "response_prefix": "Well, "}
         settings["model"] |= {"seed": 5, "dtype": "float64", "batch_size": 2, "device": "meta"}
         settings["model"] |= {"offload": True, "activation_memory": "1MB", "device_map": "auto"}

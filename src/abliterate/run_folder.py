@@ -49,6 +49,15 @@ class Session:
         return self.load(self.checkpoint)
 
     @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, which is read sooner than the model."""
+        if "loaded" in self.__dict__:
+            return self.loaded.tokenizer
+        from abliterate.models.loading import load_tokenizer
+
+        return load_tokenizer(self.checkpoint, self.settings.model.trust_remote_code)
+
+    @cached_property
     def ranks(self) -> RankGroup:
         from abliterate.distributed.rank_group import join_ranks
 
@@ -128,7 +137,16 @@ class Session:
     @property
     def chat(self) -> ChatFormat:
         chat = self.settings.chat
-        return ChatFormat(chat.system, chat.template_kwargs, chat.response_prefix)
+        return ChatFormat(
+            chat.system, chat.arguments, chat.response_prefix, chat.template, chat.date
+        )
+
+    def set_date(self, date: str) -> None:
+        """From now on templates that ask for the date are told this one, and records hold it."""
+        chat = self.settings.chat.model_copy(update={"date": date})
+        # The one thing that is found out late: the first stage of a run sets it, once.
+        settings = self.settings.model_copy(update={"chat": chat})
+        object.__setattr__(self, "settings", settings)
 
     def draw(
         self,

@@ -57,6 +57,13 @@ class _Selection(_Part):
     refusal_tokens: list[_Token] = Field(min_length=1)
 
 
+class _Rendering(_Part):
+    prompt: str
+    template: str
+    hash: str
+    date: str | None
+
+
 class _Extract(_Selection):
     """What later stages use of ``extract.json``."""
 
@@ -66,6 +73,7 @@ class _Extract(_Selection):
     settings: dict[str, JsonValue]
     inputs: str
     outputs: dict[str, str]
+    rendering: _Rendering | None = None
 
 
 def read_extract(run: Path) -> dict[str, Any]:

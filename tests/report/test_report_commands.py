@@ -27,7 +27,8 @@ EVERY: dict[str, dict[str, Any]] = {
     },
     "chat": {
         "system": "-- 'quoted' & $HOME", "template_kwargs": {"enable_thinking": False, "n": [1]},
-        "response_prefix": "-sure,\nhere",
+        "response_prefix": "-sure,\nhere", "template_args": ("enable_thinking=false", "x=-1"),
+        "template": "{{ messages[0]['content'] }}\n", "date": "2025-02-03",
     },
     "extract": {
         "harmful": "a b.csv[text]", "harmless": "-mine.txt", "n_train": 64,
@@ -58,7 +59,10 @@ EVERY: dict[str, dict[str, Any]] = {
 ALL = load_settings(options=EVERY)
 # What no command line gives back: placeholders, and what does not shape the result.
 GRANTS = {"judge_url": "JUDGE_URL", "tasks_dir": "TASKS_DIR"}
-NAMES = {"template_kwargs": "chat_template_kwargs", "refusal_tokens": "refusal_token"}
+NAMES = {
+    "template_kwargs": "chat_template_kwargs", "refusal_tokens": "refusal_token",
+    "template_args": "template_arg",
+}  # fmt: skip
 MODEL = {"id": "org/model", "revision": "abc123"}
 DIRECTION = {"sha256": "sha256:12", "position": -1, "layer": 3, "norm": 1.0}
 
@@ -119,7 +123,7 @@ def _given(parsed: dict[str, Any], table: str) -> dict[str, Any]:
     found = {}
     for key in EVERY[table]:
         value = parsed.get(NAMES.get(key, key))
-        if value is not None:
+        if value not in (None, ()):  # of a repeatable option
             found[key] = json.loads(value) if key == "template_kwargs" else value
     return {key: tuple(v) if isinstance(v, list) else v for key, v in found.items()}
 

@@ -35,6 +35,7 @@ from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.suffixes import Marked, Marker, Span
 from abliterate.run_folder import TRACE, Session
 from abliterate.run_records import read_used, used_prompts
+from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
 
 TRACE_STAGE = Stage("trace", TRACE, sections=frozenset({"model", "chat"}), reads_only=True)
@@ -69,6 +70,7 @@ def trace_stage(session: Session, run: Path, request: TraceRequest) -> dict[str,
     with TRACE_STAGE.open(session, run) as stage:
         direction = load_direction(run)
         texts, sources = _prompts(session, run, request)
+        settle_rendering(session, run, extracted_of(session, run))
         stage.start_clock()
         loaded = session.load_in_memory()
         prompts = _marked_prompts(session, Marker(loaded.tokenizer, session.chat), texts, request)

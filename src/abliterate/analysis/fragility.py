@@ -29,6 +29,7 @@ from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import Session, prompt_keys, prompt_sources, token_records
 from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
+from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
 from abliterate.storage.artifacts import hash_file
 
@@ -182,6 +183,7 @@ def fragility_stage(
         chosen = session.settings.evaluate
         sources = prompt_sources(session.settings, chosen.harmful, chosen.harmless)
         prompts = session.draw(sources, "test", n_test, "--n-test", used_prompts(records))
+        settle_rendering(session, run, extracted_of(session, run))
         loaded, batch_size = session.load_in_memory(), session.settings.model.batch_size
         tokens = _refusal_tokens(session, loaded, prompts, records)
         stage.start_clock()

@@ -22,6 +22,7 @@ from abliterate.inference.logit_lens import Promoted, extremes, logit_lens
 from abliterate.metrics.geometry import Geometry, measure
 from abliterate.run_folder import ACTIVATIONS, DIRECTIONS, EXTRACT, INSPECT, Session
 from abliterate.run_records import read_extract
+from abliterate.run_rendering import settle_rendering
 from abliterate.run_stage import Stage
 from abliterate.storage.artifacts import hash_file
 
@@ -66,6 +67,7 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
     """
     with INSPECT_STAGE.open(session, run) as stage:
         extracted = read_extract(run)
+        settle_rendering(session, run, extracted)
         materials = _materials(run, extracted, position)
         geometry, notes = _geometry(materials)
         lens, problem = _lens(session, materials)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -188,6 +189,16 @@ def _loop(lines: Iterator[str], line: Callable[[str], bool], forgiving: bool) ->
             print_error(str(error))
 
 
+def _format_of(run: Path) -> dict[str, dict[str, Any]]:
+    """How ``extract`` formatted prompts, if ``run`` is a run folder with its record."""
+    from abliterate.run_folder import EXTRACT
+    from abliterate.run_records import read_extract, recorded_settings
+
+    if not (run / EXTRACT).is_file():
+        return {}
+    return {"chat": recorded_settings(run, read_extract(run))["chat"]}
+
+
 @opt.command()
 def chat(
     *,
@@ -228,9 +239,12 @@ def chat(
 
     if direction is not None:
         find_direction(direction)
+        settings = load_settings(config, given, _format_of(Path(direction)))
     session = open_session(model, settings)
     from abliterate.inference.dialogue import Conversation, Decoding, Steering
+    from abliterate.run_rendering import settle_rendering
 
+    settle_rendering(session, several=True)
     decoding = Decoding(settings.evaluate.max_new_tokens, temperature, settings.model.seed)
     vector = None if direction is None else load_direction(direction)
 

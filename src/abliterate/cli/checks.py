@@ -54,7 +54,7 @@ def verify(
     vector = load_direction(direction)
     from abliterate.checkpoints.shards import read_shards
     from abliterate.offload import OpenOptions, choose_opener
-    from abliterate.prompts.chat_template import ChatFormat, encode
+    from abliterate.prompts.chat_template import encode_somehow
     from abliterate.prompts.sampling import load_prompts
     from abliterate.verification import leak_bound, measure_leak
     from abliterate.verification import verify as check
@@ -76,7 +76,7 @@ def verify(
         ]
         result = replace(
             result,
-            leak=measure_leak(loaded, vector, encode(loaded.tokenizer, texts, ChatFormat())),
+            leak=measure_leak(loaded, vector, encode_somehow(loaded.tokenizer, texts)),
             leak_bound=leak_bound(read_shards(checkpoint.folder)),
         )
     if as_json:

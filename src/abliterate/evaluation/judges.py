@@ -16,6 +16,7 @@ from abliterate.console import debugging, hide, redact
 from abliterate.errors import CheckpointError, UsageError, one_line
 from abliterate.extras import import_extra
 from abliterate.prompts.special_tokens import SpelledOut
+from abliterate.prompts.template_checks import as_parts
 from abliterate.prompts.template_process import TemplateError, render_conversations
 from abliterate.settings import Settings, public_url
 
@@ -321,7 +322,7 @@ def _guard_text(tokenizer: Any, prompt: str, response: str) -> str:
     Llama Guard 1 and 2 take texts, 3-1B and 4 take lists of parts: whatever keeps the answer.
     """
     failure = "it has no chat template"
-    for wrap in (str, _parts):
+    for wrap in (str, as_parts):
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": wrap(prompt)},
             {"role": "assistant", "content": wrap(response)},
@@ -338,10 +339,6 @@ def _guard_text(tokenizer: Any, prompt: str, response: str) -> str:
         f"--judge {tokenizer.name_or_path}: its chat template cannot ask about an answer "
         f"({failure}): give a Llama Guard checkpoint"
     )
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
 
 
 def _short(error: BaseException) -> str:

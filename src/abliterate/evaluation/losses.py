@@ -17,7 +17,7 @@ from abliterate.inference.forward import Batch, for_each_batch, last_logits
 from abliterate.inference.in_memory import engine_of
 from abliterate.models.loading import LoadedModel
 from abliterate.precision import widened
-from abliterate.prompts.chat_template import ChatFormat, render
+from abliterate.prompts.chat_template import ChatFormat, render, tokenize
 from abliterate.prompts.corpora import Corpus, Example
 
 # Logits of this many tokens are turned to log-probabilities at once: they are wide.
@@ -53,7 +53,7 @@ class Loss:
         }
 
 
-def tokenize(
+def tokenize_example(
     tokenizer: Any, example: Example, chat: ChatFormat, max_tokens: int
 ) -> tuple[list[int], int]:
     """Token ids of an example, and how many of them come before what is measured.
@@ -65,8 +65,8 @@ def tokenize(
         ids = list(tokenizer(example.text, truncation=True, max_length=max_tokens)["input_ids"])
         return ids, 1
     before = render(tokenizer, example.instruction, chat)
-    both = tokenizer([before, before + example.text], add_special_tokens=False)["input_ids"]
-    ids = list(both[1])
+    both = tokenize(tokenizer, [before, before + example.text], chat)
+    ids = both[1]
     # A token that spans the border belongs to the answer.
     shared = 0
     while shared < min(len(both[0]), len(ids)) and both[0][shared] == ids[shared]:
@@ -100,7 +100,7 @@ def measure_loss(
         UsageError: the model's weights are not in memory.
     """
     chat = chat or ChatFormat()
-    rows = [tokenize(loaded.tokenizer, e, chat, max_tokens) for e in corpus.examples]
+    rows = [tokenize_example(loaded.tokenizer, e, chat, max_tokens) for e in corpus.examples]
     rows = [(ids, start) for ids, start in rows if len(ids) > start]
     if not rows:
         raise InputError(f"corpus {corpus.name} ({corpus.source}) has no text of two tokens")

@@ -18,6 +18,7 @@ from abliterate.evaluation.measurements import MEASURED, Measurements, is_memo
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
 from abliterate.models.loading import Checkpoint
 from abliterate.run_folder import COMPLETIONS, EVALUATION, Session
+from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
 from abliterate.storage.guarded_files import check_folder, remove_temporaries
 from abliterate.storage.ownership import claim
@@ -58,9 +59,12 @@ def evaluate_stage(
         if out is not None:
             stage.ranks.run_on_main(lambda: _claim_completions(out, rows))
         inputs = read_inputs(session, direction, rows, edited, run)
-        stage.depends_on(inputs.summary(session), _completion_files(session, out, rows))
+        summary, files = inputs.summary(session), _completion_files(session, out, rows)
+        stage.depends_on(summary, files)
         if reuse and (done := stage.finished()) and not done["judge_failures"]:
             return done
+        settle_rendering(session, run, extracted_of(session, run))
+        stage.depends_on(summary, files)  # the date may have been open
         if session.opener.limits:
             log.info("%s", session.opener.limits)
         tasks = _find_tasks(session, inputs)

@@ -19,7 +19,7 @@ from abliterate.inference.interventions import ablate, add, unit_direction
 from abliterate.models.embedding_rows import require_token
 from abliterate.models.loading import LoadedModel
 from abliterate.models.model_classes import text_config
-from abliterate.prompts.chat_template import ChatFormat, render_turns
+from abliterate.prompts.chat_template import ChatFormat, check_format, render_turns, tokenize
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 
@@ -146,12 +146,15 @@ class Conversation:
             yield
 
     def check(self) -> None:
-        """Refuse a direction that does not fit before anything is said.
+        """Refuse what would go wrong before anything is said.
 
         Raises:
+            CheckpointError: the chat template fails, or loses turns of a conversation.
             InputError: its size or layer is another model's.
             UnsupportedArchitectureError: the model's writers are not known.
+            UsageError: an option has no effect on what the template writes.
         """
+        check_format(self.loaded.tokenizer, self.chat, several=True)
         if self.direction is None:
             return
         model = self.loaded.model
@@ -162,7 +165,7 @@ class Conversation:
 
     def _prompt(self, turns: list[dict[str, str]]) -> torch.Tensor:
         rendered = render_turns(self.loaded.tokenizer, turns, self.chat)
-        ids = self.loaded.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        (ids,) = tokenize(self.loaded.tokenizer, [rendered], self.chat)
         if ids:
             require_token(self.loaded.model, max(ids), "the conversation")
         device = self.loaded.model.get_input_embeddings().weight.device

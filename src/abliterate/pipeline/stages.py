@@ -41,6 +41,7 @@ from abliterate.run_folder import (
     token_records,
 )
 from abliterate.run_records import read_extract, used_prompts
+from abliterate.run_rendering import describe_rendering, settle_rendering, take_date
 from abliterate.run_stage import OpenStage, Stage
 from abliterate.selection.candidate_filters import Score
 from abliterate.selection.score_table import load_partial, save_partial, score_record
@@ -92,12 +93,18 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
         sources = {"harmful": settings.harmful, "harmless": settings.harmless}
         prompts = session.draw(sources, "train", settings.n_train, "--n-train")
         names = [DIRECTIONS, *([ACTIVATIONS] if settings.save_activations else [])]
-        stage.depends_on(
-            {"settings": settings.model_dump(), "prompts": prompt_keys(prompts, keep_text=True)},
-            {name: run / name for name in names},
-        )
-        if reuse and (done := stage.finished()):
-            return done
+        inputs = {
+            "settings": settings.model_dump(),
+            "prompts": prompt_keys(prompts, keep_text=True),
+        }
+        outputs = {name: run / name for name in names}
+        if reuse:
+            take_date(session, run)
+            stage.depends_on(inputs, outputs)
+            if done := stage.finished():
+                return done
+        settle_rendering(session)
+        stage.depends_on(inputs, outputs)
         _ = session.loaded  # whose loading does not count
         stage.start_clock()
         result, kept = _extract(session, run, prompts)
@@ -152,6 +159,7 @@ def _extract_record(
         "refusal_tokens": token_records(loaded.tokenizer, result.refusal_tokens),
         "counts": {kind: {"given": len(flags), "used": sum(flags)} for kind, flags in used.items()},
         "prompts": prompt_keys(prompts),
+        "rendering": describe_rendering(session),
     }
     if kept is not None:
         record["activations"] = {
@@ -210,17 +218,18 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
         used = used_prompts([extracted])  # by extraction
         prompts = session.draw(sources, "val", settings.n_val, "--n-val", used)
-        stage.depends_on(
-            {
-                "settings": settings.model_dump(),
-                "prompts": prompt_keys(prompts, keep_text=True),
-                "directions": main(lambda: _hash_if_there(run / DIRECTIONS)),
-                "refusal_tokens": extracted["refusal_tokens"],
-            },
-            {FILE_NAME: run / FILE_NAME},
-        )
+        inputs = {
+            "settings": settings.model_dump(),
+            "prompts": prompt_keys(prompts, keep_text=True),
+            "directions": main(lambda: _hash_if_there(run / DIRECTIONS)),
+            "refusal_tokens": extracted["refusal_tokens"],
+        }
+        outputs = {FILE_NAME: run / FILE_NAME}
+        stage.depends_on(inputs, outputs)
         if reuse and (done := stage.finished()):
             return done
+        settle_rendering(session, run, extracted)
+        stage.depends_on(inputs, outputs)  # the date may have been open
         extraction = main(lambda: Extraction.load(run / DIRECTIONS, extracted))
         search = _PartialScores(stage, run / PARTIAL, extracted["n_layers"])
         _check_refusal_tokens(session, extraction, run)

@@ -52,6 +52,7 @@ def render_conversations(
     conversations: Sequence[Conversation],
     add_generation_prompt: bool,
     template_kwargs: Mapping[str, Any],
+    date: str | None = None,
 ) -> list[str]:
     """What ``tokenizer.apply_chat_template(..., tokenize=False)`` gives for each conversation.
 
@@ -60,16 +61,15 @@ def render_conversations(
         conversations: messages, each with its role and content.
         add_generation_prompt: end with what the assistant's answer starts after.
         template_kwargs: further variables and arguments, as ``apply_chat_template`` takes them.
+        date: the day, as ``YYYY-MM-DD``, that a template is told that asks for one, also as its
+            ``date_string``; None for the machine's. Code that a tokenizer brings asks the machine.
 
     Raises:
         TemplateError: the template fails.
         TemplateLimitError: it takes too long, or too much memory, or writes too much.
     """
-    from transformers import PreTrainedTokenizerBase
-
     options = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
-    plain = PreTrainedTokenizerBase.apply_chat_template
-    if getattr(type(tokenizer), "apply_chat_template", None) is not plain:
+    if _has_own_code(tokenizer):
         # Code of a library or of a checkpoint that was trusted, instead of a template.
         try:
             return [
@@ -79,17 +79,55 @@ def render_conversations(
         except Exception as error:  # whatever that code raises
             raise TemplateError(_short(str(error), type(error).__name__)) from None
     try:
-        request = _request(tokenizer, plain, options)
+        request = _request(tokenizer, options) | {"date": date}
         messages = [_messages(each) for each in conversations]
         body = json.dumps(request | {"conversations": messages}, default=_placeholder)
     except Exception as error:  # arguments that contradict each other, a template that is not there
         raise TemplateError(_short(str(error), type(error).__name__)) from None
+    return [str(text) for text in _run(tokenizer, body, len(messages), "text")]
+
+
+def template_names(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> frozenset[str] | None:
+    """The variables that the template reads, or None where that is not known.
+
+    Those that every template gets (``messages``, ``tools``, special tokens, ...) are among them.
+
+    Raises:
+        TemplateLimitError: the template takes too long to read, or too much memory.
+    """
+    if _has_own_code(tokenizer):
+        return None
     try:
-        return _rendering.run(body, len(messages))
+        request = _request(tokenizer, template_kwargs)
+        body = json.dumps({"template": request["template"], "conversations": None})
+        return frozenset(*_run(tokenizer, body, 1, "names"))
+    except TemplateLimitError:
+        raise
+    except Exception:  # it does not compile, which rendering tells better
+        return None
+
+
+def template_text(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str:
+    """The template that renders, of several the chosen one; of a tokenizer with code, its name."""
+    if _has_own_code(tokenizer):
+        return f"{type(tokenizer).__name__} {getattr(tokenizer, 'chat_template', None)}"
+    return str(_request(tokenizer, template_kwargs)["template"])
+
+
+def _has_own_code(tokenizer: Any) -> bool:
+    from transformers import PreTrainedTokenizerBase
+
+    plain = PreTrainedTokenizerBase.apply_chat_template
+    return getattr(type(tokenizer), "apply_chat_template", None) is not plain
+
+
+def _run(tokenizer: Any, body: str, count: int, wanted: str) -> list[Any]:
+    try:
+        return _rendering.run(body, count, wanted)
     except TemplateLimitError as error:
         raise TemplateLimitError(
             f"the chat template of {tokenizer.name_or_path} {error}: give the checkpoint another "
-            "chat_template.jinja"
+            "chat_template.jinja, or --template FILE"
         ) from None
 
 
@@ -98,8 +136,11 @@ def start_rendering() -> None:
     _rendering.start()
 
 
-def _request(tokenizer: Any, plain: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _request(tokenizer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Everything but the conversations, as ``apply_chat_template`` itself would pass it on."""
+    from transformers import PreTrainedTokenizerBase
+
+    plain = PreTrainedTokenizerBase.apply_chat_template
     bound = inspect.signature(plain).bind(tokenizer, [], tokenize=False, **options).arguments
     for name in ("sanitize_control_tokens", "return_assistant_tokens_mask"):
         if bound.get(name):
@@ -158,25 +199,25 @@ class _Worker:
         library = str(Path(next(iter(transformers.__path__))))
         self._send(json.dumps({"path": sys.path, "library": library}))
 
-    def render(self, body: str, count: int) -> list[str]:
-        """Send a request of so many conversations and await its replies."""
+    def render(self, body: str, count: int, wanted: str) -> list[Any]:
+        """Send a request and await so many replies; returns what each of them holds as wanted."""
         if not self.ready:
             self._wait(_START_SECONDS)
             self.ready = True
         self.credit += MORE_SECONDS * count
         bounds = {"longest": LONGEST, "most": MOST, "times": TIMES, "seconds": self.credit + 10}
         self._send(json.dumps(bounds)[:-1] + ", " + body[1:])
-        texts: list[str] = []
-        while len(texts) < count:
+        found: list[Any] = []
+        while len(found) < count:
             seconds = min(SECONDS, self.credit)
             reply, left = self._wait(seconds)
             self.credit -= seconds - left
             if "limit" in reply:
                 raise TemplateLimitError(str(reply["limit"]))
-            if "text" not in reply:
+            if wanted not in reply:
                 raise TemplateError(_short(reply["message"], reply["error"]))
-            texts.append(reply["text"])
-        return texts
+            found.append(reply[wanted])
+        return found
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -252,13 +293,13 @@ class _Rendering:
         with self._lock:
             self._get()
 
-    def run(self, body: str, count: int) -> list[str]:
+    def run(self, body: str, count: int, wanted: str) -> list[Any]:
         with self._lock:
             worker, done = self._get(), False
             try:
-                texts = worker.render(body, count)
+                found = worker.render(body, count, wanted)
                 done = True
-                return texts
+                return found
             except TemplateError:
                 done = True  # it said so itself, and waits for the next request
                 raise

@@ -28,11 +28,15 @@ from pydantic import (
 from abliterate.settings.marks import Granted, Option, Recorded
 from abliterate.settings.values import (
     check_attention,
+    check_assignments,
     check_batch_size,
+    check_date,
     check_memory,
     check_revision,
+    parse_assignment,
     parse_json_object,
     public_url,
+    read_template,
     well_formed,
 )
 
@@ -206,11 +210,48 @@ class ChatSettings(_Section):
             "--chat-template-kwargs",
         ),
     ] = Field(default_factory=dict)
+    template_args: Annotated[
+        tuple[str, ...],
+        AfterValidator(check_assignments),
+        Recorded(),
+        Option(
+            "A chat template variable as NAME=VALUE, the value JSON or text; repeatable.",
+            _CHAT,
+            (*_STAGES, "chat"),
+            "--template-arg",
+        ),
+    ] = ()
+    template: Annotated[
+        str | None,
+        BeforeValidator(read_template),
+        Recorded(),
+        Option(
+            "Instead of the checkpoint's chat template: plain (the text as it is, for base models) "
+            "or a file.",
+            _CHAT,
+            (*_STAGES, "chat", "inspect", "trace", "fragility"),
+        ),
+    ] = None
+    date: Annotated[
+        str | None,
+        AfterValidator(check_date),
+        Recorded(),
+        Option(
+            "Day (YYYY-MM-DD) for chat templates that ask for it. Default: the run's, else today.",
+            _CHAT,
+            (*_STAGES, "chat"),
+        ),
+    ] = None
     response_prefix: Annotated[
         str,
         Recorded(),
         Option("Text that the assistant's turn starts with.", _CHAT, (*_STAGES, "chat")),
     ] = ""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The variables of the chat template, however they were given."""
+        return {**self.template_kwargs, **dict(map(parse_assignment, self.template_args))}
 
 
 class ExtractSettings(_Section):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from pydantic import ValidationInfo
 
 
 def parse_json_object(value: Any) -> Any:
@@ -17,6 +21,79 @@ def parse_json_object(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not a JSON object ({error})") from None
+
+
+_LITERALS = {"True": True, "False": False, "None": None}
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Name and value of ``NAME=VALUE``: a JSON value or one of Python's constants, else a text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip().isidentifier():
+        raise ValueError("must be NAME=VALUE")
+    try:
+        return name.strip(), json.loads(value)
+    except (ValueError, RecursionError):
+        return name.strip(), _LITERALS.get(value.strip(), value)
+
+
+def check_assignments(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Each such as :func:`parse_assignment` reads; they stay as they were written."""
+    for value in values:
+        parse_assignment(value)
+    return values
+
+
+def check_date(value: str | None) -> str | None:
+    """A day as ``YYYY-MM-DD``."""
+    if value is None:
+        return None
+    try:
+        found = date.fromisoformat(value)
+    except ValueError:
+        found = None
+    if found is None or found.isoformat() != value:
+        raise ValueError("must be a day such as 2026-01-31")
+    return value
+
+
+#: The largest file that is read as a chat template.
+_TEMPLATE_BYTES = 1 << 20
+
+
+def read_template(value: Any, info: ValidationInfo) -> Any:
+    """``plain``, a chat template, or the text of the file that holds one.
+
+    Of a record (``json``) no file is read: it holds the text itself.
+    """
+    if not isinstance(value, str) or value == "plain" or _is_template(value):
+        return value
+    if info.mode == "json":
+        raise ValueError("must be plain or the text of a chat template")
+    path = Path(value).expanduser()
+    try:
+        if not path.is_file():
+            raise ValueError("must be plain or the file of a chat template")
+        with path.open("rb") as file:
+            text = file.read(_TEMPLATE_BYTES + 1)
+        if len(text) > _TEMPLATE_BYTES:
+            raise ValueError("must be a chat template, and no larger than 1 MiB")
+        found = text.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("must be a chat template in UTF-8") from None
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    if not _is_template(found):
+        raise ValueError("must be a chat template, which writes {{ ... }} somewhere")
+    return found
+
+
+def _is_template(text: str) -> bool:
+    return re.search(r"\{\{|\{%", text) is not None
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
