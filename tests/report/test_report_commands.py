@@ -26,7 +26,7 @@ EVERY: dict[str, dict[str, Any]] = {
     },
     "chat": {
         "system": "-- 'quoted' & $HOME", "template_kwargs": {"enable_thinking": False, "n": [1]},
-        "response_prefix": "-sure,\nhere",
+        "response_prefix": "-sure,\nhere", "thinking": "whole", "max_thinking_tokens": 77,
     },
     "extract": {
         "harmful": "a b.csv[text]", "harmless": "-mine.txt", "n_train": 64,

@@ -24,6 +24,24 @@ TAGS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("<unused94>", "<unused95>"),  # MedGemma
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<longcat_think>", "</longcat_think>"),
+)
+# What the final channel of harmony opens with.
+FINAL = "<|channel|>final<|message|>"
+# Special tokens of harmony, which part its messages.
+HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>",
+           "<|constrain|>")  # fmt: skip
+# Marks around an answer that follows a thought; they are none of its words.
+_AROUND = (
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ("<|begin_of_solution|>", "<|end_of_solution|>"),
+    ("<response>", "</response>"),
+    ("<answer>", "</answer>"),
+)
+# Special tokens by which thought and answer are told apart: decoding must not drop them.
+MARKS = frozenset(
+    [mark for pair in (*TAGS, *_AROUND) for mark in pair] + ["<|channel>", "<|channel|>"]
 )
 _OPENING = re.compile(r"\s*(?:" + "|".join(re.escape(opening) for opening, _ in TAGS) + ")", re.I)
 _CLOSING = re.compile("|".join(re.escape(closing) for _, closing in TAGS), re.I)
@@ -75,7 +93,15 @@ def split_thought(text: str, begun: bool = False) -> Parts:
             return Parts("\n\n".join(filter(None, thoughts)), None)
     if not thoughts:
         return Parts(None, text)
-    return Parts("\n\n".join(filter(None, thoughts)), rest.strip())
+    return Parts("\n\n".join(filter(None, thoughts)), _bare(rest.strip()))
+
+
+def _bare(answer: str) -> str:
+    """An answer without the marks that some families put around it."""
+    for opening, closing in _AROUND:
+        if answer.startswith(opening):
+            return answer.removeprefix(opening).strip().removesuffix(closing).strip()
+    return answer
 
 
 def _cut(text: str, tag: str) -> tuple[str, bool, str]:

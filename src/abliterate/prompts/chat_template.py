@@ -13,6 +13,7 @@ from abliterate.prompts.template_process import (
     TemplateError,
     render_conversations,
 )
+from abliterate.prompts.thinking import Mode, find_thinking
 
 # User texts that differ in how they end, so that only the template's own tokens are common.
 _PROBES = ("a", "Z9", "x?", "end.", "(b)", "é", 'he said "no"', "count to 12", "tab;")
@@ -26,11 +27,16 @@ class ChatFormat:
         system: text of a system message, or None for the template's default.
         template_kwargs: further variables of the chat template (``{"enable_thinking": false}``).
         response_prefix: text that the assistant's turn starts with.
+        thinking: what is done about thoughts before the answer; None for what suits the template
+            (:mod:`abliterate.prompts.thinking`).
+        max_thinking_tokens: longest thought under ``skip``.
     """
 
     system: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     response_prefix: str = ""
+    thinking: Mode | None = None
+    max_thinking_tokens: int = 1024
 
 
 def render(tokenizer: Any, text: str, chat: ChatFormat) -> str:
@@ -59,19 +65,22 @@ def _render_all(tokenizer: Any, chats: Sequence[Conversation], chat: ChatFormat)
     for turns in chats:
         for turn in turns:
             well_formed(turn["content"], "the prompt")
-    system = []
+    thinking, system = find_thinking(tokenizer, chat), []
     if chat.system is not None:
         system = [{"role": "system", "content": well_formed(chat.system, "the system message")}]
     try:
         rendered = render_conversations(
-            tokenizer, [[*system, *turns] for turns in chats], True, chat.template_kwargs
+            tokenizer,
+            [[*system, *turns] for turns in chats],
+            True,
+            {**chat.template_kwargs, **thinking.variables},
         )
     except TemplateError as error:
         raise CheckpointError(
             f"the chat template of {tokenizer.name_or_path} fails ({error}): check --system and "
             "--chat-template-kwargs"
         ) from None
-    return [text + chat.response_prefix for text in rendered]
+    return [text + thinking.appended + chat.response_prefix for text in rendered]
 
 
 def encode(tokenizer: Any, texts: Sequence[str], chat: ChatFormat) -> list[list[int]]:
