@@ -104,6 +104,22 @@ def _bare(answer: str) -> str:
     return answer
 
 
+def opening_mark(text: str) -> str | None:
+    """The mark of a thought that a completion begins with; None if it begins with none."""
+    if (opening := _OPENING.match(text)) is not None:
+        return opening[0].strip()
+    channel = _CHANNEL.match(text.strip()) or _BARE_CHANNEL.match(text.strip())
+    return None if channel is None or channel[1] == "final" else f"the channel {channel[1]}"
+
+
+def closing_start(text: str) -> int:
+    """Where the last mark begins that ends a thought, or harmony's message before the answer."""
+    if (final := text.rfind(FINAL)) >= 0:
+        before = text[:final].removesuffix("<|start|>assistant").removesuffix("<|end|>")
+        return len(before)
+    return max((found.start() for found in _CLOSING.finditer(text)), default=len(text))
+
+
 def _cut(text: str, tag: str) -> tuple[str, bool, str]:
     found = re.search(re.escape(tag), text, re.I)
     return (

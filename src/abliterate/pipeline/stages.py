@@ -87,6 +87,12 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
             raise UsageError(
                 "--save-activations needs all prompts in one process: run it by itself"
             )
+        skips = session.settings.chat.thinking == "skip"
+        if settings.save_activations and skips and settings.positions == "post-instruction":
+            raise UsageError(
+                "--save-activations with --thinking skip needs --positions, such as last: which "
+                "tokens end the thought shows only once it is thought"
+            )
         sources = {"harmful": settings.harmful, "harmless": settings.harmless}
         prompts = session.draw(sources, "train", settings.n_train, "--n-train")
         names = [DIRECTIONS, *([ACTIVATIONS] if settings.save_activations else [])]

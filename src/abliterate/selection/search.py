@@ -12,8 +12,10 @@ from abliterate.direction import Direction
 from abliterate.errors import SelectionError, UsageError
 from abliterate.extraction.means import Extraction, require_min_prompts
 from abliterate.inference.in_memory import engine_of
+from abliterate.inference.thinks_first import or_thinks_first
+from abliterate.inference.thoughts import Asked, ask
 from abliterate.models.loading import LoadedModel
-from abliterate.prompts.chat_template import ChatFormat, encode
+from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.selection.candidate_filters import (
     Score,
@@ -139,12 +141,16 @@ def select(
     n_answer = parse_kl_on(kl_on)
     if search not in ("staged", "exhaustive"):
         raise UsageError(f"--search must be staged or exhaustive, not '{search}'")
+    asked = [
+        ask(loaded, [prompt.text for prompt in prompts], chat, batch_size, kind)
+        for kind, prompts in (("harmful", harmful), ("harmless", harmless))
+    ]
     inputs = SearchInputs(
         loaded.model,
         extraction.directions,
         extraction.positions,
-        _encode(loaded, harmful, chat),
-        _encode(loaded, harmless, chat),
+        asked[0].ids,
+        asked[1].ids,
         refusal_tokens=extraction.refusal_tokens,
         thresholds=thresholds,
         search=search,
@@ -154,12 +160,9 @@ def select(
     )
     passes = _open_search(loaded, inputs, n_answer, known)
     baselines = passes.baseline_scores()
-    used = _filter_prompts(*baselines, filter)
+    with or_thinks_first(loaded, chat, asked[0].ids):
+        used = _filter_prompts(*baselines, filter, asked)
     return _result(passes.run(*used, save), inputs, baselines, used)
-
-
-def _encode(loaded: LoadedModel, prompts: Sequence[Prompt], chat: ChatFormat) -> list[list[int]]:
-    return encode(loaded.tokenizer, [prompt.text for prompt in prompts], chat)
 
 
 def _open_search(
@@ -174,16 +177,22 @@ def _open_search(
     return ManyPassesSearch(loaded, inputs, n_answer, known)
 
 
-def _filter_prompts(harmful: Tensor, harmless: Tensor, filter: bool) -> tuple[Tensor, Tensor]:
+def _filter_prompts(
+    harmful: Tensor, harmless: Tensor, filter: bool, asked: Sequence[Asked]
+) -> tuple[Tensor, Tensor]:
     """Which harmful and which harmless prompts count, bool, by their refusal scores.
+
+    A prompt whose thought has not ended never does.
 
     Raises:
         InputError: too few are left.
     """
+    ended = [torch.tensor(one.ended, dtype=torch.bool) for one in asked]
+    for one, kind in zip(asked, ("harmful", "harmless"), strict=True):
+        one.finished(kind)
     if not filter:
-        every = torch.ones(len(harmful), dtype=torch.bool)
-        return every, torch.ones(len(harmless), dtype=torch.bool)
-    use_harmful, use_harmless = harmful > 0, harmless < 0
+        return ended[0], ended[1]
+    use_harmful, use_harmless = (harmful > 0) & ended[0], (harmless < 0) & ended[1]
     require_min_prompts("harmful", int(use_harmful.sum()), len(harmful), "n-val")
     require_min_prompts("harmless", int(use_harmless.sum()), len(harmless), "n-val")
     return use_harmful, use_harmless
