@@ -62,6 +62,7 @@ HARMONY = (
     "{% else %}<|start|>{{ message['role'] }}<|message|>{{ message['content'] }}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+_ENDS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 HARMONY_TOKENS = ("<|channel|>", "<|message|>", "<|return|>", "<|call|>")
 
 
@@ -79,31 +80,60 @@ def tokenizer_with(tokenizer_dir: Path, template: str, special: tuple[str, ...] 
     tokenizer.chat_template = template
     if special:
         tokenizer.add_special_tokens({"extra_special_tokens": list(special)})
+    if "<|return|>" in special:
+        tokenizer.eos_token = "<|return|>"
     return tokenizer
 
 
+def prompts(folder: Path) -> list[str | Path]:
+    """Options with harmful prompts that start with p and harmless ones that start with q."""
+    options: list[str | Path] = []
+    for kind, letter in (("harmful", "p"), ("harmless", "q")):
+        path = folder / f"{kind}.txt"
+        path.write_text(
+            "".join(f"{letter}{end}\n" for end in "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+        )
+        options += [f"--{kind}", path]
+    return options
+
+
 def scripted(
-    folder: Path, tokenizer: Any, script: str, prompt: str = "p0", before: str = "", **render: Any
+    folder: Path,
+    tokenizer: Any,
+    thought: str,
+    answer: str,
+    other: str = "",
+    before: str = "",
+    **render: Any,
 ) -> Path:
-    """A model on disk that says ``script``, then ends its turn.
+    """A model on disk that says a thought and an answer, then ends its turn.
+
+    Whether the prompt holds a ``p`` or a ``q`` is averaged into every token's stream by the first
+    block, along one axis, and decides between the first tokens of two answers: one refuses.
 
     Args:
         folder: where it goes.
         tokenizer: its tokenizer.
-        script: what it says after any prompt of as many tokens as that of ``prompt``.
-        prompt: the user's text.
-        before: what stands between the template's prompt and the script.
+        thought: what it says first after any prompt of as many tokens as ``p0``.
+        answer: what it says then.
+        other: instead of the first token of ``answer``, where the prompt holds a ``q``.
+        before: what stands between the template's prompt and the thought.
         render: variables of the template.
     """
     tokenizer.save_pretrained(folder)
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False, **render
+        [{"role": "user", "content": "p0"}], add_generation_prompt=True, tokenize=False, **render
     )
-    start = len(tokenizer(text + before, add_special_tokens=False)["input_ids"])
-    ids = [*tokenizer(script, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    size = 192
+    # As one text, so that tokens come as they do in a prompt that holds it.
+    start, first = len(ids_of(text + before)), len(ids_of(text + before + thought))
+    ids = [*ids_of(text + before + thought + answer)[start:], tokenizer.eos_token_id]
+    size = 200
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=size, n_embd=size, n_layer=2, n_head=2,
+        vocab_size=len(tokenizer), n_positions=size - 2, n_embd=size, n_layer=4, n_head=1,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
     )  # fmt: skip
@@ -111,9 +141,20 @@ def scripted(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        model.transformer.ln_f.weight.fill_(1.0)
-        model.transformer.wpe.weight.copy_(torch.eye(size))
+        body, head = model.transformer, model.lm_head.weight
+        body.ln_f.weight.fill_(1.0)
+        body.wpe.weight[:, : size - 2] = torch.eye(size - 2)
         for step, token in enumerate(ids):
-            model.lm_head.weight[token, start - 1 + step] = 1.0
+            head[token, start - 1 + step] = 1.0
+        if other:
+            (instead,) = ids_of(other)
+            head[instead, first - 1] = 1.0
+            head[ids[first - start], size - 1], head[instead, size - 1] = 0.6, -0.6
+            body.wte.weight[ids_of("p")[0], size - 1] = 1.0
+            body.wte.weight[ids_of("q")[0], size - 1] = -1.0
+            block = body.h[0]
+            block.ln_1.weight.fill_(1.0)
+            block.attn.c_attn.weight[size - 1, 3 * size - 1] = 1.0  # the value; q and k stay zero
+            block.attn.c_proj.weight[size - 1, size - 1] = 1.0
     model.save_pretrained(folder)
     return folder

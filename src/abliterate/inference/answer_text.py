@@ -23,6 +23,9 @@ from abliterate.metrics.answers import (
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.thinking import find_thinking
 
+# What ends a message of harmony is none of its words.
+_ENDS = ("<|end|>", "<|return|>", "<|call|>")
+
 
 @dataclass(frozen=True)
 class AnswerReader:
@@ -43,16 +46,19 @@ class AnswerReader:
 
     def text(self, ids: Sequence[int]) -> str:
         """All that was written, without the special tokens that mark nothing."""
-        return self.raw(ids).strip()
+        return self.without_ends(self.raw(ids)).strip()
+
+    def without_ends(self, text: str) -> str:
+        """A text without the special tokens that end harmony's last message."""
+        for mark in _ENDS if self.has_marks else ():
+            text = text.removesuffix(mark)
+        return text
 
     def raw(self, ids: Sequence[int]) -> str:
         """As :meth:`text`, with the white space around it."""
-        dropped = self.dropped
-        if len(dropped) == len(self._special) or dropped.issuperset(ids):
+        if self._marks.isdisjoint(ids):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        kept = [token for token in ids if token not in dropped]
-        if not self._special.intersection(kept):
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        kept = [token for token in ids if token not in self.dropped]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 
     def parts(self, text: str) -> Parts:
@@ -119,6 +125,11 @@ class AnswerReader:
         """The closing marks that are tokens of their own."""
         known = {str(about): token for token, about in self.tokenizer.added_tokens_decoder.items()}
         return [known[closing] for _, closing in TAGS if closing in known]
+
+    @property
+    def has_marks(self) -> bool:
+        """Special tokens tell thought and answer apart."""
+        return bool(self._marks)
 
     @cached_property
     def dropped(self) -> frozenset[int]:

@@ -142,15 +142,15 @@ def stop_tokens(loaded: LoadedModel, chat: ChatFormat | None = None) -> list[int
     configured = getattr(loaded.model.generation_config, "eos_token_id", None)
     found = configured if isinstance(configured, list) else [configured]
     chat = chat or ChatFormat()
-    turn_ends = end_of_turn_ids(loaded.tokenizer, chat)
-    thinking = find_thinking(loaded.tokenizer, chat)
-    if thinking.harmony and thinking.mode != "answer":  # what ends a message ends a thought too
-        between = loaded.tokenizer.convert_tokens_to_ids("<|end|>")
-        turn_ends = [token for token in turn_ends if token != between]
-    ids = [*found, loaded.tokenizer.eos_token_id, *turn_ends]
+    ids = [*found, loaded.tokenizer.eos_token_id, *end_of_turn_ids(loaded.tokenizer, chat)]
     # What a stranger's file says may be anything, and no token.
     known = (token for token in ids if isinstance(token, int) and 0 <= token < 2**31)
-    return list(dict.fromkeys(int(token) for token in known))
+    stops = list(dict.fromkeys(int(token) for token in known))
+    thinking = find_thinking(loaded.tokenizer, chat)
+    if thinking.harmony and thinking.mode != "answer":  # what ends a message ends a thought too
+        names = {token: loaded.tokenizer.convert_ids_to_tokens(token) for token in stops}
+        stops = [token for token in stops if names[token] != "<|end|>"] or stops
+    return stops
 
 
 class _Decoder:

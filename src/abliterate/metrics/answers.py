@@ -130,6 +130,8 @@ def _cut(text: str, tag: str) -> tuple[str, bool, str]:
 def _channels(text: str) -> Parts | None:
     """The parts of a text in harmony's channels; None if it has none."""
     marks = list(_CHANNEL.finditer(text))
+    if not marks and text.lstrip().startswith("<|channel|>"):  # cut off in its first header
+        return Parts("", None)
     if not marks:
         marks = list(_BARE_CHANNEL.finditer(text))
         # Without its special tokens a text is harmony if it starts with a channel's name.
