@@ -85,6 +85,7 @@ class Measurements:
             self._key(name, "metrics", key), lambda: asdict(self._measure(name)), _are_metrics
         )
         self.metrics[name] = Metrics(**metrics)
+        _ = self.scored
         self.losses[name] = {corpus: self._loss(name, corpus) for corpus in self.corpora}
         self.figures[name] = {}
         if (tasks := self.tasks) is not None:
@@ -171,6 +172,19 @@ class Measurements:
         return {
             kind: ask_prompts(base, prompts[kind], chat, self._batch_size, kind) for kind in KINDS
         }
+
+    @property
+    def scored(self) -> dict[str, int] | None:
+        """Of how many prompts first tokens were scored, where a thought came before; else None."""
+        if self.session.thinking.mode != "skip":
+            return None
+        key = self._key("baseline", "scored", self._prompts_key)
+
+        def find() -> dict[str, int]:
+            return {kind: len(rows) for kind, rows in self.scored_ids.items()}
+
+        counts: dict[str, int] = self.memo.get(key, find, _are_counts)
+        return counts
 
     @cached_property
     def corpora(self) -> dict[str, Corpus | None]:
@@ -315,6 +329,11 @@ def _are_metrics(figure: Any) -> bool:
         else _is_number(value)
         for name, value in figure.items()
     )
+
+
+def _are_counts(figure: Any) -> bool:
+    counts = isinstance(figure, dict) and set(figure) == set(KINDS)
+    return counts and all(type(count) is int and count >= 0 for count in figure.values())
 
 
 def _is_loss(figure: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from abliterate.errors import InputError
 from abliterate.inference.engine import ActivationReader, BatchActivations
 from abliterate.inference.in_memory import InMemoryReader, engine_of
 from abliterate.inference.thinks_first import or_thinks_first
-from abliterate.inference.thoughts import Asked, ask
+from abliterate.inference.thoughts import Asked, ask, unfinished
 from abliterate.inference.token_batches import attempt
 from abliterate.metrics.refusal import detect_refusal_tokens, log_odds, resolve_refusal_tokens
 from abliterate.models.embedding_rows import require_token
@@ -50,6 +50,7 @@ class Extraction:
         refusal_tokens: ids of the first tokens that count as refusing.
         kept_harmful: for each prompt given, whether its activations were used.
         kept_harmless: the same for the harmless prompts.
+        unfinished: by kind, about how many prompts a thought did not end; empty if none was had.
     """
 
     mean_harmful: Tensor
@@ -59,6 +60,7 @@ class Extraction:
     refusal_tokens: tuple[int, ...]
     kept_harmful: Kept = ()
     kept_harmless: Kept = ()
+    unfinished: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def directions(self) -> Tensor:
@@ -182,6 +184,7 @@ def extract(
         tuple(tokens),
         kept_harmful,
         kept_harmless,
+        unfinished(asked),
     )
 
 

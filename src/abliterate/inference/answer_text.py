@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from abliterate.inference.declared_answers import Declared, declared_by
 from abliterate.metrics.answers import (
     FINAL,
     HARMONY,
@@ -62,8 +63,19 @@ class AnswerReader:
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 
     def parts(self, text: str) -> Parts:
-        """Thought and answer of a text that :meth:`text` or :meth:`raw` gave."""
+        """Thought and answer of a text that :meth:`text` or :meth:`raw` gave.
+
+        As the tokenizer declares them, else by the marks of known families.
+        """
+        if self._declared is not None:
+            told = self._declared.parts(self.tokenizer, text, self.begun)
+            if told is not None:
+                return told
         return split_thought(text, self.begun)
+
+    @cached_property
+    def _declared(self) -> Declared | None:
+        return declared_by(self.tokenizer)
 
     def thought_in(self, ids: Sequence[int]) -> tuple[int, int] | None:
         """Where the thought's closing mark starts in ``ids`` and where the answer does.
@@ -113,7 +125,10 @@ class AnswerReader:
     def _closing_start(self, ids: Sequence[int]) -> int:
         """Where the mark begins that ends a thought at the end of ``ids``."""
         text = self.raw(ids)
-        at = closing_start(text)
+        own = () if self._declared is None else self._declared.closes
+        at = min(
+            closing_start(text), *(n for mark in own if (n := text.rfind(mark)) >= 0), len(text)
+        )
         low, high = 0, len(ids)
         while high - low > 1:
             middle = (low + high) // 2
@@ -146,6 +161,8 @@ class AnswerReader:
     def _marks(self) -> frozenset[int]:
         names = {token: str(self.tokenizer.convert_ids_to_tokens(token)) for token in self._special}
         wanted = MARKS
+        if self._declared is not None:
+            wanted |= {*self._declared.opens, *self._declared.closes}
         if "<|channel|>" in names.values():  # <|start|> and <|end|> alone are not harmony's
             wanted |= frozenset(HARMONY)
         return frozenset(token for token, name in names.items() if name in wanted)

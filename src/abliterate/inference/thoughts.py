@@ -7,7 +7,7 @@ and candidates see the same one, so that they are compared on the same text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from abliterate.console import log
@@ -32,11 +32,13 @@ class Asked:
         ids: of each prompt, and of the thought about it where there is one.
         ended: whether that thought has ended: what follows another is no answer.
         closing: how many last tokens end the thought in all of them; 0 where nothing is thought.
+        thought: the model was asked to think first.
     """
 
     ids: list[list[int]]
     ended: list[bool]
     closing: int = 0
+    thought: bool = False
 
     def finished(self, kind: str) -> list[list[int]]:
         """The prompts whose thought has ended.
@@ -110,7 +112,14 @@ def ask(
         for row, cut in enumerate(found)
         if cut is not None
     ]
-    return Asked(ids, ended, min(closings, default=0))
+    return Asked(ids, ended, min(closings, default=0), thought=True)
+
+
+def unfinished(asked: Mapping[str, Asked]) -> dict[str, int]:
+    """By kind, about how many prompts the thought has not ended; empty where none was had."""
+    if not any(one.thought for one in asked.values()):
+        return {}
+    return {kind: one.ended.count(False) for kind, one in asked.items()}
 
 
 @dataclass(frozen=True)

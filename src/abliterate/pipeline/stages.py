@@ -152,7 +152,10 @@ def _extract_record(
         "n_layers": result.mean_harmful.shape[1],
         "d_model": result.mean_harmful.shape[2],
         "refusal_tokens": token_records(loaded.tokenizer, result.refusal_tokens),
-        "counts": {kind: {"given": len(flags), "used": sum(flags)} for kind, flags in used.items()},
+        "counts": {
+            kind: {"given": len(flags), "used": sum(flags)} | _apart(result.unfinished, kind)
+            for kind, flags in used.items()
+        },
         "prompts": prompt_keys(prompts),
     }
     if kept is not None:
@@ -161,6 +164,11 @@ def _extract_record(
             "positions": list(kept.kept_positions),
         }
     return record
+
+
+def _apart(unfinished: Mapping[str, int], kind: str) -> dict[str, int]:
+    """About how many prompts the thought did not end, where there was to be one."""
+    return {"unfinished": unfinished[kind]} if unfinished else {}
 
 
 def _write_means(session: Session, run: Path, result: Extraction) -> None:
@@ -308,8 +316,8 @@ def _select_record(
         "thresholds": asdict(result.thresholds),
         "refusal_tokens": extracted["refusal_tokens"],
         "counts": {
-            "harmful": {"given": settings.n_val, "used": result.n_harmful},
-            "harmless": {"given": settings.n_val, "used": result.n_harmless},
+            kind: {"given": settings.n_val, "used": used} | _apart(result.unfinished, kind)
+            for kind, used in (("harmful", result.n_harmful), ("harmless", result.n_harmless))
         },
         "prompts": prompt_keys(prompts),
     }

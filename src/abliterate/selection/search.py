@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from abliterate.errors import SelectionError, UsageError
 from abliterate.extraction.means import Extraction, require_min_prompts
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
-from abliterate.inference.thoughts import Asked, ask
+from abliterate.inference.thoughts import Asked, ask, unfinished
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sources import Prompt, check_prompts
@@ -28,6 +28,8 @@ from abliterate.selection.few_passes import FewPassesSearch
 from abliterate.selection.many_passes import ManyPassesSearch
 from abliterate.selection.search_inputs import Key, Search, SearchInputs
 from abliterate.writers import decoder_blocks, find_writers, stream_width
+
+_KINDS = ("harmful", "harmless")
 
 __all__ = [
     "Score",
@@ -61,6 +63,7 @@ class Selection:
     harmless_score: float
     n_harmful: int
     n_harmless: int
+    unfinished: Mapping[str, int] = field(default_factory=dict)
 
     def require_winner(self) -> Score:
         """The winner.
@@ -141,16 +144,16 @@ def select(
     n_answer = parse_kl_on(kl_on)
     if search not in ("staged", "exhaustive"):
         raise UsageError(f"--search must be staged or exhaustive, not '{search}'")
-    asked = [
-        ask(loaded, [prompt.text for prompt in prompts], chat, batch_size, kind)
+    asked = {
+        kind: ask(loaded, [prompt.text for prompt in prompts], chat, batch_size, kind)
         for kind, prompts in (("harmful", harmful), ("harmless", harmless))
-    ]
+    }
     inputs = SearchInputs(
         loaded.model,
         extraction.directions,
         extraction.positions,
-        asked[0].ids,
-        asked[1].ids,
+        asked["harmful"].ids,
+        asked["harmless"].ids,
         refusal_tokens=extraction.refusal_tokens,
         thresholds=thresholds,
         search=search,
@@ -160,9 +163,10 @@ def select(
     )
     passes = _open_search(loaded, inputs, n_answer, known)
     baselines = passes.baseline_scores()
-    with or_thinks_first(loaded, chat, asked[0].ids):
+    with or_thinks_first(loaded, chat, asked["harmful"].ids):
         used = _filter_prompts(*baselines, filter, asked)
-    return _result(passes.run(*used, save), inputs, baselines, used)
+    found = _result(passes.run(*used, save), inputs, baselines, used)
+    return replace(found, unfinished=unfinished(asked))
 
 
 def _open_search(
@@ -178,7 +182,7 @@ def _open_search(
 
 
 def _filter_prompts(
-    harmful: Tensor, harmless: Tensor, filter: bool, asked: Sequence[Asked]
+    harmful: Tensor, harmless: Tensor, filter: bool, asked: Mapping[str, Asked]
 ) -> tuple[Tensor, Tensor]:
     """Which harmful and which harmless prompts count, bool, by their refusal scores.
 
@@ -187,8 +191,8 @@ def _filter_prompts(
     Raises:
         InputError: too few are left.
     """
-    ended = [torch.tensor(one.ended, dtype=torch.bool) for one in asked]
-    for one, kind in zip(asked, ("harmful", "harmless"), strict=True):
+    ended = [torch.tensor(asked[kind].ended, dtype=torch.bool) for kind in _KINDS]
+    for kind, one in asked.items():
         one.finished(kind)
     if not filter:
         return ended[0], ended[1]
