@@ -13,8 +13,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
+from abliterate.errors import UsageError
 from abliterate.metrics.answers import FINAL, TAGS
 from abliterate.prompts.template_process import TemplateError, render_conversations
 
@@ -115,7 +116,10 @@ def find_thinking(tokenizer: Any, chat: Chat) -> Thinking:
 
     Raises:
         TemplateLimitError: the template passes the bounds of time, memory or length.
+        UsageError: ``chat.thinking`` is no mode.
     """
+    if chat.thinking not in (None, *get_args(Mode)):
+        raise UsageError(f"thinking must be answer, skip or whole, not {chat.thinking!r}")
     source = _source(tokenizer, chat)
     marked = _ANY.search(source) is not None or all(mark in source for mark in _HARMONY)
     switches = [name for name in _SWITCHES if re.search(rf"\b{name}\b", source)]
