@@ -309,6 +309,20 @@ def print_text(text: str) -> None:
     sys.stdout.flush()
 
 
+def print_thought(text: str) -> None:
+    """Write a piece of what a model thinks: dimmed at a terminal, else to stderr."""
+    if not sys.stdout.isatty():
+        _write(sys.stderr, safe(text, lines=True))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with naming(STDOUT):
+        shown = Text(safe(text, lines=True), style="dim")
+        Console(file=sys.stdout, highlight=False).print(shown, end="", soft_wrap=True)
+        sys.stdout.flush()
+
+
 def print_note(text: str) -> None:
     """Write something beside the results to stderr; its line breaks stay."""
     _write(sys.stderr, safe(redact(text), lines=True) + "\n")
@@ -331,8 +345,11 @@ def _trace(error: BaseException) -> str:
 
 
 @contextmanager
-def live_columns(labels: Sequence[str]) -> Iterator[list[Callable[[str], None]]]:
-    """Texts that grow side by side on stdout: a function per column that appends to it."""
+def live_columns(labels: Sequence[str]) -> Iterator[list[Callable[..., None]]]:
+    """Texts that grow side by side on stdout: a function per column that appends to it.
+
+    Each takes a piece of text, and as its second argument a style such as ``dim``.
+    """
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
@@ -345,9 +362,9 @@ def live_columns(labels: Sequence[str]) -> Iterator[list[Callable[[str], None]]]
     table.add_row(*columns)
     with Live(table, console=Console(file=sys.stdout), vertical_overflow="visible") as live:
 
-        def append_to(column: Text) -> Callable[[str], None]:
-            def append(piece: str) -> None:
-                column.append(safe(piece, lines=True))
+        def append_to(column: Text) -> Callable[..., None]:
+            def append(piece: str, style: str = "") -> None:
+                column.append(safe(piece, lines=True), style=style)
                 live.refresh()
 
             return append

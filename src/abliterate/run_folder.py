@@ -17,6 +17,7 @@ from abliterate.console import log
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.sources import Prompt
+from abliterate.prompts.thinking import Thinking, find_thinking
 from abliterate.settings import ModelSettings, Settings
 from abliterate.storage.artifacts import versions
 
@@ -46,7 +47,10 @@ class Session:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        return self.load(self.checkpoint)
+        loaded = self.load(self.checkpoint)
+        if "thinking" not in self.__dict__:
+            self.__dict__["thinking"] = self._find_thinking(loaded.tokenizer)
+        return loaded
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -138,7 +142,13 @@ class Session:
     def chat(self) -> ChatFormat:
         chat = self.settings.chat
         return ChatFormat(
-            chat.system, chat.arguments, chat.response_prefix, chat.template, chat.date
+            chat.system,
+            chat.arguments,
+            chat.response_prefix,
+            chat.template,
+            chat.date,
+            chat.thinking,
+            chat.max_thinking_tokens,
         )
 
     def set_date(self, date: str) -> None:
@@ -147,6 +157,23 @@ class Session:
         # The one thing that is found out late: the first stage of a run sets it, once.
         settings = self.settings.model_copy(update={"chat": chat})
         object.__setattr__(self, "settings", settings)
+
+    @cached_property
+    def thinking(self) -> Thinking:
+        """What is done about the model's thoughts, by its template and the settings."""
+        from abliterate.models.loading import load_tokenizer
+
+        held = self.__dict__.get("loaded")
+        trust = self.settings.model.trust_remote_code
+        return self._find_thinking(
+            load_tokenizer(self.checkpoint, trust) if held is None else held.tokenizer
+        )
+
+    def _find_thinking(self, tokenizer: Any) -> Thinking:
+        found = find_thinking(tokenizer, self.chat)
+        if (line := found.line()) is not None:
+            log.info("%s", line)
+        return found
 
     def draw(
         self,

@@ -15,6 +15,7 @@ from typing import Any
 from abliterate.direction import FILE_NAME
 from abliterate.errors import InputError, UsageError
 from abliterate.prompts.chat_template import check_format, render, template_of
+from abliterate.prompts.thinking import find_thinking
 from abliterate.run_folder import EXTRACT, Session
 from abliterate.run_records import read_extract
 from abliterate.settings import flags_of
@@ -98,9 +99,11 @@ def describe_rendering(session: Session) -> dict[str, Any]:
     else:
         whole = template_of(session.tokenizer, chat)
         template, arguments = whole.text, dict(chat.template_kwargs)
+    thinking = find_thinking(session.tokenizer, chat)
     told = {
         "template": template,
-        "arguments": arguments,
+        "arguments": {**arguments, **thinking.variables},
+        "thinking": [thinking.mode, thinking.appended],
         "system": chat.system,
         "response_prefix": chat.response_prefix,
         "date": chat.date,

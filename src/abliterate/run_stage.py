@@ -141,6 +141,9 @@ class OpenStage:
         made: dict[str, Any] = {}
         if sections:
             made["settings"] = settings.model_dump(include=set(sections))
+        # Stages that prompt the model say what was done about its thoughts, if it has any.
+        if {"chat", "extract"} <= sections and (done := self.session.thinking.summary()):
+            made["thinking"] = done
         made |= {"seed": settings.model.seed, "versions": versions(), "seconds": seconds}
         if self.inputs is not None:
             made["inputs"] = self.inputs

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +174,10 @@ def test_evaluate_scores_what_follows_the_thought(
     assert record["refusal_phrases"]["languages"][0] == "en"
     shown = cli("report", out, "-o", tmp_path / "report.html")
     assert shown.code == 0, shown.err
+    page = (tmp_path / "report.html").read_text()
+    assert ("+ 3 unfinished" in page) == (refused is None)
+    packed = re.search(r'id="texts">([^<]+)<', page)
+    assert packed is not None
+    for (thought, answer), *_ in json.loads(gzip.decompress(base64.b64decode(packed[1]))):
+        assert thought.startswith("I can")
+        assert answer == {"refuses": "I cannot", "complies": "Yes", "unfinished": None}[script]

@@ -45,6 +45,17 @@ def test_a_thought_that_has_not_ended_is_no_answer(text: str) -> None:
     assert parts.thought
 
 
+def test_a_header_that_is_cut_off_is_no_answer() -> None:
+    assert split_thought("<|channel|>analys") == Parts("", None)
+
+
+def test_marks_around_an_answer_are_none_of_its_words() -> None:
+    cohere = "<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>Hi<|END_RESPONSE|>"
+    assert split_thought(cohere) == Parts("a", "Hi")
+    assert split_thought("<think>a</think>\n<answer>\nHi\n</answer>") == Parts("a", "Hi")
+    assert split_thought("<answer>Hi</answer>") == Parts(None, "<answer>Hi</answer>")
+
+
 def test_a_begun_thought_without_an_end_is_no_answer() -> None:
     assert split_thought("I cannot say no", begun=True) == Parts("I cannot say no", None)
 

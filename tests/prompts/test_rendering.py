@@ -92,7 +92,7 @@ LOSING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
                  ("loses the user's text behind a system message", "leave --system out")),
     "the end": (each("{{ m.content[:100] }}"), (), ("cuts the user's text off after some 100",)),
     "capitals": (each("{{ m.content|upper }}"), (), ("changes capital letters",)),
-    "quotes": (each("{{ m.content|e }}"), (), ("he said",)),
+    "quotes": (each("{{ m.content|e }}"), (), ("loses or changes part of the prompt",)),
     "a word": (each("{{ m.content|replace('a', '') }}"), (), ("loses the user's text",)),
     "nothing, but raises": (
         each() + "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}"
@@ -227,7 +227,8 @@ def test_an_argument_that_the_template_never_reads_is_refused(
     for value, quick in (("false", True), ("False", True), ("true", False), ("no", False)):
         record = extracted(folder, "--template-arg", f"enable_thinking={value}")
         assert ("<quick>" in record["rendering"]["prompt"]) == quick
-    tone = extracted(folder, "--template-arg", "tone=a=b", "--template-arg", "bos_token=B")
+    whole = ("--thinking", "whole")
+    tone = extracted(folder, "--template-arg", "tone=a=b", "--template-arg", "bos_token=B", *whole)
     assert tone["rendering"]["prompt"].startswith("a=bB")
     for wrong in ("enable_thinking", "=1", "a b=1", ""):
         assert "NAME=VALUE" in fails("extract", folder, *out, "--template-arg", wrong, code=2)

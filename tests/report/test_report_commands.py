@@ -29,6 +29,7 @@ EVERY: dict[str, dict[str, Any]] = {
         "system": "-- 'quoted' & $HOME", "template_kwargs": {"enable_thinking": False, "n": [1]},
         "response_prefix": "-sure,\nhere", "template_args": ("enable_thinking=false", "x=-1"),
         "template": "{{ messages[0]['content'] }}\n", "date": "2025-02-03",
+        "thinking": "whole", "max_thinking_tokens": 77,
     },
     "extract": {
         "harmful": "a b.csv[text]", "harmless": "-mine.txt", "n_train": 64,

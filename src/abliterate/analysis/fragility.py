@@ -21,6 +21,8 @@ from abliterate.errors import InputError, UsageError
 from abliterate.extraction.means import find_refusal_tokens
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import ablate
+from abliterate.inference.thinks_first import or_thinks_first
+from abliterate.inference.thoughts import AnswerLimits, ask
 from abliterate.metrics.intervals import share_methods, wilson
 from abliterate.metrics.refusal import kl_divergence, refusal_score
 from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrases
@@ -49,6 +51,8 @@ class Point:
         kl_divergence: mean last-token KL(baseline || ablated) on the harmless prompts, nats.
         refusal_rate_ci: Wilson's 95% interval of ``refusal_rate``.
         harmless_refusal_rate_ci: that of ``harmless_refusal_rate``.
+        no_verdict: harmful prompts whose thought did not end, of which neither is known.
+        harmless_no_verdict: such harmless ones.
     """
 
     fraction: float
@@ -58,6 +62,8 @@ class Point:
     kl_divergence: float
     refusal_rate_ci: tuple[float, float] | None = None
     harmless_refusal_rate_ci: tuple[float, float] | None = None
+    no_verdict: int = 0
+    harmless_no_verdict: int = 0
 
 
 def measure(
@@ -80,11 +86,20 @@ def measure(
         UnsupportedArchitectureError: the writers are not known, or only all can be ablated.
         UsageError: a fraction is not between 0 and 1, or the model's weights are not in memory.
     """
-    engine = engine_of(loaded)
-    ids = {
-        kind: encode(loaded.tokenizer, [prompt.text for prompt in prompts], chat or ChatFormat())
+    engine, chat = engine_of(loaded), chat or ChatFormat()
+    texts = {
+        kind: [prompt.text for prompt in prompts]
         for kind, prompts in (("harmful", harmful), ("harmless", harmless))
     }
+    prompt_ids = {kind: encode(loaded.tokenizer, given, chat) for kind, given in texts.items()}
+    # First tokens are scored where the answer begins: behind the model's thought, if it is asked.
+    ids = {
+        kind: ask(loaded, given, chat, batch_size, kind).finished(kind)
+        for kind, given in texts.items()
+    }
+    limits = AnswerLimits.of(
+        loaded, chat, [row for rows in prompt_ids.values() for row in rows], max_new_tokens
+    )
     points = []
     with engine.in_memory("fragility") as model:
         unmodified = engine.last_logits({"harmless": ids["harmless"]}, {"": None}, batch_size)[""]
@@ -93,11 +108,11 @@ def measure(
             with ablate(model, direction.vector, fraction):
                 logits = engine.last_logits(ids, {"": None}, batch_size, description)[""]
                 answers = {
-                    kind: engine.answers(rows, max_new_tokens, batch_size, description, chat=chat)
-                    for kind, rows in ids.items()
+                    kind: engine.answers(rows, limits.longest, batch_size, description, chat=chat)
+                    for kind, rows in prompt_ids.items()
                 }
             (harmful_refusals, n_harmful), (harmless_refusals, n_harmless) = (
-                _count_refusals(loaded, answers[kind], phrases) for kind in ("harmful", "harmless")
+                _count_refusals(limits, answers[kind], phrases) for kind in ("harmful", "harmless")
             )
             points.append(
                 Point(
@@ -108,21 +123,22 @@ def measure(
                     float(kl_divergence(unmodified["harmless"], logits["harmless"]).mean()),
                     wilson(harmful_refusals, n_harmful),
                     wilson(harmless_refusals, n_harmless),
+                    len(harmful) - n_harmful,
+                    len(harmless) - n_harmless,
                 )
             )
     return points
 
 
 def _count_refusals(
-    loaded: LoadedModel, answers: Sequence[Sequence[int]], phrases: RefusalPhrases
+    limits: AnswerLimits, answers: Sequence[Sequence[int]], phrases: RefusalPhrases
 ) -> tuple[int, int]:
     """How many answers, as token ids, hold a refusal phrase, and of how many that is known.
 
     Raises:
         InputError: of none: every thought was cut off.
     """
-    decode = loaded.tokenizer.decode
-    verdicts = [phrases.refuses(decode(answer, skip_special_tokens=True)) for answer in answers]
+    verdicts = [phrases.verdict(limits.read(answer)[1]) for answer in answers]
     known = [verdict for verdict in verdicts if verdict is not None]
     if not known:
         raise InputError("no answer comes after the model's thought: raise --max-new-tokens")
@@ -221,9 +237,13 @@ def _refusal_tokens(
     records: Sequence[Mapping[str, Any]],
 ) -> list[int]:
     """Those of the run's first record, else those that the model's own first tokens show."""
+    named, batch_size = used_refusal_tokens(records), session.settings.model.batch_size
+    if named:  # nothing is run to find them
+        return find_refusal_tokens(loaded, (), (), named, batch_size)
+    texts = {kind: [prompt.text for prompt in chosen] for kind, chosen in prompts.items()}
     harmful, harmless = (
-        encode(loaded.tokenizer, [prompt.text for prompt in prompts[kind]], session.chat)
+        ask(loaded, texts[kind], session.chat, batch_size, kind).finished(kind)
         for kind in ("harmful", "harmless")
     )
-    named, batch_size = used_refusal_tokens(records), session.settings.model.batch_size
-    return find_refusal_tokens(loaded, harmful, harmless, named, batch_size)
+    with or_thinks_first(loaded, session.chat, harmful):
+        return find_refusal_tokens(loaded, harmful, harmless, named, batch_size)

@@ -19,12 +19,14 @@ from abliterate.console import (
     print_json,
     print_note,
     print_text,
+    print_thought,
 )
 from abliterate.errors import AbliterateError, InputError, UsageError
 from abliterate.settings import load_settings
 
 if TYPE_CHECKING:
     from abliterate.inference.dialogue import Conversation, Steering
+    from abliterate.metrics.answers import Parts
 
 _HELP = """\
 /ablate      nothing writes along the direction
@@ -98,8 +100,8 @@ class _Talk:
         entry: dict[str, Any] = {"user": text, "intervention": str(self.steering)}
         if self.as_json:
             if self.plain is not None:
-                entry["baseline"] = self.plain.answer(text, _off())
-            entry["answer"] = self.steered.answer(text, self.steering)
+                entry |= _fields(self.plain.reply(text, _off()), "baseline", "baseline_thought")
+            entry |= _fields(self.steered.reply(text, self.steering), "answer", "thought")
             self.record.append(entry)
         elif self.plain is None:
             self.alone(text)
@@ -107,28 +109,80 @@ class _Talk:
             self.side_by_side(text, self.plain)
         else:
             for label, conversation, steering in self.both(self.plain):
-                print_text(f"[{label}] {conversation.answer(text, steering)}\n")
+                parts = conversation.reply(text, steering)
+                if parts.thought:
+                    print_thought(f"[{label}, thought] {parts.thought}\n")
+                print_text(f"[{label}] {parts.answer or ''}\n")
+                self.ended(parts)
 
     def both(self, plain: Conversation) -> list[tuple[str, Conversation, Steering]]:
         steered = str(self.steering)
         return [("baseline", plain, _off()), (steered, self.steered, self.steering)]
 
     def alone(self, text: str) -> None:
+        thinking = False
+
+        def thought(piece: str) -> None:
+            nonlocal thinking
+            thinking = True
+            print_thought(piece)
+
+        def heard(piece: str) -> None:
+            nonlocal thinking
+            if thinking:
+                print_thought("\n\n")
+            thinking = False
+            print_text(piece)
+
         try:
-            self.steered.answer(text, self.steering, print_text)
+            parts = self.steered.reply(text, self.steering, heard, thought)
         finally:
+            if thinking:
+                print_thought("\n")
             print_text("\n")
+        self.ended(parts)
 
     def side_by_side(self, text: str, plain: Conversation) -> None:
         pairs = self.both(plain)
         with live_columns([label for label, _, _ in pairs]) as columns:
-            for heard, (_, conversation, steering) in zip(columns, pairs, strict=True):
-                conversation.answer(text, steering, heard)
+            replies = [
+                conversation.reply(text, steering, *_in_column(column))
+                for column, (_, conversation, steering) in zip(columns, pairs, strict=True)
+            ]
+        for parts in replies:
+            self.ended(parts)
+
+    def ended(self, parts: Parts) -> None:
+        """Say so where there is no answer, since the thought has not ended."""
+        if parts.answer is None:
+            print_note("(the thought did not end: raise --max-new-tokens)")
 
     def note(self, text: str) -> None:
         """Something about the conversation, beside it."""
         if self.screen:
             print_note(text)
+
+
+def _fields(parts: Parts, answer: str, thought: str) -> dict[str, Any]:
+    """A reply as the record has it: no thought where none was had, no answer where it goes on."""
+    return {answer: parts.answer} | ({} if parts.thought is None else {thought: parts.thought})
+
+
+def _in_column(append: Callable[..., None]) -> tuple[Callable[[str], None], Callable[[str], None]]:
+    """What a column does with an answer, and with the thought before it."""
+    thinking = False
+
+    def thought(piece: str) -> None:
+        nonlocal thinking
+        thinking = True
+        append(piece, "dim")
+
+    def heard(piece: str) -> None:
+        nonlocal thinking
+        append("\n\n" + piece if thinking else piece)
+        thinking = False
+
+    return heard, thought
 
 
 def _off() -> Steering:

@@ -33,7 +33,10 @@ def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     cells = {f"{kind} refused": _refused(record, name, kind) for kind in _KINDS}
     if record["judge"]:
         cells |= {f"{kind} safe": _safe(record, name, kind) for kind in _KINDS}
-    cells |= {f"{kind} metric": f"{found[kind]['refusal_metric']:.2f}" for kind in _KINDS}
+    # Behind thoughts first tokens are scored where these have ended.
+    scored = record.get("n_scored") or {}
+    n = {kind: f" (n={scored[kind]})" if kind in scored else "" for kind in _KINDS}
+    cells |= {f"{kind} metric{n[kind]}": f"{found[kind]['refusal_metric']:.2f}" for kind in _KINDS}
     cells["harmless KL"] = f"{found['kl_divergence']:.4f}"
     for corpus, loss in found["losses"].items():
         for key, title in (("loss", "loss"), ("perplexity", "PPL")):

@@ -71,9 +71,9 @@ def fragility(
         [
             [
                 f"{p['fraction']:.2f}",
-                _share(p, "refusal_rate"),
+                _share(p, "refusal_rate") + _unfinished(p["no_verdict"]),
                 f"{p['bypass_score']:.2f}",
-                _share(p, "harmless_refusal_rate"),
+                _share(p, "harmless_refusal_rate") + _unfinished(p["harmless_no_verdict"]),
                 f"{p['kl_divergence']:.3f}",
             ]
             for p in record["points"]
@@ -86,6 +86,11 @@ def fragility(
         where = "never" if half is None else f"at {half:.2f}"
         print_line(f"fragility {number:.3f}; half of the refusals are gone {where}")
     return print_line(f"written: {', '.join(map(str, written))}")
+
+
+def _unfinished(count: int) -> str:
+    """Thoughts that have not ended, which are no answers."""
+    return f" + {count} unfinished" if count else ""
 
 
 def _share(point: Mapping[str, Any], key: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,18 @@ def show_extraction(record: Mapping[str, Any], run: Path) -> None:
             ["layers x d_model", f"{record['n_layers']} x {record['d_model']}"],
             ["refusal tokens", " ".join(repr(t["token"]) for t in record["refusal_tokens"])],
             *(
-                [f"{kind} prompts", f"{count['used']} of {count['given']}"]
+                [f"{kind} prompts", f"{count['used']} of {count['given']}{_unfinished(count)}"]
                 for kind, count in record["counts"].items()
             ),
             ["seconds", f"{record['seconds']:.1f}"],
         ],
     )
     print_command("next", "select", run)
+
+
+def _unfinished(count: Mapping[str, Any]) -> str:
+    """Prompts whose thought did not end, which no stage scores."""
+    return f" ({count['unfinished']} unfinished thoughts)" if count.get("unfinished") else ""
 
 
 def show_selection(record: Mapping[str, Any], run: Path) -> None:
@@ -103,7 +108,9 @@ def _candidates(record: Mapping[str, Any], shown: int = 8) -> None:
     reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items()) or "none"
     lost = sum(not c["kept"] for c in kept)
     # A score table of the paper's repository does not say how many prompts it is of.
-    counts = ", ".join(f"{kind} n={n['used']}" for kind, n in record.get("counts", {}).items())
+    counts = ", ".join(
+        f"{kind} n={n['used']}{_unfinished(n)}" for kind, n in record.get("counts", {}).items()
+    )
     print_table(
         f"{len(kept)} of {len(record['candidates'])} candidates pass"
         + f" what was measured, {lost} of them without KL, as they cannot win" * bool(lost)
@@ -187,16 +194,22 @@ def show_examples(run: Path, count: int = 3) -> None:
     after = {c["prompt"]: c["response"] for c in _completions(run, EDITED, "harmless")}
     rows = [[c["prompt"], c["response"], after[c["prompt"]]] for c in before[:count]]
     print_table("Harmless prompts", ["prompt", "before", "after"], rows, left=3)
-    counts = [
-        sum(bool(c["refused"]) for c in _completions(run, name, "harmful"))
+    before_after = [
+        _refusals([c["refused"] for c in _completions(run, name, "harmful")])
         for name in ("baseline", EDITED)
     ]
-    total = len(_completions(run, EDITED, "harmful"))
-    before_after = [
-        f"{count} of {total} (95% interval {low:.0%}-{high:.0%})"
-        for count, (low, high) in ((count, wilson(count, total)) for count in counts)
-    ]
     print_line(f"Harmful prompts refused: {before_after[0]} before, {before_after[1]} after.")
+
+
+def _refusals(verdicts: Sequence[bool | None]) -> str:
+    """How many answers refuse; a thought that has not ended is none, and stands apart."""
+    known = [bool(verdict) for verdict in verdicts if verdict is not None]
+    unfinished = len(verdicts) - len(known)
+    apart = f" + {unfinished} unfinished" if unfinished else ""
+    if not known:
+        return f"no answer{apart}"
+    low, high = wilson(sum(known), len(known))
+    return f"{sum(known)} of {len(known)}{apart} (95% interval {low:.0%}-{high:.0%})"
 
 
 def _completions(run: Path, name: str, kind: str) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from abliterate.evaluation.completions import (
 from abliterate.evaluation.intervention_names import check_name
 from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of
+from abliterate.inference.thoughts import AnswerLimits, ask
 from abliterate.metrics.intervals import bootstrap
 from abliterate.metrics.refusal import (
     check_refusal_tokens,
@@ -170,7 +171,10 @@ def evaluate(
     runs += [(name, other, None) for name, other in (edited or {}).items()]
     prompts = {"harmful": harmful, "harmless": harmless}
     ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in KINDS}
-    harmless_ids = {"harmless": ids["harmless"]}
+    scored_ids = {
+        kind: ask_prompts(loaded, prompts[kind], chat, batch_size, kind) for kind in KINDS
+    }
+    harmless_ids = {"harmless": scored_ids["harmless"]}
     unmodified = engine_of(loaded).last_logits(harmless_ids, {"": None}, batch_size)
     baseline = unmodified[""]["harmless"]
     check_refusal_tokens(refusal_tokens, baseline.shape[1])
@@ -193,7 +197,7 @@ def evaluate(
             )
             said = {completion.prompt: completion for completion in file.completions}
             done.append(tuple(replace(said[p.text], category=p.category) for p in prompts[kind]))
-        metrics = measure(subject, ids, baseline, refusal_tokens, change, batch_size, seed)
+        metrics = measure(subject, scored_ids, baseline, refusal_tokens, change, batch_size, seed)
         outcomes[name] = Outcome(done[0], done[1], metrics, {}, {})
     return outcomes
 
@@ -203,6 +207,18 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt's conversation."""
     return encode(loaded.tokenizer, [prompt.text for prompt in prompts], chat)
+
+
+def ask_prompts(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    chat: ChatFormat,
+    batch_size: int | str,
+    kind: str,
+) -> list[list[int]]:
+    """Token ids up to where each answer begins, without prompts whose thought does not end."""
+    texts = [prompt.text for prompt in prompts]
+    return ask(loaded, texts, chat, batch_size, kind).finished(kind)
 
 
 def measure(
@@ -289,6 +305,7 @@ def complete(
     batch_size: int | str = "auto",
     label: tuple[str, str] = ("", ""),
     chat: ChatFormat | None = None,
+    begun: bool | None = None,
 ) -> None:
     """Complete the prompts of ``file`` that have no completion yet, each up to its end of turn.
 
@@ -301,6 +318,7 @@ def complete(
         batch_size: prompts per batch, or ``auto``.
         label: intervention and kind, for the progress bar and the log.
         chat: how the prompts were formatted.
+        begun: the prompts end within a thought; None if the model's own template says so.
     """
     prompts = list(file.prompts.values())
     done = [row for row, prompt in enumerate(prompts) if file.done(prompt.text)]
@@ -310,10 +328,12 @@ def complete(
     if done and len(done) < len(prompts):
         log.info("%s: %d of %d completions are there already", description, len(done), len(prompts))
 
+    limits = AnswerLimits.of(subject, chat or ChatFormat(), ids, max_new_tokens, begun)
+
     def answered(row: int, answer: list[int]) -> str:
         nonlocal refused, count, spoke
-        text = subject.tokenizer.decode(answer, skip_special_tokens=True).strip()
-        completion = scored(prompts[row], text, file.phrases)
+        text, parts = limits.read(answer)
+        completion = scored(prompts[row], text, file.phrases, parts)
         file.put(completion)
         refused += bool(completion.refused)
         count += 1
@@ -326,7 +346,7 @@ def complete(
     if len(done) < len(prompts):
         engine = engine_of(subject)
         with engine.in_memory(change=change), file.writing():
-            engine.answers(ids, max_new_tokens, batch_size, description, answered, done, chat)
+            engine.answers(ids, limits.longest, batch_size, description, answered, done, chat)
     log.info("%s: %d of %d refused", description, refused, len(prompts))
 
 

@@ -36,6 +36,7 @@ class Completion:
         safe: the judge's verdict; None without one.
         judge: the judge's own words.
         judge_error: why there is no verdict, if a judge was asked.
+        told: thought and answer, where ``response`` alone does not tell them apart.
     """
 
     prompt: str
@@ -45,11 +46,12 @@ class Completion:
     safe: bool | None = None
     judge: str | None = None
     judge_error: str | None = None
+    told: Parts | None = None
 
     @property
     def parts(self) -> Parts:
         """What was thought and what was answered."""
-        return split_thought(self.response)
+        return split_thought(self.response) if self.told is None else self.told
 
     @property
     def answer(self) -> str:
@@ -134,7 +136,7 @@ class CompletionFile:
         prompt = self.prompts.get(text) if isinstance(text, str) else None
         if prompt is None or not isinstance(response, str):
             return
-        held = scored(prompt, response, self.phrases)
+        held = scored(prompt, response, self.phrases, told_in(line))
         safe, judge = line.get("safe"), line.get("judge")
         if verdicts and isinstance(safe, bool):
             held = replace(held, safe=safe, judge=judge if isinstance(judge, str) else None)
@@ -183,9 +185,29 @@ class CompletionFile:
         return "".join(map(_line, self.completions)).encode()
 
 
-def scored(prompt: Prompt, response: str, phrases: RefusalPhrases = ALL) -> Completion:
-    """A response to a prompt, and whether it refuses."""
-    return Completion(prompt.text, prompt.category, response, phrases.refuses(response))
+def scored(
+    prompt: Prompt, response: str, phrases: RefusalPhrases = ALL, told: Parts | None = None
+) -> Completion:
+    """A response to a prompt, and whether it refuses.
+
+    Args:
+        prompt: what was asked.
+        response: all that was written.
+        phrases: what counts as a refusal.
+        told: its thought and answer, if they are known; else they are told by their marks.
+    """
+    parts = split_thought(response)
+    refused = phrases.verdict(parts if told is None else told)
+    differ = told if told != parts else None
+    return Completion(prompt.text, prompt.category, response, refused, told=differ)
+
+
+def told_in(line: Mapping[str, Any]) -> Parts | None:
+    """Thought and answer as a line of completions has them, if it does."""
+    thought, answer = line.get("thought"), line.get("answer")
+    if not isinstance(thought, str) or "answer" not in line:
+        return None
+    return Parts(thought, answer) if answer is None or isinstance(answer, str) else None
 
 
 def _line(completion: Completion) -> str:

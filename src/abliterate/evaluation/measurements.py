@@ -20,6 +20,7 @@ from abliterate.evaluation.compare import (
     KINDS,
     Metrics,
     Outcome,
+    ask_prompts,
     change_of,
     complete,
     encode_prompts,
@@ -37,6 +38,7 @@ from abliterate.extraction.means import (
 )
 from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of
+from abliterate.inference.thinks_first import or_thinks_first
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.corpora import Corpus, Example
 from abliterate.run_folder import COMPLETIONS, Session, prompt_keys, token_records
@@ -83,6 +85,7 @@ class Measurements:
             self._key(name, "metrics", key), lambda: asdict(self._measure(name)), _are_metrics
         )
         self.metrics[name] = Metrics(**metrics)
+        _ = self.scored
         self.losses[name] = {corpus: self._loss(name, corpus) for corpus in self.corpora}
         self.figures[name] = {}
         if (tasks := self.tasks) is not None:
@@ -120,6 +123,7 @@ class Measurements:
                 batch_size=self._batch_size,
                 label=(name, kind),
                 chat=self.session.chat,
+                begun=self.session.thinking.begun,
             )
         self.files[name, kind] = file
         return file
@@ -160,6 +164,29 @@ class Measurements:
         return {kind: encode_prompts(base, self.inputs.prompts[kind], chat) for kind in KINDS}
 
     @cached_property
+    def scored_ids(self) -> dict[str, list[list[int]]]:
+        """As ``ids``, up to where the answer begins: what first tokens are scored on."""
+        base, chat, prompts = self.session.loaded, self.session.chat, self.inputs.prompts
+        if self.session.thinking.mode != "skip":
+            return self.ids
+        return {
+            kind: ask_prompts(base, prompts[kind], chat, self._batch_size, kind) for kind in KINDS
+        }
+
+    @property
+    def scored(self) -> dict[str, int] | None:
+        """Of how many prompts first tokens were scored, where a thought came before; else None."""
+        if self.session.thinking.mode != "skip":
+            return None
+        key = self._key("baseline", "scored", self._prompts_key)
+
+        def find() -> dict[str, int]:
+            return {kind: len(rows) for kind, rows in self.scored_ids.items()}
+
+        counts: dict[str, int] = self.memo.get(key, find, _are_counts)
+        return counts
+
+    @cached_property
     def corpora(self) -> dict[str, Corpus | None]:
         """The corpora that were asked for; the model's own answers once they are there."""
         return dict(self.inputs.corpora)
@@ -177,7 +204,8 @@ class Measurements:
                 tokens = named_refusal_tokens(base, names)
             else:
                 first_prompts = self.logits.of("baseline", KINDS, DETECT_PROMPTS)
-                tokens = refusal_tokens_shown(*first_prompts.values())
+                with or_thinks_first(base, self.session.chat, self.scored_ids["harmful"]):
+                    tokens = refusal_tokens_shown(*first_prompts.values())
             return token_records(base.tokenizer, tokens)
 
         key = self._key("baseline", "refusal", self._prompts_key)
@@ -193,7 +221,7 @@ class Measurements:
             return self._subject(name)[0] if name in inputs.edited else self.session.loaded
 
         rows = [name for name in inputs.rows if name not in inputs.edited]
-        return FirstTokenLogits(load, rows, inputs.direction, self.ids, self._batch_size)
+        return FirstTokenLogits(load, rows, inputs.direction, self.scored_ids, self._batch_size)
 
     @property
     def _batch_size(self) -> int | str:
@@ -301,6 +329,11 @@ def _are_metrics(figure: Any) -> bool:
         else _is_number(value)
         for name, value in figure.items()
     )
+
+
+def _are_counts(figure: Any) -> bool:
+    counts = isinstance(figure, dict) and set(figure) == set(KINDS)
+    return counts and all(type(count) is int and count >= 0 for count in figure.values())
 
 
 def _is_loss(figure: Any) -> bool:

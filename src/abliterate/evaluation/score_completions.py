@@ -18,6 +18,7 @@ from abliterate.evaluation.completions import (
     read_lines,
     scored,
     scores,
+    told_in,
 )
 from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge
@@ -103,7 +104,7 @@ def read_completions(file: Path, phrases: RefusalPhrases = ALL) -> list[Completi
         prompt, response = (_text(row, key, file, number) for key in ("prompt", "response"))
         named = next((row[key] for key in CATEGORY_COLUMNS if row.get(key) is not None), None)
         category = None if named is None else well_formed(str(named), f"{file}, entry {number}")
-        completions.append(scored(Prompt(prompt, category), response, phrases))
+        completions.append(scored(Prompt(prompt, category), response, phrases, told_in(row)))
     if not completions:
         raise InputError(f"{file} holds no completions")
     return completions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import InputError
 from abliterate.inference.engine import ActivationReader, BatchActivations
 from abliterate.inference.in_memory import InMemoryReader, engine_of
+from abliterate.inference.thinks_first import or_thinks_first
+from abliterate.inference.thoughts import Asked, ask, unfinished
 from abliterate.inference.token_batches import attempt
 from abliterate.metrics.refusal import detect_refusal_tokens, log_odds, resolve_refusal_tokens
 from abliterate.models.embedding_rows import require_token
 from abliterate.models.loading import LoadedModel
 from abliterate.precision import summed_rows, to_host, widest
-from abliterate.prompts.chat_template import ChatFormat, encode, parse_positions, position_tokens
+from abliterate.prompts.chat_template import ChatFormat, parse_positions, position_tokens
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.storage.artifacts import read_tensors
 
@@ -48,6 +50,7 @@ class Extraction:
         refusal_tokens: ids of the first tokens that count as refusing.
         kept_harmful: for each prompt given, whether its activations were used.
         kept_harmless: the same for the harmless prompts.
+        unfinished: by kind, about how many prompts a thought did not end; empty if none was had.
     """
 
     mean_harmful: Tensor
@@ -57,6 +60,7 @@ class Extraction:
     refusal_tokens: tuple[int, ...]
     kept_harmful: Kept = ()
     kept_harmless: Kept = ()
+    unfinished: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def directions(self) -> Tensor:
@@ -134,13 +138,14 @@ def extract(
     check_prompts(harmful=harmful, harmless=harmless)
     chat = chat or ChatFormat()
     tokenizer = loaded.tokenizer
-    position_list = parse_positions(positions, tokenizer, chat)
-    ids = {
-        kind: encode(tokenizer, [prompt.text for prompt in prompts], chat)
+    asked = {
+        kind: ask(loaded, [prompt.text for prompt in prompts], chat, batch_size, kind)
         for kind, prompts in (("harmful", harmful), ("harmless", harmless))
     }
+    ids = {kind: one.ids for kind, one in asked.items()}
+    position_list, position_texts = _positions(positions, tokenizer, chat, asked)
     _check_positions(position_list, ids)
-    ranks = loaded.ranks
+    ranks, harmful_ids = loaded.ranks, asked["harmful"].finished("harmful")
     local_ids = {kind: ranks.split(rows) for kind, rows in ids.items()}
     reader = engine_of(loaded).resid_pre(local_ids, position_list, batch_size)
     # What the refusal tokens are detected from is not run again for the means.
@@ -149,7 +154,8 @@ def extract(
         tokens = named_refusal_tokens(loaded, refusal_tokens)
     else:
         counts = {kind: len(rows) for kind, rows in ids.items()}
-        tokens = _detect_refusal_tokens(reader, counts, seen, ranks)
+        with or_thinks_first(loaded, chat, harmful_ids):
+            tokens = _detect_refusal_tokens(reader, counts, seen, ranks)
 
     def mean(kind: str, sign: float) -> tuple[Tensor, Kept]:
         result, kept = _mean(
@@ -160,10 +166,12 @@ def extract(
             refusal_tokens=tokens if filter else None,
             sign=sign,
             keep=keep and partial(keep, kind),
+            ended=ranks.split(asked[kind].ended),
             ranks=ranks,
         )
         if filter:
-            require_min_prompts(kind, sum(kept), len(kept), "n-train")
+            with or_thinks_first(loaded, chat, harmful_ids):
+                require_min_prompts(kind, sum(kept), len(kept), "n-train")
         return result, kept
 
     mean_harmful, kept_harmful = mean("harmful", 1.0)
@@ -172,11 +180,33 @@ def extract(
         mean_harmful,
         mean_harmless,
         position_list,
-        tuple(position_tokens(tokenizer, position_list, chat)),
+        position_texts,
         tuple(tokens),
         kept_harmful,
         kept_harmless,
+        unfinished(asked),
     )
+
+
+def _positions(
+    spec: str, tokenizer: Any, chat: ChatFormat, asked: Mapping[str, Asked]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The positions that ``--positions`` names, and the token at each.
+
+    Behind a thought, ``post-instruction`` stands for the tokens that end it.
+    """
+    closing = min(one.closing for one in asked.values())
+    if not closing:
+        positions = parse_positions(spec, tokenizer, chat)
+        return positions, tuple(position_tokens(tokenizer, positions, chat))
+    behind = spec == "post-instruction"
+    positions = tuple(range(-closing, 0)) if behind else parse_positions(spec, tokenizer, chat)
+    last = asked["harmful"].finished("harmful")[0]
+    texts = (
+        tokenizer.decode([last[position]]) if -position <= closing else "(thought)"
+        for position in positions
+    )
+    return positions, tuple(texts)
 
 
 def _check_positions(positions: Sequence[int], ids: Mapping[str, Sequence[Sequence[int]]]) -> None:
@@ -315,6 +345,7 @@ def _mean(
     refusal_tokens: Sequence[int] | None = None,
     sign: float = 1.0,
     keep: Callable[[Sequence[int], Tensor], None] | None = None,
+    ended: Sequence[bool] | None = None,
     ranks: RankGroup = ALONE,
 ) -> tuple[Tensor, Kept]:
     """As :func:`mean_resid_pre`, reduced batch by batch to one float64 sum.
@@ -327,6 +358,7 @@ def _mean(
         refusal_tokens: if given, only prompts whose refusal score has the sign ``sign`` count.
         sign: +1 keeps refused prompts, -1 keeps answered ones.
         keep: called with the rows of each batch and their activations.
+        ended: of each prompt, whether the thought about it has; others never count.
         ranks: the processes whose prompts make up the mean, by an all-reduce of their sums.
     """
     total = torch.zeros(reader.shape, dtype=torch.float64)
@@ -337,6 +369,9 @@ def _mean(
         counts = torch.ones(len(batch.rows), dtype=torch.bool)
         if refusal_tokens is not None:
             counts = sign * log_odds(batch.logits, refusal_tokens) > 0
+        if ended is not None and not all(ended):
+            whole = torch.tensor([ended[row] for row in batch.rows])
+            counts = counts & whole.to(counts.device)
         counts = counts.to(batch.activations.device)
         # What a batch has to say comes in one transfer, for which an accelerator is waited for.
         flags, *sums = to_host(counts, *summed_rows(batch.activations, counts))

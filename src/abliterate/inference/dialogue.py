@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
 
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
+from abliterate.inference.answer_stream import AnswerStream, Heard, no_words
+from abliterate.inference.answer_text import AnswerReader
 from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.forward import padding_token
 from abliterate.inference.generation import stop_tokens
 from abliterate.inference.interventions import ablate, add, unit_direction
+from abliterate.metrics.answers import Parts
 from abliterate.models.embedding_rows import require_token
 from abliterate.models.loading import LoadedModel
 from abliterate.models.model_classes import text_config
@@ -76,17 +79,23 @@ class Conversation:
     decoding: Decoding = field(default_factory=Decoding)
     turns: list[dict[str, str]] = field(default_factory=list)
 
-    def answer(
-        self, text: str, steering: Steering, heard: Callable[[str], object] = lambda piece: None
-    ) -> str:
-        """The model's answer to the user's next turn, which becomes part of the conversation.
+    def answer(self, text: str, steering: Steering, heard: Heard = no_words) -> str:
+        """What :meth:`reply` answers, without its thought; empty where that has not ended."""
+        return self.reply(text, steering, heard).answer or ""
 
-        Ctrl-C ends the answer, and what was said by then stays: the exception goes on.
+    def reply(
+        self, text: str, steering: Steering, heard: Heard = no_words, thought: Heard = no_words
+    ) -> Parts:
+        """The model's reply to the user's next turn.
+
+        What it answers becomes part of the conversation, what it thinks does not. Ctrl-C ends the
+        reply, and what was answered by then stays: the exception goes on.
 
         Args:
             text: what the user says.
-            steering: during this answer.
+            steering: during this reply.
             heard: called with each piece of the answer.
+            thought: called with each piece of the thought before it.
 
         Raises:
             CheckpointError: the chat template fails, or the embedding has no row for a token.
@@ -96,15 +105,8 @@ class Conversation:
         turns = [*self.turns, {"role": "user", "content": text}]
         prompt = self._prompt(turns)
         # TextStreamer prints; what it would print is heard instead.
-        said: list[str] = []
-        streamer = TextStreamer(self.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-        def hear(piece: str, stream_end: bool = False) -> None:
-            said.append(piece)
-            if piece:
-                heard(piece)
-
-        streamer.on_finalized_text = hear
+        reader = AnswerReader.of(self.loaded.tokenizer, self.chat)
+        stream = AnswerStream(reader, heard, thought)
         torch.manual_seed(self.decoding.seed + len(self.turns))
         try:
             generation = self._generation(prompt.shape[1])
@@ -114,16 +116,17 @@ class Conversation:
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=generation,
-                    streamer=streamer,
+                    streamer=stream,
                 )
         except KeyboardInterrupt:
-            streamer.end()
+            stream.end()
             raise
         finally:
-            if said:
-                answer = "".join(said).strip()
-                self.turns = [*turns, {"role": "assistant", "content": answer}]
-        return answer
+            parts = stream.parts
+            if stream.text or stream.ended:
+                said = {"role": "assistant", "content": parts.answer or ""}
+                self.turns = [*turns, said]
+        return parts
 
     @contextmanager
     def steered(self, steering: Steering) -> Iterator[None]:
@@ -173,6 +176,8 @@ class Conversation:
 
     def _generation(self, length: int) -> GenerationConfig:
         room = self.decoding.max_new_tokens
+        if self.chat.thinking == "skip":
+            room += self.chat.max_thinking_tokens
         context = getattr(text_config(self.loaded.model), "max_position_embeddings", None)
         if isinstance(context, int):
             room = min(room, context - length)

@@ -180,6 +180,7 @@ class Engine(Protocol):
         on_answer: OnAnswer | None = None,
         done: Collection[int] = (),
         chat: ChatFormat | None = None,
+        ends: Collection[int] = (),
     ) -> list[list[int]]:
         """Greedy answers; see :func:`abliterate.inference.generation.greedy_answers`.
 

@@ -30,6 +30,7 @@ from abliterate.inference.forward import (
 from abliterate.inference.token_batches import TokenBudget, attempt, group_rows
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
+from abliterate.prompts.thinking import find_thinking
 
 # Keys and values of this many tokens, prompt and answer together, are held at once; a batch that
 # runs out of memory all the same halves it.
@@ -49,6 +50,7 @@ def greedy_answers(
     on_answer: OnAnswer | None = None,
     done: Collection[int] = (),
     chat: ChatFormat | None = None,
+    ends: Collection[int] = (),
 ) -> list[list[int]]:
     """Token ids of greedy answers, each up to and with its end of turn.
 
@@ -67,6 +69,7 @@ def greedy_answers(
             that it returns is shown beside the bar.
         done: rows whose answers are known; they stay empty in the result.
         chat: how the prompts were formatted, for the template's own end of turn.
+        ends: further tokens that end an answer.
 
     Raises:
         UsageError: ``max_new_tokens`` is below 1, ``batch_size`` is neither ``auto`` nor a positive
@@ -83,7 +86,7 @@ def greedy_answers(
             alone = replace(loaded, ranks=ALONE)
             with ranks.fail_together():
                 found = greedy_answers(
-                    alone, own, max_new_tokens, batch_size, description, chat=chat
+                    alone, own, max_new_tokens, batch_size, description, chat=chat, ends=ends
                 )
             for row, answer in zip(turn, ranks.gather(found), strict=True):
                 answers[row] = answer
@@ -98,7 +101,8 @@ def greedy_answers(
     mix = can_pad(loaded.model)
     if mix and len(prompts):
         _measure(model, prompts, budget, batch_size)
-    decoder = _Decoder(loaded, max_new_tokens, mix, stop_tokens(loaded, chat))
+    stops = list(dict.fromkeys([*stop_tokens(loaded, chat), *ends]))
+    decoder = _Decoder(loaded, max_new_tokens, mix, stops)
 
     def plan(rows: Sequence[int]) -> list[tuple[int, ...]]:
         # Each row is as long as its prompt and the answer that it may grow: a batch's width.
@@ -164,14 +168,16 @@ def stop_tokens(loaded: LoadedModel, chat: ChatFormat | None = None) -> list[int
     """End-of-turn tokens: the generation config's, the tokenizer's and the chat template's own."""
     configured = getattr(loaded.model.generation_config, "eos_token_id", None)
     found = configured if isinstance(configured, list) else [configured]
-    ids = [
-        *found,
-        loaded.tokenizer.eos_token_id,
-        *end_of_turn_ids(loaded.tokenizer, chat or ChatFormat()),
-    ]
+    chat = chat or ChatFormat()
+    ids = [*found, loaded.tokenizer.eos_token_id, *end_of_turn_ids(loaded.tokenizer, chat)]
     # What a stranger's file says may be anything, and no token.
     known = (token for token in ids if isinstance(token, int) and 0 <= token < 2**31)
-    return list(dict.fromkeys(int(token) for token in known))
+    stops = list(dict.fromkeys(int(token) for token in known))
+    thinking = find_thinking(loaded.tokenizer, chat)
+    if thinking.harmony and thinking.mode != "answer":  # what ends a message ends a thought too
+        names = {token: loaded.tokenizer.convert_ids_to_tokens(token) for token in stops}
+        stops = [token for token in stops if names[token] != "<|end|>"] or stops
+    return stops
 
 
 class _Decoder:

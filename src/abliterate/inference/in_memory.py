@@ -157,9 +157,18 @@ class InMemoryEngine:
         on_answer: OnAnswer | None = None,
         done: Collection[int] = (),
         chat: ChatFormat | None = None,
+        ends: Collection[int] = (),
     ) -> list[list[int]]:
         return greedy_answers(
-            self.loaded, prompts, max_new_tokens, batch_size, description, on_answer, done, chat
+            self.loaded,
+            prompts,
+            max_new_tokens,
+            batch_size,
+            description,
+            on_answer,
+            done,
+            chat,
+            ends,
         )
 
 

@@ -24,6 +24,24 @@ TAGS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("<unused94>", "<unused95>"),  # MedGemma
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<longcat_think>", "</longcat_think>"),
+)
+# What the final channel of harmony opens with.
+FINAL = "<|channel|>final<|message|>"
+# Special tokens of harmony, which part its messages.
+HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>",
+           "<|constrain|>")  # fmt: skip
+# Marks around an answer that follows a thought; they are none of its words.
+_AROUND = (
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ("<|begin_of_solution|>", "<|end_of_solution|>"),
+    ("<response>", "</response>"),
+    ("<answer>", "</answer>"),
+)
+# Special tokens by which thought and answer are told apart: decoding must not drop them.
+MARKS = frozenset(
+    [mark for pair in (*TAGS, *_AROUND) for mark in pair] + ["<|channel>", "<|channel|>"]
 )
 _OPENING = re.compile(r"\s*(?:" + "|".join(re.escape(opening) for opening, _ in TAGS) + ")", re.I)
 _CLOSING = re.compile("|".join(re.escape(closing) for _, closing in TAGS), re.I)
@@ -75,7 +93,31 @@ def split_thought(text: str, begun: bool = False) -> Parts:
             return Parts("\n\n".join(filter(None, thoughts)), None)
     if not thoughts:
         return Parts(None, text)
-    return Parts("\n\n".join(filter(None, thoughts)), rest.strip())
+    return Parts("\n\n".join(filter(None, thoughts)), _bare(rest.strip()))
+
+
+def _bare(answer: str) -> str:
+    """An answer without the marks that some families put around it."""
+    for opening, closing in _AROUND:
+        if answer.startswith(opening):
+            return answer.removeprefix(opening).strip().removesuffix(closing).strip()
+    return answer
+
+
+def opening_mark(text: str) -> str | None:
+    """The mark of a thought that a completion begins with; None if it begins with none."""
+    if (opening := _OPENING.match(text)) is not None:
+        return opening[0].strip()
+    channel = _CHANNEL.match(text.strip()) or _BARE_CHANNEL.match(text.strip())
+    return None if channel is None or channel[1] == "final" else f"the channel {channel[1]}"
+
+
+def closing_start(text: str) -> int:
+    """Where the last mark begins that ends a thought, or harmony's message before the answer."""
+    if (final := text.rfind(FINAL)) >= 0:
+        before = text[:final].removesuffix("<|start|>assistant").removesuffix("<|end|>")
+        return len(before)
+    return max((found.start() for found in _CLOSING.finditer(text)), default=len(text))
 
 
 def _cut(text: str, tag: str) -> tuple[str, bool, str]:
@@ -88,6 +130,8 @@ def _cut(text: str, tag: str) -> tuple[str, bool, str]:
 def _channels(text: str) -> Parts | None:
     """The parts of a text in harmony's channels; None if it has none."""
     marks = list(_CHANNEL.finditer(text))
+    if not marks and text.lstrip().startswith("<|channel|>"):  # cut off in its first header
+        return Parts("", None)
     if not marks:
         marks = list(_BARE_CHANNEL.finditer(text))
         # Without its special tokens a text is harmony if it starts with a channel's name.

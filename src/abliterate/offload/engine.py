@@ -123,6 +123,7 @@ class OffloadedEngine:
         on_answer: OnAnswer | None = None,
         done: Collection[int] = (),
         chat: ChatFormat | None = None,
+        ends: Collection[int] = (),
     ) -> list[list[int]]:
         self.require_answers()
 

@@ -90,6 +90,12 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
             raise UsageError(
                 "--save-activations needs all prompts in one process: run it by itself"
             )
+        skips = session.settings.chat.thinking == "skip"
+        if settings.save_activations and skips and settings.positions == "post-instruction":
+            raise UsageError(
+                "--save-activations with --thinking skip needs --positions, such as last: which "
+                "tokens end the thought shows only once it is thought"
+            )
         sources = {"harmful": settings.harmful, "harmless": settings.harmless}
         prompts = session.draw(sources, "train", settings.n_train, "--n-train")
         names = [DIRECTIONS, *([ACTIVATIONS] if settings.save_activations else [])]
@@ -157,7 +163,10 @@ def _extract_record(
         "n_layers": result.mean_harmful.shape[1],
         "d_model": result.mean_harmful.shape[2],
         "refusal_tokens": token_records(loaded.tokenizer, result.refusal_tokens),
-        "counts": {kind: {"given": len(flags), "used": sum(flags)} for kind, flags in used.items()},
+        "counts": {
+            kind: {"given": len(flags), "used": sum(flags)} | _apart(result.unfinished, kind)
+            for kind, flags in used.items()
+        },
         "prompts": prompt_keys(prompts),
         "rendering": describe_rendering(session),
     }
@@ -167,6 +176,11 @@ def _extract_record(
             "positions": list(kept.kept_positions),
         }
     return record
+
+
+def _apart(unfinished: Mapping[str, int], kind: str) -> dict[str, int]:
+    """About how many prompts the thought did not end, where there was to be one."""
+    return {"unfinished": unfinished[kind]} if unfinished else {}
 
 
 def _write_means(session: Session, run: Path, result: Extraction) -> None:
@@ -317,8 +331,8 @@ def _select_record(
         "thresholds": asdict(result.thresholds),
         "refusal_tokens": extracted["refusal_tokens"],
         "counts": {
-            "harmful": {"given": settings.n_val, "used": result.n_harmful},
-            "harmless": {"given": settings.n_val, "used": result.n_harmless},
+            kind: {"given": settings.n_val, "used": used} | _apart(result.unfinished, kind)
+            for kind, used in (("harmful", result.n_harmful), ("harmless", result.n_harmless))
         },
         "prompts": prompt_keys(prompts),
     }

@@ -17,6 +17,7 @@ from abliterate.prompts.template_checks import (
     user,
 )
 from abliterate.prompts.template_process import TemplateError
+from abliterate.prompts.thinking import Mode, find_thinking
 
 #: The template that writes texts as they are.
 PLAIN = "plain"
@@ -37,6 +38,9 @@ class ChatFormat:
             the special tokens that the tokenizer itself puts before a text (BOS).
         date: the day, as ``YYYY-MM-DD``, that a template is told that asks for it; None: the
             machine's.
+        thinking: what is done about thoughts before the answer; None for what suits the template
+            (:mod:`abliterate.prompts.thinking`).
+        max_thinking_tokens: longest thought under ``skip``.
     """
 
     system: str | None = None
@@ -44,6 +48,8 @@ class ChatFormat:
     response_prefix: str = ""
     template: str | None = None
     date: str | None = None
+    thinking: Mode | None = None
+    max_thinking_tokens: int = 1024
 
     @property
     def is_plain(self) -> bool:
@@ -132,19 +138,25 @@ def _render_all(
     for turns in chats:
         for turn in turns:
             well_formed(turn["content"], "the prompt")
+    thinking = find_thinking(tokenizer, chat)
     if chat.is_plain:
         _check_plain(chat)
         rendered = ["\n".join(turn["content"] for turn in turns) for turns in chats]
     else:
-        rendered = _render_template(template_of(tokenizer, chat), chats)
-    return [text + chat.response_prefix for text in rendered]
+        rendered = _render_template(template_of(tokenizer, chat), chats, thinking.variables)
+    return [text + thinking.appended + chat.response_prefix for text in rendered]
 
 
-def _render_template(template: Template, chats: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
+def _render_template(
+    template: Template,
+    chats: Sequence[Sequence[Mapping[str, str]]],
+    variables: Mapping[str, Any],
+) -> list[str]:
     several = any(len(turns) > 1 for turns in chats)
     wrapping = find_wrapping(template, several)
+    told = replace(template, arguments={**template.arguments, **variables})
     try:
-        rendered = template.render(chats, wrapping)
+        rendered = told.render(chats, wrapping)
     except TemplateError as error:
         raise CheckpointError(
             f"the chat template{template.name} fails ({error}): check --system and "

@@ -10,6 +10,7 @@ from typing import Any
 from abliterate.console import command
 from abliterate.editing.file_names import RECORD
 from abliterate.errors import InputError
+from abliterate.evaluation.completions import told_in
 from abliterate.run_folder import (
     COMPLETIONS,
     EVALUATION,
@@ -32,7 +33,8 @@ class Completions:
     Attributes:
         interventions: the columns.
         rows: ``{"prompt", "category", "kind", "answers": [one per column or None]}``, harmful
-            prompts first; an answer is ``{"response", "refused", "safe"}``.
+            prompts first; an answer is ``{"response", "refused", "safe", "told"}``,
+            the last its thought and answer, or None.
     """
 
     interventions: tuple[str, ...]
@@ -147,6 +149,7 @@ def read_completions(run: Run) -> Completions | None:
                     "response": line["response"],
                     "refused": None if line["refused"] is None else bool(line["refused"]),
                     "safe": line.get("safe"),
+                    "told": told_in(line),
                 }
     return Completions(columns, tuple(rows.values())) if rows else None
 

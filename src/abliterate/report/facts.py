@@ -115,7 +115,7 @@ def _refusal_cards(evaluation: Document) -> list[Card]:
         before = "" if base is None or not known else f"{base[kind]['refusal_rate']:.0%} → "
         span = now.get("refusal_score_ci")
         interval = f", 95% interval {span[0]:.0%} to {span[1]:.0%}" if span else ""
-        found.append(Card(title, before + text, f"baseline → {name}, n = {now['n']}{interval}"))
+        found.append(Card(title, before + text, f"baseline → {name}, {counted(now)}{interval}"))
     if "ablate" in results:
         value = number(results["ablate"]["kl_divergence"])
         count = _count(evaluation, "harmless")
@@ -184,6 +184,11 @@ def _mean(part: Document, key: str, form: str) -> str:
     """A mean with its bootstrap interval, where the record has one."""
     text, span = number(part.get(key), form), part.get(f"{key}_ci")
     return text if not span else f"{text} [{number(span[0], form)}, {number(span[1], form)}]"
+
+
+def apart(count: Document) -> str:
+    """Prompts whose thought did not end, which are left out."""
+    return f", {count['unfinished']} unfinished thoughts" if count.get("unfinished") else ""
 
 
 def counted(part: Document) -> str:
@@ -324,9 +329,12 @@ def provenance(run: Run) -> list[tuple[str, str]]:
             ("refusal tokens", " ".join(repr(t["token"]) for t in run.extract["refusal_tokens"])),
         ]
         rows += [
-            (f"{kind} training prompts", f"{count['used']} used of {count['given']}")
+            (f"{kind} training prompts", f"{count['used']} used of {count['given']}{apart(count)}")
             for kind, count in run.extract["counts"].items()
         ]
+    for name, record in (("extract", run.extract), ("evaluate", run.evaluation)):
+        if record and (done := record.get("thinking")):
+            rows.append((f"thinking, {name}", f"{done['mode']}: {done['why']}"))
     for name, record in (
         ("extract", run.extract),
         ("select", run.selection),

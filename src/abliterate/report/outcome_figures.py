@@ -38,7 +38,11 @@ def refusals(evaluation: Document) -> Any | None:
                     "thickness": 1.3,
                     "width": 4,
                 },
-                hovertemplate="%{x}<br>%{y:.1%} refused<extra>" + kind + "</extra>",
+                customdata=[
+                    counted(result[kind]) if result[kind]["n"] else "no answers"
+                    for result in results.values()
+                ],
+                hovertemplate="%{x}<br>%{y:.1%} refused (%{customdata})<extra>" + kind + "</extra>",
             )
         )
     made.update_layout(barmode="group", bargap=0.3)

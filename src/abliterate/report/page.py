@@ -175,11 +175,16 @@ def _payload(run: Run, figures: Figures, completions: Completions | None) -> dic
     return payload
 
 
-def _answers(completions: Completions) -> list[list[str | None]]:
-    return [
-        [None if answer is None else answer["response"] for answer in row["answers"]]
-        for row in completions.rows
-    ]
+def _answers(completions: Completions) -> list[list[Any]]:
+    """Each answer's text, or its thought and its answer where it has the two."""
+
+    def text(answer: Mapping[str, Any] | None) -> Any:
+        if answer is None:
+            return None
+        told = answer["told"]
+        return answer["response"] if told is None else [told.thought, told.answer]
+
+    return [[text(answer) for answer in row["answers"]] for row in completions.rows]
 
 
 def _packed(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from abliterate.direction import Direction
 from abliterate.errors import SelectionError, UsageError
 from abliterate.extraction.means import Extraction, require_min_prompts
 from abliterate.inference.in_memory import engine_of
+from abliterate.inference.thinks_first import or_thinks_first
+from abliterate.inference.thoughts import Asked, ask, unfinished
 from abliterate.models.loading import LoadedModel
-from abliterate.prompts.chat_template import ChatFormat, encode
+from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.selection.candidate_filters import (
     Score,
@@ -26,6 +28,8 @@ from abliterate.selection.few_passes import FewPassesSearch
 from abliterate.selection.many_passes import ManyPassesSearch
 from abliterate.selection.search_inputs import Key, Search, SearchInputs
 from abliterate.writers import decoder_blocks, find_writers, stream_width
+
+_KINDS = ("harmful", "harmless")
 
 __all__ = [
     "Score",
@@ -59,6 +63,7 @@ class Selection:
     harmless_score: float
     n_harmful: int
     n_harmless: int
+    unfinished: Mapping[str, int] = field(default_factory=dict)
 
     def require_winner(self) -> Score:
         """The winner.
@@ -139,12 +144,16 @@ def select(
     n_answer = parse_kl_on(kl_on)
     if search not in ("staged", "exhaustive"):
         raise UsageError(f"--search must be staged or exhaustive, not '{search}'")
+    asked = {
+        kind: ask(loaded, [prompt.text for prompt in prompts], chat, batch_size, kind)
+        for kind, prompts in (("harmful", harmful), ("harmless", harmless))
+    }
     inputs = SearchInputs(
         loaded.model,
         extraction.directions,
         extraction.positions,
-        _encode(loaded, harmful, chat),
-        _encode(loaded, harmless, chat),
+        asked["harmful"].ids,
+        asked["harmless"].ids,
         refusal_tokens=extraction.refusal_tokens,
         thresholds=thresholds,
         search=search,
@@ -154,12 +163,10 @@ def select(
     )
     passes = _open_search(loaded, inputs, n_answer, known)
     baselines = passes.baseline_scores()
-    used = _filter_prompts(*baselines, filter)
-    return _result(passes.run(*used, save), inputs, baselines, used)
-
-
-def _encode(loaded: LoadedModel, prompts: Sequence[Prompt], chat: ChatFormat) -> list[list[int]]:
-    return encode(loaded.tokenizer, [prompt.text for prompt in prompts], chat)
+    with or_thinks_first(loaded, chat, asked["harmful"].ids):
+        used = _filter_prompts(*baselines, filter, asked)
+    found = _result(passes.run(*used, save), inputs, baselines, used)
+    return replace(found, unfinished=unfinished(asked))
 
 
 def _open_search(
@@ -174,16 +181,22 @@ def _open_search(
     return ManyPassesSearch(loaded, inputs, n_answer, known)
 
 
-def _filter_prompts(harmful: Tensor, harmless: Tensor, filter: bool) -> tuple[Tensor, Tensor]:
+def _filter_prompts(
+    harmful: Tensor, harmless: Tensor, filter: bool, asked: Mapping[str, Asked]
+) -> tuple[Tensor, Tensor]:
     """Which harmful and which harmless prompts count, bool, by their refusal scores.
+
+    A prompt whose thought has not ended never does.
 
     Raises:
         InputError: too few are left.
     """
+    ended = [torch.tensor(asked[kind].ended, dtype=torch.bool) for kind in _KINDS]
+    for kind, one in asked.items():
+        one.finished(kind)
     if not filter:
-        every = torch.ones(len(harmful), dtype=torch.bool)
-        return every, torch.ones(len(harmless), dtype=torch.bool)
-    use_harmful, use_harmless = harmful > 0, harmless < 0
+        return ended[0], ended[1]
+    use_harmful, use_harmless = (harmful > 0) & ended[0], (harmless < 0) & ended[1]
     require_min_prompts("harmful", int(use_harmful.sum()), len(harmful), "n-val")
     require_min_prompts("harmless", int(use_harmless.sum()), len(harmless), "n-val")
     return use_harmful, use_harmless

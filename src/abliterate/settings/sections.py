@@ -27,8 +27,8 @@ from pydantic import (
 
 from abliterate.settings.marks import Granted, Option, Recorded
 from abliterate.settings.values import (
-    check_attention,
     check_assignments,
+    check_attention,
     check_batch_size,
     check_date,
     check_memory,
@@ -247,6 +247,21 @@ class ChatSettings(_Section):
         Recorded(),
         Option("Text that the assistant's turn starts with.", _CHAT, (*_STAGES, "chat")),
     ] = ""
+    thinking: Annotated[
+        Literal["answer", "skip", "whole"] | None,
+        Recorded(),
+        Option(
+            "Of a model that thinks first. answer: the prompt ends where the answer begins. skip: "
+            "it thinks, and what follows counts. whole: as it comes. Default: by its template.",
+            _CHAT,
+            (*_STAGES, "chat"),
+        ),
+    ] = None
+    max_thinking_tokens: Annotated[
+        int,
+        Recorded(),
+        Option("Longest thought under --thinking skip.", _CHAT, (*_STAGES, "chat")),
+    ] = Field(1024, ge=1)
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -126,6 +126,14 @@
     return cell;
   }
 
+  // An answer, or a thought and the answer after it.
+  function spoken(held) {
+    if (!Array.isArray(held)) return [made("p", held || "(empty)")];
+    const [thought, answer] = held;
+    const said = answer === null ? "(the thought did not end)" : answer || "(empty)";
+    return [made("p", thought || "(an empty thought)", "thought"), made("p", said)];
+  }
+
   async function replies(index) {
     if (texts === null) texts = unpacked("texts").then(JSON.parse);
     const answers = (await texts)[index];
@@ -133,7 +141,7 @@
     data.interventions.forEach((name, column) => {
       if (answers[column] === null) return;
       const part = made("div");
-      part.append(made("h4", name), made("p", answers[column] || "(empty)"));
+      part.append(made("h4", name), ...spoken(answers[column]));
       holder.append(part);
     });
     return holder;
