@@ -159,6 +159,8 @@ def test_a_system_message_that_a_template_reads_as_a_switch_passes(
     )
     folder = model(template)
     assert extracted(folder, "--system", "QUICK")["rendering"]["prompt"].startswith("<quick>\n")
+    usual = model(each(messages="messages if m.content != '/think'"), "usual")
+    extracted(usual, "--system", "/think")  # a switch to what is so anyhow
     mute = model(each("{{ m.content|replace('QUICK', '') }}", "messages if m.content != 'QUICK'"),
                  "mute")  # fmt: skip
     line = fails("extract", mute, "-o", tmp_path / "r", *TRAIN, "--system", "QUICK", code=4)
