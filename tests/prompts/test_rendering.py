@@ -159,6 +159,8 @@ def test_a_system_message_that_a_template_reads_as_a_switch_passes(
     )
     folder = model(template)
     assert extracted(folder, "--system", "QUICK")["rendering"]["prompt"].startswith("<quick>\n")
+    usual = model(each(messages="messages if m.content != '/think'"), "usual")
+    extracted(usual, "--system", "/think")  # a switch to what is so anyhow
     mute = model(each("{{ m.content|replace('QUICK', '') }}", "messages if m.content != 'QUICK'"),
                  "mute")  # fmt: skip
     line = fails("extract", mute, "-o", tmp_path / "r", *TRAIN, "--system", "QUICK", code=4)
@@ -224,7 +226,7 @@ def test_an_argument_that_the_template_never_reads_is_refused(
     ):
         line = fails("extract", folder, *out, *option, code=2)
         assert "never reads it (it reads: enable_thinking, tone)" in line
-    for value, quick in (("false", True), ("False", True), ("true", False), ("no", False)):
+    for value, quick in (("False", True), ("no", False)):
         record = extracted(folder, "--template-arg", f"enable_thinking={value}")
         assert ("<quick>" in record["rendering"]["prompt"]) == quick
     whole = ("--thinking", "whole")

@@ -323,17 +323,26 @@ def _check_system(template: Template, wrapping: Wrapping) -> None:
     if not _has_text(template.system):
         return
     assert template.system is not None
-    with_it, without = (
-        one.render([[user(_SHORT)]], wrapping)[0]
-        for one in (template, replace(template, system=None))
-    )
-    if with_it == without:
+    turns, bare = [[user(_SHORT)]], replace(template, system=None)
+    try:
+        (with_it,) = template.render(turns, wrapping)
+    except TemplateError as error:
+        raise CheckpointError(
+            f"the chat template{template.name} refuses this system message ({error}): word it "
+            "otherwise, or leave --system out"
+        ) from None
+    if stands(template.system, with_it):
+        return
+    try:
+        without = bare.render(turns, wrapping)
+    except TemplateError:  # it wants one
+        without = []
+    if [with_it] == without:
         raise CheckpointError(
             f"the chat template{template.name} leaves this system message out: word it otherwise, "
             "or leave --system out"
         )
-    if not stands(template.system, with_it):
-        log.warning("the chat template%s writes the system message otherwise", template.name)
+    log.warning("the chat template%s writes the system message otherwise", template.name)
 
 
 def _note(template: Template, wrapping: Wrapping) -> None:
