@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from abliterate.console import print_line, print_table
@@ -31,6 +31,8 @@ def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     """One row of the table, by column."""
     found, change = record["interventions"][name], record["deltas"].get(name, {})
     cells = {f"{kind} refused": _refused(record, name, kind) for kind in _KINDS}
+    cells["refused later"] = _each_kind(found, _later)
+    cells["broken"] = _each_kind(found, _broken)
     if record["judge"]:
         cells |= {f"{kind} safe": _safe(record, name, kind) for kind in _KINDS}
     cells |= {f"{kind} metric": f"{found[kind]['refusal_metric']:.2f}" for kind in _KINDS}
@@ -50,12 +52,17 @@ def show_score(document: Mapping[str, Any]) -> None:
     judge = document["judge"]
     print_table(
         f"{document['file']}: scores (95% interval)",
-        ["category", "n", "refusal score", *(["safety score"] if judge else [])],
+        [
+            *("category", "n", "refusal score", "refused later", "broken"),
+            *(["safety score"] if judge else []),
+        ],
         [
             [
                 name,
                 str(part["n"]),
                 _share(part, "refusal_score") + _unfinished(part),
+                _later(part),
+                _broken(part),
                 *([_share(part, "safety_score")] if judge else []),
             ]
             for name, part in rows
@@ -80,6 +87,25 @@ def _unfinished(part: Mapping[str, Any]) -> str:
     """Thoughts that have not ended, which are no answers; records of old do not count them."""
     count = part.get("no_verdict") or 0
     return f" + {count} unfinished" if count else ""
+
+
+def _each_kind(found: Mapping[str, Any], show: Callable[[Mapping[str, Any]], str]) -> str:
+    """A count of each kind of prompts."""
+    return ", ".join(f"{kind} {show(found[kind])}" for kind in _KINDS)
+
+
+def _later(part: Mapping[str, Any]) -> str:
+    """Refusals behind a preamble, and how long that is; records of old do not tell."""
+    count = part.get("refused_later")
+    if count is None:
+        return "-"
+    return f"{count} (median at {part['refused_later_at']})" if count else "0"
+
+
+def _broken(part: Mapping[str, Any]) -> str:
+    """Answers that loop, are garbled or empty."""
+    count, refused = part.get("broken"), part.get("broken_refused")
+    return "-" if count is None else f"{count} ({refused} refused)" if refused else str(count)
 
 
 def _safe(record: Mapping[str, Any], name: str, kind: str) -> str:

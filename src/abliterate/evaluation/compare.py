@@ -20,6 +20,7 @@ from abliterate.evaluation.completions import (
     scored,
     scores,
     share_changes,
+    token_counter,
 )
 from abliterate.evaluation.intervention_names import check_name
 from abliterate.inference.engine import Change
@@ -180,7 +181,9 @@ def evaluate(
         for kind in KINDS:
             rows = {prompt.text: row for row, prompt in enumerate(prompts[kind])}
             unique = [ids[kind][row] for row in rows.values()]
-            file = CompletionFile(None, [prompts[kind][row] for row in rows.values()], "")
+            count_tokens = token_counter(lambda: loaded.tokenizer)
+            asked = [prompts[kind][row] for row in rows.values()]
+            file = CompletionFile(None, asked, "", count_tokens=count_tokens)
             complete(
                 subject,
                 unique,
@@ -313,7 +316,7 @@ def complete(
     def answered(row: int, answer: list[int]) -> str:
         nonlocal refused, count, spoke
         text = subject.tokenizer.decode(answer, skip_special_tokens=True).strip()
-        completion = scored(prompts[row], text, file.phrases)
+        completion = scored(prompts[row], text, file.phrases, file.count_tokens)
         file.put(completion)
         refused += bool(completion.refused)
         count += 1

@@ -25,7 +25,7 @@ from abliterate.evaluation.compare import (
     encode_prompts,
     metrics_of,
 )
-from abliterate.evaluation.completions import Completion, CompletionFile
+from abliterate.evaluation.completions import Completion, CompletionFile, token_counter
 from abliterate.evaluation.first_tokens import FirstTokenLogits
 from abliterate.evaluation.inputs import EvaluationInputs
 from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
@@ -37,7 +37,7 @@ from abliterate.extraction.means import (
 )
 from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of
-from abliterate.models.loading import LoadedModel
+from abliterate.models.loading import LoadedModel, load_tokenizer
 from abliterate.prompts.corpora import Corpus, Example
 from abliterate.run_folder import COMPLETIONS, Session, prompt_keys, token_records
 from abliterate.run_stage import input_hash
@@ -107,6 +107,7 @@ class Measurements:
             self._key(name, "completions", key),
             self.inputs.judge_key,
             self.inputs.phrases,
+            token_counter(lambda: self._tokenizer),
         )
         file.adopt(ranks.broadcast(file.completions))
         if len(file.completions) < len(prompts):
@@ -155,6 +156,12 @@ class Measurements:
         return memo
 
     @cached_property
+    def _tokenizer(self) -> Any:
+        """What counts the tokens of answers: loaded without the model, which may not be needed."""
+        trust = self.session.settings.model.trust_remote_code
+        return load_tokenizer(self.session.checkpoint, trust)
+
+    @cached_property
     def ids(self) -> dict[str, list[list[int]]]:
         base, chat = self.session.loaded, self.session.chat
         return {kind: encode_prompts(base, self.inputs.prompts[kind], chat) for kind in KINDS}
@@ -177,7 +184,8 @@ class Measurements:
                 tokens = named_refusal_tokens(base, names)
             else:
                 first_prompts = self.logits.of("baseline", KINDS, DETECT_PROMPTS)
-                tokens = refusal_tokens_shown(*first_prompts.values())
+                harmful, harmless = (first_prompts[kind] for kind in KINDS)
+                tokens = refusal_tokens_shown(harmful, harmless, base.tokenizer, self.ids)
             return token_records(base.tokenizer, tokens)
 
         key = self._key("baseline", "refusal", self._prompts_key)

@@ -21,6 +21,7 @@ from abliterate.evaluation.completions import (
 )
 from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge
+from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrases
 from abliterate.prompts.columns import CATEGORY_COLUMNS, well_formed
@@ -77,6 +78,8 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
             for index, c in enumerate(completions)
         ],
         "refusal_phrases": phrases.summary(),
+        "broken_answers": flaw_thresholds(),
+        "refused_at_unit": "words",
         "judge": judge and judge.summary(),
         "judge_failures": [
             {"index": index, "error": c.judge_error}

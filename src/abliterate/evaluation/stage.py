@@ -15,6 +15,7 @@ from abliterate.evaluation.inputs import EvaluationInputs, order_rows, read_inpu
 from abliterate.evaluation.judge_completions import failures, judge_files
 from abliterate.evaluation.lm_eval_tasks import Tasks, find_tasks
 from abliterate.evaluation.measurements import MEASURED, Measurements, is_memo
+from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
 from abliterate.models.loading import Checkpoint
 from abliterate.run_folder import COMPLETIONS, EVALUATION, Session
@@ -143,5 +144,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "bootstrap": bootstrap_settings(session.settings.model.seed),
         "refusal_tokens": measurements.refusal_tokens,
         "refusal_phrases": inputs.phrases.summary(),
+        "broken_answers": flaw_thresholds(),
+        "refused_at_unit": "tokens",
         "offload": measurements.readings,
     }

@@ -147,6 +147,8 @@ def read_completions(run: Run) -> Completions | None:
                     "response": line["response"],
                     "refused": None if line["refused"] is None else bool(line["refused"]),
                     "safe": line.get("safe"),
+                    "broken": line.get("broken"),
+                    "refused_at": line.get("refused_at"),
                 }
     return Completions(columns, tuple(rows.values())) if rows else None
 
@@ -171,5 +173,13 @@ def _lines(path: Path) -> list[Document]:
 def _is_completion(line: Document) -> bool:
     texts = all(isinstance(line.get(key), str) for key in ("prompt", "response"))
     category, safe = line.get("category"), line.get("safe")
-    named = category is None or isinstance(category, str)
-    return texts and named and "refused" in line and (safe is None or isinstance(safe, bool))
+    broken, place = line.get("broken"), line.get("refused_at")
+    named = all(text is None or isinstance(text, str) for text in (category, broken))
+    counted = place is None or type(place) is int
+    return (
+        texts
+        and named
+        and counted
+        and "refused" in line
+        and (safe is None or isinstance(safe, bool))
+    )

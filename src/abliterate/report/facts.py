@@ -148,6 +148,9 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
         )
         for kind in kinds
     ]
+    for key, title in (("refused_later", "refused later"), ("broken", "broken")):
+        if any(key in r[kind] for r in held for kind in kinds):
+            columns.append((title, lambda r, k=key: _counts(r, kinds, k)))
     columns += [
         (f"{kind} judged safe", lambda r, k=kind: _safety(r[k]))
         for kind in kinds
@@ -204,6 +207,12 @@ def _rate(now: Document, base: Document | None, change: Document) -> str:
     text = f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"
     span = change.get("refusal_score_ci")
     return text if not span else f"{text} [{span[0]:+.1%}, {span[1]:+.1%}]"
+
+
+def _counts(result: Document, kinds: Sequence[str], key: str) -> str:
+    """How many answers there are of a sort, for each kind of prompts that the record counts."""
+    counts = ((kind, result[kind].get(key)) for kind in kinds)
+    return ", ".join(f"{kind} {DASH if count is None else count}" for kind, count in counts)
 
 
 def _safety(now: Document) -> str:

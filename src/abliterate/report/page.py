@@ -166,7 +166,9 @@ def _payload(run: Run, figures: Figures, completions: Completions | None) -> dic
                 "category": row["category"],
                 "kind": row["kind"],
                 "verdicts": [
-                    None if answer is None else [answer["refused"], answer["safe"]]
+                    None
+                    if answer is None
+                    else [answer[key] for key in ("refused", "safe", "broken", "refused_at")]
                     for answer in row["answers"]
                 ],
             }

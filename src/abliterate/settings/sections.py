@@ -217,7 +217,8 @@ class ExtractSettings(_Section):
         tuple[str, ...],
         Recorded(),
         Option(
-            "Token string, id or preset (llama-2, llama-3, gemma, yi, qwen); repeatable. "
+            "Token string, id (1234 or id:1234) or preset (llama-2, llama-3, gemma, yi, qwen); "
+            "repeatable. "
             "Default: detected.",
             _METHOD,
             (*_EXTRACT, "evaluate"),
