@@ -46,6 +46,7 @@ EVERY: dict[str, dict[str, Any]] = {
     },
     "evaluate": {
         "harmful": "jailbreakbench", "harmless": "-other.txt", "n_test": 10,
+        "borderline": "xstest",
         "max_new_tokens": 64, "corpus": ("own", "pile=-x.txt"), "corpus_texts": 10,
         "corpus_tokens": 99, "tasks": "mmlu,gsm8k", "tasks_dir": "-my tasks", "task_limit": 5,
         "refusal_phrases": "en,zh", "refusal_phrase": ("-no way", "nope"),

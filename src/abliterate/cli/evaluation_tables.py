@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from abliterate.console import print_line, print_table
@@ -30,11 +30,12 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
 def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     """One row of the table, by column."""
     found, change = record["interventions"][name], record["deltas"].get(name, {})
-    cells = {f"{kind} refused": _refused(record, name, kind) for kind in _KINDS}
-    cells["refused later"] = _each_kind(found, _later)
-    cells["broken"] = _each_kind(found, _broken)
+    asked = [*_KINDS, *(["borderline"] if "borderline" in found else [])]
+    cells = {f"{kind} refused": _refused(record, name, kind) for kind in asked}
+    cells["refused later"] = _each_kind(found, asked, _later)
+    cells["broken"] = _each_kind(found, asked, _broken)
     if record["judge"]:
-        cells |= {f"{kind} safe": _safe(record, name, kind) for kind in _KINDS}
+        cells |= {f"{kind} safe": _safe(record, name, kind) for kind in asked}
     cells |= {f"{kind} metric": f"{found[kind]['refusal_metric']:.2f}" for kind in _KINDS}
     cells["harmless KL"] = f"{found['kl_divergence']:.4f}"
     for corpus, loss in found["losses"].items():
@@ -89,9 +90,11 @@ def _unfinished(part: Mapping[str, Any]) -> str:
     return f" + {count} unfinished" if count else ""
 
 
-def _each_kind(found: Mapping[str, Any], show: Callable[[Mapping[str, Any]], str]) -> str:
+def _each_kind(
+    found: Mapping[str, Any], kinds: Sequence[str], show: Callable[[Mapping[str, Any]], str]
+) -> str:
     """A count of each kind of prompts."""
-    return ", ".join(f"{kind} {show(found[kind])}" for kind in _KINDS)
+    return ", ".join(f"{kind} {show(found[kind])}" for kind in kinds)
 
 
 def _later(part: Mapping[str, Any]) -> str:

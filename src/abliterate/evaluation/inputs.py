@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
-from abliterate.evaluation.compare import check_intervention
+from abliterate.evaluation.compare import BORDERLINE, check_intervention
 from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
 from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.metrics.intervals import share_methods
@@ -17,7 +18,8 @@ from abliterate.metrics.refusal_phrases import RefusalPhrases, parse_phrases
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.models.model_classes import text_config
 from abliterate.prompts.corpora import Corpus, parse_corpora, read_corpus
-from abliterate.prompts.sources import Prompt
+from abliterate.prompts.sampling import load_prompts
+from abliterate.prompts.sources import Prompt, is_contrast
 from abliterate.run_folder import Session, prompt_keys, prompt_sources
 from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
 from abliterate.storage.artifacts import hash_file, hash_json, is_plain_name
@@ -124,8 +126,30 @@ def _test_prompts(
     """Prompts that no stage of the run has used."""
     settings = session.settings.evaluate
     sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
-    prompts = session.draw(sources, "test", settings.n_test, "--n-test", used_prompts(records))
+    used = used_prompts(records)
+    prompts = session.draw(sources, "test", settings.n_test, "--n-test", used)
+    if settings.borderline is not None:
+        prompts[BORDERLINE] = _borderline_prompts(session, settings.borderline, used)
     return {kind: tuple(chosen) for kind, chosen in prompts.items()}
+
+
+def _borderline_prompts(
+    session: Session, source: str, used: Mapping[str, Sequence[str]]
+) -> list[Prompt]:
+    """Harmless prompts that look harmful, without the harmful ones that a source sets beside."""
+    left_out = 0
+
+    def leave_out(prompt: Prompt) -> bool:
+        nonlocal left_out
+        left_out += is_contrast(prompt)
+        return is_contrast(prompt)
+
+    n, seed = session.settings.evaluate.n_test, session.settings.model.seed
+    keys = {key for keys in used.values() for key in keys}
+    chosen = load_prompts(source, "test", n, seed, keys, "--n-test", leave_out)
+    if left_out:
+        log.info("--borderline %s: %d harmful prompts of it are left out", source, left_out)
+    return chosen
 
 
 def check_options(session: Session) -> Judge | None:
@@ -159,6 +183,7 @@ def _check_engine(session: Session) -> None:
     """Refuse what the model will not give, the way it will be opened."""
     settings = session.settings.evaluate
     given = {
+        "--borderline": settings.borderline,
         "--judge": settings.judge,
         "--judge-url": settings.judge_url,
         "--corpus": settings.corpus,

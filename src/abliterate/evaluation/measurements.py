@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from abliterate.evaluation.compare import (
+    BORDERLINE,
     KINDS,
     Metrics,
     Outcome,
@@ -76,7 +77,7 @@ class Measurements:
 
     def run(self, name: str) -> None:
         """Complete, measure and benchmark one row."""
-        for kind in KINDS if self.session.opener.generates else ():
+        for kind in self.inputs.prompts if self.session.opener.generates else ():
             self.complete(name, kind)
         key = self._prompts_key | {"intervals": "bootstrap"}
         metrics = self.memo.get(
@@ -128,12 +129,14 @@ class Measurements:
     def outcome(self, name: str) -> Outcome:
         """All that is known of one row; verdicts only if a judge was asked this time."""
         harmful, harmless = (self._made(name, kind) for kind in KINDS)
+        borderline = self._made(name, BORDERLINE) if BORDERLINE in self.inputs.prompts else None
         return Outcome(
             harmful,
             harmless,
             self.metrics[name],
             self.losses[name],
             self.figures[name],
+            borderline,
         )
 
     def _made(self, name: str, kind: str) -> tuple[Completion, ...] | None:
@@ -164,7 +167,8 @@ class Measurements:
     @cached_property
     def ids(self) -> dict[str, list[list[int]]]:
         base, chat = self.session.loaded, self.session.chat
-        return {kind: encode_prompts(base, self.inputs.prompts[kind], chat) for kind in KINDS}
+        prompts = self.inputs.prompts
+        return {kind: encode_prompts(base, prompts[kind], chat) for kind in prompts}
 
     @cached_property
     def corpora(self) -> dict[str, Corpus | None]:
@@ -250,7 +254,8 @@ class Measurements:
     @property
     def _prompts_key(self) -> dict[str, Any]:
         """What refusal tokens, and all that counts them, depend on."""
-        prompts = prompt_keys(self.inputs.prompts, keep_text=True)
+        of_metrics = {kind: self.inputs.prompts[kind] for kind in KINDS}
+        prompts = prompt_keys(of_metrics, keep_text=True)
         return {"prompts": prompts, "tokens": self.inputs.named_tokens}
 
     def _key(self, name: str, what: str, more: Mapping[str, Any]) -> str:

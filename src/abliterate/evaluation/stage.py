@@ -9,7 +9,7 @@ from typing import Any
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InterruptedWorkError
-from abliterate.evaluation.compare import KINDS, deltas
+from abliterate.evaluation.compare import BORDERLINE, KINDS, deltas
 from abliterate.evaluation.completions import MANIFEST, is_completions, is_manifest
 from abliterate.evaluation.inputs import EvaluationInputs, order_rows, read_inputs
 from abliterate.evaluation.judge_completions import failures, judge_files
@@ -57,7 +57,8 @@ def evaluate_stage(
     rows = order_rows(interventions, edited, direction)
     with EVALUATE_STAGE.open(session, out) as stage:
         if out is not None:
-            stage.ranks.run_on_main(lambda: _claim_completions(out, rows))
+            names = _file_names(session, rows)
+            stage.ranks.run_on_main(lambda: _claim_completions(out, names))
         inputs = read_inputs(session, direction, rows, edited, run)
         stage.depends_on(inputs.summary(session), _completion_files(session, out, rows))
         if reuse and (done := stage.finished()) and not done["judge_failures"]:
@@ -71,10 +72,10 @@ def evaluate_stage(
         return stage.finish(_record(measurements))
 
 
-def _claim_completions(out: Path, rows: Sequence[str]) -> None:
+def _claim_completions(out: Path, names: Sequence[str]) -> None:
     """Refuse foreign files where answers go, and clear what an interrupted write has left."""
     folder = out / COMPLETIONS
-    answers = dict.fromkeys(_file_names(rows), is_completions)
+    answers = dict.fromkeys(names, is_completions)
     check_folder(folder)
     claim(folder, answers | {MANIFEST: is_manifest, MEASURED: is_memo}, home=out)
     remove_temporaries(folder)
@@ -84,11 +85,13 @@ def _completion_files(session: Session, out: Path | None, rows: Sequence[str]) -
     """The files of answers that the evaluation leaves."""
     if out is None or not session.opener.generates:
         return {}
-    return {name: out / COMPLETIONS / name for name in _file_names(rows)}
+    return {name: out / COMPLETIONS / name for name in _file_names(session, rows)}
 
 
-def _file_names(rows: Sequence[str]) -> list[str]:
-    return [f"{name}-{kind}.jsonl" for name in rows for kind in KINDS]
+def _file_names(session: Session, rows: Sequence[str]) -> list[str]:
+    asked = session.settings.evaluate.borderline is not None
+    kinds = (*KINDS, BORDERLINE) if asked else KINDS
+    return [f"{name}-{kind}.jsonl" for name in rows for kind in kinds]
 
 
 def _find_tasks(session: Session, inputs: EvaluationInputs) -> Tasks | None:
@@ -108,7 +111,9 @@ def _measure(measurements: Measurements, out: Path | None) -> None:
             measurements.run(name)
         measurements.release()
         if inputs.judge is not None:
-            files = [measurements.files[name, kind] for name in inputs.rows for kind in KINDS]
+            files = [
+                measurements.files[name, kind] for name in inputs.rows for kind in inputs.prompts
+            ]
             judge_files(inputs.judge, files)
     except KeyboardInterrupt:
         if out is None:
@@ -125,7 +130,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
     completions = {
         (name, kind): getattr(outcome, kind) or ()
         for name, outcome in outcomes.items()
-        for kind in KINDS
+        for kind in inputs.prompts
     }
     corpora = measurements.corpora
     return {

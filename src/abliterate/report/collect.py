@@ -116,6 +116,13 @@ def _record(path: Path, made_by: str) -> Document | None:
     return read_record(path, made_by) if path.is_file() else None
 
 
+def kinds_of(evaluation: Document) -> tuple[str, ...]:
+    """The kinds of prompts that an evaluation asked, borderline ones if it was told to."""
+    results = evaluation["interventions"].values()
+    asked = all("borderline" in result for result in results)
+    return ("harmful", "harmless", "borderline") if asked else ("harmful", "harmless")
+
+
 def read_completions(run: Run) -> Completions | None:
     """The completions that the evaluation's record names; None if there are none.
 
@@ -127,7 +134,7 @@ def read_completions(run: Run) -> Completions | None:
     named = run.evaluation.get("outputs", {})
     columns = tuple(run.evaluation["interventions"])
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for kind in ("harmful", "harmless"):
+    for kind in kinds_of(run.evaluation):
         for at, name in enumerate(columns):
             path = run.folder / COMPLETIONS / f"{name}-{kind}.jsonl"
             if path.name not in named or not path.is_file():

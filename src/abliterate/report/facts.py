@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.report.collect import Document, Run
+from abliterate.report.collect import Document, Run, kinds_of
 from abliterate.report.selection_figures import METRICS, Table, verdict
 from abliterate.report.style import finite
 
@@ -133,7 +133,7 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
     """Rows are interventions, columns the metrics; columns that nobody measured are left out."""
     results: Document = evaluation["interventions"]
     baseline = results.get("baseline")
-    kinds = ("harmful", "harmless")
+    kinds = kinds_of(evaluation)
     held = list(results.values())
     changes: Document = evaluation.get("deltas") or {}
 

@@ -113,6 +113,9 @@ def make_figures(run: Run) -> Figures:
         found["categories"] = _part(
             "evaluation.json", lambda: outcome_figures.categories(evaluation)
         )
+        found["borderline_categories"] = _part(
+            "evaluation.json", lambda: outcome_figures.categories(evaluation, "borderline")
+        )
     if run.selection is not None:
         table = _part("selection.json", lambda: _table(run))
         for name, draw in (

@@ -378,6 +378,15 @@ class EvaluateSettings(_Section):
         Option("Test prompts per kind. Default: all.", _PROMPTS, ("evaluate", "run")),
         Option("Test prompts per kind. Default: 32.", None, ("fragility",)),
     ] = Field(None, ge=1)
+    borderline: Annotated[
+        str | None,
+        Option(
+            "Harmless prompts that look harmful, whose refusals are counted as well: borderline "
+            "(bundled), xstest, orbench-hard, or any source.",
+            _PROMPTS,
+            ("evaluate", "run"),
+        ),
+    ] = None
     max_new_tokens: Annotated[
         int,
         Option("Longest answer.", _METHOD, ("evaluate", "run", "chat")),
