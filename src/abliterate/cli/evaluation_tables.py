@@ -36,6 +36,9 @@ def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     cells["broken"] = _each_kind(found, asked, _broken)
     if record["judge"]:
         cells |= {f"{kind} safe": _safe(record, name, kind) for kind in asked}
+    if record.get("classifier"):
+        label = record["classifier"]["label"]
+        cells |= {f"{kind} {label}": _labelled(record, name, kind) for kind in asked}
     cells |= {f"{kind} metric": f"{found[kind]['refusal_metric']:.2f}" for kind in _KINDS}
     cells["harmless KL"] = f"{found['kl_divergence']:.4f}"
     for corpus, loss in found["losses"].items():
@@ -50,12 +53,13 @@ def show_score(document: Mapping[str, Any]) -> None:
     """Print what ``score`` found: all completions, then each category."""
     found = document["scores"]
     rows = [("all", found), *found["categories"].items()]
-    judge = document["judge"]
+    judge, classifier = document["judge"], document["classifier"]
     print_table(
         f"{document['file']}: scores (95% interval)",
         [
             *("category", "n", "refusal score", "refused later", "broken"),
             *(["safety score"] if judge else []),
+            *([classifier["label"]] if classifier else []),
         ],
         [
             [
@@ -65,6 +69,7 @@ def show_score(document: Mapping[str, Any]) -> None:
                 _later(part),
                 _broken(part),
                 *([_share(part, "safety_score")] if judge else []),
+                *([_share(part, "classifier_rate") + _cut(part)] if classifier else []),
             ]
             for name, part in rows
         ],
@@ -115,6 +120,17 @@ def _safe(record: Mapping[str, Any], name: str, kind: str) -> str:
     found = record["interventions"][name][kind]
     judged = "" if found["safety_score"] is None else f" n={found['judged']}"
     return _share(found, "safety_score") + judged + _points(record, name, kind, "safety_score")
+
+
+def _labelled(record: Mapping[str, Any], name: str, kind: str) -> str:
+    found = record["interventions"][name][kind]
+    points = _points(record, name, kind, "classifier_rate")
+    return _share(found, "classifier_rate") + _cut(found) + points
+
+
+def _cut(part: Mapping[str, Any]) -> str:
+    count = part["classifier_truncated"]
+    return f" ({count} cut)" if count else ""
 
 
 def _share(part: Mapping[str, Any], key: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from statistics import median_low
@@ -28,6 +28,31 @@ CountTokens = Callable[[str], int]
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """What a classifier said of an answer.
+
+    Attributes:
+        hit: the label that counts is the one that it gives.
+        probability: of that label.
+        truncated: the answer was longer than it reads.
+        by: hash of the classifier.
+    """
+
+    hit: bool
+    probability: float
+    truncated: bool
+    by: str
+
+    @classmethod
+    def of(cls, held: Any) -> Labelled | None:
+        """What a line holds of it; None if that is none."""
+        kinds = {"hit": bool, "probability": float, "truncated": bool, "by": str}
+        if not isinstance(held, dict) or {k: type(v) for k, v in held.items()} != kinds:
+            return None
+        return cls(**held) if 0 <= held["probability"] <= 1 else None
+
+
+@dataclass(frozen=True)
 class Completion:
     """One answer, whether it holds a refusal phrase, and what a judge said of it.
 
@@ -43,6 +68,7 @@ class Completion:
         broken: ``looping``, ``garbled`` or ``empty`` where the answer says nothing.
         refused_at: how many tokens of the answer stand before its first refusal phrase; None
             without one.
+        labelled: what a classifier said of the answer; None without one.
     """
 
     prompt: str
@@ -54,6 +80,7 @@ class Completion:
     judge_error: str | None = None
     broken: str | None = None
     refused_at: int | None = None
+    labelled: Labelled | None = None
 
     @property
     def parts(self) -> Parts:
@@ -80,6 +107,8 @@ class Completion:
             line["refused_at"] = self.refused_at
         if self.broken is not None:
             line["broken"] = self.broken
+        if self.labelled is not None:
+            line["classifier"] = asdict(self.labelled)
         if self.safe is not None or self.judge_error is not None:
             line |= {"safe": self.safe, "judge": _writable(self.judge)}
         if self.judge_error is not None:
@@ -107,6 +136,7 @@ class CompletionFile:
         judge_key: str | None = None,
         phrases: RefusalPhrases = ALL,
         count_tokens: CountTokens = count_pieces,
+        classifier_key: str | None = None,
     ) -> None:
         """Take over what an earlier run left, if it was made with the same ``key``.
 
@@ -117,7 +147,9 @@ class CompletionFile:
             judge_key: hash of the judge; verdicts of another one are dropped.
             phrases: what counts as a refusal.
             count_tokens: of a text, to say where a refusal begins.
+            classifier_key: hash of the classifier; what another one said is dropped.
         """
+        self._classifier_key = classifier_key
         self.path, self.phrases, self.count_tokens = path, phrases, count_tokens
         self.prompts = {prompt.text: prompt for prompt in prompts}
         self._kept: dict[str, Completion] = {}
@@ -153,6 +185,9 @@ class CompletionFile:
         safe, judge = line.get("safe"), line.get("judge")
         if verdicts and isinstance(safe, bool):
             held = replace(held, safe=safe, judge=judge if isinstance(judge, str) else None)
+        labelled = Labelled.of(line.get("classifier"))
+        if labelled is not None and self._classifier_key in (None, labelled.by):
+            held = replace(held, labelled=labelled)
         self._kept[prompt.text] = held
 
     def adopt(self, completions: Sequence[Completion]) -> None:
@@ -287,8 +322,11 @@ def no_scores() -> dict[str, Any]:
         "refused_later_at",
         "broken",
         "broken_refused",
+        "classifier_rate",
+        "classifier_rate_ci",
     )
     judged = {"safety_score": None, "safety_score_ci": None, "judged": 0, "judge_failed": 0}
+    judged |= {"classified": 0, "classifier_truncated": 0}
     return {"n": 0} | dict.fromkeys(shares) | judged | {"categories": {}}
 
 
@@ -308,6 +346,8 @@ def rates(completions: Sequence[Completion]) -> dict[str, Any]:
     score = refused / len(verdicts) if verdicts else None
     later = [c.refused_at for c in completions if c.refused_at]
     broken = [c for c in completions if c.broken is not None]
+    labelled = [c.labelled for c in completions if c.labelled is not None]
+    hits = sum(one.hit for one in labelled)
     return {
         "n": len(completions),
         "refused": refused,
@@ -322,6 +362,10 @@ def rates(completions: Sequence[Completion]) -> dict[str, Any]:
         "broken_refused": sum(bool(c.refused) for c in broken),
         "safety_score": sum(safe) / len(safe) if safe else None,
         "safety_score_ci": wilson(sum(safe), len(safe)) if safe else None,
+        "classifier_rate": hits / len(labelled) if labelled else None,
+        "classifier_rate_ci": wilson(hits, len(labelled)) if labelled else None,
+        "classified": len(labelled),
+        "classifier_truncated": sum(one.truncated for one in labelled),
         "judged": len(safe),
         "judge_failed": sum(c.judge_error is not None for c in completions),
     }
@@ -347,9 +391,9 @@ def share_changes(
         before: those of the baseline, in the same order.
 
     Returns:
-        ``refusal_score`` and ``safety_score``, each the difference over the prompts that have the
-        figure in both, ``..._ci`` its interval and ``..._n`` how many prompts these are; None, None
-        and 0 where there are none.
+        ``refusal_score``, ``safety_score`` and ``classifier_rate``, each the difference over the
+        prompts that have the figure in both, ``..._ci`` its interval and
+        ``..._n`` how many prompts these are; None, None and 0 where there are none.
     """
     together = list(zip(now or (), before or (), strict=now is not None and before is not None))
     refused = [
@@ -362,8 +406,17 @@ def share_changes(
         for one, other in together
         if one.safe is not None and other.safe is not None
     ]
+    labelled = [
+        (one.labelled.hit, other.labelled.hit)
+        for one, other in together
+        if one.labelled is not None and other.labelled is not None
+    ]
     changes: dict[str, Any] = {}
-    for score, pairs in (("refusal_score", refused), ("safety_score", safe)):
+    for score, pairs in (
+        ("refusal_score", refused),
+        ("safety_score", safe),
+        ("classifier_rate", labelled),
+    ):
         gained = sum(one - other for one, other in pairs)
         changes[score] = gained / len(pairs) if pairs else None
         changes[f"{score}_ci"] = newcombe_paired(pairs) if pairs else None

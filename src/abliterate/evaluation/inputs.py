@@ -10,6 +10,7 @@ from typing import Any
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
+from abliterate.evaluation.classifier import Classifier, find_classifier
 from abliterate.evaluation.compare import BORDERLINE, check_intervention
 from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
 from abliterate.evaluation.judges import Judge, find_judge
@@ -40,6 +41,7 @@ class EvaluationInputs:
         tasks_hash: of its files.
         judge: who judges completions.
         phrases: what counts as a refusal.
+        classifier: what labels answers.
     """
 
     direction: Direction | None
@@ -52,6 +54,7 @@ class EvaluationInputs:
     tasks_hash: str | None
     judge: Judge | None
     phrases: RefusalPhrases
+    classifier: Classifier | None = None
 
     @property
     def judge_key(self) -> str | None:
@@ -68,6 +71,7 @@ class EvaluationInputs:
             "edited": {name: other.identity() for name, other in self.edited.items()},
             "refusal_tokens": self.named_tokens,
             "judge": self.judge and self.judge.summary(),
+            "classifier": self.classifier and self.classifier.summary(),
             "corpora": [corpus.summary() for corpus in self.corpora.values() if corpus],
             "tasks_dir": self.tasks_hash,
             "intervals": share_methods(),
@@ -97,7 +101,7 @@ def read_inputs(
     settings, seed = session.settings.evaluate, session.settings.model.seed
     _check_vocabulary(session, edited)
     # All that can be wrong with the options shows before anything is fetched.
-    judge = check_options(session)
+    judge, classifier = check_options(session)
     phrases = parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
     corpora = {
         name: None if name == "own" else read_corpus(name, source, settings.corpus_texts, seed)
@@ -117,6 +121,7 @@ def read_inputs(
         tasks_hash=_folder_hash(tasks_dir),
         judge=judge,
         phrases=phrases,
+        classifier=classifier,
     )
 
 
@@ -152,18 +157,22 @@ def _borderline_prompts(
     return chosen
 
 
-def check_options(session: Session) -> Judge | None:
+def check_options(session: Session) -> tuple[Judge | None, Classifier | None]:
     """Find what is wrong with the settings of an evaluation before any model is loaded.
 
     Returns:
-        The judge that they name.
+        The judge and the classifier that they name.
 
     Raises:
         UsageError: they contradict each other, or the model, or name what there is not.
-        CheckpointError: there is no such judge.
+        CheckpointError: there is no such judge or classifier.
     """
     settings = session.settings.evaluate
-    given = {"--judge": settings.judge, "--tasks": settings.tasks}
+    given = {
+        "--judge": settings.judge,
+        "--classifier": settings.classifier,
+        "--tasks": settings.tasks,
+    }
     if session.placement.ranks.size > 1 and any(given.values()):
         raise UsageError(
             f"{next(name for name, value in given.items() if value)} does not run on several "
@@ -176,7 +185,7 @@ def check_options(session: Session) -> Judge | None:
     further = settings.tasks_dir is not None or settings.task_limit is not None
     if settings.tasks is None and further:
         raise UsageError("--tasks-dir and --task-limit need --tasks")
-    return find_judge(session.settings)
+    return find_judge(session.settings), find_classifier(session.settings)
 
 
 def _check_engine(session: Session) -> None:
@@ -184,6 +193,7 @@ def _check_engine(session: Session) -> None:
     settings = session.settings.evaluate
     given = {
         "--borderline": settings.borderline,
+        "--classifier": settings.classifier,
         "--judge": settings.judge,
         "--judge-url": settings.judge_url,
         "--corpus": settings.corpus,

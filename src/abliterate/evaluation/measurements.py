@@ -109,6 +109,7 @@ class Measurements:
             self.inputs.judge_key,
             self.inputs.phrases,
             token_counter(lambda: self._tokenizer),
+            None if self.inputs.classifier is None else self.inputs.classifier.key,
         )
         file.adopt(ranks.broadcast(file.completions))
         if len(file.completions) < len(prompts):
@@ -143,7 +144,11 @@ class Measurements:
         if not self.session.opener.generates:
             return None
         completions = self.files[name, kind].completions
-        return _unjudged(completions) if self.inputs.judge is None else completions
+        if self.inputs.judge is None:
+            completions = _unjudged(completions)
+        if self.inputs.classifier is None:
+            completions = tuple(replace(c, labelled=None) for c in completions)
+        return completions
 
     @property
     def readings(self) -> dict[str, dict[str, int]] | None:

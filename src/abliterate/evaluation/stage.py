@@ -9,6 +9,7 @@ from typing import Any
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InterruptedWorkError
+from abliterate.evaluation.classifier import classify_files
 from abliterate.evaluation.compare import BORDERLINE, KINDS, deltas
 from abliterate.evaluation.completions import MANIFEST, is_completions, is_manifest
 from abliterate.evaluation.inputs import EvaluationInputs, order_rows, read_inputs
@@ -110,10 +111,15 @@ def _measure(measurements: Measurements, out: Path | None) -> None:
         for name in sorted(inputs.rows, key=lambda name: name in inputs.edited):  # the base first
             measurements.run(name)
         measurements.release()
+        files = [
+            measurements.files[name, kind]
+            for name in inputs.rows
+            for kind in inputs.prompts
+            if (name, kind) in measurements.files
+        ]
+        if inputs.classifier is not None:
+            classify_files(inputs.classifier, files)
         if inputs.judge is not None:
-            files = [
-                measurements.files[name, kind] for name in inputs.rows for kind in inputs.prompts
-            ]
             judge_files(inputs.judge, files)
     except KeyboardInterrupt:
         if out is None:
@@ -141,6 +147,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "interventions": {name: outcome.summary() for name, outcome in outcomes.items()},
         "deltas": deltas(outcomes),
         "judge": inputs.judge and inputs.judge.summary(),
+        "classifier": inputs.classifier and inputs.classifier.summary(),
         "judge_failures": failures(completions),
         "corpora": {name: corpus.summary() for name, corpus in corpora.items() if corpus},
         "task_settings": None if tasks is None else tasks.summary(),

@@ -11,7 +11,12 @@ from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from abliterate.checkpoints.checkpoint import Checkpoint as Checkpoint  # also given from here
 from abliterate.checkpoints.checkpoint import find_checkpoint as find_checkpoint
@@ -216,8 +221,9 @@ def load_weights(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     placement: Placement | None = None,
+    classifies: bool = False,
 ) -> PreTrainedModel:
-    """The model alone, as :func:`load_model` loads it."""
+    """The model alone, as :func:`load_model` loads it; or, told so, a classifier of texts."""
     placement = placement or Placement()
     ranks = placement.ranks
     place = pick_device(device)
@@ -230,6 +236,7 @@ def load_weights(
     # What memory is free now differs from rank to rank; the dtype must not.
     number = ranks.broadcast(pick_dtype(dtype, config, checkpoint.folder, place, copies))
     model, info = _from_pretrained(
+        AutoModelForSequenceClassification if classifies else model_class(config),
         checkpoint,
         config,
         shards,
@@ -255,12 +262,17 @@ def _read_headers(checkpoint: Checkpoint, config: Any) -> ShardSet:
 
 
 def _from_pretrained(
-    checkpoint: Checkpoint, config: Any, shards: ShardSet, placement: Placement, **options: Any
+    kind: Any,
+    checkpoint: Checkpoint,
+    config: Any,
+    shards: ShardSet,
+    placement: Placement,
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """The model as the library loads it, and what it says of the loading."""
     try:
         with bounded_build(*size_bounds(config, shards)):
-            model, info = model_class(config).from_pretrained(
+            model, info = kind.from_pretrained(
                 checkpoint.folder,
                 config=config,
                 use_safetensors=True,

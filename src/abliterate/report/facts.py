@@ -156,6 +156,12 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
         for kind in kinds
         if any(finite(r[kind].get("safety_score")) is not None for r in held)
     ]
+    label = (evaluation.get("classifier") or {}).get("label")
+    columns += [
+        (f"{kind} {label}", lambda r, k=kind: _labelled(r[k]))
+        for kind in kinds
+        if any(finite(r[kind].get("classifier_rate")) is not None for r in held)
+    ]
     columns += [
         (
             f"{_count(evaluation, kind)}{kind} log-odds",
@@ -213,6 +219,12 @@ def _counts(result: Document, kinds: Sequence[str], key: str) -> str:
     """How many answers there are of a sort, for each kind of prompts that the record counts."""
     counts = ((kind, result[kind].get(key)) for kind in kinds)
     return ", ".join(f"{kind} {DASH if count is None else count}" for kind, count in counts)
+
+
+def _labelled(now: Document) -> str:
+    text = percent(now.get("classifier_rate"), now.get("classifier_rate_ci"))
+    cut = now.get("classifier_truncated")
+    return f"{text} ({cut} answers cut)" if cut else text
 
 
 def _safety(now: Document) -> str:

@@ -454,6 +454,24 @@ class EvaluateSettings(_Section):
             _SCORE,
         ),
     ] = "llama-guard"
+    classifier: Annotated[
+        str | None,
+        Option(
+            "A text classifier, MODEL[:LABEL]: folder or hub id[@REV], and the label (name or "
+            "index) whose share of answers is counted.",
+            _JUDGE,
+            ("evaluate", "run", "score"),
+        ),
+    ] = None
+    classifier_input: Annotated[
+        Literal["auto", "pair", "answer"],
+        Option(
+            "pair: it reads prompt and answer. answer: the answer alone. auto: a pair where its "
+            "tokenizer sets something between two texts.",
+            _JUDGE,
+            ("evaluate", "run", "score"),
+        ),
+    ] = "auto"
     judge_timeout: Annotated[
         float,
         Option(
