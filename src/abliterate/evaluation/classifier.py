@@ -14,14 +14,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from abliterate.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from abliterate.console import log, progress_bar
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.evaluation.completions import Completion, CompletionFile, Labelled
-from abliterate.inference.token_batches import attempt, parse_batch_size
-from abliterate.models.loading import load_config, load_tokenizer, load_weights
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import hash_json
 
@@ -101,6 +97,9 @@ class Classifier:
         """
         if not items:
             return
+        from abliterate.inference.token_batches import parse_batch_size
+        from abliterate.models.loading import load_tokenizer, load_weights
+
         tokenizer = load_tokenizer(self.checkpoint, self.trust_remote_code)
         paired = self._takes_pairs(tokenizer)
         model = load_weights(
@@ -147,6 +146,10 @@ class Classifier:
         report: Callable[[int, Labelled], None],
     ) -> None:
         """Label a batch of rows of one length, or its halves where memory runs out."""
+        import torch
+
+        from abliterate.inference.token_batches import attempt
+
         found: list[list[float]] = []
 
         def forward() -> None:
@@ -197,6 +200,8 @@ def _encode(
 
 def _longest_input(model: Any, tokenizer: Any) -> int:
     """The most tokens that model and tokenizer take."""
+    from torch.nn import Embedding
+
     longest = int(min(tokenizer.model_max_length, 1 << 20))
     places = getattr(model.config, "max_position_embeddings", None)
     if isinstance(places, int) and places > 0:
@@ -204,7 +209,7 @@ def _longest_input(model: Any, tokenizer: Any) -> int:
         offsets = [
             module.padding_idx + 1
             for module in model.modules()
-            if isinstance(module, torch.nn.Embedding)
+            if isinstance(module, Embedding)
             and module.num_embeddings == places
             and module.padding_idx is not None
         ]
@@ -293,6 +298,8 @@ def find_classifier(settings: Settings) -> Classifier | None:
     name, asked = _cut_label(spec)
     place, revision = _cut_revision(name)
     checkpoint = find_checkpoint(place, revision)
+    from abliterate.models.loading import load_config
+
     config = load_config(checkpoint, model.trust_remote_code)
     _check_task(checkpoint, config)
     names = getattr(config, "id2label", None) or {}
