@@ -113,6 +113,17 @@ def test_a_borderline_source_that_is_none_is_told(model: Path, fails: Any, tmp_p
     assert not (tmp_path / "out" / "extract.json").exists()
 
 
+def test_a_streamed_model_makes_no_answers_to_borderline_prompts(
+    model: Path, fails: Any, tmp_path: Path
+) -> None:
+    for option in (("--borderline", "borderline"), ("--classifier", "org/m:x")):
+        line = fails(
+            "evaluate", model, "-o", tmp_path / "out", *_sources(tmp_path), "--offload", *option,
+            code=2,
+        )  # fmt: skip
+        assert option[0] in line
+
+
 def test_the_bundled_borderline_set_is_ten_kinds_of_twelve(cli: Any) -> None:
     result = cli("prompts", "borderline", "--json")
     assert result.code == 0, result.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,55 @@ def test_what_is_no_classifier_is_refused(
     )
 
 
+def test_a_classifier_of_the_hub_may_name_its_revision(
+    fails: Any, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from abliterate.errors import CheckpointError
+    from abliterate.evaluation import classifier
+
+    asked = []
+
+    def find(name: str, revision: str | None = None) -> None:
+        asked.append((name, revision))
+        raise CheckpointError("not here")
+
+    monkeypatch.setattr(classifier, "find_checkpoint", find)
+    for spec in ("org/m", "org/m:bad: label", "org/m@v1.0", "org/m@v1.0:bad@x"):
+        assert "not here" in fails("score", answers, "--classifier", spec, code=4)
+    assert asked == [("org/m", None), ("org/m", None), ("org/m", "v1.0"), ("org/m", "v1.0")]
+
+
+def test_a_classifiers_own_code_runs_only_when_trusted(
+    cli: Any, fails: Any, refusals: Path, answers: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in refusals.iterdir():
+        (own / file.name).write_bytes(file.read_bytes())
+    config = json.loads((own / "config.json").read_text())
+    config |= {
+        "model_type": "mine-of-old",
+        "auto_map": {
+            "AutoConfig": "code.MineConfig",
+            "AutoModelForSequenceClassification": "code.Mine",
+        },
+    }
+    (own / "config.json").write_text(json.dumps(config))
+    ran = tmp_path / "ran"
+    (own / "code.py").write_text(
+        f"open({str(ran)!r}, 'a').close()\n"
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        "class MineConfig(BertConfig):\n    model_type = 'mine-of-old'\n"
+        "class Mine(BertForSequenceClassification):\n    config_class = MineConfig\n"
+    )
+    line = fails("score", answers, "--classifier", own, code=4)
+    assert "--trust-remote-code" in line
+    assert not ran.exists()
+    way = ("--classifier-input", "answer", "--trust-remote-code", "--json")
+    assert _hits(cli("score", answers, "--classifier", own, *way)) == SAYS_NO
+    assert ran.exists()
+
+
 def test_score_keeps_labels_of_the_same_classifier(
     cli: Any, refusals: Path, topics: Path, answers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -234,7 +284,12 @@ def test_evaluate_labels_answers_under_every_intervention(
     assert all(json.loads(line)["classifier"]["hit"] for line in lines)
     page = tmp_path / "report.html"
     assert cli("report", out, "-o", page).code == 0
-    assert "harmful refusal" in page.read_text()
+    html = page.read_text()
+    assert "harmful refusal" in html
+    assert "labelled refusal</option>" in html
+    data = re.search(r'"rows":(\[.*?\]\]?\}\])', html)
+    assert data is not None
+    assert "[false,null,null,null,true]" in data[1].replace(" ", "")
     # Without it the figures are gone, and the answers are not made again.
     again = cli(*args)
     assert again.code == 0

@@ -62,6 +62,17 @@ def test_extract_shows_first_tokens_and_tells_why_none_refuses(
     assert not (tmp_path / "run" / "extract.json").exists()
 
 
+def test_evaluate_shows_the_same_evidence(fails: Any, tokenizer_dir: Path, tmp_path: Path) -> None:
+    harmful, harmless, why, _ = CASES["both"]
+    model = first_token_model(tmp_path / "m", tokenizer_dir, {"B": harmful, "G": harmless})
+    line = fails(
+        "evaluate", model, "-o", tmp_path / "out", *_prompts(tmp_path), "--n-test", "4",
+        "--intervention", "baseline", "--max-new-tokens", "2", code=3,
+    )  # fmt: skip
+    assert why in line
+    assert "harmful: 'I' 62%, 'T' 30%; harmless: 'I' 63%, 'T' 30%" in line
+
+
 def test_the_same_prompts_twice_are_told(fails: Any, tokenizer_dir: Path, tmp_path: Path) -> None:
     model = first_token_model(tmp_path / "m", tokenizer_dir, {"B": {"I": 0.9}, "G": {"S": 0.9}})
     (_, same, *_) = _prompts(tmp_path)

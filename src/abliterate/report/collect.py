@@ -156,8 +156,15 @@ def read_completions(run: Run) -> Completions | None:
                     "safe": line.get("safe"),
                     "broken": line.get("broken"),
                     "refused_at": line.get("refused_at"),
+                    "labelled": _hit(line.get("classifier")),
                 }
     return Completions(columns, tuple(rows.values())) if rows else None
+
+
+def _hit(labelled: Any) -> bool | None:
+    """Whether a classifier gave its label; None without one."""
+    hit = labelled.get("hit") if isinstance(labelled, dict) else None
+    return hit if isinstance(hit, bool) else None
 
 
 def _stay_inside(path: Path, folder: Path) -> None:
