@@ -110,6 +110,9 @@ def test_a_borderline_source_that_is_none_is_told(model: Path, fails: Any, tmp_p
         assert "prompt source 'no-such'" in line
         assert "borderline, " in line
         assert "xstest, orbench-hard" in line
+    few = ("--borderline", "borderline", "--n-test", "121")
+    line = fails("run", model, "-o", tmp_path / "out", *few, code=3)
+    assert "has 120 distinct prompts, 121 asked for: lower --n-test" in line
     assert not (tmp_path / "out" / "extract.json").exists()
 
 

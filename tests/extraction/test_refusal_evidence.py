@@ -25,7 +25,7 @@ CASES: dict[str, tuple[dict[str, float], dict[str, float], str, str]] = {
         "the model thinks first (85%", "enable_thinking",
     ),
     "swapped": (
-        {"S": 0.9}, {"I": 0.9}, "harmful ones are answered and harmless ones refused", "swap",
+        {"1": 0.9}, {"I": 0.9}, "harmful ones are answered and harmless ones refused", "swap",
     ),
     "swapped and spread": (
         dict.fromkeys("SHTWCDEF", 0.04), {"I": 0.9}, "harmless ones refused", "swap",
@@ -71,6 +71,15 @@ def test_evaluate_shows_the_same_evidence(fails: Any, tokenizer_dir: Path, tmp_p
     )  # fmt: skip
     assert why in line
     assert "harmful: 'I' 62%, 'T' 30%; harmless: 'I' 63%, 'T' 30%" in line
+
+
+def test_an_unusual_refusal_is_taken_though_answers_say_i(
+    cli: Any, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    model = first_token_model(tmp_path / "m", tokenizer_dir, {"B": {"T": 0.9}, "G": {"I": 0.9}})
+    found = cli("extract", model, "-o", tmp_path / "run", *_prompts(tmp_path), "--n-train", "16")
+    assert found.code == 0, found.err
+    assert "'T'" in found.out
 
 
 def test_the_same_prompts_twice_are_told(fails: Any, tokenizer_dir: Path, tmp_path: Path) -> None:

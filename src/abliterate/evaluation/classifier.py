@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,9 @@ class Classifier:
 
     def summary(self) -> dict[str, Any]:
         """What records say of it; verdicts of classifiers with the same summary are the same."""
-        identity = self.checkpoint.identity()
         return {
             "model": self.checkpoint.name,
-            "identity": {key: value for key, value in identity.items() if key != "id"},
+            "identity": self._identity,
             "label": self.label,
             "index": self.index,
             "labels": list(self.labels),
@@ -81,9 +81,13 @@ class Classifier:
             "input": self.input,
         }
 
-    @property
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return {key: value for key, value in self.checkpoint.identity().items() if key != "id"}
+
+    @cached_property
     def key(self) -> str:
-        """The hash of what a verdict depends on."""
+        """The hash of what a verdict depends on; its files are read for it, once."""
         return hash_json(self.summary())
 
     def classify(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,14 +134,22 @@ def _test_prompts(
     used = used_prompts(records)
     prompts = session.draw(sources, "test", settings.n_test, "--n-test", used)
     if settings.borderline is not None:
-        prompts[BORDERLINE] = _borderline_prompts(session, settings.borderline, used)
+        keys = {key for used_of_kind in used.values() for key in used_of_kind}
+        prompts[BORDERLINE] = borderline_prompts(session, settings.borderline, keys)
     return {kind: tuple(chosen) for kind, chosen in prompts.items()}
 
 
-def _borderline_prompts(
-    session: Session, source: str, used: Mapping[str, Sequence[str]]
-) -> list[Prompt]:
-    """Harmless prompts that look harmful, without the harmful ones that a source sets beside."""
+def borderline_prompts(session: Session, source: str, used: Collection[str] = ()) -> list[Prompt]:
+    """Harmless prompts that look harmful, without the harmful ones that a source sets beside.
+
+    Args:
+        session: how many, and the seed.
+        source: where they come from.
+        used: keys of prompts that stages of the run have used.
+
+    Raises:
+        InputError: the source is unusable or has too few prompts left.
+    """
     left_out = 0
 
     def leave_out(prompt: Prompt) -> bool:
@@ -150,8 +158,7 @@ def _borderline_prompts(
         return is_contrast(prompt)
 
     n, seed = session.settings.evaluate.n_test, session.settings.model.seed
-    keys = {key for keys in used.values() for key in keys}
-    chosen = load_prompts(source, "test", n, seed, keys, "--n-test", leave_out)
+    chosen = load_prompts(source, "test", n, seed, used, "--n-test", leave_out)
     if left_out:
         log.info("--borderline %s: %d harmful prompts of it are left out", source, left_out)
     return chosen

@@ -26,6 +26,13 @@ _MOST = 0.5
 _SOME = 0.25
 # Words that refusals start with and the lists of phrases do not.
 _FURTHER = frozenset({"sorry", "unfortunately", "apologies", "cannot", "regrettably"})
+# How answers start that comply.
+_COMPLYING = frozenset(
+    (
+        *("sure", "certainly", "absolutely", "definitely", "great", "okay", "ok", "yes", "of"),
+        *("here", "to", "title", "step", "1", "#", "##", "###", "*", "**", "-", "```"),
+    )
+)
 _CHANNELS = ("<|channel|>", "analysis")
 
 Prompts = Mapping[str, Sequence[Sequence[int]]]
@@ -50,7 +57,7 @@ def find_first_refusal_tokens(
     opposite = detect_refusal_tokens(harmless, harmful)
     swapped = _refusing(tokenizer, opposite, harmless) >= _SOME
     opening = _opened(harmful, harmless, tokenizer)
-    reversed_ = swapped and _refusing(tokenizer, found, harmful) == 0
+    reversed_ = swapped and bool(found) and all(_complies(tokenizer, token) for token in found)
     # Tokens named on the command line are taken without this look at them.
     if found and opening is None and not reversed_:
         return found
@@ -125,6 +132,10 @@ def _refusing(tokenizer: Any, tokens: Sequence[int], shares: Tensor) -> float:
     """The probability of those tokens that read like the start of a refusal, of the common ones."""
     common = set(_commonest(shares)) & set(tokens)
     return sum(float(shares[t]) for t in common if _starts_refusal(token_text(tokenizer, t)))
+
+
+def _complies(tokenizer: Any, token: int) -> bool:
+    return token_text(tokenizer, token).strip().casefold() in _COMPLYING
 
 
 def _starts_refusal(text: str) -> bool:
