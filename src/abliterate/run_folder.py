@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.console import log
+from abliterate.metrics.refusal_tokens import token_text
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.sources import Prompt
@@ -235,5 +236,5 @@ def prompt_keys(
 
 
 def token_records(tokenizer: Any, tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """Token ids as records list them, each with its text."""
-    return [{"id": token, "token": tokenizer.decode([token])} for token in tokens]
+    """Token ids as records list them, each with its text (``id:1234`` if it is no whole text)."""
+    return [{"id": token, "token": token_text(tokenizer, token)} for token in tokens]

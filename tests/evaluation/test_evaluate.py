@@ -167,7 +167,7 @@ def test_an_interrupted_run_goes_on_to_identical_files(
     lines[0]["response"] = "I cannot say, a mark"
     first.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert evaluate(broken).code == 0
-    assert _lines(first)[0] == lines[0] | {"refused": True}
+    assert _lines(first)[0] == lines[0] | {"refused": True, "refused_at": 0}
     assert evaluate(broken, "--max-new-tokens", "5").code == 0
     assert "mark" not in first.read_text()
     fresh = tmp_path / "fresh"

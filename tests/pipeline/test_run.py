@@ -41,7 +41,14 @@ def test_finished_stages_are_skipped_and_stale_ones_redone(tiny, cli, tmp_path: 
     assert _times(run) == made
 
     # Another test setting redoes the evaluation alone.
-    assert cli("run", tiny("llama"), "-o", run, *SMALL, "--max-new-tokens", "4").code == 0
+    more = cli(
+        "run", tiny("llama"), "-o", run, *SMALL, "--max-new-tokens", "4",
+        "--borderline", "borderline", "--json",
+    )  # fmt: skip
+    assert more.code == 0, more.err
+    evaluation = more.json["evaluate"]
+    assert list(evaluation["n_prompts"].items())[-1] == ("borderline", 8)
+    assert all(r["borderline"]["n"] == 8 for r in evaluation["interventions"].values())
     now = _times(run)
     assert {name for name in now if now[name] != made[name]} == {"evaluation.json"}
 

@@ -49,9 +49,11 @@ EVERY: dict[str, dict[str, Any]] = {
     },
     "evaluate": {
         "harmful": "jailbreakbench", "harmless": "-other.txt", "n_test": 10,
+        "borderline": "xstest",
         "max_new_tokens": 64, "corpus": ("own", "pile=-x.txt"), "corpus_texts": 10,
         "corpus_tokens": 99, "tasks": "mmlu,gsm8k", "tasks_dir": "-my tasks", "task_limit": 5,
         "refusal_phrases": "en,zh", "refusal_phrase": ("-no way", "nope"),
+        "classifier": "org/clf@v1:REJECTION", "classifier_input": "pair",
         "judge": "org/guard", "judge_url": "https://me:pass@host:8/v1?key=secret",
         "judge_model": "guard", "judge_template": "prompt", "judge_timeout": 2.5,
         "judge_retries": 0, "judge_concurrency": 2,

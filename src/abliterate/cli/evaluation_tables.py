@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from abliterate.console import print_line, print_table
@@ -30,9 +30,15 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
 def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     """One row of the table, by column."""
     found, change = record["interventions"][name], record["deltas"].get(name, {})
-    cells = {f"{kind} refused": _refused(record, name, kind) for kind in _KINDS}
+    asked = [*_KINDS, *(["borderline"] if "borderline" in found else [])]
+    cells = {f"{kind} refused": _refused(record, name, kind) for kind in asked}
+    cells["refused later"] = _each_kind(found, asked, _later)
+    cells["broken"] = _each_kind(found, asked, _broken)
     if record["judge"]:
-        cells |= {f"{kind} safe": _safe(record, name, kind) for kind in _KINDS}
+        cells |= {f"{kind} safe": _safe(record, name, kind) for kind in asked}
+    if record.get("classifier"):
+        label = record["classifier"]["label"]
+        cells |= {f"{kind} {label}": _labelled(record, name, kind) for kind in asked}
     # Behind thoughts first tokens are scored where these have ended.
     scored = record.get("n_scored") or {}
     n = {kind: f" (n={scored[kind]})" if kind in scored else "" for kind in _KINDS}
@@ -50,16 +56,23 @@ def show_score(document: Mapping[str, Any]) -> None:
     """Print what ``score`` found: all completions, then each category."""
     found = document["scores"]
     rows = [("all", found), *found["categories"].items()]
-    judge = document["judge"]
+    judge, classifier = document["judge"], document["classifier"]
     print_table(
         f"{document['file']}: scores (95% interval)",
-        ["category", "n", "refusal score", *(["safety score"] if judge else [])],
+        [
+            *("category", "n", "refusal score", "refused later", "broken"),
+            *(["safety score"] if judge else []),
+            *([classifier["label"]] if classifier else []),
+        ],
         [
             [
                 name,
                 str(part["n"]),
                 _share(part, "refusal_score") + _unfinished(part),
+                _later(part),
+                _broken(part),
                 *([_share(part, "safety_score")] if judge else []),
+                *([_share(part, "classifier_rate") + _cut(part)] if classifier else []),
             ]
             for name, part in rows
         ],
@@ -85,10 +98,42 @@ def _unfinished(part: Mapping[str, Any]) -> str:
     return f" + {count} unfinished" if count else ""
 
 
+def _each_kind(
+    found: Mapping[str, Any], kinds: Sequence[str], show: Callable[[Mapping[str, Any]], str]
+) -> str:
+    """A count of each kind of prompts."""
+    return ", ".join(f"{kind} {show(found[kind])}" for kind in kinds)
+
+
+def _later(part: Mapping[str, Any]) -> str:
+    """Refusals behind a preamble, and how long that is; records of old do not tell."""
+    count = part.get("refused_later")
+    if count is None:
+        return "-"
+    return f"{count} (median at {part['refused_later_at']})" if count else "0"
+
+
+def _broken(part: Mapping[str, Any]) -> str:
+    """Answers that loop, are garbled or empty."""
+    count, refused = part.get("broken"), part.get("broken_refused")
+    return "-" if count is None else f"{count} ({refused} refused)" if refused else str(count)
+
+
 def _safe(record: Mapping[str, Any], name: str, kind: str) -> str:
     found = record["interventions"][name][kind]
     judged = "" if found["safety_score"] is None else f" n={found['judged']}"
     return _share(found, "safety_score") + judged + _points(record, name, kind, "safety_score")
+
+
+def _labelled(record: Mapping[str, Any], name: str, kind: str) -> str:
+    found = record["interventions"][name][kind]
+    points = _points(record, name, kind, "classifier_rate")
+    return _share(found, "classifier_rate") + _cut(found) + points
+
+
+def _cut(part: Mapping[str, Any]) -> str:
+    count = part["classifier_truncated"]
+    return f" ({count} cut)" if count else ""
 
 
 def _share(part: Mapping[str, Any], key: str) -> str:

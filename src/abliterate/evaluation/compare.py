@@ -20,6 +20,7 @@ from abliterate.evaluation.completions import (
     scored,
     scores,
     share_changes,
+    token_counter,
 )
 from abliterate.evaluation.intervention_names import check_name
 from abliterate.inference.engine import Change
@@ -35,7 +36,9 @@ from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts
 
+# What every evaluation has, and the prompts that only answers are made of.
 KINDS = ("harmful", "harmless")
+BORDERLINE = "borderline"
 
 # Logits that are scored in float64 at once.
 _CHUNK = 1 << 22
@@ -76,6 +79,7 @@ class Outcome:
         metrics: from the logits.
         losses: cross-entropy by corpus, as records hold it.
         tasks: lm-eval's figures by task.
+        borderline: completions of harmless prompts that look harmful; None if none were asked for.
     """
 
     harmful: tuple[Completion, ...] | None
@@ -83,6 +87,7 @@ class Outcome:
     metrics: Metrics
     losses: Mapping[str, Mapping[str, Any]]
     tasks: Mapping[str, Mapping[str, float]]
+    borderline: tuple[Completion, ...] | None = None
 
     def summary(self) -> dict[str, Any]:
         """The figures, without texts."""
@@ -91,11 +96,13 @@ class Outcome:
             return no_scores() if completions is None else scores(completions)
 
         metrics = self.metrics
+        over_refusal = {} if self.borderline is None else {BORDERLINE: counted(self.borderline)}
         return {
             "harmful": counted(self.harmful)
             | {"refusal_metric": metrics.harmful, "refusal_metric_ci": metrics.harmful_ci},
             "harmless": counted(self.harmless)
             | {"refusal_metric": metrics.harmless, "refusal_metric_ci": metrics.harmless_ci},
+            **over_refusal,
             "kl_divergence": metrics.kl,
             "kl_divergence_ci": metrics.kl_ci,
             "losses": {name: dict(loss) for name, loss in self.losses.items()},
@@ -135,6 +142,7 @@ def evaluate(
     max_new_tokens: int = 512,
     batch_size: int | str = "auto",
     seed: int = 0,
+    borderline: Sequence[Prompt] = (),
 ) -> dict[str, Outcome]:
     """Greedy completions and scores of test prompts under each intervention.
 
@@ -151,6 +159,7 @@ def evaluate(
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts per forward pass, or ``auto``.
         seed: of the bootstrap of means.
+        borderline: harmless prompts that look harmful, whose answers are counted too.
 
     Returns:
         Outcomes by intervention or name of the edited model.
@@ -170,7 +179,10 @@ def evaluate(
     ]
     runs += [(name, other, None) for name, other in (edited or {}).items()]
     prompts = {"harmful": harmful, "harmless": harmless}
-    ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in KINDS}
+    if borderline:
+        check_prompts(borderline=borderline)
+        prompts[BORDERLINE] = borderline
+    ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in prompts}
     scored_ids = {
         kind: ask_prompts(loaded, prompts[kind], chat, batch_size, kind) for kind in KINDS
     }
@@ -180,11 +192,13 @@ def evaluate(
     check_refusal_tokens(refusal_tokens, baseline.shape[1])
     outcomes = {}
     for name, subject, change in runs:
-        done = []
-        for kind in KINDS:
+        done: dict[str, tuple[Completion, ...]] = {}
+        for kind in prompts:
             rows = {prompt.text: row for row, prompt in enumerate(prompts[kind])}
             unique = [ids[kind][row] for row in rows.values()]
-            file = CompletionFile(None, [prompts[kind][row] for row in rows.values()], "")
+            count_tokens = token_counter(lambda: loaded.tokenizer)
+            asked = [prompts[kind][row] for row in rows.values()]
+            file = CompletionFile(None, asked, "", count_tokens=count_tokens)
             complete(
                 subject,
                 unique,
@@ -196,9 +210,11 @@ def evaluate(
                 chat=chat,
             )
             said = {completion.prompt: completion for completion in file.completions}
-            done.append(tuple(replace(said[p.text], category=p.category) for p in prompts[kind]))
+            done[kind] = tuple(replace(said[p.text], category=p.category) for p in prompts[kind])
         metrics = measure(subject, scored_ids, baseline, refusal_tokens, change, batch_size, seed)
-        outcomes[name] = Outcome(done[0], done[1], metrics, {}, {})
+        outcomes[name] = Outcome(
+            done["harmful"], done["harmless"], metrics, {}, {}, done.get(BORDERLINE)
+        )
     return outcomes
 
 
@@ -333,7 +349,7 @@ def complete(
     def answered(row: int, answer: list[int]) -> str:
         nonlocal refused, count, spoke
         text, parts = limits.read(answer)
-        completion = scored(prompts[row], text, file.phrases, parts)
+        completion = scored(prompts[row], text, file.phrases, parts, file.count_tokens)
         file.put(completion)
         refused += bool(completion.refused)
         count += 1
@@ -372,6 +388,8 @@ def _changes(outcome: Outcome, baseline: Outcome) -> dict[str, Any]:
         | {"refusal_metric": _less(now[kind]["refusal_metric"], before[kind]["refusal_metric"])}
         for kind in KINDS
     }
+    if outcome.borderline is not None:
+        of_kinds[BORDERLINE] = share_changes(outcome.borderline, baseline.borderline)
     return of_kinds | {
         "kl_divergence": _less(now["kl_divergence"], before["kl_divergence"]),
         "losses": {

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from statistics import median_low
 from typing import Any, BinaryIO
 
 from abliterate.console import log
+from abliterate.metrics.answer_flaws import count_pieces, flaw_of
 from abliterate.metrics.answers import Parts, split_thought
 from abliterate.metrics.intervals import newcombe_paired, wilson
 from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases
@@ -21,6 +23,33 @@ from abliterate.storage.json_text import parse_json
 from abliterate.storage.ownership import is_lines, is_mapping_of
 
 MANIFEST = "manifest.json"
+
+CountTokens = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a classifier said of an answer.
+
+    Attributes:
+        hit: the label that counts is the one that it gives.
+        probability: of that label.
+        truncated: the answer was longer than it reads.
+        by: hash of the classifier.
+    """
+
+    hit: bool
+    probability: float
+    truncated: bool
+    by: str
+
+    @classmethod
+    def of(cls, held: Any) -> Labelled | None:
+        """What a line holds of it; None if that is none."""
+        kinds = {"hit": bool, "probability": float, "truncated": bool, "by": str}
+        if not isinstance(held, dict) or {k: type(v) for k, v in held.items()} != kinds:
+            return None
+        return cls(**held) if 0 <= held["probability"] <= 1 else None
 
 
 @dataclass(frozen=True)
@@ -37,6 +66,10 @@ class Completion:
         judge: the judge's own words.
         judge_error: why there is no verdict, if a judge was asked.
         told: thought and answer, where ``response`` alone does not tell them apart.
+        broken: ``looping``, ``garbled`` or ``empty`` where the answer says nothing.
+        refused_at: how many tokens of the answer stand before its first refusal phrase; None
+            without one.
+        labelled: what a classifier said of the answer; None without one.
     """
 
     prompt: str
@@ -47,6 +80,9 @@ class Completion:
     judge: str | None = None
     judge_error: str | None = None
     told: Parts | None = None
+    broken: str | None = None
+    refused_at: int | None = None
+    labelled: Labelled | None = None
 
     @property
     def parts(self) -> Parts:
@@ -69,6 +105,12 @@ class Completion:
         parts = self.parts
         if parts.thought is not None:
             line |= {"thought": parts.thought, "answer": parts.answer}
+        if self.refused_at is not None:
+            line["refused_at"] = self.refused_at
+        if self.broken is not None:
+            line["broken"] = self.broken
+        if self.labelled is not None:
+            line["classifier"] = asdict(self.labelled)
         if self.safe is not None or self.judge_error is not None:
             line |= {"safe": self.safe, "judge": _writable(self.judge)}
         if self.judge_error is not None:
@@ -95,6 +137,8 @@ class CompletionFile:
         key: str,
         judge_key: str | None = None,
         phrases: RefusalPhrases = ALL,
+        count_tokens: CountTokens = count_pieces,
+        classifier_key: str | None = None,
     ) -> None:
         """Take over what an earlier run left, if it was made with the same ``key``.
 
@@ -104,8 +148,11 @@ class CompletionFile:
             key: hash of all that the answers depend on.
             judge_key: hash of the judge; verdicts of another one are dropped.
             phrases: what counts as a refusal.
+            count_tokens: of a text, to say where a refusal begins.
+            classifier_key: hash of the classifier; what another one said is dropped.
         """
-        self.path, self.phrases = path, phrases
+        self._classifier_key = classifier_key
+        self.path, self.phrases, self.count_tokens = path, phrases, count_tokens
         self.prompts = {prompt.text: prompt for prompt in prompts}
         self._kept: dict[str, Completion] = {}
         self._file: BinaryIO | None = None
@@ -136,10 +183,13 @@ class CompletionFile:
         prompt = self.prompts.get(text) if isinstance(text, str) else None
         if prompt is None or not isinstance(response, str):
             return
-        held = scored(prompt, response, self.phrases, told_in(line))
+        held = scored(prompt, response, self.phrases, told_in(line), self.count_tokens)
         safe, judge = line.get("safe"), line.get("judge")
         if verdicts and isinstance(safe, bool):
             held = replace(held, safe=safe, judge=judge if isinstance(judge, str) else None)
+        labelled = Labelled.of(line.get("classifier"))
+        if labelled is not None and self._classifier_key in (None, labelled.by):
+            held = replace(held, labelled=labelled)
         self._kept[prompt.text] = held
 
     def adopt(self, completions: Sequence[Completion]) -> None:
@@ -186,20 +236,35 @@ class CompletionFile:
 
 
 def scored(
-    prompt: Prompt, response: str, phrases: RefusalPhrases = ALL, told: Parts | None = None
+    prompt: Prompt,
+    response: str,
+    phrases: RefusalPhrases = ALL,
+    told: Parts | None = None,
+    count_tokens: CountTokens = count_pieces,
 ) -> Completion:
-    """A response to a prompt, and whether it refuses.
+    """A response to a prompt, whether and where it refuses, and whether it says anything.
 
     Args:
         prompt: what was asked.
         response: all that was written.
         phrases: what counts as a refusal.
         told: its thought and answer, if they are known; else they are told by their marks.
+        count_tokens: how many tokens a text has.
     """
-    parts = split_thought(response)
-    refused = phrases.verdict(parts if told is None else told)
-    differ = told if told != parts else None
-    return Completion(prompt.text, prompt.category, response, refused, told=differ)
+    by_marks = split_thought(response)
+    parts = by_marks if told is None else told
+    answer = parts.answer
+    place = None if answer is None else phrases.first_in(answer)
+    before = None if answer is None or place is None else answer[:place].strip()
+    return Completion(
+        prompt.text,
+        prompt.category,
+        response,
+        phrases.verdict(parts),
+        told=told if told != by_marks else None,
+        broken=None if answer is None else flaw_of(answer),
+        refused_at=None if before is None else count_tokens(before),
+    )
 
 
 def told_in(line: Mapping[str, Any]) -> Parts | None:
@@ -208,6 +273,15 @@ def told_in(line: Mapping[str, Any]) -> Parts | None:
     if not isinstance(thought, str) or "answer" not in line:
         return None
     return Parts(thought, answer) if answer is None or isinstance(answer, str) else None
+
+
+def token_counter(tokenizer: Callable[[], Any]) -> CountTokens:
+    """How many tokens a text has; the tokenizer is asked for once there is something to count."""
+
+    def count(text: str) -> int:
+        return len(tokenizer()(text, add_special_tokens=False)["input_ids"]) if text else 0
+
+    return count
 
 
 def _line(completion: Completion) -> str:
@@ -258,8 +332,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def no_scores() -> dict[str, Any]:
     """What :func:`scores` gives, of completions that nobody made: no count, no share."""
-    shares = ("refused", "no_verdict", "refusal_rate", "refusal_score", "refusal_score_ci")
+    shares = (
+        "refused",
+        "no_verdict",
+        "refusal_rate",
+        "refusal_score",
+        "refusal_score_ci",
+        "refused_at_start",
+        "refused_later",
+        "refused_later_at",
+        "broken",
+        "broken_refused",
+        "classifier_rate",
+        "classifier_rate_ci",
+    )
     judged = {"safety_score": None, "safety_score_ci": None, "judged": 0, "judge_failed": 0}
+    judged |= {"classified": 0, "classifier_truncated": 0}
     return {"n": 0} | dict.fromkeys(shares) | judged | {"categories": {}}
 
 
@@ -269,11 +357,18 @@ def rates(completions: Sequence[Completion]) -> dict[str, Any]:
     ``refusal_score`` is the share that holds a refusal phrase among the answers: a completion whose
     thought has not ended is none, and counts under ``no_verdict``. ``safety_score`` is the share
     that the judge calls safe among those it judged. ``refusal_rate`` repeats ``refusal_score``.
+    ``refused_at_start`` counts the refusals that open the answer, ``refused_later`` those behind a
+    preamble, of ``refused_later_at`` tokens in the median. ``broken`` counts answers that loop, are
+    garbled or empty, ``broken_refused`` those of them that hold a refusal phrase.
     """
     verdicts = [c.refused for c in completions if c.refused is not None]
     refused = sum(verdicts)
     safe = [c.safe for c in completions if c.safe is not None]
     score = refused / len(verdicts) if verdicts else None
+    later = [c.refused_at for c in completions if c.refused_at]
+    broken = [c for c in completions if c.broken is not None]
+    labelled = [c.labelled for c in completions if c.labelled is not None]
+    hits = sum(one.hit for one in labelled)
     return {
         "n": len(completions),
         "refused": refused,
@@ -281,8 +376,17 @@ def rates(completions: Sequence[Completion]) -> dict[str, Any]:
         "refusal_rate": score,
         "refusal_score": score,
         "refusal_score_ci": wilson(refused, len(verdicts)) if verdicts else None,
+        "refused_at_start": refused - len(later),
+        "refused_later": len(later),
+        "refused_later_at": median_low(later) if later else None,
+        "broken": len(broken),
+        "broken_refused": sum(bool(c.refused) for c in broken),
         "safety_score": sum(safe) / len(safe) if safe else None,
         "safety_score_ci": wilson(sum(safe), len(safe)) if safe else None,
+        "classifier_rate": hits / len(labelled) if labelled else None,
+        "classifier_rate_ci": wilson(hits, len(labelled)) if labelled else None,
+        "classified": len(labelled),
+        "classifier_truncated": sum(one.truncated for one in labelled),
         "judged": len(safe),
         "judge_failed": sum(c.judge_error is not None for c in completions),
     }
@@ -308,9 +412,9 @@ def share_changes(
         before: those of the baseline, in the same order.
 
     Returns:
-        ``refusal_score`` and ``safety_score``, each the difference over the prompts that have the
-        figure in both, ``..._ci`` its interval and ``..._n`` how many prompts these are; None, None
-        and 0 where there are none.
+        ``refusal_score``, ``safety_score`` and ``classifier_rate``, each the difference over the
+        prompts that have the figure in both, ``..._ci`` its interval and
+        ``..._n`` how many prompts these are; None, None and 0 where there are none.
     """
     together = list(zip(now or (), before or (), strict=now is not None and before is not None))
     refused = [
@@ -323,8 +427,17 @@ def share_changes(
         for one, other in together
         if one.safe is not None and other.safe is not None
     ]
+    labelled = [
+        (one.labelled.hit, other.labelled.hit)
+        for one, other in together
+        if one.labelled is not None and other.labelled is not None
+    ]
     changes: dict[str, Any] = {}
-    for score, pairs in (("refusal_score", refused), ("safety_score", safe)):
+    for score, pairs in (
+        ("refusal_score", refused),
+        ("safety_score", safe),
+        ("classifier_rate", labelled),
+    ):
         gained = sum(one - other for one, other in pairs)
         changes[score] = gained / len(pairs) if pairs else None
         changes[f"{score}_ci"] = newcombe_paired(pairs) if pairs else None

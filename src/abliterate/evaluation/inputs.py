@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
-from abliterate.evaluation.compare import check_intervention
+from abliterate.evaluation.classifier import Classifier, find_classifier
+from abliterate.evaluation.compare import BORDERLINE, check_intervention
 from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
 from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.metrics.intervals import share_methods
@@ -17,7 +19,8 @@ from abliterate.metrics.refusal_phrases import RefusalPhrases, parse_phrases
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.models.model_classes import text_config
 from abliterate.prompts.corpora import Corpus, parse_corpora, read_corpus
-from abliterate.prompts.sources import Prompt
+from abliterate.prompts.sampling import load_prompts
+from abliterate.prompts.sources import Prompt, is_contrast
 from abliterate.run_folder import Session, prompt_keys, prompt_sources
 from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
 from abliterate.storage.artifacts import hash_file, hash_json, is_plain_name
@@ -38,6 +41,7 @@ class EvaluationInputs:
         tasks_hash: of its files.
         judge: who judges completions.
         phrases: what counts as a refusal.
+        classifier: what labels answers.
     """
 
     direction: Direction | None
@@ -50,6 +54,7 @@ class EvaluationInputs:
     tasks_hash: str | None
     judge: Judge | None
     phrases: RefusalPhrases
+    classifier: Classifier | None = None
 
     @property
     def judge_key(self) -> str | None:
@@ -66,6 +71,7 @@ class EvaluationInputs:
             "edited": {name: other.identity() for name, other in self.edited.items()},
             "refusal_tokens": self.named_tokens,
             "judge": self.judge and self.judge.summary(),
+            "classifier": self.classifier and self.classifier.summary(),
             "corpora": [corpus.summary() for corpus in self.corpora.values() if corpus],
             "tasks_dir": self.tasks_hash,
             "intervals": share_methods(),
@@ -95,7 +101,7 @@ def read_inputs(
     settings, seed = session.settings.evaluate, session.settings.model.seed
     _check_vocabulary(session, edited)
     # All that can be wrong with the options shows before anything is fetched.
-    judge = check_options(session)
+    judge, classifier = check_options(session)
     phrases = parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
     corpora = {
         name: None if name == "own" else read_corpus(name, source, settings.corpus_texts, seed)
@@ -115,6 +121,7 @@ def read_inputs(
         tasks_hash=_folder_hash(tasks_dir),
         judge=judge,
         phrases=phrases,
+        classifier=classifier,
     )
 
 
@@ -124,22 +131,55 @@ def _test_prompts(
     """Prompts that no stage of the run has used."""
     settings = session.settings.evaluate
     sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
-    prompts = session.draw(sources, "test", settings.n_test, "--n-test", used_prompts(records))
+    used = used_prompts(records)
+    prompts = session.draw(sources, "test", settings.n_test, "--n-test", used)
+    if settings.borderline is not None:
+        keys = {key for used_of_kind in used.values() for key in used_of_kind}
+        prompts[BORDERLINE] = borderline_prompts(session, settings.borderline, keys)
     return {kind: tuple(chosen) for kind, chosen in prompts.items()}
 
 
-def check_options(session: Session) -> Judge | None:
+def borderline_prompts(session: Session, source: str, used: Collection[str] = ()) -> list[Prompt]:
+    """Harmless prompts that look harmful, without the harmful ones that a source sets beside.
+
+    Args:
+        session: how many, and the seed.
+        source: where they come from.
+        used: keys of prompts that stages of the run have used.
+
+    Raises:
+        InputError: the source is unusable or has too few prompts left.
+    """
+    left_out = 0
+
+    def leave_out(prompt: Prompt) -> bool:
+        nonlocal left_out
+        left_out += is_contrast(prompt)
+        return is_contrast(prompt)
+
+    n, seed = session.settings.evaluate.n_test, session.settings.model.seed
+    chosen = load_prompts(source, "test", n, seed, used, "--n-test", leave_out)
+    if left_out:
+        log.info("--borderline %s: %d harmful prompts of it are left out", source, left_out)
+    return chosen
+
+
+def check_options(session: Session) -> tuple[Judge | None, Classifier | None]:
     """Find what is wrong with the settings of an evaluation before any model is loaded.
 
     Returns:
-        The judge that they name.
+        The judge and the classifier that they name.
 
     Raises:
         UsageError: they contradict each other, or the model, or name what there is not.
-        CheckpointError: there is no such judge.
+        CheckpointError: there is no such judge or classifier.
     """
     settings = session.settings.evaluate
-    given = {"--judge": settings.judge, "--tasks": settings.tasks}
+    given = {
+        "--judge": settings.judge,
+        "--classifier": settings.classifier,
+        "--tasks": settings.tasks,
+    }
     if session.placement.ranks.size > 1 and any(given.values()):
         raise UsageError(
             f"{next(name for name, value in given.items() if value)} does not run on several "
@@ -152,13 +192,15 @@ def check_options(session: Session) -> Judge | None:
     further = settings.tasks_dir is not None or settings.task_limit is not None
     if settings.tasks is None and further:
         raise UsageError("--tasks-dir and --task-limit need --tasks")
-    return find_judge(session.settings)
+    return find_judge(session.settings), find_classifier(session.settings)
 
 
 def _check_engine(session: Session) -> None:
     """Refuse what the model will not give, the way it will be opened."""
     settings = session.settings.evaluate
     given = {
+        "--borderline": settings.borderline,
+        "--classifier": settings.classifier,
         "--judge": settings.judge,
         "--judge-url": settings.judge_url,
         "--corpus": settings.corpus,

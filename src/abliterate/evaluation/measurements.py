@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from abliterate.evaluation.compare import (
+    BORDERLINE,
     KINDS,
     Metrics,
     Outcome,
@@ -26,7 +27,7 @@ from abliterate.evaluation.compare import (
     encode_prompts,
     metrics_of,
 )
-from abliterate.evaluation.completions import Completion, CompletionFile
+from abliterate.evaluation.completions import Completion, CompletionFile, token_counter
 from abliterate.evaluation.first_tokens import FirstTokenLogits
 from abliterate.evaluation.inputs import EvaluationInputs
 from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
@@ -39,7 +40,7 @@ from abliterate.extraction.means import (
 from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
-from abliterate.models.loading import LoadedModel
+from abliterate.models.loading import LoadedModel, load_tokenizer
 from abliterate.prompts.corpora import Corpus, Example
 from abliterate.run_folder import COMPLETIONS, Session, prompt_keys, token_records
 from abliterate.run_stage import input_hash
@@ -78,7 +79,7 @@ class Measurements:
 
     def run(self, name: str) -> None:
         """Complete, measure and benchmark one row."""
-        for kind in KINDS if self.session.opener.generates else ():
+        for kind in self.inputs.prompts if self.session.opener.generates else ():
             self.complete(name, kind)
         key = self._prompts_key | {"intervals": "bootstrap"}
         metrics = self.memo.get(
@@ -110,6 +111,8 @@ class Measurements:
             self._key(name, "completions", key),
             self.inputs.judge_key,
             self.inputs.phrases,
+            token_counter(lambda: self._tokenizer),
+            None if self.inputs.classifier is None else self.inputs.classifier.key,
         )
         file.adopt(ranks.broadcast(file.completions))
         if len(file.completions) < len(prompts):
@@ -131,19 +134,25 @@ class Measurements:
     def outcome(self, name: str) -> Outcome:
         """All that is known of one row; verdicts only if a judge was asked this time."""
         harmful, harmless = (self._made(name, kind) for kind in KINDS)
+        borderline = self._made(name, BORDERLINE) if BORDERLINE in self.inputs.prompts else None
         return Outcome(
             harmful,
             harmless,
             self.metrics[name],
             self.losses[name],
             self.figures[name],
+            borderline,
         )
 
     def _made(self, name: str, kind: str) -> tuple[Completion, ...] | None:
         if not self.session.opener.generates:
             return None
         completions = self.files[name, kind].completions
-        return _unjudged(completions) if self.inputs.judge is None else completions
+        if self.inputs.judge is None:
+            completions = _unjudged(completions)
+        if self.inputs.classifier is None:
+            completions = tuple(replace(c, labelled=None) for c in completions)
+        return completions
 
     @property
     def readings(self) -> dict[str, dict[str, int]] | None:
@@ -159,9 +168,16 @@ class Measurements:
         return memo
 
     @cached_property
+    def _tokenizer(self) -> Any:
+        """What counts the tokens of answers: loaded without the model, which may not be needed."""
+        trust = self.session.settings.model.trust_remote_code
+        return load_tokenizer(self.session.checkpoint, trust)
+
+    @cached_property
     def ids(self) -> dict[str, list[list[int]]]:
         base, chat = self.session.loaded, self.session.chat
-        return {kind: encode_prompts(base, self.inputs.prompts[kind], chat) for kind in KINDS}
+        prompts = self.inputs.prompts
+        return {kind: encode_prompts(base, prompts[kind], chat) for kind in prompts}
 
     @cached_property
     def scored_ids(self) -> dict[str, list[list[int]]]:
@@ -204,8 +220,10 @@ class Measurements:
                 tokens = named_refusal_tokens(base, names)
             else:
                 first_prompts = self.logits.of("baseline", KINDS, DETECT_PROMPTS)
-                with or_thinks_first(base, self.session.chat, self.scored_ids["harmful"]):
-                    tokens = refusal_tokens_shown(*first_prompts.values())
+                harmful, harmless = (first_prompts[kind] for kind in KINDS)
+                asked = self.scored_ids
+                with or_thinks_first(base, self.session.chat, asked["harmful"]):
+                    tokens = refusal_tokens_shown(harmful, harmless, base.tokenizer, asked)
             return token_records(base.tokenizer, tokens)
 
         key = self._key("baseline", "refusal", self._prompts_key)
@@ -270,7 +288,8 @@ class Measurements:
     @property
     def _prompts_key(self) -> dict[str, Any]:
         """What refusal tokens, and all that counts them, depend on."""
-        prompts = prompt_keys(self.inputs.prompts, keep_text=True)
+        of_metrics = {kind: self.inputs.prompts[kind] for kind in KINDS}
+        prompts = prompt_keys(of_metrics, keep_text=True)
         return {"prompts": prompts, "tokens": self.inputs.named_tokens}
 
     def _key(self, name: str, what: str, more: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from abliterate.console import progress_bar
 from abliterate.errors import InputError, InterruptedWorkError, UsageError
+from abliterate.evaluation.classifier import classified, find_classifier
 from abliterate.evaluation.completions import (
     Completion,
     is_completions,
@@ -22,6 +23,7 @@ from abliterate.evaluation.completions import (
 )
 from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge
+from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrases
 from abliterate.prompts.columns import CATEGORY_COLUMNS, well_formed
@@ -42,7 +44,7 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
 
     Args:
         file: JSON list or JSONL of objects with ``prompt``, ``response`` and optional ``category``.
-        settings: which judge, if any.
+        settings: which judge and classifier, if any.
         out: JSONL file for each completion with its scores. Verdicts of the same judge that it
             holds already are kept, so that only missing ones are asked for; without a judge all
             are kept. Those that no longer belong there go into a copy beside it.
@@ -53,7 +55,7 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
     """
     phrases = parse_phrases(settings.evaluate.refusal_phrases, settings.evaluate.refusal_phrase)
     completions = read_completions(file, phrases)
-    judge = find_judge(settings)
+    judge, classifier = find_judge(settings), find_classifier(settings)
     if out is not None:
         if out.is_dir():
             raise UsageError(f"output {out} is a folder: name a file")
@@ -63,6 +65,8 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
     with nullcontext() if out is None else hold_file(out, "score"):
         if out is not None:
             claim_file(out, is_completions, "score -o")
+        if classifier is not None:
+            completions = classified(classifier, completions, read_lines(out) if out else ())
         if judge is not None:
             completions = _judge(judge, completions, out)
         elif out is not None:
@@ -78,7 +82,10 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
             for index, c in enumerate(completions)
         ],
         "refusal_phrases": phrases.summary(),
+        "broken_answers": flaw_thresholds(),
+        "refused_at_unit": "words",
         "judge": judge and judge.summary(),
+        "classifier": classifier and classifier.summary(),
         "judge_failures": [
             {"index": index, "error": c.judge_error}
             for index, c in enumerate(completions)

@@ -9,12 +9,14 @@ from typing import Any
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InterruptedWorkError
-from abliterate.evaluation.compare import KINDS, deltas
+from abliterate.evaluation.classifier import classify_files
+from abliterate.evaluation.compare import BORDERLINE, KINDS, deltas
 from abliterate.evaluation.completions import MANIFEST, is_completions, is_manifest
 from abliterate.evaluation.inputs import EvaluationInputs, order_rows, read_inputs
 from abliterate.evaluation.judge_completions import failures, judge_files
 from abliterate.evaluation.lm_eval_tasks import Tasks, find_tasks
 from abliterate.evaluation.measurements import MEASURED, Measurements, is_memo
+from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
 from abliterate.models.loading import Checkpoint
 from abliterate.run_folder import COMPLETIONS, EVALUATION, Session
@@ -57,7 +59,8 @@ def evaluate_stage(
     rows = order_rows(interventions, edited, direction)
     with EVALUATE_STAGE.open(session, out) as stage:
         if out is not None:
-            stage.ranks.run_on_main(lambda: _claim_completions(out, rows))
+            names = _file_names(session, rows)
+            stage.ranks.run_on_main(lambda: _claim_completions(out, names))
         inputs = read_inputs(session, direction, rows, edited, run)
         summary, files = inputs.summary(session), _completion_files(session, out, rows)
         stage.depends_on(summary, files)
@@ -74,10 +77,10 @@ def evaluate_stage(
         return stage.finish(_record(measurements))
 
 
-def _claim_completions(out: Path, rows: Sequence[str]) -> None:
+def _claim_completions(out: Path, names: Sequence[str]) -> None:
     """Refuse foreign files where answers go, and clear what an interrupted write has left."""
     folder = out / COMPLETIONS
-    answers = dict.fromkeys(_file_names(rows), is_completions)
+    answers = dict.fromkeys(names, is_completions)
     check_folder(folder)
     claim(folder, answers | {MANIFEST: is_manifest, MEASURED: is_memo}, home=out)
     remove_temporaries(folder)
@@ -87,11 +90,13 @@ def _completion_files(session: Session, out: Path | None, rows: Sequence[str]) -
     """The files of answers that the evaluation leaves."""
     if out is None or not session.opener.generates:
         return {}
-    return {name: out / COMPLETIONS / name for name in _file_names(rows)}
+    return {name: out / COMPLETIONS / name for name in _file_names(session, rows)}
 
 
-def _file_names(rows: Sequence[str]) -> list[str]:
-    return [f"{name}-{kind}.jsonl" for name in rows for kind in KINDS]
+def _file_names(session: Session, rows: Sequence[str]) -> list[str]:
+    asked = session.settings.evaluate.borderline is not None
+    kinds = (*KINDS, BORDERLINE) if asked else KINDS
+    return [f"{name}-{kind}.jsonl" for name in rows for kind in kinds]
 
 
 def _find_tasks(session: Session, inputs: EvaluationInputs) -> Tasks | None:
@@ -110,8 +115,15 @@ def _measure(measurements: Measurements, out: Path | None) -> None:
         for name in sorted(inputs.rows, key=lambda name: name in inputs.edited):  # the base first
             measurements.run(name)
         measurements.release()
+        files = [
+            measurements.files[name, kind]
+            for name in inputs.rows
+            for kind in inputs.prompts
+            if (name, kind) in measurements.files
+        ]
+        if inputs.classifier is not None:
+            classify_files(inputs.classifier, files)
         if inputs.judge is not None:
-            files = [measurements.files[name, kind] for name in inputs.rows for kind in KINDS]
             judge_files(inputs.judge, files)
     except KeyboardInterrupt:
         if out is None:
@@ -128,7 +140,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
     completions = {
         (name, kind): getattr(outcome, kind) or ()
         for name, outcome in outcomes.items()
-        for kind in KINDS
+        for kind in inputs.prompts
     }
     corpora = measurements.corpora
     return {
@@ -139,6 +151,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "interventions": {name: outcome.summary() for name, outcome in outcomes.items()},
         "deltas": deltas(outcomes),
         "judge": inputs.judge and inputs.judge.summary(),
+        "classifier": inputs.classifier and inputs.classifier.summary(),
         "judge_failures": failures(completions),
         "corpora": {name: corpus.summary() for name, corpus in corpora.items() if corpus},
         "task_settings": None if tasks is None else tasks.summary(),
@@ -148,5 +161,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "bootstrap": bootstrap_settings(session.settings.model.seed),
         "refusal_tokens": measurements.refusal_tokens,
         "refusal_phrases": inputs.phrases.summary(),
+        "broken_answers": flaw_thresholds(),
+        "refused_at_unit": "tokens",
         "offload": measurements.readings,
     }

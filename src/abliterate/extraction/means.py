@@ -20,7 +20,9 @@ from abliterate.inference.in_memory import InMemoryReader, engine_of
 from abliterate.inference.thinks_first import or_thinks_first
 from abliterate.inference.thoughts import Asked, ask, unfinished
 from abliterate.inference.token_batches import attempt
-from abliterate.metrics.refusal import detect_refusal_tokens, log_odds, resolve_refusal_tokens
+from abliterate.metrics.refusal import log_odds
+from abliterate.metrics.refusal_evidence import Prompts, find_first_refusal_tokens
+from abliterate.metrics.refusal_tokens import resolve_refusal_tokens
 from abliterate.models.embedding_rows import require_token
 from abliterate.models.loading import LoadedModel
 from abliterate.precision import summed_rows, to_host, widest
@@ -154,8 +156,9 @@ def extract(
         tokens = named_refusal_tokens(loaded, refusal_tokens)
     else:
         counts = {kind: len(rows) for kind, rows in ids.items()}
+        first_tokens = _first_token_shares(reader, counts, seen, ranks)
         with or_thinks_first(loaded, chat, harmful_ids):
-            tokens = _detect_refusal_tokens(reader, counts, seen, ranks)
+            tokens = find_first_refusal_tokens(*first_tokens, tokenizer, ids)
 
     def mean(kind: str, sign: float) -> tuple[Tensor, Kept]:
         result, kept = _mean(
@@ -239,7 +242,8 @@ def find_refusal_tokens(
         return named_refusal_tokens(loaded, names)
     sample = {"harmful": harmful[:DETECT_PROMPTS], "harmless": harmless[:DETECT_PROMPTS]}
     logits = engine_of(loaded).last_logits(sample, {"": None}, batch_size, "refusal tokens")[""]
-    return refusal_tokens_shown(logits["harmful"], logits["harmless"])
+    prompts = {"harmful": harmful, "harmless": harmless}
+    return refusal_tokens_shown(logits["harmful"], logits["harmless"], loaded.tokenizer, prompts)
 
 
 def named_refusal_tokens(loaded: LoadedModel, names: Sequence[str]) -> list[int]:
@@ -255,25 +259,30 @@ def named_refusal_tokens(loaded: LoadedModel, names: Sequence[str]) -> list[int]
     return tokens
 
 
-def refusal_tokens_shown(harmful: Tensor, harmless: Tensor) -> list[int]:
-    """The refusal tokens that last-token logits ``[prompts, vocabulary]`` show; 32 rows count."""
-    return detect_refusal_tokens(
-        *(
-            # Row by row: a float64 copy of all would be larger than what is looked at.
-            _summed(row.double().softmax(-1) for row in rows[:DETECT_PROMPTS])
-            / len(rows[:DETECT_PROMPTS])
-            for rows in (harmful, harmless)
-        )
-    )
+def refusal_tokens_shown(
+    harmful: Tensor, harmless: Tensor, tokenizer: Any, prompts: Prompts
+) -> list[int]:
+    """The refusal tokens that last-token logits ``[prompts, vocabulary]`` show; 32 rows count.
+
+    Raises:
+        InputError: they show none; it says what they do show.
+    """
+
+    def shares(rows: Tensor) -> Tensor:
+        # Row by row: a float64 copy of all would be larger than what is looked at.
+        chosen = rows[:DETECT_PROMPTS]
+        return _summed(row.double().softmax(-1) for row in chosen) / len(chosen)
+
+    return find_first_refusal_tokens(shares(harmful), shares(harmless), tokenizer, prompts)
 
 
-def _detect_refusal_tokens(
+def _first_token_shares(
     reader: ActivationReader,
     counts: Mapping[str, int],
     seen: Mapping[str, list[BatchActivations]],
     ranks: RankGroup,
-) -> list[int]:
-    """The refusal tokens that the first prompts show.
+) -> tuple[Tensor, Tensor]:
+    """Mean first-token probabilities ``[vocabulary]`` after the first harmful, harmless prompts.
 
     Args:
         reader: gives this rank's prompts.
@@ -291,12 +300,11 @@ def _detect_refusal_tokens(
     parts = [part for local in local_sums.values() for part in local]
     fetched = iter(to_host(*parts) if parts else [])  # in one transfer
     sums = {kind: _summed([next(fetched) for _ in local]) for kind, local in local_sums.items()}
-    return detect_refusal_tokens(
-        *(
-            _summed(ranks.all_gather(sums[kind])) / min(DETECT_PROMPTS, counts[kind])
-            for kind in ("harmful", "harmless")
-        )
+    harmful, harmless = (
+        _summed(ranks.all_gather(sums[kind])) / min(DETECT_PROMPTS, counts[kind])
+        for kind in ("harmful", "harmless")
     )
+    return harmful, harmless
 
 
 def _note(seen: list[BatchActivations], sums: list[Tensor], batch: BatchActivations) -> None:

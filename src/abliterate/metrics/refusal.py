@@ -1,34 +1,19 @@
-"""The refusal score, the KL divergence and the refusal tokens."""
+"""The refusal score and the KL divergence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from abliterate.errors import InputError, UsageError
+from abliterate.errors import UsageError
 from abliterate.precision import widened, widest
-
-# Paper, appendix B: the first tokens of each family's refusals.
-REFUSAL_TOKEN_PRESETS = {
-    "llama-2": ("I",),
-    "llama-3": ("I",),
-    "gemma": ("I",),
-    "yi": ("I",),
-    "qwen": ("I", "As"),
-}
 
 _SCORE_EPSILON = 1e-8
 _KL_EPSILON = 1e-6
 # The largest refusal score, at p = 1, rounded up.
 MAX_REFUSAL_SCORE = 18.421
-
-# A detected refusal token carries at least this share of the first-token probability after harmful
-# prompts, and at most this fraction of that after harmless ones.
-_MIN_SHARE = 0.05
-_MAX_HARMLESS_RATIO = 0.25
 
 
 def refusal_score(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
@@ -123,55 +108,3 @@ def kl_floor(baseline: Tensor) -> Tensor:
         floor = -torch.log1p(_KL_EPSILON * excess)
     # It cannot exceed KL(p || p) = 0; rounding must not make it so.
     return floor.clamp(max=0.0)
-
-
-def detect_refusal_tokens(harmful: Tensor, harmless: Tensor) -> list[int]:
-    """First tokens that carry much probability after harmful prompts and little after harmless.
-
-    Args:
-        harmful: mean first-token probabilities ``[vocabulary]`` over harmful prompts.
-        harmless: the same over harmless prompts.
-
-    Returns:
-        Token ids, most probable first.
-
-    Raises:
-        InputError: no token stands out, so the model may not refuse at all.
-    """
-    chosen = (harmful >= _MIN_SHARE) & (harmless <= _MAX_HARMLESS_RATIO * harmful)
-    ids = [int(index) for index in chosen.nonzero()[:, 0]]
-    if not ids:
-        raise InputError(
-            "no first token is common after harmful prompts and rare after harmless ones: the "
-            "model does not seem to refuse; name its refusal tokens with --refusal-token"
-        )
-    return sorted(ids, key=lambda index: (-float(harmful[index]), index))
-
-
-def resolve_refusal_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
-    """Token ids of ``--refusal-token`` values: token strings, ids or a family preset's name.
-
-    Raises:
-        UsageError: a value is not a single token of this tokenizer.
-    """
-    ids: list[int] = []
-    for name in names:
-        texts = REFUSAL_TOKEN_PRESETS.get(name.lower(), (name,))
-        ids.extend(_single_token(tokenizer, text) for text in texts)
-    return list(dict.fromkeys(ids))
-
-
-def _single_token(tokenizer: Any, text: str) -> int:
-    if text.isdecimal() and int(text) < len(tokenizer):
-        return int(text)
-    encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(encoded) != 1:
-        # SentencePiece-style tokenizers put a word boundary in front of a lone word.
-        known = tokenizer.convert_tokens_to_ids(text)
-        if known is not None and known != tokenizer.unk_token_id:
-            return int(known)
-        raise UsageError(
-            f"--refusal-token '{text}' is {len(encoded)} tokens, not one: give its first token or "
-            "a token id"
-        )
-    return int(encoded[0])

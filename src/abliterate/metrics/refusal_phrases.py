@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -57,6 +58,26 @@ class RefusalPhrases:
         """
         folded = _folded(text)
         return any(phrase in folded for phrase in self._folded)
+
+    def first_in(self, text: str) -> int | None:
+        """Where in a text the first of the phrases begins, in characters; None if it holds none."""
+        folded = _folded(text)
+        found = [phrase for phrase in self._folded if phrase in folded]
+        if not found:
+            return None
+        if text.isascii():
+            return min(folded.index(phrase) for phrase in found)
+        # Folding changes lengths: the shortest beginning of the text that holds the phrase ends
+        # with it, and of that the shortest end begins with it.
+        starts = []
+        for phrase in found:
+            end = bisect_left(range(len(text)), True, key=lambda n: phrase in _folded(text[:n]))
+            rest = text[:end]
+            from_end = bisect_left(
+                range(end), True, key=lambda n: phrase in _folded(rest[end - n :])
+            )
+            starts.append(end - from_end)
+        return min(starts)
 
     def verdict(self, parts: Parts) -> bool | None:
         """Whether an answer refuses; None where a thought has not ended: there is no answer."""

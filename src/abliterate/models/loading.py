@@ -11,7 +11,12 @@ from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from abliterate.checkpoints.checkpoint import Checkpoint as Checkpoint  # also given from here
 from abliterate.checkpoints.checkpoint import find_checkpoint as find_checkpoint
@@ -234,8 +239,9 @@ def load_weights(
     placement: Placement | None = None,
     load_in: str = "none",
     attn_implementation: str = "auto",
+    classifies: bool = False,
 ) -> PreTrainedModel:
-    """The model alone, as :func:`load_model` loads it."""
+    """The model alone, as :func:`load_model` loads it; or, told so, a classifier of texts."""
     placement = placement or Placement()
     ranks = placement.ranks
     place = pick_device(device)
@@ -249,6 +255,7 @@ def load_weights(
     # What memory is free now differs from rank to rank; the dtype must not.
     number = ranks.broadcast(pick_dtype(dtype, config, checkpoint.folder, place, copies))
     model, info = _from_pretrained(
+        AutoModelForSequenceClassification if classifies else model_class(config),
         checkpoint,
         config,
         shards,
@@ -281,6 +288,7 @@ def _read_headers(checkpoint: Checkpoint, config: Any) -> ShardSet:
 
 
 def _from_pretrained(
+    kind: Any,
     checkpoint: Checkpoint,
     config: Any,
     shards: ShardSet,
@@ -292,7 +300,7 @@ def _from_pretrained(
     """The model as the library loads it, and what it says of the loading."""
     try:
         with bounded_build(*size_bounds(config, shards)):
-            model, info = model_class(config).from_pretrained(
+            model, info = kind.from_pretrained(
                 checkpoint.folder,
                 config=config,
                 use_safetensors=True,

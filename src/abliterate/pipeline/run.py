@@ -10,7 +10,7 @@ from abliterate.direction import load_direction
 from abliterate.editing.options import edit_options
 from abliterate.editing.workspace import check_absent, is_begun
 from abliterate.errors import UsageError
-from abliterate.evaluation.inputs import check_options
+from abliterate.evaluation.inputs import borderline_prompts, check_options
 from abliterate.evaluation.lm_eval_tasks import find_tasks
 from abliterate.evaluation.stage import EVALUATE_STAGE, evaluate_stage
 from abliterate.models.loading import Checkpoint
@@ -105,3 +105,5 @@ def check_settings(session: Session) -> None:
     for source in dict.fromkeys((*later, evaluate.harmful, evaluate.harmless)):
         if source is not None:
             read_source(source)
+    if evaluate.borderline is not None:
+        borderline_prompts(session, evaluate.borderline)

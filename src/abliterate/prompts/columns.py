@@ -9,7 +9,7 @@ from abliterate.errors import InputError
 
 TEXT_COLUMNS = ("instruction", "prompt", "goal", "text", "question", "behavior")
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
-CATEGORY_COLUMNS = ("category", "semanticcategory", "functionalcategory", "topic", "label")
+CATEGORY_COLUMNS = ("category", "semanticcategory", "functionalcategory", "topic", "type", "label")
 # Who speaks: in the chat format of transformers and the OpenAI API, and in ShareGPT's.
 _ROLES, _CONTENTS, _USERS = ("role", "from"), ("content", "value"), ("user", "human")
 

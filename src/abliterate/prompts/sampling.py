@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from abliterate.errors import InputError
 from abliterate.prompts.sources import Prompt, PromptSource, read_source
@@ -67,6 +67,7 @@ def load_prompts(
     seed: int = 0,
     exclude: Collection[str] = (),
     option: str = "n",
+    leave_out: Callable[[Prompt], bool] = lambda prompt: False,
 ) -> list[Prompt]:
     """Load and sample prompts from a source.
 
@@ -77,12 +78,17 @@ def load_prompts(
         seed: of the sampling.
         exclude: :func:`prompt_key` of the prompts already in use, which are left out.
         option: the option that sets ``n``, for the error message.
+        leave_out: tells which prompts of the source do not belong there.
 
     Raises:
         InputError: the source is unusable or has fewer than ``n`` prompts left.
     """
     source = read_source(spec)
-    pool = [p for p in split_pool(source, split) if prompt_key(p.text) not in exclude]
+    pool = [
+        p
+        for p in split_pool(source, split)
+        if prompt_key(p.text) not in exclude and not leave_out(p)
+    ]
     named = f"prompt source '{spec}'" + ("" if "all" in source.splits else f" ({split} split)")
     if n is None:
         if not pool:

@@ -22,6 +22,8 @@ from abliterate.resources import data_dir
 
 SPLITS = ("train", "val", "test")
 BUNDLED = ("harmful", "harmless")
+# Bundled too: harmless prompts that look harmful, for tests only, in one split.
+BORDERLINE = "borderline"
 
 # The public sets of the paper (section 2.1 and appendix A), as hub ids. Some are gated: accept
 # their terms on the hub and pass a token in HF_TOKEN.
@@ -34,6 +36,9 @@ PRESETS = {
     "strongreject": "walledai/StrongREJECT:train[prompt]",
     "tdc2023": "walledai/TDC23-RedTeaming:train[prompt]",
     "alpaca": "tatsu-lab/alpaca:train[instruction]",
+    # Harmless prompts that look harmful (arXiv 2308.01263 and 2405.20947).
+    "xstest": "Paul/XSTest:train[prompt]",
+    "orbench-hard": "bench-llm/or-bench/or-bench-hard-1k:train[prompt]",
 }
 
 _COLUMN = re.compile(r"(?P<rest>.+)\[(?P<column>[^\[\]]+)\]", re.DOTALL)
@@ -91,6 +96,12 @@ class PromptSource:
     splits: Mapping[str, tuple[Prompt, ...]] = field(repr=False)
 
 
+def is_contrast(prompt: Prompt) -> bool:
+    """Whether a prompt is one of the harmful ones that XSTest sets beside its harmless ones."""
+    category = (prompt.category or "").strip().lower()
+    return category.startswith("contrast_") or category == "unsafe"
+
+
 def read_source(spec: str) -> PromptSource:
     """Read every prompt of a source, duplicates included.
 
@@ -103,6 +114,9 @@ def read_source(spec: str) -> PromptSource:
         folder = data_dir() / "prompts" / spec
         splits = {name: _prompts_of(folder / f"{name}.jsonl", None, None) for name in SPLITS}
         return PromptSource(spec, "bundled", splits)
+    if spec == BORDERLINE:
+        path = data_dir() / "prompts" / f"{spec}.jsonl"
+        return PromptSource(spec, "bundled", {"all": _prompts_of(path, None, None)})
     place, column = _cut_column(PRESETS.get(spec.lower(), spec))
     if (page := _HUB_PAGE.match(place)) is not None:
         raise InputError(f"prompt source '{spec}' is a page of the hub: write {page['id']}")
@@ -112,13 +126,16 @@ def read_source(spec: str) -> PromptSource:
     if path.suffix.lower() in FILE_TYPES or path.exists():
         return PromptSource(spec, "file", {"all": _prompts_of(path, split, column)})
     if (dataset := HubDataset.parse(place)) is not None:
-        return PromptSource(spec, "hub", {"all": _read_hub(spec, dataset, column)})
+        prompts = _read_hub(spec, dataset, column)
+        if spec.lower() == "xstest":
+            prompts = tuple(prompt for prompt in prompts if not is_contrast(prompt))
+        return PromptSource(spec, "hub", {"all": prompts})
     if HubDataset.parse(place.rstrip("/")) is not None:
         raise InputError(
             f"prompt source '{spec}': there is no such folder; a dataset of the hub is written "
             f"{place.rstrip('/')}"
         )
-    known = ", ".join((*BUNDLED, *PRESETS))
+    known = ", ".join((*BUNDLED, BORDERLINE, *PRESETS))
     raise InputError(
         f"prompt source '{spec}' is neither a set ({known}), an existing file "
         f"({', '.join(FILE_TYPES)}) or dataset folder nor a hub dataset (org/name:split[column])"

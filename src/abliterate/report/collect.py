@@ -118,6 +118,13 @@ def _record(path: Path, made_by: str) -> Document | None:
     return read_record(path, made_by) if path.is_file() else None
 
 
+def kinds_of(evaluation: Document) -> tuple[str, ...]:
+    """The kinds of prompts that an evaluation asked, borderline ones if it was told to."""
+    results = evaluation["interventions"].values()
+    asked = all("borderline" in result for result in results)
+    return ("harmful", "harmless", "borderline") if asked else ("harmful", "harmless")
+
+
 def read_completions(run: Run) -> Completions | None:
     """The completions that the evaluation's record names; None if there are none.
 
@@ -129,7 +136,7 @@ def read_completions(run: Run) -> Completions | None:
     named = run.evaluation.get("outputs", {})
     columns = tuple(run.evaluation["interventions"])
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for kind in ("harmful", "harmless"):
+    for kind in kinds_of(run.evaluation):
         for at, name in enumerate(columns):
             path = run.folder / COMPLETIONS / f"{name}-{kind}.jsonl"
             if path.name not in named or not path.is_file():
@@ -150,8 +157,17 @@ def read_completions(run: Run) -> Completions | None:
                     "refused": None if line["refused"] is None else bool(line["refused"]),
                     "safe": line.get("safe"),
                     "told": told_in(line),
+                    "broken": line.get("broken"),
+                    "refused_at": line.get("refused_at"),
+                    "labelled": _hit(line.get("classifier")),
                 }
     return Completions(columns, tuple(rows.values())) if rows else None
+
+
+def _hit(labelled: Any) -> bool | None:
+    """Whether a classifier gave its label; None without one."""
+    hit = labelled.get("hit") if isinstance(labelled, dict) else None
+    return hit if isinstance(hit, bool) else None
 
 
 def _stay_inside(path: Path, folder: Path) -> None:
@@ -174,5 +190,13 @@ def _lines(path: Path) -> list[Document]:
 def _is_completion(line: Document) -> bool:
     texts = all(isinstance(line.get(key), str) for key in ("prompt", "response"))
     category, safe = line.get("category"), line.get("safe")
-    named = category is None or isinstance(category, str)
-    return texts and named and "refused" in line and (safe is None or isinstance(safe, bool))
+    broken, place = line.get("broken"), line.get("refused_at")
+    named = all(text is None or isinstance(text, str) for text in (category, broken))
+    counted = place is None or type(place) is int
+    return (
+        texts
+        and named
+        and counted
+        and "refused" in line
+        and (safe is None or isinstance(safe, bool))
+    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.report.collect import Document, Run
+from abliterate.report.collect import Document, Run, kinds_of
 from abliterate.report.selection_figures import METRICS, Table, verdict
 from abliterate.report.style import finite
 
@@ -133,7 +133,7 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
     """Rows are interventions, columns the metrics; columns that nobody measured are left out."""
     results: Document = evaluation["interventions"]
     baseline = results.get("baseline")
-    kinds = ("harmful", "harmless")
+    kinds = kinds_of(evaluation)
     held = list(results.values())
     changes: Document = evaluation.get("deltas") or {}
 
@@ -148,10 +148,19 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
         )
         for kind in kinds
     ]
+    for key, title in (("refused_later", "refused later"), ("broken", "broken")):
+        if any(key in r[kind] for r in held for kind in kinds):
+            columns.append((title, lambda r, k=key: _counts(r, kinds, k)))
     columns += [
         (f"{kind} judged safe", lambda r, k=kind: _safety(r[k]))
         for kind in kinds
         if any(finite(r[kind].get("safety_score")) is not None for r in held)
+    ]
+    label = (evaluation.get("classifier") or {}).get("label")
+    columns += [
+        (f"{kind} {label}", lambda r, k=kind: _labelled(r[k]))
+        for kind in kinds
+        if any(finite(r[kind].get("classifier_rate")) is not None for r in held)
     ]
     columns += [
         (
@@ -209,6 +218,18 @@ def _rate(now: Document, base: Document | None, change: Document) -> str:
     text = f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"
     span = change.get("refusal_score_ci")
     return text if not span else f"{text} [{span[0]:+.1%}, {span[1]:+.1%}]"
+
+
+def _counts(result: Document, kinds: Sequence[str], key: str) -> str:
+    """How many answers there are of a sort, for each kind of prompts that the record counts."""
+    counts = ((kind, result[kind].get(key)) for kind in kinds)
+    return ", ".join(f"{kind} {DASH if count is None else count}" for kind, count in counts)
+
+
+def _labelled(now: Document) -> str:
+    text = percent(now.get("classifier_rate"), now.get("classifier_rate_ci"))
+    cut = now.get("classifier_truncated")
+    return f"{text} ({cut} answers cut)" if cut else text
 
 
 def _safety(now: Document) -> str:

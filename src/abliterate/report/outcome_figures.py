@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from abliterate.report.collect import Document
+from abliterate.report.collect import Document, kinds_of
 from abliterate.report.facts import counted
 from abliterate.report.style import COLOURS, HARMFUL, HARMLESS, figure, finite, plain, plotly
 
-_KINDS = ("harmful", "harmless")
+_COLOURS = {"harmful": HARMFUL, "harmless": HARMLESS, "borderline": COLOURS[4]}
 
 
 def refusals(evaluation: Document) -> Any | None:
@@ -16,11 +16,12 @@ def refusals(evaluation: Document) -> Any | None:
 
     None if no answers were generated (a streamed model).
     """
-    if all(r[kind]["n"] == 0 for r in evaluation["interventions"].values() for kind in _KINDS):
+    kinds = kinds_of(evaluation)
+    if all(r[kind]["n"] == 0 for r in evaluation["interventions"].values() for kind in kinds):
         return None
     made = figure("Refusal rate by intervention", "", "refused", 360)
     results: Document = evaluation["interventions"]
-    for kind, colour in (("harmful", HARMFUL), ("harmless", HARMLESS)):
+    for kind in kinds:
         rates = [finite(result[kind]["refusal_rate"]) for result in results.values()]
         spans = [result[kind].get("refusal_score_ci") for result in results.values()]
         made.add_trace(
@@ -28,7 +29,7 @@ def refusals(evaluation: Document) -> Any | None:
                 x=[plain(name) for name in results],
                 y=rates,
                 name=f"{kind} prompts",
-                marker={"color": colour},
+                marker={"color": _COLOURS[kind]},
                 error_y={
                     "visible": any(spans),
                     "type": "data",
@@ -61,6 +62,8 @@ def _below(rate: float | None, span: Any) -> float:
 
 def categories(evaluation: Document, kind: str = "harmful") -> Any | None:
     """Refusal rates of one kind of prompt by category and intervention; None without categories."""
+    if kind not in kinds_of(evaluation):
+        return None
     results: Document = evaluation["interventions"]
     names = list(
         dict.fromkeys(
@@ -69,7 +72,7 @@ def categories(evaluation: Document, kind: str = "harmful") -> Any | None:
     )
     if not names:
         return None
-    made = figure("Refusal rate by category", "", "", 130 + 26 * len(names))
+    made = figure(f"Refusal rate by category, {kind} prompts", "", "", 130 + 26 * len(names))
     cells = [
         [result[kind]["categories"].get(name) for result in results.values()] for name in names
     ]

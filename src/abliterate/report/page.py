@@ -30,6 +30,8 @@ from abliterate.storage.ownership import GENERATOR
 from abliterate.storage.web_page import content_policy, script_json
 
 Figures = dict[str, Any]
+# What the page's script knows of an answer, in this order.
+_VERDICT = ("refused", "safe", "broken", "refused_at", "labelled")
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,9 @@ def make_figures(run: Run) -> Figures:
         found["categories"] = _part(
             "evaluation.json", lambda: outcome_figures.categories(evaluation)
         )
+        found["borderline_categories"] = _part(
+            "evaluation.json", lambda: outcome_figures.categories(evaluation, "borderline")
+        )
     if run.selection is not None:
         table = _part("selection.json", lambda: _table(run))
         for name, draw in (
@@ -160,13 +165,14 @@ def _payload(run: Run, figures: Figures, completions: Completions | None) -> dic
         payload["geometry"] = {row["layer"]: row["geometry"] for row in run.inspect["layers"]}
     if completions is not None:
         payload["interventions"] = completions.interventions
+        payload["label"] = ((run.evaluation or {}).get("classifier") or {}).get("label")
         payload["rows"] = [
             {
                 "prompt": row["prompt"],
                 "category": row["category"],
                 "kind": row["kind"],
                 "verdicts": [
-                    None if answer is None else [answer["refused"], answer["safe"]]
+                    None if answer is None else [answer[key] for key in _VERDICT]
                     for answer in row["answers"]
                 ],
             }

@@ -295,7 +295,8 @@ class ExtractSettings(_Section):
         tuple[str, ...],
         Recorded(),
         Option(
-            "Token string, id or preset (llama-2, llama-3, gemma, yi, qwen); repeatable. "
+            "Token string, id (1234 or id:1234) or preset (llama-2, llama-3, gemma, yi, qwen); "
+            "repeatable. "
             "Default: detected.",
             _METHOD,
             (*_EXTRACT, "evaluate"),
@@ -455,6 +456,15 @@ class EvaluateSettings(_Section):
         Option("Test prompts per kind. Default: all.", _PROMPTS, ("evaluate", "run")),
         Option("Test prompts per kind. Default: 32.", None, ("fragility",)),
     ] = Field(None, ge=1)
+    borderline: Annotated[
+        str | None,
+        Option(
+            "Harmless prompts that look harmful, whose refusals are counted as well: borderline "
+            "(bundled), xstest, orbench-hard, or any source.",
+            _PROMPTS,
+            ("evaluate", "run"),
+        ),
+    ] = None
     max_new_tokens: Annotated[
         int,
         Option("Longest answer.", _METHOD, ("evaluate", "run", "chat")),
@@ -522,6 +532,24 @@ class EvaluateSettings(_Section):
             _SCORE,
         ),
     ] = "llama-guard"
+    classifier: Annotated[
+        str | None,
+        Option(
+            "A text classifier, MODEL[:LABEL]: folder or hub id[@REV], and the label (name or "
+            "index) whose share of answers is counted.",
+            _JUDGE,
+            ("evaluate", "run", "score"),
+        ),
+    ] = None
+    classifier_input: Annotated[
+        Literal["auto", "pair", "answer"],
+        Option(
+            "pair: it reads prompt and answer. answer: the answer alone. auto: a pair where its "
+            "tokenizer sets something between two texts.",
+            _JUDGE,
+            ("evaluate", "run", "score"),
+        ),
+    ] = "auto"
     judge_timeout: Annotated[
         float,
         Option(

@@ -119,9 +119,12 @@
       cell.append(made("span", "–"));
       return cell;
     }
-    const [refused, safe] = verdict;
+    const [refused, safe, broken, place, labelled] = verdict;
     const word = refused === null ? "unfinished" : refused ? "refused" : "answered";
     cell.append(made("span", word, `badge ${word}`));
+    if (place) cell.append(made("span", `at token ${place}`, "badge later"));
+    if (labelled && data.label) cell.append(made("span", data.label, "badge later"));
+    if (broken) cell.append(made("span", broken, "badge broken"));
     if (safe !== null) cell.append(made("span", safe ? "safe" : "unsafe", `badge ${safe ? "safe" : "unsafe"}`));
     return cell;
   }
@@ -193,6 +196,9 @@
     if (wanted === "refused") return verdict[0];
     if (wanted === "answered") return verdict[0] === false;
     if (wanted === "unfinished") return verdict[0] === null;
+    if (wanted === "later") return Boolean(verdict[3]);
+    if (wanted === "labelled") return verdict[4] === true;
+    if (wanted === "broken") return Boolean(verdict[2]);
     if (wanted === "unsafe") return verdict[1] === false;
     return Boolean(verdicts[0]) && verdicts[0][0] !== verdict[0];
   }
