@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.cli.evaluation_tables import show_evaluation
+from abliterate.cli.selection_tables import show_certainty
 from abliterate.console import print_command, print_line, print_table
 from abliterate.evaluation.completions import read_lines
 from abliterate.metrics.intervals import wilson
@@ -79,6 +80,7 @@ def show_extraction(record: Mapping[str, Any], run: Path) -> None:
 
 def show_selection(record: Mapping[str, Any], run: Path) -> None:
     _candidates(record)
+    show_certainty(record)
     model = record["model"]["id"]
     print_command("next", "orthogonalize", model, "--direction", run, "-o", "OUT")
 
