@@ -118,6 +118,7 @@ def _extract(
             chat=session.chat,
             batch_size=session.settings.model.batch_size,
             keep=None if writer is None else writer.put,
+            seed=session.settings.model.seed,
         )
         if writer is None:
             return result, None
@@ -148,6 +149,10 @@ def _extract_record(
         "counts": {kind: {"given": len(flags), "used": sum(flags)} for kind, flags in used.items()},
         "prompts": prompt_keys(prompts),
     }
+    if result.stability is not None:
+        record["stability"] = {
+            name: values.tolist() for name, values in asdict(result.stability).items()
+        }
     if kept is not None:
         record["activations"] = {
             "layers": list(kept.layers),
