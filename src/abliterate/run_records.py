@@ -7,6 +7,7 @@ makes a command run code, ask an address, send a key or write to a place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,6 +119,31 @@ def _read(path: Path, made_by: str, kind: type[BaseModel]) -> dict[str, Any]:
             f"`abliterate {made_by}`"
         ) from None
     return document
+
+
+#: What a record of ``extract`` says of a candidate beside its direction.
+STABILITY = ("split_half_cosine", "norm", "norm_standard_error")
+
+
+def recorded_stability(
+    extracted: Mapping[str, Any], position: int, layer: int
+) -> dict[str, float | None]:
+    """How sure a candidate is (``abliterate.extraction.group_sums.Stability``).
+
+    None for what the record does not say: an older one, or a candidate without a direction.
+    """
+    held = extracted.get("stability")
+    positions = [entry["position"] for entry in extracted["positions"]]
+
+    def value(name: str) -> float | None:
+        try:
+            found = held[name][positions.index(position)][layer]  # type: ignore[index]
+        except (LookupError, TypeError, ValueError):
+            return None
+        is_number = isinstance(found, int | float) and not isinstance(found, bool)
+        return float(found) if is_number and math.isfinite(found) else None
+
+    return {name: value(name) for name in STABILITY}
 
 
 def recorded_settings(run: Path, extracted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -34,8 +34,8 @@ def _choice(held: Mapping[str, Any]) -> str:
     count = f"{held['resamples']:,} resamples of the validation prompts"
     winners, cosines = held["winners"], held["cosines"]
     if held["chosen"] is None:
-        often = f", at most {often_first(held)[0]['wins']:.0%} choose the same" if winners else ""
-        return f"no candidate is chosen on all prompts; of {count}{often}"
+        often = "none chooses" if not winners else "some choose"
+        return f"no candidate passes on all prompts; of {count} {often} one"
     said = f"chosen in {held['chosen']:.0%} of {count}"
     if len(winners) < 2:
         return f"{said}; no other candidate wins in any of them"
