@@ -17,6 +17,9 @@ from abliterate.inference.batched_interventions import InterventionRunner
 from abliterate.run_folder import Session
 from abliterate.selection.candidate_filters import Score, Thresholds, apply_filters
 from abliterate.selection.pareto_front import front_records
+from abliterate.selection.prompt_scores import PromptScores
+from abliterate.selection.search_inputs import CandidateGrid
+from abliterate.selection.search_state import SearchState
 
 METRICS = ("bypass_score", "induce_score", "kl_divergence")
 SELECT = ("--no-filter", "--n-val", "9", "-q")
@@ -278,6 +281,26 @@ def test_a_streamed_search_keeps_its_scores_too(folder: Path, exhaustive: dict, 
             theirs = expected[candidate["position"], candidate["layer"]][metric]
             assert candidate[metric] == pytest.approx(theirs, abs=1e-4)
     assert opened.json["winner"] == exhaustive["winner"]
+
+
+def test_ranks_that_measured_nothing_have_the_scores_of_those_that_did() -> None:
+    directions = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    grid = CandidateGrid(directions, (-1,), Thresholds(kl=0.1, induce=0.0, prune_layers=0.0))
+    one, other = (SearchState(grid, PromptScores.empty(directions, 3, 4)) for _ in range(2))
+    key, some = (-1, 1), torch.tensor([True, False, True, False])
+    one.put_floor(torch.full((4,), -0.01).double())
+    one.put("kl", key, torch.full((4,), 0.5).double(), some)
+    one.put("induce", key, torch.full((4,), -9.0).double(), some)
+    one.put("bypass", key, torch.tensor([1.0, 2.0, 4.5]).double(), torch.ones(3, dtype=torch.bool))
+    other.take(key, one.exchange(key))
+    assert other.scores == one.scores
+    score = other.scores[key]
+    assert score.bypass_score == 2.5
+    assert score.kl_at_least == pytest.approx((0.5 + 0.5 - 0.02) / 4)
+    assert score.induce_score is None
+    # Prompts to come count with the largest refusal score there is: no reason to drop it yet.
+    assert score.induce_at_most is None
+    assert one.scores[-1, 2] == Score(-1, 2)
 
 
 def test_a_table_shows_the_front_and_what_admits_it(cli, tmp_path: Path) -> None:

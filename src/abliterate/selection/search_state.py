@@ -97,17 +97,20 @@ class SearchState:
         self.refresh(key)
 
     def put_floor(self, floor: Tensor) -> None:
-        """Note what no KL of each prompt that counts is below."""
-        self.kept.kl_floor[self.used["kl"]] = floor
-        self.floor = floor
+        """Note what no KL of each prompt that counts is below, where it is not known yet."""
+        self.floor = torch.where(self.floor.isnan(), floor, self.floor)
+        self.kept.kl_floor[self.used["kl"]] = self.floor
 
     def exchange(self, key: Key) -> tuple[Tensor, ...]:
-        """A candidate's rows, for :meth:`take`."""
-        return tuple(self.row(metric, key) for metric in self.used)
+        """A candidate's rows, for :meth:`take`, and the floor of KL."""
+        return *(self.row(metric, key) for metric in self.used), self.floor
 
     def take(self, key: Key, rows: Sequence[Tensor]) -> None:
-        """What another rank has found."""
-        for metric, values in zip(self.used, rows, strict=True):
+        """What another rank has found: all ranks have the same of it, its floor included."""
+        *found, floor = rows
+        if not bool(floor.isnan().any()):
+            self.kept.kl_floor[self.used["kl"]] = self.floor = floor
+        for metric, values in zip(self.used, found, strict=True):
             self.put(metric, key, values, ~values.isnan())
 
     def refresh(self, key: Key) -> None:
