@@ -126,6 +126,10 @@ def test_nothing_passes_scores_the_front_and_its_advice_admits(
         assert f"{found['kl_divergence']:.4f}" in result.err
     assert "at least" not in result.err
     assert "at most" not in result.err
+    assert cli("report", folder).code == 0
+    page = (folder / "report.html").read_text()
+    assert "No other beats these" in page
+    assert all(miss["option"] in page for row in record["front"] for miss in row["fails"])
     work()
     # What the line advises admits a candidate, without a model.
     advice = re.search(r"\((--[^)]*) admits it\)", result.err)
@@ -301,6 +305,17 @@ def test_ranks_that_measured_nothing_have_the_scores_of_those_that_did() -> None
     # Prompts to come count with the largest refusal score there is: no reason to drop it yet.
     assert score.induce_at_most is None
     assert one.scores[-1, 2] == Score(-1, 2)
+
+
+def test_a_table_of_bounds_alone_names_none_of_them(fails, tmp_path: Path) -> None:
+    """As earlier versions left them where no candidate passed."""
+    rows = [{"position": -1, "layer": layer, **dict.fromkeys(METRICS), "computed": [],
+             "induce_at_most": -0.081, "kl_at_least": None} for layer in (0, 1)]  # fmt: skip
+    table = tmp_path / "selection.json"
+    table.write_text(json.dumps({"candidates": rows, "n_layers": 10}))
+    line = fails("select", "--scores", table, code=5)
+    assert "0.081" not in line
+    assert "run select on the run folder" in line
 
 
 def test_a_table_shows_the_front_and_what_admits_it(cli, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from abliterate.selection.candidate_filters import Score, Thresholds, require_score
 from abliterate.selection.pareto_front import Miss, corner, exact_scores, misses
@@ -22,11 +22,21 @@ def explain_no_candidate(judged: Sequence[Score], thresholds: Thresholds) -> str
         "induce": f"induce below {thresholds.induce:g}",
     }
     summary = ", ".join(f"{counts[why]} {text}" for why, text in names.items() if counts[why])
-    hints = _nearest(judged, thresholds)
-    if counts["layer"] and counts["layer"] + counts["nan"] == len(judged) and not hints:
-        hints.append("all with a direction lie in the pruned layers (--prune-layers 0 scores them)")
-    hint = "; nearest: " + "; ".join(hints) if hints else ""
-    return f"none of {len(judged)} candidates passes ({summary}){hint}"
+    return (
+        f"none of {len(judged)} candidates passes ({summary}){_advice(judged, thresholds, counts)}"
+    )
+
+
+def _advice(
+    judged: Sequence[Score], thresholds: Thresholds, counts: Mapping[str | None, int]
+) -> str:
+    if hints := _nearest(judged, thresholds):
+        return "; nearest: " + "; ".join(hints)
+    if counts["layer"] and counts["layer"] + counts["nan"] == len(judged):
+        return "; all with a direction lie in the pruned layers (--prune-layers 0 scores them)"
+    if counts["kl"] or counts["induce"]:  # a table that an older version has left
+        return "; none is scored to the end: run select on the run folder to score the best of them"
+    return ""
 
 
 def _nearest(judged: Sequence[Score], thresholds: Thresholds) -> list[str]:
