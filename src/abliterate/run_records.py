@@ -58,6 +58,23 @@ class _Selection(_Part):
     refusal_tokens: list[_Token] = Field(min_length=1)
 
 
+class _Bootstrap(_Part):
+    """What is said of how sure the choice is."""
+
+    resamples: int
+    chosen: float | None
+    none: float
+    undecided: float
+    covered: int
+    scored: int
+    winners: list[dict[str, int]]
+    cosines: list[list[float]]
+
+
+class _Choice(_Part):
+    bootstrap: _Bootstrap | None = None
+
+
 class _Extract(_Selection):
     """What later stages use of ``extract.json``."""
 
@@ -81,6 +98,20 @@ def read_extract(run: Path) -> dict[str, Any]:
 def read_selection(run: Path) -> dict[str, Any]:
     """``RUN/selection.json``, checked; raises as :func:`read_extract`."""
     return _read(run / SELECTION, f"select {run}", _Selection)
+
+
+def read_bootstrap(run: Path) -> dict[str, Any] | None:
+    """What ``RUN/selection.json`` says of how sure its choice is, but for the single candidates.
+
+    None if there is no such record, or an older one.
+
+    Raises:
+        InputError: it is malformed.
+    """
+    if not (run / SELECTION).is_file():
+        return None
+    held = _read(run / SELECTION, f"select {run}", _Choice).get("bootstrap")
+    return held and {name: value for name, value in held.items() if name != "candidates"}
 
 
 def read_used(run: Path) -> list[dict[str, Any]]:
@@ -140,8 +171,7 @@ def recorded_stability(
             found = held[name][positions.index(position)][layer]  # type: ignore[index]
         except (LookupError, TypeError, ValueError):
             return None
-        is_number = isinstance(found, int | float) and not isinstance(found, bool)
-        return float(found) if is_number and math.isfinite(found) else None
+        return found if isinstance(found, float) and math.isfinite(found) else None
 
     return {name: value(name) for name in STABILITY}
 

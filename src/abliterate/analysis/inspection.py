@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.analysis.inspection_record import inspection_inputs, recorded_bootstrap
+from abliterate.analysis.inspection_record import inspection_inputs
 from abliterate.console import log
 from abliterate.direction import Direction, load_direction
 from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
@@ -21,7 +21,7 @@ from abliterate.inference.interventions import check_direction
 from abliterate.inference.logit_lens import Promoted, extremes, logit_lens
 from abliterate.metrics.geometry import Geometry, measure
 from abliterate.run_folder import ACTIVATIONS, DIRECTIONS, EXTRACT, INSPECT, Session
-from abliterate.run_records import read_extract, recorded_stability
+from abliterate.run_records import read_bootstrap, read_extract, recorded_stability
 from abliterate.run_stage import Stage
 from abliterate.storage.artifacts import hash_file
 
@@ -67,7 +67,7 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
     with INSPECT_STAGE.open(session, run) as stage:
         extracted = read_extract(run)
         materials = _materials(run, extracted, position)
-        bootstrap = recorded_bootstrap(run)
+        bootstrap = read_bootstrap(run)
         geometry, notes = _geometry(materials)
         lens, problem = _lens(session, materials)
         notes += problem

@@ -11,22 +11,10 @@ from typing import Any
 
 from abliterate.direction import FILE_NAME as DIRECTION
 from abliterate.errors import AbliterateError
-from abliterate.run_folder import ACTIVATIONS, EXTRACT, INSPECT, SELECTION, Session
+from abliterate.run_folder import ACTIVATIONS, EXTRACT, INSPECT, Session
+from abliterate.run_records import read_bootstrap
 from abliterate.run_stage import input_hash, load_if_current
-from abliterate.storage.artifacts import hash_file, read_json, read_record, tensor_metadata
-
-
-def recorded_bootstrap(run: Path) -> dict[str, Any] | None:
-    """What ``select`` says of how sure its choice is, but for the single candidates.
-
-    None if there is no such record, or an older one.
-    """
-    if not (run / SELECTION).is_file():
-        return None
-    held = read_record(run / SELECTION, f"select {run}").get("bootstrap")
-    if not isinstance(held, dict):
-        return None
-    return {name: value for name, value in held.items() if name != "candidates"}
+from abliterate.storage.artifacts import hash_file, read_json, tensor_metadata
 
 
 def inspection_inputs(
@@ -43,7 +31,7 @@ def inspection_inputs(
         direction: hash of the selected direction's file.
         position: the position that is looked at.
         kept: the activations that ``extract`` recorded are there.
-        bootstrap: what :func:`recorded_bootstrap` gives.
+        bootstrap: what :func:`abliterate.run_records.read_bootstrap` gives.
     """
     inputs = {
         "extract": extracted["inputs"],
@@ -77,7 +65,7 @@ def finished_inspection(
             return None
         chosen = _usual_position(run, extracted) if position is None else position
         direction = hash_file(run / DIRECTION)
-        bootstrap = recorded_bootstrap(run)
+        bootstrap = read_bootstrap(run)
         inputs = inspection_inputs(extracted, direction, chosen, ACTIVATIONS in made, bootstrap)
         return load_if_current(run / INSPECT, input_hash(session, inputs), {})
     except (AbliterateError, OSError, ValueError, KeyError, TypeError, AttributeError):
