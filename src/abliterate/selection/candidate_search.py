@@ -32,6 +32,8 @@ from abliterate.selection.search_inputs import Key, SearchInputs
 from abliterate.selection.search_state import MARGIN, SearchState
 from abliterate.selection.validation_batches import Round, ValidationBatches
 
+# What counts for prompts to come: as exact as the state that judges what was rejected has it.
+_HIGHEST = torch.tensor(MAX_REFUSAL_SCORE, dtype=torch.float64)
 # Candidates that are measured before the scores are saved, in batches of a few prompts.
 _AT_A_TIME = 4
 
@@ -155,7 +157,7 @@ class CandidateSearch:
                     together = min(together, same)
                 chunk, remaining = remaining[:together], remaining[together:]
                 candidates = replay.prefill(task.vectors(chunk), [key[1] for key in chunk])
-                table = self._table("induce", chunk, torch.tensor(MAX_REFUSAL_SCORE))
+                table = self._table("induce", chunk, _HIGHEST)
                 self._rounds(candidates, rounds, table, lambda top: top < least)
                 self._note("induce", chunk, table)
                 state.save()
@@ -173,12 +175,10 @@ class CandidateSearch:
                 chunk, remaining = remaining[:together], remaining[together:]
                 candidates = self._ablated(chunk)
                 if lacking := [k for k in chunk if self.scores[k].kl_divergence is None]:
-                    some = candidates.pick([chunk.index(key) for key in lacking])
+                    some = _of(lacking, chunk, candidates)
                     self._kl(lacking, some, complete, math.inf if complete else None)
-                passing = [key for key in chunk if state.lacks_bypass(key)]
-                if passing:
-                    some = candidates.pick([chunk.index(key) for key in passing])
-                    self._measure_bypass(passing, some)
+                if passing := [key for key in chunk if state.lacks_bypass(key)]:
+                    self._measure_bypass(passing, _of(passing, chunk, candidates))
                 state.save()
                 bar.update(len(chunk))
 
@@ -195,7 +195,7 @@ class CandidateSearch:
                 bar.update(len(chunk))
 
     def _measure_bypass(self, keys: Sequence[Key], candidates: Candidates) -> None:
-        table = self._table("bypass", keys, torch.tensor(0.0))
+        table = self._table("bypass", keys, _HIGHEST)
         self._rounds(candidates, self.rounds.bypass, table)
         self._note("bypass", keys, table)
 
@@ -238,7 +238,7 @@ class CandidateSearch:
         state.put_floor(kl_lower_bound)
         if complete:  # likely to pass: no step is worth a batch of its own
             remaining_batches = full_batches
-        table = self._table("kl", keys, kl_lower_bound)
+        table = self._table("kl", keys, state.floor)  # the same where it was known before
         surviving = self._rounds(
             candidates, probe_batches, table, lambda low: low > limit, not remaining_batches
         )
@@ -309,6 +309,13 @@ class CandidateSearch:
         best = best_candidate(self.state.judged())
         described = f"position {best.position} layer {best.layer}" if best else "none yet"
         bar.set_postfix_str(f"{n_remaining} candidates left, best: {described}")
+
+
+def _of(some: Sequence[Key], keys: Sequence[Key], candidates: Candidates) -> Candidates:
+    """Those of ``candidates``, which are those of ``keys``."""
+    if len(some) == len(keys):
+        return candidates  # their caches need not be copied
+    return candidates.pick([keys.index(key) for key in some])
 
 
 @dataclass(frozen=True)
