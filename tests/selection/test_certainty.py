@@ -109,6 +109,10 @@ def test_a_staged_search_says_what_its_resamples_do_not_cover(
     folder: Path, limits: Thresholds, cli
 ) -> None:
     every = cli("select", folder, *SELECT, *_options(limits), "--search", "exhaustive", "--json")
+    # With all scores kept, those of the layers that are left out do not count.
+    kept = cli("select", folder, *SELECT, *_options(limits), "--json").json
+    assert kept["bootstrap"]["covered"] == kept["bootstrap"]["scored"] == 6
+    assert kept["bootstrap"]["chosen"] == every.json["bootstrap"]["chosen"]
     (folder / "scores.safetensors").unlink()
     staged = cli("select", folder, *SELECT, *_options(limits), "--json").json
     assert staged["winner"] == every.json["winner"]

@@ -50,7 +50,9 @@ def resample(state: SearchState, judged: Sequence[Score], seed: int) -> Resample
         judged: the scores with the filters' verdicts, by position, then layer.
         seed: of the resampling.
     """
+    asked = set(state.usable)  # an earlier search may have scored others, too
     keys = [(score.position, score.layer) for score in exact_scores(judged)]
+    keys = [key for key in keys if key in asked]
     if not keys:
         return None
     weights = _weights(state, seed)
