@@ -260,8 +260,22 @@ def print_json(document: Any) -> None:
         sys.stdout.write(escaped + "\n")
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
-    """Print a rich table to stdout; the first ``left`` columns are text, the rest numbers."""
+def print_table(
+    title: str,
+    columns: list[str],
+    rows: list[list[str]],
+    left: int = 1,
+    beside_results: bool = False,
+) -> None:
+    """Print a rich table to stdout; the first ``left`` columns are text, the rest numbers.
+
+    Args:
+        title: what it says.
+        columns: their headings.
+        rows: the cells.
+        left: how many columns, from the first, are text.
+        beside_results: it explains why there is no result, and goes to stderr.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -271,9 +285,10 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], left: int
     for row in rows:
         table.add_row(*map(_cell, row))
     # Off a terminal rich would fold everything into 80 columns: let each table be as wide as it is.
-    width = None if sys.stdout.isatty() else 1000
-    with naming(STDOUT):
-        Console(file=sys.stdout, width=width, highlight=False).print(table)
+    stream, name = (sys.stderr, "standard error") if beside_results else (sys.stdout, STDOUT)
+    width = None if stream.isatty() else 1000
+    with naming(name):
+        Console(file=stream, width=width, highlight=False).print(table)
 
 
 def _cell(text: object) -> Any:

@@ -6,6 +6,9 @@ Every message is one line that names the file, tensor or option at fault and how
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class AbliterateError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -70,9 +73,18 @@ class ShapeMismatchError(PlanError):
 
 
 class SelectionError(AbliterateError):
-    """No candidate direction passes the filters."""
+    """No candidate direction passes the filters.
+
+    Attributes:
+        front: the candidates that no other beats in bypass, induce and KL at once, as
+            ``selection.json`` lists them.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, front: Sequence[Mapping[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.front = front
 
 
 class InterruptedWorkError(AbliterateError):

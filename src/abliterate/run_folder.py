@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 EXTRACT, DIRECTIONS = "extract.json", "directions.safetensors"
 ACTIVATIONS = "activations.safetensors"
 SELECTION, EVALUATION, COMPLETIONS = "selection.json", "evaluation.json", "completions"
-PARTIAL = "selection.partial.json"
+SCORES = "scores.safetensors"
 INSPECT, TRACE = "inspect.json", "trace.json"
 MODEL = "model"
 # What the evaluation of ``run`` calls the checkpoint in ``model/``.

@@ -7,6 +7,7 @@ makes a command run code, ask an address, send a key or write to a place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,23 @@ class _Rendering(_Part):
     date: str | None
 
 
+class _Bootstrap(_Part):
+    """What is said of how sure the choice is."""
+
+    resamples: int
+    chosen: float | None
+    none: float
+    undecided: float
+    covered: int
+    scored: int
+    winners: list[dict[str, int]]
+    cosines: list[list[float]]
+
+
+class _Choice(_Part):
+    bootstrap: _Bootstrap | None = None
+
+
 class _Extract(_Selection):
     """What later stages use of ``extract.json``."""
 
@@ -88,6 +106,20 @@ def read_extract(run: Path) -> dict[str, Any]:
 def read_selection(run: Path) -> dict[str, Any]:
     """``RUN/selection.json``, checked; raises as :func:`read_extract`."""
     return _read(run / SELECTION, f"select {run}", _Selection)
+
+
+def read_bootstrap(run: Path) -> dict[str, Any] | None:
+    """What ``RUN/selection.json`` says of how sure its choice is, but for the single candidates.
+
+    None if there is no such record, or an older one.
+
+    Raises:
+        InputError: it is malformed.
+    """
+    if not (run / SELECTION).is_file():
+        return None
+    held = _read(run / SELECTION, f"select {run}", _Choice).get("bootstrap")
+    return held and {name: value for name, value in held.items() if name != "candidates"}
 
 
 def read_used(run: Path) -> list[dict[str, Any]]:
@@ -126,6 +158,30 @@ def _read(path: Path, made_by: str, kind: type[BaseModel]) -> dict[str, Any]:
             f"`abliterate {made_by}`"
         ) from None
     return document
+
+
+#: What a record of ``extract`` says of a candidate beside its direction.
+STABILITY = ("split_half_cosine", "norm", "norm_standard_error")
+
+
+def recorded_stability(
+    extracted: Mapping[str, Any], position: int, layer: int
+) -> dict[str, float | None]:
+    """How sure a candidate is (``abliterate.extraction.group_sums.Stability``).
+
+    None for what the record does not say: an older one, or a candidate without a direction.
+    """
+    held = extracted.get("stability")
+    positions = [entry["position"] for entry in extracted["positions"]]
+
+    def value(name: str) -> float | None:
+        try:
+            found = held[name][positions.index(position)][layer]  # type: ignore[index]
+        except (LookupError, TypeError, ValueError):
+            return None
+        return found if isinstance(found, float) and math.isfinite(found) else None
+
+    return {name: value(name) for name in STABILITY}
 
 
 def recorded_settings(run: Path, extracted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

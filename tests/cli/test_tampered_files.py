@@ -68,7 +68,7 @@ READ: dict[str, list[list[str]]] = {
         ["report", RUN],
         ["select", RUN, "--n-val", "2", "--no-filter"],
     ],
-    "run/selection.partial.json": [["select", RUN, "--n-val", "3", "--no-filter"]],
+    "run/scores.safetensors": [["select", RUN, "--n-val", "2", "--no-filter"]],
     "run/direction.safetensors": [
         ["orthogonalize", MODEL, "--direction", RUN, "-o", "new"],
         ["verify", OUT, "--direction", RUN],

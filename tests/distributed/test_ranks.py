@@ -38,6 +38,15 @@ def same_means(run: Path, other: Path) -> None:
         assert (mean - theirs[name]).abs().max() <= 1e-6 * theirs[name].abs().max()
     for key in ("counts", "refusal_tokens", "positions", "prompts"):
         assert record(run, "extract.json")[key] == record(other, "extract.json")[key]
+    same_stability(record(run, "extract.json"), record(other, "extract.json"))
+
+
+def same_stability(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """The same halves of the prompts, and the same spread along each direction."""
+    for name, values in theirs["stability"].items():
+        for one, other in zip(ours["stability"][name], values, strict=True):
+            known = [value for value in other if value is not None]
+            assert [v for v in one if v is not None] == pytest.approx(known, rel=1e-4, abs=1e-9)
 
 
 def same_selection(run: Path, other: Path) -> None:
@@ -126,16 +135,15 @@ def test_a_killed_rank_ends_torchrun_and_select_goes_on(tiny_run: Any, tmp_path:
     assert sorted(file.name for file in run.iterdir()) == [
         "directions.safetensors",
         "extract.json",
-        "selection.partial.json",
+        "scores.safetensors",
     ]
     # Two rounds were complete: what rank 2 found in them has reached rank 0.
-    kept = record(run, "selection.partial.json")["candidates"]
-    assert sum("induce_score" in score["computed"] for score in kept) >= 6
+    kept = load_file(run / "scores.safetensors")["induce"]
+    assert int((~kept.isnan()).all(-1).sum()) >= 6
     result = cli(*args)
     assert result.code == 0
     assert "going on from the" in result.err
     same_selection(run, one)
-    assert not (run / "selection.partial.json").exists()
 
 
 def test_a_stalled_rank_ends_all_within_the_timeout(tiny_run: Any, tmp_path: Path) -> None:

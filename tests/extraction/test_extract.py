@@ -56,6 +56,100 @@ def test_means_equal_a_plain_loop(kind: str, tiny, cli, tmp_path: Path) -> None:
         assert (got[index] - plain).norm() <= 1e-6 * plain.norm()
 
 
+def _plain_vectors(model_dir: Path, source: str, n: int, positions: list[int]) -> torch.Tensor:
+    """Of each prompt, ``[prompts, n_positions, n_layers, d_model]``."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    texts = [prompt.text for prompt in load_prompts(source, "train", n, 0)]
+    rows = []
+    for ids in encode(tokenizer, texts, ChatFormat()):
+        with torch.no_grad():
+            states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        layers = torch.stack(states[: model.config.num_hidden_layers])[:, 0, positions]
+        rows.append(layers.double().transpose(0, 1))
+    return torch.stack(rows)
+
+
+def test_split_halves_and_the_error_of_the_norm_equal_a_plain_computation(
+    tiny, cli, tmp_path: Path, monkeypatch
+) -> None:
+    from abliterate.extraction import group_sums
+
+    n, positions = 14, [-3, -1]
+    args = ("extract", tiny("llama"), "--no-filter", "--refusal-token", "I", "--n-train", str(n),
+            "--positions", "-3,-1", "--json")  # fmt: skip
+    record = cli(*args, "-o", tmp_path / "run").json
+    vectors = {kind: _plain_vectors(tiny("llama"), kind, n, positions)
+               for kind in ("harmful", "harmless")}  # fmt: skip
+    halves = []
+    for which in (0, 1):
+        means = []
+        for kind, rows in vectors.items():
+            groups = group_sums.assign_groups(n, rows.shape[1:], 0, kind)
+            assert sorted(groups) == list(range(n))  # each prompt for itself
+            mine = [row for row, group in enumerate(groups) if group % 2 == which]
+            assert len(mine) == n // 2
+            means.append(rows[mine].mean(0))
+        halves.append(means[0] - means[1])
+    order = [group_sums.assign_groups(n, (2, 4, 48), 0, kind) for kind in vectors]
+    assert order[0] != order[1] != sorted(order[1])
+    found = record["stability"]
+    assert set(found) == {"split_half_cosine", "norm", "norm_standard_error"}
+    for row in range(2):
+        for layer in range(4):
+            cosine, norm, error = (found[name][row][layer] for name in sorted(
+                found, key=["split_half_cosine", "norm", "norm_standard_error"].index))  # fmt: skip
+            if layer == 0:  # a template token's embedding: no direction
+                assert cosine is None
+                assert error is None
+                continue
+            one, other = (half[row, layer] for half in halves)
+            expected = float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+            assert cosine == pytest.approx(expected, abs=1e-5)
+            samples = [rows[:, row, layer] for rows in vectors.values()]
+            direction = samples[0].mean(0) - samples[1].mean(0)
+            unit = direction / direction.norm()
+            variance = sum(float((rows @ unit).var()) / n for rows in samples)
+            assert norm == pytest.approx(float(direction.norm()), rel=1e-5)
+            assert error == pytest.approx(variance**0.5, rel=1e-4)
+    # Streamed from disk, and of a model so large that groups hold several prompts.
+    streamed = cli(*args, "-o", tmp_path / "streamed", "--offload").json["stability"]
+    monkeypatch.setattr(group_sums, "_BYTES", 0)
+    grouped = cli(*args, "-o", tmp_path / "grouped").json["stability"]
+    for row in range(2):
+        for layer in range(1, 4):
+            for name, values in found.items():
+                assert streamed[name][row][layer] == pytest.approx(values[row][layer], rel=1e-4)
+            exact = found["norm_standard_error"][row][layer]
+            assert 0.4 * exact < grouped["norm_standard_error"][row][layer] < 2.5 * exact
+    shown = cli("extract", tiny("llama"), "-o", tmp_path / "run", *args[2:-1]).out
+    cosines = [value for value in found["split_half_cosine"][1] if value is not None]
+    assert f"{min(cosines):.3f}" in shown
+    assert f"{max(cosines):.3f}" in shown
+
+
+def test_halves_of_other_seeds_are_others_and_filtered_prompts_do_not_count(
+    tiny, cli, tmp_path: Path
+) -> None:
+    from abliterate.extraction.group_sums import GroupSums, assign_groups, stability
+
+    assert assign_groups(32, (1, 1, 4), 0, "harmful") != assign_groups(32, (1, 1, 4), 1, "harmful")
+    # Groups that the filter has emptied leave mean and error to the others.
+    rows = torch.randn(2, 6, 1, 1, 5, generator=torch.Generator().manual_seed(0)).double()
+    rows[0] += 2.0
+    counts = torch.tensor([1.0, 1, 0, 1, 1, 0]).double()
+    sums = [GroupSums(kind * counts[:, None, None, None], counts) for kind in rows]
+    found = stability(*sums)
+    kept = [kind[counts > 0][:, 0, 0] for kind in rows]
+    direction = kept[0].mean(0) - kept[1].mean(0)
+    unit = direction / direction.norm()
+    variance = sum(float((kind @ unit).var()) / 4 for kind in kept)
+    assert float(found.norm_standard_error) == pytest.approx(variance**0.5)
+    assert float(found.norm) == pytest.approx(float(direction.norm()))
+    nothing = GroupSums(sums[0].sums * 0, counts * 0)
+    assert stability(nothing, sums[1]).split_half_cosine.isnan().all()
+
+
 def test_means_do_not_depend_on_batching_or_order(tiny, cli, tmp_path: Path) -> None:
     model = tiny("llama")
     files = {}

@@ -54,7 +54,7 @@ def command(name: str, model: Path, run: Path) -> tuple[str | Path, ...]:
 
 WRITTEN = {
     "extract": ("extract.json", "directions.safetensors", "activations.safetensors"),
-    "select": ("selection.json", "direction.safetensors", "selection.partial.json"),
+    "select": ("selection.json", "direction.safetensors", "scores.safetensors"),
     "evaluate": (
         "evaluation.json", "completions", "completions/baseline-harmful.jsonl",
         "completions/add-harmless.jsonl", "completions/manifest.json", "completions/measured.json",

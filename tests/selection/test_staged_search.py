@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -94,9 +94,12 @@ def test_staged_exhaustive_and_plain_choose_the_same(kind: str, tiny) -> None:
             # A refusal score cannot be this high in a random model: partial sums reject early.
             induce = 17.0
         thresholds = Thresholds(kl + 1e-5, induce - 1e-5, numbers.choice((0.0, 0.2, 0.5)))
-        staged = CandidateSearch(
+        search = CandidateSearch(
             replace(task, thresholds=thresholds, all_layers=numbers.random() < 0.3)
-        ).run()
+        )
+        # What follows where nothing passes is not asked about here.
+        search._complete_front = lambda: None
+        staged = search.run()
         judged = apply_filters(staged, 4, thresholds)
         expected = best_candidate(apply_filters(exhaustive, 4, thresholds))
         found = best_candidate(judged)
@@ -124,7 +127,8 @@ def test_few_passes_in_memory_agree_with_plain(tiny) -> None:
     harmful, harmless = torch.ones(7, dtype=torch.bool), torch.ones(10, dtype=torch.bool)
     harmful[2], harmless[-3] = False, False
     search = FewPassesSearch(InMemoryEngine(LoadedModel(task.model, None, None)), task)
-    refused, answered = search.baseline_scores()
+    search.measure_baselines()
+    refused, answered = search.kept.harmful, search.kept.harmless
     for prompts, scores in ((task.harmful, refused), (task.harmless, answered)):
         logits = all_last_logits(task.model, prompts)
         assert scores == pytest.approx(refusal_score(logits, TOKENS), abs=1e-4)
@@ -134,7 +138,8 @@ def test_few_passes_in_memory_agree_with_plain(tiny) -> None:
         harmless=[ids for row, ids in enumerate(task.harmless) if harmless[row]],
     )
     plain = _plain(kept)
-    for score in search.run(harmful, harmless):
+    used = harmful.nonzero()[:, 0], harmless.nonzero()[:, 0]
+    for score in search.run(used).scores.values():
         assert len(score.computed) == 3
         _agree(plain[score.position, score.layer], score)
 
@@ -387,17 +392,17 @@ def test_all_layers_scores_the_pruned_ones_too(run: Path, cli, tmp_path: Path) -
 def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(
     run: Path, cli, tmp_path: Path, monkeypatch
 ) -> None:
-    from abliterate.pipeline import stages
+    from abliterate.pipeline import scores_file
 
     open_ = ("--kl-threshold", "1e9", "--induce-threshold=-1e9")
     expected = cli("select", _copy(run, tmp_path, "whole"), *SELECT, *open_, "--json").json
     folder = _copy(run, tmp_path)
-    original = stages.save_partial
+    original = scores_file.save_scores
 
     def interrupt(times: int):
-        def save(path, inputs, scores) -> None:
+        def save(*args) -> None:
             nonlocal times
-            original(path, inputs, scores)
+            original(*args)
             times -= 1
             if times == 0:
                 raise KeyboardInterrupt
@@ -405,13 +410,13 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(
         return save
 
     for times in (1, 2):
-        monkeypatch.setattr(stages, "save_partial", interrupt(times))
+        monkeypatch.setattr(scores_file, "save_scores", interrupt(times))
         result = cli("select", folder, *SELECT, *open_)
         assert result.code == 130
         assert not (folder / "selection.json").exists()
-        partial = json.loads((folder / "selection.partial.json").read_text())
-        assert any(candidate["computed"] for candidate in partial["candidates"])
-    monkeypatch.setattr(stages, "save_partial", original)
+        partial = load_file(folder / "scores.safetensors")
+        assert partial["induce"].isfinite().any()
+    monkeypatch.setattr(scores_file, "save_scores", original)
     result = cli("select", folder, *SELECT, *open_, "--json")
     assert result.code == 0
     assert "going on from" in result.err
@@ -420,13 +425,15 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(
         for key, value in one.items():
             close = pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
             assert other[key] == close
-    assert not (folder / "selection.partial.json").exists()
-    # Scores of another search are no use.
-    (folder / "selection.partial.json").write_text(json.dumps(partial | {"inputs": "other"}))
-    result = cli("select", folder, *SELECT, *open_, "--json")
-    assert "going on from" not in result.err
-    (folder / "selection.partial.json").write_text("{")
-    assert cli("select", folder, *SELECT, *open_, "--json").json["winner"] == expected["winner"]
+    # Damaged scores, and those of other prompts, are computed again, and one line says so.
+    kept = (folder / "scores.safetensors").read_bytes()
+    (folder / "scores.safetensors").write_bytes(kept[:-1])
+    again = cli("select", folder, *SELECT, *open_, "--json")
+    assert "scores.safetensors cannot be read: all is computed again" in again.err
+    assert again.json["winner"] == expected["winner"]
+    again = cli("select", folder, "--no-filter", "--n-val", "8", *open_, "--json")
+    assert "is of other prompts" in again.err
+    assert "going on from" not in again.err
 
 
 def test_kl_on_the_response_averages_over_the_baselines_answer(

@@ -21,7 +21,7 @@ from abliterate.inference.interventions import check_direction
 from abliterate.inference.logit_lens import Promoted, extremes, logit_lens
 from abliterate.metrics.geometry import Geometry, measure
 from abliterate.run_folder import ACTIVATIONS, DIRECTIONS, EXTRACT, INSPECT, Session
-from abliterate.run_records import read_extract
+from abliterate.run_records import read_bootstrap, read_extract, recorded_stability
 from abliterate.run_rendering import settle_rendering
 from abliterate.run_stage import Stage
 from abliterate.storage.artifacts import hash_file
@@ -69,6 +69,7 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
         extracted = read_extract(run)
         settle_rendering(session, run, extracted)
         materials = _materials(run, extracted, position)
+        bootstrap = read_bootstrap(run)
         geometry, notes = _geometry(materials)
         lens, problem = _lens(session, materials)
         notes += problem
@@ -80,6 +81,7 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
                 materials.direction.sha256,
                 materials.position,
                 materials.activations is not None,
+                bootstrap,
             )
         )
         return stage.finish(
@@ -87,8 +89,10 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
                 "direction": materials.direction.summary(),
                 "position": materials.position,
                 "cosines": _cosines(materials),
+                "bootstrap": bootstrap,
                 "layers": [
                     row
+                    | _stability(extracted, materials.position, row["layer"])
                     | {"geometry": geometry.get(row["layer"])}
                     | lens["layers"].get(row["layer"], {})
                     for row in _layers(materials)
@@ -140,6 +144,11 @@ def _layers(materials: Materials) -> list[dict[str, Any]]:
         }
         for layer, candidate in enumerate(materials.candidates)
     ]
+
+
+def _stability(extracted: Mapping[str, Any], position: int, layer: int) -> dict[str, float | None]:
+    held = recorded_stability(extracted, position, layer)
+    return {name: held[name] for name in ("split_half_cosine", "norm_standard_error")}
 
 
 def _cosines(materials: Materials) -> dict[str, Any]:

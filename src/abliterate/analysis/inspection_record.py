@@ -12,12 +12,17 @@ from typing import Any
 from abliterate.direction import FILE_NAME as DIRECTION
 from abliterate.errors import AbliterateError
 from abliterate.run_folder import ACTIVATIONS, EXTRACT, INSPECT, Session
+from abliterate.run_records import read_bootstrap
 from abliterate.run_stage import input_hash, load_if_current
 from abliterate.storage.artifacts import hash_file, read_json, tensor_metadata
 
 
 def inspection_inputs(
-    extracted: Mapping[str, Any], direction: str | None, position: int, kept: bool
+    extracted: Mapping[str, Any],
+    direction: str | None,
+    position: int,
+    kept: bool,
+    bootstrap: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What ``inspect.json`` depends on beside the model and its settings.
 
@@ -26,13 +31,15 @@ def inspection_inputs(
         direction: hash of the selected direction's file.
         position: the position that is looked at.
         kept: the activations that ``extract`` recorded are there.
+        bootstrap: what :func:`abliterate.run_records.read_bootstrap` gives.
     """
-    return {
+    inputs = {
         "extract": extracted["inputs"],
         "direction": direction,
         "position": position,
         "activations": kept,
     }
+    return inputs if bootstrap is None else inputs | {"bootstrap": bootstrap}
 
 
 def finished_inspection(
@@ -58,7 +65,8 @@ def finished_inspection(
             return None
         chosen = _usual_position(run, extracted) if position is None else position
         direction = hash_file(run / DIRECTION)
-        inputs = inspection_inputs(extracted, direction, chosen, ACTIVATIONS in made)
+        bootstrap = read_bootstrap(run)
+        inputs = inspection_inputs(extracted, direction, chosen, ACTIVATIONS in made, bootstrap)
         return load_if_current(run / INSPECT, input_hash(session, inputs), {})
     except (AbliterateError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

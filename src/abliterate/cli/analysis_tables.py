@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.console import print_line, print_table
+from abliterate.selection.certainty import sentences
 
 
 def show_inspection(record: Mapping[str, Any], run: Path) -> None:
@@ -18,6 +19,8 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
                 str(row["layer"]),
                 _number(row["cosine_with_selected"], "+.3f"),
                 _number(row["norm"], ".3g"),
+                _number(row.get("norm_standard_error"), ".2g"),
+                _number(row.get("split_half_cosine"), ".3f"),
                 f"{geometry['n_harmful']}+{geometry['n_harmless']}" if geometry else "-",
                 _number(geometry.get("pc1_share"), ".1%"),
                 _number(geometry.get("cos_pc1"), ".3f"),
@@ -32,6 +35,8 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
             "layer",
             "cos selected",
             "norm",
+            "± error",
+            "split-half cos",
             "n",
             "PC1 share",
             "|cos PC1|",
@@ -49,6 +54,8 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
                 f"the direction {what}: "
                 + " ".join(f"{t['token']!r} {t['logit']:+.2f}" for t in listed)
             )
+    for sentence in sentences(record):
+        print_line(sentence)
     print_line(f"wrote {run / 'inspect.json'}")
 
 

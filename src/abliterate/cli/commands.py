@@ -62,17 +62,21 @@ def select(
     if (run is None) == (scores is None):
         raise UsageError("give either the run folder of extract or --scores FILE")
     if scores is not None:
+        from abliterate.cli.selection_tables import showing_front
         from abliterate.cli.tables import choose_again, show_choice
 
-        choice = choose_again(scores, n_layers, load_settings(config, given))
+        with showing_front():
+            choice = choose_again(scores, n_layers, load_settings(config, given))
         return print_json(choice) if as_json else show_choice(choice)
     assert run is not None
+    from abliterate.cli.selection_tables import showing_front
     from abliterate.cli.tables import show_selection
 
     session = later_session(run, model, config, given)
     from abliterate.pipeline.stages import select_stage
 
-    record = select_stage(session, run)
+    with showing_front():
+        record = select_stage(session, run)
     return print_json(record) if as_json else show_selection(record, run)
 
 
@@ -112,13 +116,15 @@ def run(
 ) -> None:
     """extract, select, orthogonalize and evaluate; finished stages are skipped."""
     settings = load_settings(config, given)
+    from abliterate.cli.selection_tables import showing_front
     from abliterate.cli.tables import show_run
     from abliterate.storage.artifacts import believing
 
     session = open_session(model, settings)
     from abliterate.pipeline.run import run_pipeline
 
-    record = run_pipeline(session, output)
+    with showing_front():
+        record = run_pipeline(session, output)
     # Of stages that were up to date it holds what lies there.
     with believing(output, "run"):
         print_json(record) if as_json else show_run(record, output)

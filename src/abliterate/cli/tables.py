@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from abliterate.cli.evaluation_tables import show_evaluation
+from abliterate.cli.selection_tables import show_certainty
 from abliterate.console import print_command, print_line, print_table
 from abliterate.evaluation.completions import read_lines
 from abliterate.metrics.intervals import wilson
@@ -20,7 +22,7 @@ from abliterate.selection.candidate_filters import Thresholds
 from abliterate.selection.score_table import choose_again as choose_among
 from abliterate.selection.score_table import read_scores, score_record
 from abliterate.settings import Settings
-from abliterate.storage.artifacts import read_json
+from abliterate.storage.artifacts import finite, read_json
 
 
 def describe_source(spec: str, examples: int, seed: int) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def show_extraction(record: Mapping[str, Any], run: Path) -> None:
             ["seconds", f"{record['seconds']:.1f}"],
         ],
     )
+    _stability(record)
     print_command("next", "select", run)
 
 
@@ -82,8 +85,38 @@ def _unfinished(count: Mapping[str, Any]) -> str:
     return f" ({count['unfinished']} unfinished thoughts)" if count.get("unfinished") else ""
 
 
+def _stability(record: Mapping[str, Any]) -> None:
+    """By position, how alike the candidates of two halves of the prompts are, and how long."""
+    held = record.get("stability")
+    if not held:  # of an older version
+        return
+    rows = []
+    for index, entry in enumerate(record["positions"]):
+        cosines, norms, errors = (
+            held[name][index] for name in ("split_half_cosine", "norm", "norm_standard_error")
+        )
+        known = [(c, layer) for layer, c in enumerate(cosines) if finite(c) is not None]
+        shares = [e / n for n, e in zip(norms, errors, strict=True) if finite(e) is not None]
+        if not known:
+            continue
+        (low, low_layer), (high, high_layer) = min(known), max(known)
+        rows.append(
+            [
+                f"{entry['position']} {entry['token']!r}",
+                f"{median(c for c, _ in known):.3f}",
+                f"{low:.3f} at {low_layer}",
+                f"{high:.3f} at {high_layer}",
+                f"{median(shares):.1%}" if shares else "-",
+            ]
+        )
+    if rows:
+        columns = ["position", "median", "least, layer", "largest, layer", "error of the norm"]
+        print_table("Cosine of the candidates of two halves of the prompts", columns, rows)
+
+
 def show_selection(record: Mapping[str, Any], run: Path) -> None:
     _candidates(record)
+    show_certainty(record)
     model = record["model"]["id"]
     print_command("next", "orthogonalize", model, "--direction", run, "-o", "OUT")
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from abliterate.console import log
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import InputError
+from abliterate.extraction.group_sums import GroupSums, Stability, assign_groups, stability
 from abliterate.inference.engine import ActivationReader, BatchActivations
 from abliterate.inference.in_memory import InMemoryReader, engine_of
 from abliterate.inference.thinks_first import or_thinks_first
@@ -53,6 +54,7 @@ class Extraction:
         kept_harmful: for each prompt given, whether its activations were used.
         kept_harmless: the same for the harmless prompts.
         unfinished: by kind, about how many prompts a thought did not end; empty if none was had.
+        stability: how sure each candidate is, if it was extracted now.
     """
 
     mean_harmful: Tensor
@@ -63,6 +65,7 @@ class Extraction:
     kept_harmful: Kept = ()
     kept_harmless: Kept = ()
     unfinished: Mapping[str, int] = field(default_factory=dict)
+    stability: Stability | None = None
 
     @property
     def directions(self) -> Tensor:
@@ -118,6 +121,7 @@ def extract(
     chat: ChatFormat | None = None,
     batch_size: int | str = "auto",
     keep: Keep | None = None,
+    seed: int = 0,
 ) -> Extraction:
     """Candidate refusal directions: difference of means at every position and layer.
 
@@ -131,6 +135,7 @@ def extract(
         chat: system message and template variables.
         batch_size: prompts per forward pass, or ``auto``.
         keep: called with the activations of every prompt, batch by batch.
+        seed: of the halves of the prompts whose candidates are compared.
 
     Raises:
         InputError: there are too few prompts, or too few are left, or one is shorter than a
@@ -160,11 +165,11 @@ def extract(
         with or_thinks_first(loaded, chat, harmful_ids):
             tokens = find_first_refusal_tokens(*first_tokens, tokenizer, ids)
 
-    def mean(kind: str, sign: float) -> tuple[Tensor, Kept]:
-        result, kept = _mean(
+    def sums(kind: str, sign: float) -> tuple[GroupSums, Kept]:
+        result, kept = _sums(
             reader,
             kind,
-            len(local_ids[kind]),
+            ranks.split(assign_groups(len(ids[kind]), reader.shape, seed, kind)),
             seen=seen[kind],
             refusal_tokens=tokens if filter else None,
             sign=sign,
@@ -177,17 +182,18 @@ def extract(
                 require_min_prompts(kind, sum(kept), len(kept), "n-train")
         return result, kept
 
-    mean_harmful, kept_harmful = mean("harmful", 1.0)
-    mean_harmless, kept_harmless = mean("harmless", -1.0)
+    sums_harmful, kept_harmful = sums("harmful", 1.0)
+    sums_harmless, kept_harmless = sums("harmless", -1.0)
     return Extraction(
-        mean_harmful,
-        mean_harmless,
+        sums_harmful.mean,
+        sums_harmless.mean,
         position_list,
         position_texts,
         tuple(tokens),
         kept_harmful,
         kept_harmless,
         unfinished(asked),
+        stability(sums_harmful, sums_harmless),
     )
 
 
@@ -341,13 +347,15 @@ def mean_resid_pre(
         each prompt whether it counts.
     """
     reader = InMemoryReader(model, {"": prompts}, positions, batch_size)
-    return _mean(reader, "", len(prompts), refusal_tokens=refusal_tokens, sign=sign)
+    one_group = [0] * len(prompts)
+    sums, kept = _sums(reader, "", one_group, refusal_tokens=refusal_tokens, sign=sign)
+    return sums.mean, kept
 
 
-def _mean(
+def _sums(
     reader: ActivationReader,
     kind: str,
-    n_prompts: int,
+    groups: Sequence[int],
     *,
     seen: Sequence[BatchActivations] = (),
     refusal_tokens: Sequence[int] | None = None,
@@ -355,13 +363,13 @@ def _mean(
     keep: Callable[[Sequence[int], Tensor], None] | None = None,
     ended: Sequence[bool] | None = None,
     ranks: RankGroup = ALONE,
-) -> tuple[Tensor, Kept]:
-    """As :func:`mean_resid_pre`, reduced batch by batch to one float64 sum.
+) -> tuple[GroupSums, Kept]:
+    """As :func:`mean_resid_pre`, reduced batch by batch to one float64 sum a group of prompts.
 
     Args:
         reader: gives the activations.
         kind: of which prompts.
-        n_prompts: how many of them there are; of several ranks, this one's share.
+        groups: to which group each of them belongs; of several ranks, this one's share.
         seen: the first of them, where they have been run already.
         refusal_tokens: if given, only prompts whose refusal score has the sign ``sign`` count.
         sign: +1 keeps refused prompts, -1 keeps answered ones.
@@ -369,11 +377,12 @@ def _mean(
         ended: of each prompt, whether the thought about it has; others never count.
         ranks: the processes whose prompts make up the mean, by an all-reduce of their sums.
     """
-    total = torch.zeros(reader.shape, dtype=torch.float64)
-    kept = [True] * n_prompts
+    n_groups = 1 + max(ranks.all_gather(max(groups, default=0)))
+    totals = torch.zeros(n_groups, *reader.shape, dtype=torch.float64)
+    counted = torch.zeros(n_groups, dtype=torch.float64)
+    kept = [True] * len(groups)
 
     def accumulate(batch: BatchActivations) -> None:
-        nonlocal total
         counts = torch.ones(len(batch.rows), dtype=torch.bool)
         if refusal_tokens is not None:
             counts = sign * log_odds(batch.logits, refusal_tokens) > 0
@@ -381,12 +390,20 @@ def _mean(
             whole = torch.tensor([ended[row] for row in batch.rows])
             counts = counts & whole.to(counts.device)
         counts = counts.to(batch.activations.device)
+        members: dict[int, list[int]] = {}
+        for index, row in enumerate(batch.rows):
+            members.setdefault(groups[row], []).append(index)
+        parts = [summed_rows(batch.activations[which], counts[which]) for which in members.values()]
         # What a batch has to say comes in one transfer, for which an accelerator is waited for.
-        flags, *sums = to_host(counts, *summed_rows(batch.activations, counts))
+        flags, *sums = to_host(counts, *(part for of_group in parts for part in of_group))
         if keep is not None:
             keep(list(batch.rows), batch.activations)
         # Last: what has run out of memory by here comes again.
-        total += sum(sums)
+        fetched = iter(sums)
+        for (group, which), of_group in zip(members.items(), parts, strict=True):
+            for _ in of_group:
+                totals[group] += next(fetched)
+            counted[group] += flags[which].sum()
         for row, flag in zip(batch.rows, flags.tolist(), strict=True):
             kept[row] = bool(flag)
 
@@ -395,9 +412,9 @@ def _mean(
             _in_parts(batch, accumulate)
         first = sum(len(batch.rows) for batch in seen)
         description = f"extract: {kind}".removesuffix(": ")
-        reader.read(kind, range(first, n_prompts), accumulate, description)
-    total, kept = ranks.all_reduce_sum(total), ranks.gather(kept)
-    return total / sum(kept) if any(kept) else total * float("nan"), tuple(kept)
+        reader.read(kind, range(first, len(groups)), accumulate, description)
+    sums = GroupSums(ranks.all_reduce_sum(totals), ranks.all_reduce_sum(counted))
+    return sums, tuple(ranks.gather(kept))
 
 
 def _in_parts(batch: BatchActivations, use: Callable[[BatchActivations], None]) -> None:

@@ -27,13 +27,14 @@ from abliterate.inference.in_memory import engine_of
 from abliterate.inference.token_batches import budget_record
 from abliterate.models.model_classes import text_config
 from abliterate.models.quantized_loading import how_it_computes
+from abliterate.pipeline.scores_file import ScoresFile
 from abliterate.prompts.chat_template import parse_positions
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import (
     ACTIVATIONS,
     DIRECTIONS,
     EXTRACT,
-    PARTIAL,
+    SCORES,
     SELECTION,
     Session,
     prompt_keys,
@@ -42,18 +43,16 @@ from abliterate.run_folder import (
 )
 from abliterate.run_records import read_extract, used_prompts
 from abliterate.run_rendering import describe_rendering, settle_rendering, take_date
-from abliterate.run_stage import OpenStage, Stage
-from abliterate.selection.candidate_filters import Score
-from abliterate.selection.score_table import load_partial, save_partial, score_record
-from abliterate.selection.search import Selection, Thresholds, select
-from abliterate.selection.search_inputs import Key
+from abliterate.run_stage import Stage
+from abliterate.selection.score_table import score_record
+from abliterate.selection.search import Selection, Thresholds, choose_from_kept, select
 from abliterate.storage.artifacts import (
     hash_file,
     read_record,
     versions,
     write_tensors,
 )
-from abliterate.storage.ownership import has_metadata, is_mapping
+from abliterate.storage.ownership import has_metadata
 from abliterate.writers import decoder_blocks
 
 EXTRACT_STAGE = Stage(
@@ -70,7 +69,7 @@ SELECT_STAGE = Stage(
     SELECTION,
     {
         FILE_NAME: has_metadata("position", "layer", "model"),
-        PARTIAL: is_mapping("inputs", "candidates"),
+        SCORES: has_metadata("abliterate", "inputs", "kl_on"),
     },
     frozenset({"model", "chat", "extract", "select"}),
 )
@@ -134,6 +133,7 @@ def _extract(
             chat=session.chat,
             batch_size=session.settings.model.batch_size,
             keep=None if writer is None else writer.put,
+            seed=session.settings.model.seed,
         )
         if writer is None:
             return result, None
@@ -170,6 +170,10 @@ def _extract_record(
         "prompts": prompt_keys(prompts),
         "rendering": describe_rendering(session),
     }
+    if result.stability is not None:
+        record["stability"] = {
+            name: values.tolist() for name, values in asdict(result.stability).items()
+        }
     if kept is not None:
         record["activations"] = {
             "layers": list(kept.layers),
@@ -220,6 +224,9 @@ def _activations(
 def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, Any]:
     """Score the candidates of ``run`` and choose one; returns the record ``selection.json``.
 
+    What an earlier selection has scored on the same prompts is not computed again
+    (``scores.safetensors``); where nothing is missing no model is opened.
+
     Raises:
         InputError: an artifact or prompts cannot be used, another process writes to ``run``, or a
             file there is a link or foreign.
@@ -232,12 +239,12 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
         used = used_prompts([extracted])  # by extraction
         prompts = session.draw(sources, "val", settings.n_val, "--n-val", used)
-        inputs = {
-            "settings": settings.model_dump(),
+        scored_on = {
             "prompts": prompt_keys(prompts, keep_text=True),
             "directions": main(lambda: _hash_if_there(run / DIRECTIONS)),
             "refusal_tokens": extracted["refusal_tokens"],
         }
+        inputs = {"settings": settings.model_dump(), **scored_on}
         outputs = {FILE_NAME: run / FILE_NAME}
         stage.depends_on(inputs, outputs)
         if reuse and (done := stage.finished()):
@@ -245,19 +252,18 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         settle_rendering(session, run, extracted)
         stage.depends_on(inputs, outputs)  # the date may have been open
         extraction = main(lambda: Extraction.load(run / DIRECTIONS, extracted))
-        search = _PartialScores(stage, run / PARTIAL, extracted["n_layers"])
-        _check_refusal_tokens(session, extraction, run)
+        scores = ScoresFile(stage, run / SCORES, extraction, prompts, scored_on)
         stage.start_clock()
-        result = _select(session, extraction, prompts, search)
+        result = _choose(session, run, extraction, prompts, scores)
         record = stage.finish(
-            _select_record(session, extracted, prompts, result),
+            _select_record(session, extracted, prompts, result, scores.offload()),
             lambda: _write_direction(session, run, extraction, result),
         )
-        search.remove()
     try:
         result.require_winner()
     except SelectionError as error:
-        raise SelectionError(f"{error}; all scores are in {run / SELECTION}") from None
+        message = f"{error}; all scores are in {run / SELECTION}"
+        raise SelectionError(message, error.front) from None
     return record
 
 
@@ -265,46 +271,44 @@ def _hash_if_there(path: Path) -> str | None:
     return hash_file(path) if path.exists() else None
 
 
-class _PartialScores:
-    """The scores of a search under way, kept for the same command after an interruption."""
-
-    def __init__(self, stage: OpenStage, path: Path, n_layers: int) -> None:
-        assert stage.inputs is not None
-        self._inputs, self._is_main, self._path = stage.inputs, stage.ranks.is_main, path
-        self.known = stage.ranks.run_on_main(lambda: load_partial(path, self._inputs, n_layers))
-
-    def save(self, scores: Mapping[Key, Score]) -> None:
-        if self._is_main:
-            save_partial(self._path, self._inputs, scores)
-
-    def remove(self) -> None:
-        if self._is_main:
-            self._path.unlink(missing_ok=True)
-
-
-def _select(
+def _choose(
     session: Session,
+    run: Path,
     extraction: Extraction,
     prompts: Mapping[str, Sequence[Prompt]],
-    partial: _PartialScores,
+    scores: ScoresFile,
 ) -> Selection:
-    settings = session.settings.select
+    settings, seed = session.settings.select, session.settings.model.seed
+    thresholds = Thresholds(settings.kl_threshold, settings.induce_threshold, settings.prune_layers)
+    scores.say_what_is_kept()
+    known = choose_from_kept(
+        scores.table,
+        extraction,
+        thresholds,
+        filter=settings.filter,
+        search=settings.search,
+        all_layers=settings.all_layers,
+        seed=seed,
+    )
+    if known is not None:
+        log.info("all scores that the choice needs are there: the model is not opened")
+        return known
+    _check_refusal_tokens(session, extraction, run)
     return select(
         session.loaded,
         extraction,
         prompts["harmful"],
         prompts["harmless"],
-        thresholds=Thresholds(
-            settings.kl_threshold, settings.induce_threshold, settings.prune_layers
-        ),
+        thresholds=thresholds,
         filter=settings.filter,
         chat=session.chat,
         batch_size=session.settings.model.batch_size,
         search=settings.search,
         all_layers=settings.all_layers,
         kl_on=settings.kl_on,
-        known=partial.known,
-        save=partial.save,
+        kept=scores.table,
+        save=scores.save,
+        seed=seed,
     )
 
 
@@ -313,17 +317,19 @@ def _select_record(
     extracted: Mapping[str, Any],
     prompts: Mapping[str, Sequence[Prompt]],
     result: Selection,
+    offload: Any,
 ) -> dict[str, Any]:
     settings, winner = session.settings.select, result.winner
     return {
         "winner": winner and {"position": winner.position, "layer": winner.layer},
         "candidates": [score_record(score) for score in result.scores],
+        "front": result.front(),
+        "bootstrap": result.resamples and result.resamples.record,
         "n_layers": extracted["n_layers"],
         "search": settings.search,
         "kl_on": settings.kl_on,
-        "offload": engine_of(session.loaded).summary(),
-        **how_it_computes(session.loaded.model),
-        **budget_record(session.loaded.model),
+        "offload": offload,
+        **_how_scored(session, extracted),
         "baselines": {
             "harmful_refusal_score": result.harmful_score,
             "harmless_refusal_score": result.harmless_score,
@@ -336,6 +342,14 @@ def _select_record(
         },
         "prompts": prompt_keys(prompts),
     }
+
+
+def _how_scored(session: Session, extracted: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model computes; where it was not opened, as extract found it."""
+    if "loaded" in session.__dict__:
+        model = session.loaded.model
+        return {**how_it_computes(model), **budget_record(model)}
+    return {name: extracted[name] for name in ("quantization", "attention") if name in extracted}
 
 
 def _write_direction(

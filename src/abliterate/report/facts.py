@@ -9,6 +9,8 @@ from typing import Any
 from abliterate.report.collect import Document, Run, kinds_of
 from abliterate.report.selection_figures import METRICS, Table, verdict
 from abliterate.report.style import finite
+from abliterate.run_records import recorded_stability
+from abliterate.selection.certainty import often_first
 
 DASH = "\u2013"
 
@@ -261,17 +263,63 @@ def _task(result: Document, task: str) -> str:
     return DASH
 
 
-def candidate_rows(table: Table) -> list[list[str]]:
-    """Every candidate as text: what the heatmaps show, for keyboards, screen readers and print."""
+def candidate_rows(table: Table, extracted: Document | None = None) -> list[list[str]]:
+    """Every candidate as text: what the heatmaps show, for keyboards, screen readers and print.
+
+    With the record of ``extract`` also how sure its direction is.
+    """
+
+    def stability(position: int, layer: int) -> tuple[str, str]:
+        if extracted is None:
+            return DASH, DASH
+        held = recorded_stability(extracted, position, layer)
+        error = (
+            "" if held["norm_standard_error"] is None else f" ± {held['norm_standard_error']:.2g}"
+        )
+        return number(held["split_half_cosine"], ".3f"), number(held["norm"], ".4g") + error
+
     return [
         [
             str(c["position"]),
             str(c["layer"]),
             *(number(c[metric.key], ".4g") for metric in METRICS),
+            *stability(c["position"], c["layer"]),
             verdict(c, table.thresholds)
             + (" — selected" if table.winner and _same(c, table.winner) else ""),
         ]
         for c in table.candidates
+    ]
+
+
+def resample_rows(selection: Document, shown: int = 12) -> list[list[str]]:
+    """The candidates that win or pass on resamples of the prompts; none of an older record."""
+    held = selection.get("bootstrap")
+    rows = []
+    for c in often_first(held)[:shown] if held else ():
+        spans = (c[metric.key] for metric in METRICS)
+        rows.append(
+            [
+                str(c["position"]),
+                str(c["layer"]),
+                percent(c["wins"]),
+                percent(c["passes"]),
+                *(f"[{number(low, '.3g')}, {number(high, '.3g')}]" for low, high in spans),
+            ]
+        )
+    return rows
+
+
+def front_rows(selection: Document) -> list[list[str]]:
+    """Where no candidate passes: those that no other beats, and what each fails."""
+    return [
+        [
+            str(c["position"]),
+            str(c["layer"]),
+            *(number(c[metric.key], ".4g") for metric in METRICS),
+            ", ".join(f"{miss['filter']} by {number(miss['by'])}" for miss in c["fails"]),
+            " ".join(str(miss["option"]) for miss in c["fails"]),
+        ]
+        for c in selection.get("front") or ()
     ]
 
 
@@ -319,6 +367,8 @@ def layer_rows(inspect: Document) -> list[list[str]]:
                 str(row["layer"]),
                 number(row["cosine_with_selected"], "+.3f"),
                 number(row["norm"]),
+                number(row.get("norm_standard_error"), ".2g"),
+                number(row.get("split_half_cosine"), ".3f"),
                 f"{geometry['n_harmful']}+{geometry['n_harmless']}" if geometry else DASH,
                 percent(geometry.get("pc1_share")),
                 number(geometry.get("cos_pc1"), ".3f"),

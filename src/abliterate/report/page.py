@@ -25,6 +25,7 @@ from abliterate.report.collect import Completions, Run, read_completions
 from abliterate.report.reproduce import commands, notes
 from abliterate.report.selection_figures import METRICS, Table
 from abliterate.report.style import plotly
+from abliterate.selection.certainty import sentences
 from abliterate.storage.artifacts import OTHER_THINGS, versions
 from abliterate.storage.ownership import GENERATOR
 from abliterate.storage.web_page import content_policy, script_json
@@ -66,7 +67,13 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         "outcomes": run.evaluation
         and _part("evaluation.json", lambda: facts.outcome_table(run.evaluation or {})),
         "candidates": run.selection
-        and _part("selection.json", lambda: facts.candidate_rows(_table(run))),
+        and _part("selection.json", lambda: facts.candidate_rows(_table(run), run.extract)),
+        "resamples": run.selection
+        and _part("selection.json", lambda: facts.resample_rows(run.selection or {})),
+        "certainty": run.selection
+        and _part("selection.json", lambda: sentences(run.selection or {})),
+        "front": run.selection
+        and _part("selection.json", lambda: facts.front_rows(run.selection or {})),
         "layers": run.inspect
         and _part("inspect.json", lambda: facts.layer_rows(run.inspect or {})),
         "heads": run.trace and _part("trace.json", lambda: facts.head_rows(run.trace or {})),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -130,91 +129,3 @@ def require_score(value: float | None) -> float:
     """A score that must have been computed."""
     assert value is not None
     return value
-
-
-def explain_no_candidate(judged: Sequence[Score], thresholds: Thresholds) -> str:
-    """Why no candidate passes, in one line."""
-    counts = Counter(score.reason for score in judged)
-    names = {
-        "nan": "without a direction or with a score that is not finite",
-        "layer": f"in the last {thresholds.prune_layers:.0%} of layers",
-        "kl": f"KL above {thresholds.kl:g}",
-        "induce": f"induce below {thresholds.induce:g}",
-    }
-    summary = ", ".join(f"{counts[why]} {text}" for why, text in names.items() if counts[why])
-    nearest = (
-        _nearest_by_kl(judged, thresholds),
-        _nearest_by_induce(judged),
-        _nearest_by_layer(judged, thresholds),
-    )
-    misses = [miss for miss in nearest if miss]
-    if counts["layer"] and not nearest[2] and counts["layer"] + counts["nan"] == len(judged):
-        misses.append("all that could be scored lie in the pruned layers (--prune-layers 0)")
-    hint = "; nearest: " + "; ".join(misses) if misses else ""
-    return f"none of {len(judged)} candidates passes ({summary}){hint}"
-
-
-def _nearest_by_kl(judged: Sequence[Score], thresholds: Thresholds) -> str | None:
-    """The candidate with the lowest KL of those that fail by nothing else, and what admits it."""
-    failing = [s for s in judged if s.reason == "kl" and _induces(s, thresholds)]
-    if not failing:
-        return None
-    near = min(failing, key=_kl_or_bound)
-    kl, is_bound = _kl_or_bound(near), near.kl_divergence is None
-    option = "a larger --kl-threshold" if is_bound else f"--kl-threshold {_round_up(kl)}"
-    return (
-        f"position {near.position} layer {near.layer} has {'a ' * is_bound}KL "
-        f"{'of at least ' * is_bound}{kl:.4g} ({option} admits it)"
-    )
-
-
-def _nearest_by_induce(judged: Sequence[Score]) -> str | None:
-    """The candidate with the highest induce of those that fail by it, and what admits it."""
-    failing = [score for score in judged if score.reason == "induce"]
-    if not failing:
-        return None
-    near = max(failing, key=_induce_or_bound)
-    induce, is_bound = _induce_or_bound(near), near.induce_score is None
-    option = (
-        "a lower --induce-threshold" if is_bound else f"--induce-threshold={_round_up(-induce, -1)}"
-    )
-    return (
-        f"position {near.position} layer {near.layer} has {'an ' * is_bound}induce "
-        f"{'of at most ' * is_bound}{induce:.4g} ({option} admits it"
-        f"{' if its KL does' * (near.kl_divergence is None)})"
-    )
-
-
-def _nearest_by_layer(judged: Sequence[Score], thresholds: Thresholds) -> str | None:
-    """The earliest of the candidates that only lie too late, and what admits it."""
-    failing = [
-        score
-        for score in judged
-        if score.reason == "layer"
-        and score.computed == METRICS
-        and score.why_dropped(thresholds) is None
-    ]
-    if not failing:
-        return None
-    near = min(failing, key=lambda score: (score.layer, require_score(score.bypass_score)))
-    return (
-        f"position {near.position} layer {near.layer} fails by its layer only "
-        "(--prune-layers 0 admits it)"
-    )
-
-
-def _induces(score: Score, thresholds: Thresholds) -> bool:
-    return score.induce_score is not None and score.induce_score >= thresholds.induce
-
-
-def _induce_or_bound(score: Score) -> float:
-    return require_score(score.induce_at_most if score.induce_score is None else score.induce_score)
-
-
-def _kl_or_bound(score: Score) -> float:
-    return require_score(score.kl_at_least if score.kl_divergence is None else score.kl_divergence)
-
-
-def _round_up(value: float, sign: int = 1) -> str:
-    """``sign * value`` rounded away so that a threshold of it admits the value."""
-    return f"{sign * (math.ceil(value * 1000) / 1000):g}"

@@ -5,15 +5,16 @@ enough to reject most of those that fail it; measures bypass on what is left; an
 the lowest bypass up, until one passes: that one wins. Induce and KL are summed batch by batch: as
 no KL is below its prompt's ``kl_floor`` and no refusal score above ``MAX_REFUSAL_SCORE``, a partial
 sum that fails with these in place of what is left rejects exactly. What was not measured could not
-have changed the choice under the thresholds given. What each score is says
+have changed the choice under the thresholds given. Where none passes, the candidates that no other
+beats in all three are measured to the end. What each score is says
 :func:`abliterate.selection.reference.score_candidate_reference`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,56 +26,53 @@ from abliterate.inference.batched_interventions import InterventionRunner
 from abliterate.inference.candidate_batches import Candidates
 from abliterate.inference.fast_path import verified_runner
 from abliterate.metrics.refusal import MAX_REFUSAL_SCORE
-from abliterate.selection.candidate_filters import (
-    Score,
-    apply_filters,
-    best_candidate,
-    first_pruned_layer,
-    require_score,
-)
+from abliterate.selection.candidate_filters import METRICS, Score, best_candidate
+from abliterate.selection.prompt_scores import PromptScores, Save
 from abliterate.selection.search_inputs import Key, SearchInputs
+from abliterate.selection.search_state import MARGIN, SearchState
 from abliterate.selection.validation_batches import Round, ValidationBatches
 
-# A bound this close to a threshold does not reject: sums in another order may be on its other side.
-_MARGIN = 1e-9
+# What counts for prompts to come: as exact as the state that judges what was rejected has it.
+_HIGHEST = torch.tensor(MAX_REFUSAL_SCORE, dtype=torch.float64)
 # Candidates that are measured before the scores are saved, in batches of a few prompts.
 _AT_A_TIME = 4
 
 
 class CandidateSearch:
-    """The state of a search: scores so far, and how prompts are run.
+    """A search under way: its state, and how prompts are run.
+
+    Args:
+        task: what candidates are scored on; of prompts those that count.
+        kept: the table of all prompts given; an empty one if None.
+        used: which rows of it the prompts of ``task`` are; all if None.
+        save: called with the table whenever candidates are finished.
 
     Attributes:
-        scores: what is known of every candidate, by position and layer.
-        save: called with ``scores`` whenever candidates are finished.
+        state: what is known of every candidate.
     """
 
     def __init__(
         self,
         task: SearchInputs,
-        known: Mapping[Key, Score] | None = None,
-        save: Callable[[Mapping[Key, Score]], None] | None = None,
+        kept: PromptScores | None = None,
+        used: tuple[Tensor, Tensor] | None = None,
+        save: Save | None = None,
     ) -> None:
         self.task = task
-        self.save = save or (lambda scores: None)
-        # Float64 ``[prompts]`` of candidates whose KL was tried, with bounds of what was not.
-        self._tables: dict[Key, Tensor] = {}
-        self.scores: dict[Key, Score] = {
-            (position, layer): Score(position, layer)
-            for position in task.positions
-            for layer in range(task.n_layers)
-        }
-        self.scores |= {key: score for key, score in (known or {}).items() if key in self.scores}
-        wanted, useless = task.wanted(), task.useless()
-        for key in useless & set(wanted):
-            self.scores[key] = Score(*key, math.nan, math.nan, math.nan)
-        self.usable = [key for key in wanted if key not in useless]
+        if kept is None:
+            sizes = len(task.harmful), len(task.harmless)
+            kept = PromptScores.empty(task.directions, *sizes)
+        self.state = SearchState(task.grid, kept, used, save)
+
+    @property
+    def scores(self) -> dict[Key, Score]:
+        return self.state.scores
 
     @cached_property
     def replay(self) -> InterventionRunner:
-        task = self.task
+        task, usable = self.task, self.state.usable
         prompts = [*task.harmful, *task.harmless, *(task.answered or ())]
-        keys = [self.usable[0], self.usable[-1]]
+        keys = [usable[0], usable[-1]]
         return verified_runner(task.model, prompts, task.vectors(keys), task.batch_size)
 
     @cached_property
@@ -83,66 +81,67 @@ class CandidateSearch:
 
     def run(self) -> list[Score]:
         """Score what is not known yet; all scores by position, then layer."""
-        if not self.usable:  # every candidate vanishes, is not finite, or lies in a pruned layer
-            self.save(self.scores)
-            return list(self.scores.values())
+        state = self.state
+        if not state.usable:  # every candidate vanishes, is not finite, or lies in a pruned layer
+            state.save()
+            return list(state.scores.values())
         try:
-            self._share_out(self.lacks_induce, self._induce)
-            self._share_out(self._lacks_bypass, self._kl_and_bypass)
+            self._share_out(self._lacking(state.lacks_induce), self._induce)
+            self._share_out(self._lacking(state.lacks_bypass), self._kl_and_bypass)
             with self.task.ranks.fail_together():  # the same on every rank: it is little
-                self._complete_kl([key for key in self.usable if self._is_lazy(key)])
+                while (key := state.wants_kl()) is not None:
+                    self._kl([key], self._ablated([key]), True)
+                    state.save()
+            self._complete_front()
         finally:
-            self.save(self.scores)
-        return list(self.scores.values())
+            state.save()
+        return list(state.scores.values())
 
-    def _share_out(
-        self, lacking: Callable[[Key], bool], measure: Callable[[Sequence[Key]], None]
-    ) -> None:
-        """``measure`` the candidates that lack something, some on each rank of the team."""
-        ranks = self.task.ranks
-        for keys in ranks.chunks([key for key in self.usable if lacking(key)]):
-            local_keys = ranks.split(keys)
+    def _lacking(self, lacks: Callable[[Key], bool]) -> list[Key]:
+        return [key for key in self.state.usable if lacks(key)]
+
+    def _share_out(self, keys: Sequence[Key], measure: Callable[[Sequence[Key]], None]) -> None:
+        """``measure`` candidates that lack something, some on each rank of the team."""
+        ranks, state = self.task.ranks, self.state
+        for chunk in ranks.chunks(keys):
+            local_keys = ranks.split(chunk)
             with ranks.fail_together():
                 measure(local_keys)
             if not ranks.is_unsplit:
-                gathered = ranks.gather([self.scores[key] for key in local_keys])
-                self.scores |= zip(keys, gathered, strict=True)
-                self.save(self.scores)
+                gathered = ranks.gather([state.exchange(key) for key in local_keys])
+                for key, rows in zip(chunk, gathered, strict=True):
+                    state.take(key, rows)
+                state.save()
 
-    @property
-    def exhaustive(self) -> bool:
-        return self.task.search == "exhaustive"
+    def _complete_front(self) -> None:
+        """If nothing passes: all metrics of the candidates that no other beats in all of them.
 
-    def lacks_induce(self, key: Key) -> bool:
-        """Whether induce has yet to be measured."""
-        score = self.scores[key]
-        dropped = not self.exhaustive and score.induce_at_most is not None
-        return score.induce_score is None and not dropped
+        Bypass comes first, as nothing bounds it before it is measured; then, from the lowest
+        bypass up, what may still lie on the front. What was completed rules out others.
+        """
+        state = self.state
+        lacking = [key for key in state.wants_front() if self.scores[key].bypass_score is None]
+        self._share_out(lacking, self._bypass)
+        while keys := state.wants_front():
+            # More at once share batches, fewer at once rule out more.
+            some = keys[: max(_AT_A_TIME * self.task.ranks.size, len(keys) // 4)]
+            self._share_out(some, self._complete)
 
-    def is_open(self, key: Key) -> bool:
-        """Whether KL or bypass has yet to be measured, of those that pass so far."""
-        score = self.scores[key]
-        missing = None in (score.kl_divergence, score.bypass_score)
-        return missing and (self.exhaustive or score.why_dropped(self.task.thresholds) is None)
+    def _complete(self, keys: Sequence[Key]) -> None:
+        lacking = {
+            metric: [key for key in keys if getattr(self.scores[key], metric) is None]
+            for metric in METRICS
+        }
+        self._induce(lacking["induce_score"], complete=True)
+        self._kl_and_bypass(lacking["kl_divergence"], complete=True)
 
-    def _lacks_bypass(self, key: Key) -> bool:
-        """Whether bypass, or a KL that is wanted whatever the bypass is, has yet to be measured."""
-        score = self.scores[key]
-        missing = score.bypass_score is None or (
-            score.kl_divergence is None and not self._is_lazy(key)
-        )
-        # Pruned layers are scored for plots: by the other filters.
-        return missing and (self.exhaustive or score.why_dropped(self.task.thresholds) is None)
-
-    def _is_lazy(self, key: Key) -> bool:
-        """Whether its KL matters only if no other candidate has a lower bypass."""
-        pruned = first_pruned_layer(self.task.n_layers, self.task.thresholds)
-        return not self.exhaustive and key[1] < pruned
-
-    def _induce(self, keys: Sequence[Key]) -> None:
-        task, replay = self.task, self.replay
+    def _induce(self, keys: Sequence[Key], complete: bool = False) -> None:
+        if not keys:
+            return
+        task, replay, state = self.task, self.replay, self.state
         rounds = self.rounds.induce
-        least = -math.inf if self.exhaustive else task.thresholds.induce - _MARGIN
+        limit = task.thresholds.induce - MARGIN
+        least = -math.inf if complete or state.exhaustive else limit
         remaining = sorted(keys, key=lambda key: key[1])
         smallest = min((piece.batch.input_ids for piece, _ in rounds), key=torch.numel)
         with progress_bar(
@@ -158,63 +157,55 @@ class CandidateSearch:
                     together = min(together, same)
                 chunk, remaining = remaining[:together], remaining[together:]
                 candidates = replay.prefill(task.vectors(chunk), [key[1] for key in chunk])
-                table = torch.full(
-                    (len(chunk), len(task.harmless)), MAX_REFUSAL_SCORE, dtype=torch.float64
-                )
-                surviving = self._rounds(candidates, rounds, table, lambda top: top < least)
-                for index, key in enumerate(chunk):
-                    value = float(table[index].mean())
-                    self.scores[key] = (
-                        replace(self.scores[key], induce_score=value, induce_at_most=None)
-                        if index in surviving
-                        else replace(self.scores[key], induce_at_most=value)
-                    )
-                self.save(self.scores)
+                table = self._table("induce", chunk, _HIGHEST)
+                self._rounds(candidates, rounds, table, lambda top: top < least)
+                self._note("induce", chunk, table)
+                state.save()
                 bar.update(sum(task.n_layers - key[1] for key in chunk))
 
-    def _kl_and_bypass(self, keys: Sequence[Key]) -> None:
+    def _kl_and_bypass(self, keys: Sequence[Key], complete: bool = False) -> None:
         if not keys:
             return
-        task, replay = self.task, self.replay
-        harmful = self.rounds.bypass
-        shapes = [piece.batch.input_ids.shape for piece, _ in [*self.rounds.kl[0], *harmful]]
+        state, shapes = self.state, self._shapes(self.rounds.kl[0], self.rounds.bypass)
         remaining = list(keys)
         with progress_bar("select: KL, bypass", len(remaining)) as bar:
             while remaining:
                 self._show(bar, len(remaining))
-                together = _AT_A_TIME * min(replay.budget.share(*shape) for shape in shapes)
-                together = max(1, min(together, replay.most_cached()))
+                together = self._together(shapes)
                 chunk, remaining = remaining[:together], remaining[together:]
                 candidates = self._ablated(chunk)
-                self._tables |= self._kl(chunk, candidates)
-                passing = [key for key in chunk if self._lacks_bypass(key)]
-                if passing:
-                    candidates = candidates.pick([chunk.index(key) for key in passing])
-                    table = torch.zeros(len(passing), len(task.harmful), dtype=torch.float64)
-                    self._rounds(candidates, harmful, table)
-                    for key, value in zip(passing, table.mean(1).tolist(), strict=True):
-                        self.scores[key] = replace(self.scores[key], bypass_score=value)
-                self.save(self.scores)
+                if lacking := [k for k in chunk if self.scores[k].kl_divergence is None]:
+                    some = _of(lacking, chunk, candidates)
+                    self._kl(lacking, some, complete, math.inf if complete else None)
+                if passing := [key for key in chunk if state.lacks_bypass(key)]:
+                    self._measure_bypass(passing, _of(passing, chunk, candidates))
+                state.save()
                 bar.update(len(chunk))
 
-    def _complete_kl(self, keys: Sequence[Key]) -> None:
-        """KL of the candidates with the lowest bypass, up to the first that passes."""
-        while True:
-            judged = apply_filters(
-                list(self.scores.values()), self.task.n_layers, self.task.thresholds
-            )
-            open_ones = [
-                score
-                for score in judged
-                if score.reason == "unknown" and (score.position, score.layer) in keys
-            ]
-            if not open_ones:
-                return
-            # As the choice goes: the first of those that have the lowest.
-            best = min(open_ones, key=lambda score: require_score(score.bypass_score))
-            key = best.position, best.layer
-            self._kl([key], self._ablated([key]), True)
-            self.save(self.scores)
+    def _bypass(self, keys: Sequence[Key]) -> None:
+        if not keys:
+            return
+        shapes, remaining = self._shapes(self.rounds.bypass), list(keys)
+        with progress_bar("select: bypass", len(remaining)) as bar:
+            while remaining:
+                together = self._together(shapes)
+                chunk, remaining = remaining[:together], remaining[together:]
+                self._measure_bypass(chunk, self._ablated(chunk))
+                self.state.save()
+                bar.update(len(chunk))
+
+    def _measure_bypass(self, keys: Sequence[Key], candidates: Candidates) -> None:
+        table = self._table("bypass", keys, _HIGHEST)
+        self._rounds(candidates, self.rounds.bypass, table)
+        self._note("bypass", keys, table)
+
+    def _shapes(self, *rounds: Sequence[Round]) -> list[torch.Size]:
+        return [piece.batch.input_ids.shape for some in rounds for piece, _ in some]
+
+    def _together(self, shapes: Sequence[torch.Size]) -> int:
+        """How many candidates are ablated before the scores are saved."""
+        together = _AT_A_TIME * min(self.replay.budget.share(*shape) for shape in shapes)
+        return max(1, min(together, self.replay.most_cached()))
 
     def _ablated(self, keys: Sequence[Key]) -> Candidates:
         units = self.task.vectors(keys)
@@ -225,92 +216,119 @@ class CandidateSearch:
         keys: Sequence[Key],
         candidates: Candidates,
         complete: bool = False,
-    ) -> dict[Key, Tensor]:
+        limit: float | None = None,
+    ) -> None:
         """Measure KL with early stopping: give up on candidates that cannot pass.
 
-        Invariant: every row of ``table`` holds a prompt's KL where it was measured and its lower
+        Invariant: every row of the table holds a prompt's KL where it was measured and its lower
         bound where not, so that the row's mean is never above the candidate's KL, and equals it
-        once all prompts are measured. A mean above the threshold rejects exactly.
+        once all prompts are measured. A mean above the threshold rejects exactly. Of those that
+        pass on the first prompts and may not win anyway, the rest is put off.
 
         Args:
             keys: the candidates.
             candidates: the same, ready to run.
-            complete: measure all prompts, also of those whose KL may turn out not to matter.
-
-        Returns:
-            Tables of those whose KL was put off after the first prompts.
+            complete: put nothing off.
+            limit: a KL above it is given up; by default the filter's.
         """
-        limit = math.inf if self.exhaustive else self.task.thresholds.kl + _MARGIN
+        state = self.state
+        if limit is None:
+            limit = math.inf if state.exhaustive else self.task.thresholds.kl + MARGIN
         probe_batches, remaining_batches, full_batches, kl_lower_bound = self.rounds.kl
+        state.put_floor(kl_lower_bound)
         if complete:  # likely to pass: no step is worth a batch of its own
             remaining_batches = full_batches
-        table = torch.stack([self._tables.get(key, kl_lower_bound) for key in keys]).clone()
-        surviving = set(range(len(keys)))
-        if not all(key in self._tables for key in keys):
-            surviving = self._rounds(
-                candidates, probe_batches, table, lambda low: low > limit, not remaining_batches
-            )
+        table = self._table("kl", keys, state.floor)  # the same where it was known before
+        surviving = self._rounds(
+            candidates, probe_batches, table, lambda low: low > limit, not remaining_batches
+        )
         # One that fails so far is likely to be rejected before all prompts: sooner than by bypass.
         probed = [row for piece, _ in probe_batches for row in piece.batch.rows]
         kl_deferred = {
             index
             for index in (() if complete else surviving)
-            if self._is_lazy(keys[index]) and float(table[index, probed].mean()) <= limit
+            if state.is_lazy(keys[index]) and float(table.values[index, probed].mean()) <= limit
         }
         chosen = sorted(surviving - kl_deferred)
         if chosen and remaining_batches:
-            rows = table[chosen]
-            passed = self._rounds(
-                candidates.pick(chosen), remaining_batches, rows, lambda low: low > limit
-            )
-            table[chosen] = rows
-            surviving = kl_deferred | {chosen[index] for index in passed}
-        for index, key in enumerate(keys):
-            value, score = float(table[index].mean()), self.scores[key]
-            if index not in surviving:
-                self.scores[key] = replace(score, kl_at_least=value)
-            elif index not in kl_deferred or not remaining_batches:
-                self.scores[key] = replace(score, kl_divergence=value, kl_at_least=None)
-        return {keys[index]: table[index] for index in kl_deferred} if remaining_batches else {}
+            rows = table.pick(chosen)
+            self._rounds(candidates.pick(chosen), remaining_batches, rows, lambda low: low > limit)
+            table.values[chosen], table.measured[chosen] = rows.values, rows.measured
+        self._note("kl", keys, table)
+
+    def _table(self, metric: str, keys: Sequence[Key], missing: Tensor) -> _Table:
+        """What is known of candidates, with ``missing`` (of each prompt) where nothing is."""
+        rows = self.state.rows(metric, keys)
+        known = ~rows.isnan()
+        return _Table(torch.where(known, rows, missing.to(rows.dtype)), known)
+
+    def _note(self, metric: str, keys: Sequence[Key], table: _Table) -> None:
+        for key, values, which in zip(keys, table.values, table.measured, strict=True):
+            self.state.put(metric, key, values, which)
 
     def _rounds(
         self,
         candidates: Candidates,
         rounds: Sequence[Round],
-        table: Tensor,
+        table: _Table,
         hopeless: Callable[[float], bool] = lambda bound: False,
         last: bool = True,
     ) -> set[int]:
-        """Measure batch by batch, for as long as it matters.
+        """Measure batch by batch what is not measured yet, for as long as it matters.
 
         Args:
             candidates: what to measure.
             rounds: batches of prompts, and how to measure each.
-            table: float64 ``[candidates, prompts]``, in which measures replace the bounds that
-                stand in for prompts that are still to come.
+            table: of these candidates; measures replace the bounds that stand in for prompts that
+                are still to come.
             hopeless: whether a candidate with this bound of its mean can be dropped.
             last: no further rounds follow: after the last of these none is dropped any more.
 
         Returns:
             Which candidates went to the end.
         """
-        surviving, remaining = list(range(len(candidates))), candidates
+        surviving = list(range(len(candidates)))
+        running, remaining = surviving, candidates
         for index, (piece, measure) in enumerate(rounds):
-            table[torch.tensor(surviving)[:, None], torch.tensor(piece.batch.rows)] = (
-                self.replay.measure(remaining, piece, measure)
-            )
+            columns = torch.tensor(piece.batch.rows)
+            missing = [i for i in surviving if not bool(table.measured[i, columns].all())]
+            if missing:
+                if missing != running:
+                    running, remaining = missing, candidates.pick(missing)
+                at = torch.tensor(missing)[:, None], columns
+                table.values[at] = self.replay.measure(remaining, piece, measure)
+                table.measured[at] = True
             if last and index + 1 == len(rounds):
                 break
-            hopeful = [i for i in surviving if not hopeless(float(table[i].mean()))]
-            if not hopeful:
+            surviving = [i for i in surviving if not hopeless(float(table.values[i].mean()))]
+            if not surviving:
                 return set()
-            if len(hopeful) < len(surviving):
-                remaining = candidates.pick(hopeful)
-                surviving = hopeful
         return set(surviving)
 
     def _show(self, bar: Any, n_remaining: int) -> None:
-        judged = apply_filters(list(self.scores.values()), self.task.n_layers, self.task.thresholds)
-        best = best_candidate(judged)
+        best = best_candidate(self.state.judged())
         described = f"position {best.position} layer {best.layer}" if best else "none yet"
         bar.set_postfix_str(f"{n_remaining} candidates left, best: {described}")
+
+
+def _of(some: Sequence[Key], keys: Sequence[Key], candidates: Candidates) -> Candidates:
+    """Those of ``candidates``, which are those of ``keys``."""
+    if len(some) == len(keys):
+        return candidates  # their caches need not be copied
+    return candidates.pick([keys.index(key) for key in some])
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Scores of candidates under way, ``[candidates, prompts]``.
+
+    Attributes:
+        values: float64, a bound where nothing is measured yet.
+        measured: where something is, bool.
+    """
+
+    values: Tensor
+    measured: Tensor
+
+    def pick(self, rows: Sequence[int]) -> _Table:
+        return _Table(self.values[rows], self.measured[rows])

@@ -8,7 +8,7 @@ where their activations exceed the budget.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,9 +19,9 @@ from abliterate.inference.engine import CandidateRun, Engine
 from abliterate.metrics.refusal import local_kl, log_odds
 from abliterate.models.device_placement import to_device
 from abliterate.precision import to_host
-from abliterate.selection.candidate_filters import Score
-from abliterate.selection.candidate_search import CandidateSearch
-from abliterate.selection.search_inputs import Key, Save, SearchInputs
+from abliterate.selection.prompt_scores import PromptScores, Save, measured
+from abliterate.selection.search_inputs import Key, SearchInputs
+from abliterate.selection.search_state import SearchState
 
 
 class FewPassesSearch:
@@ -29,64 +29,58 @@ class FewPassesSearch:
 
     Args:
         engine: runs the model.
-        inputs: what candidates are scored on.
-        known: scores that an interrupted search has left.
+        inputs: what candidates are scored on, before prompts are filtered.
+        kept: the table that is filled in; an empty one if None.
     """
 
     def __init__(
-        self, engine: Engine, inputs: SearchInputs, known: Mapping[Key, Score] | None = None
+        self, engine: Engine, inputs: SearchInputs, kept: PromptScores | None = None
     ) -> None:
-        self.engine, self.inputs, self.known = engine, inputs, known
-        self._induce: dict[Key, Tensor] = {}
+        self.engine, self.inputs = engine, inputs
+        if kept is None:
+            sizes = len(inputs.harmful), len(inputs.harmless)
+            kept = PromptScores.empty(inputs.directions, *sizes)
+        self.kept = kept
+        # Last logits of the unmodified model on harmless prompts.
         self._baseline: Tensor | None = None
-        # Refusal scores of the unmodified model, float64 ``[prompts]``.
-        self._harmful_scores = torch.zeros(len(inputs.harmful), dtype=torch.float64)
-        self._harmless_scores = torch.zeros(len(inputs.harmless), dtype=torch.float64)
 
-    def baseline_scores(self) -> tuple[Tensor, Tensor]:
+    def measure_baselines(self) -> None:
         """Refusal scores of the unmodified model on harmful and harmless prompts.
 
         The candidates are added to the stream in the same pass.
         """
-        search = CandidateSearch(self.inputs, self.known)
-        keys = [key for key in search.usable if search.lacks_induce(key)]
+        state = SearchState(self.inputs.grid, self.kept)
+        keys = [key for key in state.usable if state.lacks_induce(key)]
         tokens = sum(map(len, self.inputs.harmless))
         every = range(len(self.inputs.harmful))
         # The harmful prompts flow along the first time.
         runs = [CandidateRun(self.inputs.harmful, every, baseline=self._note_harmful)]
         for chunk in list(self._portions(keys, tokens)) or [[]]:
-            runs.append(self._induce_run(chunk))
+            runs.append(self._induce_run(state, chunk))
             self._run(runs, "select: induce")
             runs = []
-        return self._harmful_scores, self._harmless_scores
 
-    def run(
-        self,
-        use_harmful: Tensor,
-        use_harmless: Tensor,
-        save: Save | None = None,
-    ) -> list[Score]:
-        """All scores by position, then layer.
+    def run(self, used: tuple[Tensor, Tensor], save: Save | None = None) -> SearchState:
+        """Score what is not known yet.
 
         Args:
-            use_harmful: which harmful prompts count, bool.
-            use_harmless: the same for harmless prompts.
-            save: called with all scores after each pass.
+            used: the rows of the harmful and of the harmless prompts that count.
+            save: called with the table after each pass.
         """
-        search = CandidateSearch(self.inputs, self.known, save)
-        for key, values in self._induce.items():
-            score = search.scores[key]
-            value = float(values[use_harmless].mean())
-            search.scores[key] = replace(score, induce_score=value, induce_at_most=None)
-        search.save(search.scores)
-        keys = [key for key in search.usable if search.is_open(key)]
-        harmful, harmless = (use.nonzero()[:, 0].tolist() for use in (use_harmful, use_harmless))
+        state = SearchState(self.inputs.grid, self.kept, used, save)
+        state.save()
+        self._ablate_all(state, [key for key in state.usable if state.is_open(key)])
+        # Only where nothing passes: all that may be the best of the rest.
+        self._ablate_all(state, state.wants_front())
+        return state
+
+    def _ablate_all(self, state: SearchState, keys: Sequence[Key]) -> None:
+        harmful, harmless = state.used["bypass"].tolist(), state.used["kl"].tolist()
         tokens = sum(len(self.inputs.harmful[row]) for row in harmful)
         tokens += sum(len(self.inputs.harmless[row]) for row in harmless)
         for chunk in self._portions(keys, tokens):
-            self._ablate(search, chunk, harmful, harmless)
-            search.save(search.scores)
-        return list(search.scores.values())
+            self._ablate(state, chunk, harmful, harmless)
+            state.save()
 
     def _portions(self, keys: Sequence[Key], tokens: int) -> Iterator[list[Key]]:
         """Candidates that share a pass over so many tokens of prompts."""
@@ -106,7 +100,7 @@ class FewPassesSearch:
         self.engine.run_candidates(runs, self.inputs.batch_size, description)
 
     def _note_harmful(self, logits: Tensor, rows: Sequence[int]) -> None:
-        self._harmful_scores[list(rows)] = self._refusal(logits)
+        self.kept.harmful[list(rows)] = self._refusal(logits)
 
     def _note_harmless(self, logits: Tensor, rows: Sequence[int]) -> None:
         if self._baseline is None:
@@ -114,7 +108,7 @@ class FewPassesSearch:
             self._baseline = self.engine.collector(shape, logits.dtype)
         here = logits.cpu()
         self._baseline[list(rows)] = here
-        self._harmless_scores[list(rows)] = self._refusal(here)
+        self.kept.harmless[list(rows)] = self._refusal(here)
 
     def _refusal(self, logits: Tensor) -> Tensor:
         return to_host(log_odds(logits, self.inputs.refusal_tokens))[0]
@@ -124,25 +118,23 @@ class FewPassesSearch:
         tokens = self.inputs.refusal_tokens
         return to_host(torch.stack([log_odds(one, tokens) for one in logits]))[0]
 
-    def _induce_run(self, keys: Sequence[Key]) -> CandidateRun:
+    def _induce_run(self, state: SearchState, keys: Sequence[Key]) -> CandidateRun:
         """The unmodified model on harmless prompts, and each candidate from its layer on."""
         prompts = self.inputs.harmless
         run = CandidateRun(prompts, range(len(prompts)), baseline=self._note_harmless)
         if not keys:
             return run
-        table = torch.zeros(len(keys), len(prompts), dtype=torch.float64)
-        self._induce |= zip(keys, table, strict=True)
 
         def use(logits: Tensor, candidates: Sequence[int], rows: Sequence[int]) -> None:
             for index, scores in zip(candidates, self._refusals(logits), strict=True):
-                table[index, list(rows)] = scores
+                _put(state, "induce", keys[index], scores, rows)
 
         layers = [layer for _, layer in keys]
         return replace(run, vectors=self.inputs.vectors(keys), layers=layers, use=use)
 
     def _ablate(
         self,
-        search: CandidateSearch,
+        state: SearchState,
         keys: Sequence[Key],
         harmful: Sequence[int],
         harmless: Sequence[int],
@@ -151,29 +143,28 @@ class FewPassesSearch:
         inputs = self.inputs
         vectors = inputs.vectors(keys)
         units = vectors / vectors.norm(dim=1, keepdim=True)
-        kl = torch.zeros(len(keys), len(inputs.harmless), dtype=torch.float64)
-        bypass = torch.zeros(len(keys), len(inputs.harmful), dtype=torch.float64)
 
         def measure_kl(logits: Tensor, candidates: Sequence[int], rows: Sequence[int]) -> None:
             assert self._baseline is not None
             base = to_device(self._baseline[list(rows)], logits.device)
             found = to_host(torch.stack([local_kl(base, one) for one in logits]))[0]
             for index, values in zip(candidates, found, strict=True):
-                kl[index, list(rows)] = values
+                _put(state, "kl", keys[index], values, rows)
 
         def measure_bypass(logits: Tensor, candidates: Sequence[int], rows: Sequence[int]) -> None:
             for index, scores in zip(candidates, self._refusals(logits), strict=True):
-                bypass[index, list(rows)] = scores
+                _put(state, "bypass", keys[index], scores, rows)
 
         runs = [
             CandidateRun(inputs.harmless, harmless, units, use=measure_kl),
             CandidateRun(inputs.harmful, harmful, units, use=measure_bypass),
         ]
         self._run(runs, "select: KL, bypass")
-        for index, key in enumerate(keys):
-            search.scores[key] = replace(
-                search.scores[key],
-                kl_divergence=float(kl[index, list(harmless)].mean()),
-                bypass_score=float(bypass[index, list(harmful)].mean()),
-                kl_at_least=None,
-            )
+        for key in keys:
+            state.refresh(key)
+
+
+def _put(state: SearchState, metric: str, key: Key, values: Tensor, rows: Sequence[int]) -> None:
+    """Note scores on some of all prompts given, whether they count or not."""
+    table: Tensor = getattr(state.kept, metric)
+    table[state.grid.row(key[0]), key[1], list(rows)] = measured(values)

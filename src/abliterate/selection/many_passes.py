@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import compress
 
 import torch
 from torch import Tensor
@@ -13,9 +12,10 @@ from abliterate.inference.forward import all_last_logits
 from abliterate.inference.in_memory import engine_of
 from abliterate.metrics.refusal import refusal_score
 from abliterate.models.loading import LoadedModel
-from abliterate.selection.candidate_filters import Score
 from abliterate.selection.candidate_search import CandidateSearch
-from abliterate.selection.search_inputs import Key, Save, SearchInputs
+from abliterate.selection.prompt_scores import PromptScores, Save
+from abliterate.selection.search_inputs import SearchInputs
+from abliterate.selection.search_state import SearchState
 
 
 class ManyPassesSearch:
@@ -24,37 +24,33 @@ class ManyPassesSearch:
     Args:
         loaded: the model in memory; its ranks share the work.
         inputs: what candidates are scored on, before prompts are filtered.
+        kept: the table that is filled in; what it holds is not measured again.
         n_answer: over how many answer tokens KL is averaged; 0 measures it at the prompt's end.
-        known: scores that an interrupted search has left.
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        inputs: SearchInputs,
-        n_answer: int = 0,
-        known: Mapping[Key, Score] | None = None,
+        self, loaded: LoadedModel, inputs: SearchInputs, kept: PromptScores, n_answer: int = 0
     ) -> None:
-        self.loaded, self.inputs, self.n_answer, self.known = loaded, inputs, n_answer, known
+        self.loaded, self.inputs, self.kept, self.n_answer = loaded, inputs, kept, n_answer
 
-    def baseline_scores(self) -> tuple[Tensor, Tensor]:
+    def measure_baselines(self) -> None:
         """Refusal scores of the unmodified model on harmful and harmless prompts."""
-        return self._refusal_scores(self.inputs.harmful), self._refusal_scores(self.inputs.harmless)
+        if not self.kept.has_baselines:
+            self.kept.harmful[:] = self._refusal_scores(self.inputs.harmful)
+            self.kept.harmless[:] = self._refusal_scores(self.inputs.harmless)
 
-    def run(
-        self, use_harmful: Tensor, use_harmless: Tensor, save: Save | None = None
-    ) -> list[Score]:
-        """All scores by position, then layer.
+    def run(self, used: tuple[Tensor, Tensor], save: Save | None = None) -> SearchState:
+        """Score what is not known yet.
 
         Args:
-            use_harmful: which harmful prompts count, bool.
-            use_harmless: the same for harmless prompts.
-            save: called with all scores whenever candidates are finished.
+            used: the rows of the harmful and of the harmless prompts that count.
+            save: called with the table whenever candidates are finished.
         """
+        harmful, harmless = (rows.tolist() for rows in used)
         inputs = replace(
             self.inputs,
-            harmful=list(compress(self.inputs.harmful, use_harmful)),
-            harmless=list(compress(self.inputs.harmless, use_harmless)),
+            harmful=[self.inputs.harmful[row] for row in harmful],
+            harmless=[self.inputs.harmless[row] for row in harmless],
         )
         if self.n_answer:
             answers = engine_of(self.loaded).answers(
@@ -65,7 +61,9 @@ class ManyPassesSearch:
                 [*ids, *answer[:-1]] for ids, answer in zip(inputs.harmless, answers, strict=True)
             ]
             inputs = replace(inputs, answered=answered, n_answer=list(map(len, answers)))
-        return CandidateSearch(inputs, self.known, save).run()
+        search = CandidateSearch(inputs, self.kept, used, save)
+        search.run()
+        return search.state
 
     def _refusal_scores(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Float64 ``[prompts]``; each rank runs some prompts."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from abliterate.console import log
 from abliterate.errors import InputError, SelectionError
 from abliterate.selection.candidate_filters import (
     METRICS,
@@ -16,9 +14,9 @@ from abliterate.selection.candidate_filters import (
     Thresholds,
     apply_filters,
     best_candidate,
-    explain_no_candidate,
 )
-from abliterate.storage.artifacts import read_json, write_json
+from abliterate.selection.no_candidate import explain_no_candidate
+from abliterate.selection.pareto_front import front_records
 
 
 def choose_again(
@@ -44,7 +42,9 @@ def choose_again(
         )
     winner = best_candidate(judged)
     if winner is None:
-        raise SelectionError(explain_no_candidate(judged, thresholds))
+        raise SelectionError(
+            explain_no_candidate(judged, thresholds), front_records(judged, n_layers, thresholds)
+        )
     return winner, judged
 
 
@@ -125,28 +125,3 @@ def _read_score(row: Any, keys: tuple[str, str, str], n_layers: int, where: str)
             f"{where}: layer {score.layer} is not one of {n_layers} layers: check --n-layers"
         )
     return score
-
-
-def save_partial(path: Path, inputs: str, scores: Mapping[tuple[int, int], Score]) -> None:
-    """Keep the scores of a search under way, for one that starts with the same ``inputs``."""
-    known = [score_record(score) for score in scores.values() if score != _nothing(score)]
-    write_json(path, {"inputs": inputs, "candidates": known})
-
-
-def _nothing(score: Score) -> Score:
-    return Score(score.position, score.layer)
-
-
-def load_partial(path: Path, inputs: str, n_layers: int) -> dict[tuple[int, int], Score]:
-    """What :func:`save_partial` left; nothing if it is of another search or cannot be read."""
-    if not path.is_file():
-        return {}
-    try:
-        document = read_json(path, "select")
-        if not isinstance(document, Mapping) or document.get("inputs") != inputs:
-            return {}
-        scores, _ = read_scores(document, n_layers, str(path))
-    except InputError:
-        return {}
-    log.info("going on from the %d candidates of %s", len(scores), path)
-    return {(score.position, score.layer): score for score in scores}

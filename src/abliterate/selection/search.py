@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from abliterate.errors import SelectionError, UsageError
 from abliterate.extraction.means import Extraction, require_min_prompts
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
-from abliterate.inference.thoughts import Asked, ask, unfinished
+from abliterate.inference.thoughts import ask, unfinished
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sources import Prompt, check_prompts
@@ -22,11 +23,15 @@ from abliterate.selection.candidate_filters import (
     Thresholds,
     apply_filters,
     best_candidate,
-    explain_no_candidate,
 )
 from abliterate.selection.few_passes import FewPassesSearch
 from abliterate.selection.many_passes import ManyPassesSearch
-from abliterate.selection.search_inputs import Key, Search, SearchInputs
+from abliterate.selection.no_candidate import explain_no_candidate
+from abliterate.selection.pareto_front import front_records
+from abliterate.selection.prompt_scores import PromptScores, Save
+from abliterate.selection.resampling import Resamples, resample
+from abliterate.selection.search_inputs import CandidateGrid, Search, SearchInputs
+from abliterate.selection.search_state import SearchState
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 _KINDS = ("harmful", "harmless")
@@ -37,6 +42,7 @@ __all__ = [
     "Thresholds",
     "apply_filters",
     "best_candidate",
+    "choose_from_kept",
     "explain_no_candidate",
     "select",
 ]
@@ -54,6 +60,7 @@ class Selection:
         harmless_score: the same on the harmless ones.
         n_harmful: how many harmful prompts were used.
         n_harmless: how many harmless prompts were used.
+        resamples: how the choice falls on resamples of the prompts; None if nothing was scored.
     """
 
     scores: tuple[Score, ...]
@@ -63,7 +70,16 @@ class Selection:
     harmless_score: float
     n_harmful: int
     n_harmless: int
+    resamples: Resamples | None = None
     unfinished: Mapping[str, int] = field(default_factory=dict)
+
+    def front(self) -> list[dict[str, Any]]:
+        """If no candidate passes: those that no other beats in bypass, induce and KL at once, with
+        the filters that each fails; else empty."""
+        if self.winner is not None:
+            return []
+        n_layers = 1 + max(score.layer for score in self.scores)
+        return front_records(self.scores, n_layers, self.thresholds)
 
     def require_winner(self) -> Score:
         """The winner.
@@ -73,7 +89,7 @@ class Selection:
                 misses and names the option that would admit them.
         """
         if self.winner is None:
-            raise SelectionError(explain_no_candidate(self.scores, self.thresholds))
+            raise SelectionError(explain_no_candidate(self.scores, self.thresholds), self.front())
         return self.winner
 
     def direction(self, extraction: Extraction) -> Direction:
@@ -110,8 +126,9 @@ def select(
     search: Search = "staged",
     all_layers: bool = False,
     kl_on: str = "last",
-    known: Mapping[Key, Score] | None = None,
-    save: Callable[[Mapping[Key, Score]], None] | None = None,
+    kept: PromptScores | None = None,
+    save: Save | None = None,
+    seed: int = 0,
 ) -> Selection:
     """Score every candidate of ``extraction`` on validation prompts and choose one.
 
@@ -129,8 +146,10 @@ def select(
         all_layers: ``staged`` scores the candidates of the pruned layers like the others.
         kl_on: ``last`` measures KL at the last prompt token, ``response:N`` averages it over the
             first N tokens of the unmodified model's greedy answers.
-        known: scores that an interrupted search has left.
-        save: called with all scores whenever candidates are finished.
+        kept: scores by prompt that an earlier search of the same model, candidates, prompts and
+            ``kl_on`` has left: what they hold is not measured again. Filled in.
+        save: called with the scores by prompt whenever candidates are finished.
+        seed: of the resamples of the prompts.
 
     Raises:
         InputError: too few prompts are left after filtering, or the candidates are another
@@ -161,30 +180,67 @@ def select(
         batch_size=batch_size,
         ranks=loaded.ranks,
     )
-    passes = _open_search(loaded, inputs, n_answer, known)
-    baselines = passes.baseline_scores()
+    kept = kept or PromptScores.empty(extraction.directions, len(harmful), len(harmless))
+    passes = _open_search(loaded, inputs, n_answer, kept)
+    passes.measure_baselines()
+    for kind, one in asked.items():
+        one.finished(kind)
+    kept.leave_out(*(torch.tensor(asked[kind].ended, dtype=torch.bool) for kind in _KINDS))
     with or_thinks_first(loaded, chat, asked["harmful"].ids):
-        used = _filter_prompts(*baselines, filter, asked)
-    found = _result(passes.run(*used, save), inputs, baselines, used)
-    return replace(found, unfinished=unfinished(asked))
+        used = _filter_prompts(kept, filter)
+    return replace(_result(passes.run(used, save), seed), unfinished=unfinished(asked))
+
+
+def choose_from_kept(
+    kept: PromptScores,
+    extraction: Extraction,
+    thresholds: Thresholds,
+    filter: bool = True,
+    search: Search = "staged",
+    all_layers: bool = False,
+    seed: int = 0,
+) -> Selection | None:
+    """What :func:`select` would come to, without a model; None if the choice needs more scores.
+
+    Args:
+        kept: scores by prompt of this model and these candidates and prompts.
+        extraction: the candidates.
+        thresholds: as for :func:`select`, and so are the others.
+        filter: likewise.
+        search: likewise.
+        all_layers: likewise.
+        seed: likewise.
+
+    Raises:
+        InputError: too few prompts are left after filtering.
+    """
+    if not kept.has_baselines:
+        return None
+    grid = CandidateGrid(
+        extraction.directions, extraction.positions, thresholds, search, all_layers
+    )
+    state = SearchState(grid, kept, _filter_prompts(kept, filter))
+    if not state.is_finished():
+        return None
+    left_out = dict(zip(_KINDS, kept.left_out, strict=True))
+    unended = left_out if any(left_out.values()) else {}
+    return replace(_result(state, seed), unfinished=unended)
 
 
 def _open_search(
-    loaded: LoadedModel, inputs: SearchInputs, n_answer: int, known: Mapping[Key, Score] | None
+    loaded: LoadedModel, inputs: SearchInputs, n_answer: int, kept: PromptScores
 ) -> ManyPassesSearch | FewPassesSearch:
     """The search that suits what a pass of the model costs."""
     engine = engine_of(loaded)
     if n_answer:
         engine.require_answers("--kl-on response:N", "--kl-on last")
     if engine.reads_weights_every_pass:
-        return FewPassesSearch(engine, inputs, known)
-    return ManyPassesSearch(loaded, inputs, n_answer, known)
+        return FewPassesSearch(engine, inputs, kept)
+    return ManyPassesSearch(loaded, inputs, kept, n_answer)
 
 
-def _filter_prompts(
-    harmful: Tensor, harmless: Tensor, filter: bool, asked: Mapping[str, Asked]
-) -> tuple[Tensor, Tensor]:
-    """Which harmful and which harmless prompts count, bool, by their refusal scores.
+def _filter_prompts(kept: PromptScores, filter: bool) -> tuple[Tensor, Tensor]:
+    """The rows of the harmful and of the harmless prompts that count, by their refusal scores.
 
     A prompt whose thought has not ended never does.
 
@@ -195,31 +251,30 @@ def _filter_prompts(
     for kind, one in asked.items():
         one.finished(kind)
     if not filter:
-        return ended[0], ended[1]
-    use_harmful, use_harmless = (harmful > 0) & ended[0], (harmless < 0) & ended[1]
-    require_min_prompts("harmful", int(use_harmful.sum()), len(harmful), "n-val")
-    require_min_prompts("harmless", int(use_harmless.sum()), len(harmless), "n-val")
-    return use_harmful, use_harmless
+        return _usable(kept.harmful), _usable(kept.harmless)
+    use_harmful = (kept.harmful > 0) & kept.harmful.isfinite()
+    use_harmless = kept.harmless < 0
+    require_min_prompts("harmful", int(use_harmful.sum()), len(use_harmful), "n-val")
+    require_min_prompts("harmless", int(use_harmless.sum()), len(use_harmless), "n-val")
+    return use_harmful.nonzero()[:, 0], use_harmless.nonzero()[:, 0]
 
 
-def _result(
-    scores: Sequence[Score],
-    inputs: SearchInputs,
-    baselines: tuple[Tensor, Tensor],
-    used: tuple[Tensor, Tensor],
-) -> Selection:
+def _usable(scores: Tensor) -> Tensor:
+    """The rows with a score, or all where none has: then that is what is to be told."""
+    return (scores.isfinite() if bool(scores.isfinite().any()) else scores.isinf()).nonzero()[:, 0]
+
+
+def _result(state: SearchState, seed: int) -> Selection:
     """Filter and choose, with the means of the unmodified model on the prompts used."""
-    judged = apply_filters(scores, inputs.n_layers, inputs.thresholds)
-    harmful_score, harmless_score = (
-        float(values[use].mean()) for values, use in zip(baselines, used, strict=True)
-    )
-    n_harmful, n_harmless = (int(use.sum()) for use in used)
+    judged = state.judged()
+    harmful, harmless = state.used["bypass"], state.used["induce"]
     return Selection(
         tuple(judged),
-        inputs.thresholds,
+        state.grid.thresholds,
         best_candidate(judged),
-        harmful_score,
-        harmless_score,
-        n_harmful,
-        n_harmless,
+        float(state.kept.harmful[harmful].mean()),
+        float(state.kept.harmless[harmless].mean()),
+        len(harmful),
+        len(harmless),
+        resample(state, judged, seed),
     )
