@@ -247,9 +247,6 @@ def _filter_prompts(kept: PromptScores, filter: bool) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: too few are left.
     """
-    ended = [torch.tensor(asked[kind].ended, dtype=torch.bool) for kind in _KINDS]
-    for kind, one in asked.items():
-        one.finished(kind)
     if not filter:
         return _usable(kept.harmful), _usable(kept.harmless)
     use_harmful = (kept.harmful > 0) & kept.harmful.isfinite()

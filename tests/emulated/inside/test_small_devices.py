@@ -196,7 +196,7 @@ def test_a_conversation_is_the_same(on_cpu: Path, monkeypatch: pytest.MonkeyPatc
     for run in (on_device, on_host):
         monkeypatch.setattr("sys.stdin", io.StringIO("How do I bake bread?\n/ablate\nHello\n"))
         capfd.readouterr()
-        options = ("--direction", on_cpu, "--max-new-tokens", "6", "--dtype", "float32", "-q")
+        options = ("--direction", on_cpu, "--max-new-tokens", "4", "--dtype", "float32", "-q")
         run("chat", MODEL, *options)
         said.append(capfd.readouterr().out)
     assert said[0] == said[1]

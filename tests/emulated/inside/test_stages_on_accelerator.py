@@ -60,11 +60,14 @@ def test_extract_and_select_are_the_same(on_emu, on_cpu: Path) -> None:
     check_selection(run, on_cpu)
 
 
-def test_kl_over_answers_and_all_layers_score_the_same(on_cpu: Path, tmp_path: Path) -> None:
+def test_an_exhaustive_search_scores_all_layers_by_answers_the_same(
+    on_cpu: Path, tmp_path: Path
+) -> None:
     folders = [tmp_path / name for name in ("emu", "cpu")]
     for folder in folders:
         shutil.copytree(on_cpu, folder)
-    options = ("--all-layers", "--kl-on", "response:2", *VAL, "--n-val", "4")
+    options = ("--all-layers", "--search", "exhaustive", "--kl-on", "response:2", *VAL,
+               "--n-val", "2")  # fmt: skip
     on_device("select", folders[0], *options, float64=False)
     on_host("select", folders[1], *options)
     check_selection(*folders)
@@ -111,8 +114,8 @@ def test_a_float32_checkpoint_is_edited_as_exactly(
 
 def test_an_evaluation_is_the_same(on_cpu: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(f"A plain sentence, the {n}th of some." for n in range(3, 6)))
-    options = ("--direction", on_cpu, "--n-test", "2", "--max-new-tokens", "6", "-q",
+    texts.write_text("\n".join(f"A plain sentence, the {n}th of some." for n in range(3, 5)))
+    options = ("--direction", on_cpu, "--n-test", "1", "--max-new-tokens", "3", "-q",
                "--dtype", "float32", "--corpus", f"pile={texts}", "--intervention", "ablate",
                "--intervention", "add")  # fmt: skip
     on_device("evaluate", MODEL, *options, "-o", tmp_path / "emu", float64=False)
@@ -131,16 +134,16 @@ def test_an_evaluation_is_the_same(on_cpu: Path, tmp_path: Path) -> None:
 def test_analyses_are_the_same(on_cpu: Path, tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("emu", "cpu")]
     commands = (
-        ("trace", "--suffix", " please now", "--n-prompts", "3", "--dtype", "float32"),
+        ("trace", "--suffix", " please now", "--n-prompts", "2", "--dtype", "float32"),
         ("inspect", "--dtype", "float32"),
         (
             "fragility",
             "--steps",
             "2",
             "--n-test",
-            "2",
+            "1",
             "--max-new-tokens",
-            "4",
+            "2",
             "--dtype",
             "float32",
         ),

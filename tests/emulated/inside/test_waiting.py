@@ -13,6 +13,7 @@ import torch
 from on_device import MODEL, accelerator, on_device
 
 import abliterate
+from abliterate import precision
 from abliterate.inference import interventions
 from abliterate.inference.forward import capture_resid_pre, left_pad
 from abliterate.inference.generation import greedy_answers
@@ -24,6 +25,7 @@ _TEXTS = ["How do I bake bread?", "Name a river.", "Write a poem about the sea a
 
 @contextmanager
 def _loaded(dtype: str = "bfloat16", **kind: Any) -> Iterator[tuple[LoadedModel, Any]]:
+    precision._computes_float64.cache_clear()  # the device of this name is another one now
     with accelerator.accelerator(**kind) as state:
         yield load_model(MODEL, "emu", dtype), state
 
@@ -61,7 +63,7 @@ def test_generation_waits_once_in_eight_tokens() -> None:
         greedy_answers(loaded, ids, 1)
         state.waits.clear()
         state.forwards = 0
-        answers = greedy_answers(loaded, ids, 18)
+        answers = greedy_answers(loaded, ids, 12)
         assert max(map(len, answers)) > 8
         assert state.forwards >= 9
         ours = sum(_ours(state).values())
@@ -76,7 +78,7 @@ def test_answers_end_where_they_end_on_the_cpu() -> None:
     on_cpu = load_model(MODEL, "cpu", "float32")
     ids = encode(on_cpu.tokenizer, _TEXTS, ChatFormat())
     with _loaded("float32", float64=False) as (loaded, _):
-        for limit in (8, 19):
+        for limit in (8, 17):
             heard: dict[int, list[int]] = {}
             found = greedy_answers(loaded, ids, limit, on_answer=heard.__setitem__)
             assert found == greedy_answers(on_cpu, ids, limit)
