@@ -22,7 +22,13 @@ SHORT = ("--n-test", "2", "--max-new-tokens", "2")
 # What names an experiment. A change of this list is a decision: see abliterate.settings.
 RECORDED = {
     "model": {"revision", "dtype", "seed"},
-    "chat": {"system", "template_kwargs", "response_prefix"},
+    "chat": {
+        "system",
+        "template_kwargs",
+        "response_prefix",
+        "thinking",
+        "max_thinking_tokens",
+    },
     "extract": {"harmful", "harmless", "n_train", "positions", "filter", "refusal_tokens"},
 }
 

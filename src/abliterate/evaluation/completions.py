@@ -196,10 +196,11 @@ def scored(
         phrases: what counts as a refusal.
         told: its thought and answer, if they are known; else they are told by their marks.
     """
-    parts = split_thought(response)
-    refused = phrases.verdict(parts if told is None else told)
-    differ = told if told != parts else None
-    return Completion(prompt.text, prompt.category, response, refused, told=differ)
+    if told is None or told == split_thought(response):
+        refused, told = phrases.refuses(response), None
+    else:
+        refused = phrases.verdict(told)
+    return Completion(prompt.text, prompt.category, response, refused, told=told)
 
 
 def told_in(line: Mapping[str, Any]) -> Parts | None:
