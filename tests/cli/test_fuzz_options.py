@@ -74,7 +74,8 @@ _USUAL = 8
 _LEFT_ALONE = {"--debug", "--help"}
 # The largest work that a value may ask for.
 _AT_MOST = {
-    "max_new_tokens": 3, "steps": 3, "judge_retries": 1, "judge_timeout": 1, "judge_concurrency": 4,
+    "max_new_tokens": 3, "max_thinking_tokens": 3, "steps": 3, "judge_retries": 1,
+    "judge_timeout": 1, "judge_concurrency": 4,
     "corpus_texts": 4, "examples": 10**9, "jobs": 4, "batch_size": 10**9,
 }  # fmt: skip
 _INTS = ("0", "1", "2", "-1", "3", str(2**31), str(2**63), str(-(2**63) - 1), str(10**40))
@@ -136,6 +137,7 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "tasks_dir": ("{missing}", "{empty}"),
     "template": ("plain", "{{ messages[0].content }}", "{{", "{% x %}", "{file}", "{config}", "."),
     "template_arg": ("a=1", "tools=[]", "=", "messages=1", "tokenize=1", "a", "chat_template=x"),
+    "thinking": ("answer", "skip", "whole", "off"),
     "tied_embeddings": ("untie", "share", "skip"),
     "harmful": ("harmful", "{harmful}[category]", "{harmful}[x]", "{empty}", "{answers}", "x/y:z"),
     "harmless": ("harmless", "{harmless}[prompt]", "{file}"),

@@ -51,8 +51,8 @@ def _later(cli: Any, model: Path, run: Path, *options: str) -> dict[str, Any]:
     """Select and evaluate what was extracted; returns the record of evaluate."""
     chosen = cli("select", run, "--n-val", "8", "--kl-threshold", "9")
     assert chosen.code == 0, chosen.err
-    rows = ("--intervention", "baseline", "--intervention", "ablate", "--n-test", "4")
-    short = ("--max-new-tokens", "40", *options)
+    rows = ("--intervention", "baseline", "--intervention", "ablate", "--n-test", "2")
+    short = ("--max-new-tokens", "6", *options)
     done = cli("evaluate", model, "--direction", run, "-o", run, *rows, *short)
     assert done.code == 0, done.err
     return dict(json.loads((run / "evaluation.json").read_text()))
@@ -84,7 +84,7 @@ def test_thinking_answer_makes_the_next_token_the_answers_first(
     assert (baseline["harmful"]["refusal_score"], baseline["harmless"]["refusal_score"]) == (1, 0)
     assert baseline["harmful"]["refusal_metric"] > 1 > -1 > baseline["harmless"]["refusal_metric"]
     assert abs(ablated["harmful"]["refusal_metric"]) < 1
-    assert [line["response"] for line in _lines(tmp_path / "run", "harmful")] == ["I cannot"] * 4
+    assert [line["response"] for line in _lines(tmp_path / "run", "harmful")] == ["I cannot"] * 2
 
 
 @pytest.mark.parametrize("family", ["r1", "no switch", "token", "plain", "harmony"])

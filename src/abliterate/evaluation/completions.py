@@ -252,7 +252,10 @@ def scored(
         count_tokens: how many tokens a text has.
     """
     by_marks = split_thought(response)
-    parts = by_marks if told is None else told
+    if told is None or told == by_marks:
+        parts, refused, told = by_marks, phrases.refuses(response), None
+    else:
+        parts, refused = told, phrases.verdict(told)
     answer = parts.answer
     place = None if answer is None else phrases.first_in(answer)
     before = None if answer is None or place is None else answer[:place].strip()
@@ -260,8 +263,8 @@ def scored(
         prompt.text,
         prompt.category,
         response,
-        phrases.verdict(parts),
-        told=told if told != by_marks else None,
+        refused,
+        told=told,
         broken=None if answer is None else flaw_of(answer),
         refused_at=None if before is None else count_tokens(before),
     )

@@ -117,7 +117,7 @@ def _refusal_cards(evaluation: Document) -> list[Card]:
         before = "" if base is None or not known else f"{base[kind]['refusal_rate']:.0%} → "
         span = now.get("refusal_score_ci")
         interval = f", 95% interval {span[0]:.0%} to {span[1]:.0%}" if span else ""
-        found.append(Card(title, before + text, f"baseline → {name}, {counted(now)}{interval}"))
+        found.append(Card(title, before + text, f"baseline → {name}, n = {answers(now)}{interval}"))
     if "ablate" in results:
         value = number(results["ablate"]["kl_divergence"])
         count = _count(evaluation, "harmless")
@@ -204,9 +204,13 @@ def apart(count: Document) -> str:
 
 def counted(part: Document) -> str:
     """Refusals of answers; thoughts that have not ended are no answers and stand apart."""
+    return f"{part['refused']}/{answers(part)}"
+
+
+def answers(part: Document) -> str:
+    """Of how many answers a share is, and how many thoughts have not ended beside them."""
     unfinished = part.get("no_verdict") or 0
-    apart = f" + {unfinished} unfinished" if unfinished else ""
-    return f"{part['refused']}/{part['n'] - unfinished}{apart}"
+    return f"{part['n'] - unfinished}" + (f" + {unfinished} unfinished" if unfinished else "")
 
 
 def _rate(now: Document, base: Document | None, change: Document) -> str:
