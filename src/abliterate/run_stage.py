@@ -142,6 +142,8 @@ class OpenStage:
         if sections:
             made["settings"] = settings.model_dump(include=set(sections))
         made |= {"seed": settings.model.seed, "versions": versions(), "seconds": seconds}
+        if self.session.commits:
+            made["datasets"] = dict(sorted(self.session.commits.items()))
         if self.inputs is not None:
             made["inputs"] = self.inputs
         if self.outputs is not None:

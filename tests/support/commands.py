@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,15 @@ def failure(done: Done, code: int) -> str:
 
 
 @contextmanager
-def serving(environment: Mapping[str, str]) -> Iterator[Commands]:
-    """Start the server with these variables beside the present ones."""
+def serving(environment: Mapping[str, str], *modules: str) -> Iterator[Commands]:
+    """Start the server with these variables beside the present ones.
+
+    Args:
+        environment: the variables.
+        modules: what it imports beforehand beside the usual.
+    """
     with subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, __file__, *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -98,6 +104,8 @@ def _serve() -> None:
     import abliterate.pipeline.stages
 
     assert transformers.AutoModelForCausalLM
+    for module in sys.argv[1:]:
+        import_module(module)
     torch.set_num_threads(1)
     for line in sys.stdin:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

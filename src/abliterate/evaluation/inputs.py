@@ -98,7 +98,9 @@ def read_inputs(
     judge = check_options(session)
     phrases = parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
     corpora = {
-        name: None if name == "own" else read_corpus(name, source, settings.corpus_texts, seed)
+        name: None
+        if name == "own"
+        else read_corpus(name, source, settings.corpus_texts, seed, session.commits)
         for name, source in parse_corpora(settings.corpus).items()
     }
     tasks_dir = None if settings.tasks_dir is None else Path(settings.tasks_dir)

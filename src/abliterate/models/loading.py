@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from abliterate.checkpoints.checkpoint import Checkpoint as Checkpoint  # also given from here
 from abliterate.checkpoints.checkpoint import find_checkpoint as find_checkpoint
 from abliterate.checkpoints.config_sizes import Held, check_counts, check_sizes
-from abliterate.checkpoints.hub import check_files
+from abliterate.checkpoints.hub import adapter_base, check_files, read_remote_shards
 from abliterate.checkpoints.safetensors_header import read_shard
 from abliterate.checkpoints.shards import (
+    ADAPTER_CONFIG,
     INDEX,
     ShardSet,
     check_unchanged,
@@ -28,10 +29,11 @@ from abliterate.checkpoints.shards import (
     shard_names,
     weight_files,
 )
-from abliterate.console import bars_hidden
+from abliterate.console import bars_hidden, log
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import (
     CheckpointError,
+    FetchError,
     UnsupportedArchitectureError,
     UsageError,
     one_line,
@@ -167,6 +169,17 @@ def present_shards(checkpoint: Checkpoint) -> ShardSet | None:
     return read_shards(checkpoint.folder) if set(names) <= set(present) else None
 
 
+def known_shards(checkpoint: Checkpoint) -> ShardSet | None:
+    """The same, or the headers of shards that lie on the hub, if it gives parts of files."""
+    if checkpoint.remote is None:
+        return present_shards(checkpoint)
+    try:
+        return read_remote_shards(checkpoint.folder, checkpoint.remote)
+    except FetchError as error:
+        log.warning("%s: going by config.json alone", error)
+        return None
+
+
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer; raises as :func:`load_config` does."""
     try:
@@ -294,7 +307,9 @@ def incomplete(checkpoint: Checkpoint, parameters: Sequence[str]) -> CheckpointE
 def require_safetensors(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose weights are not safetensors, saying how to convert them."""
     if checkpoint.remote is None:
-        check_files(str(checkpoint.folder), [path.name for path in checkpoint.folder.iterdir()])
+        folder = checkpoint.folder
+        names = [path.name for path in folder.iterdir()]
+        check_files(str(folder), names, lambda: adapter_base(folder / ADAPTER_CONFIG))
 
 
 def _loading_error(checkpoint: Checkpoint, error: Exception, what: str = "") -> CheckpointError:

@@ -104,4 +104,4 @@ def check_settings(session: Session) -> None:
     later = (settings.select.harmful, settings.select.harmless)
     for source in dict.fromkeys((*later, evaluate.harmful, evaluate.harmless)):
         if source is not None:
-            read_source(source)
+            read_source(source, session.commits)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, MutableMapping
 
 from abliterate.errors import InputError
 from abliterate.prompts.sources import Prompt, PromptSource, read_source
@@ -67,6 +67,7 @@ def load_prompts(
     seed: int = 0,
     exclude: Collection[str] = (),
     option: str = "n",
+    commits: MutableMapping[str, str] | None = None,
 ) -> list[Prompt]:
     """Load and sample prompts from a source.
 
@@ -77,11 +78,12 @@ def load_prompts(
         seed: of the sampling.
         exclude: :func:`prompt_key` of the prompts already in use, which are left out.
         option: the option that sets ``n``, for the error message.
+        commits: as of :func:`~abliterate.prompts.sources.read_source`.
 
     Raises:
         InputError: the source is unusable or has fewer than ``n`` prompts left.
     """
-    source = read_source(spec)
+    source = read_source(spec, commits)
     pool = [p for p in split_pool(source, split) if prompt_key(p.text) not in exclude]
     named = f"prompt source '{spec}'" + ("" if "all" in source.splits else f" ({split} split)")
     if n is None:
