@@ -38,10 +38,11 @@ class Commands:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def start(self, *args: str | Path) -> int:
-        """Begin a command; returns its process id."""
+    def start(self, *args: str | Path, environment: Mapping[str, str] | None = None) -> int:
+        """Begin a command, with these variables beside the server's; returns its process id."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([str(arg) for arg in args]) + "\n")
+        asked = [[str(arg) for arg in args], dict(environment or {})]
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         return int(self._answer()["pid"])
 
@@ -49,13 +50,15 @@ class Commands:
         """The end of the command that was begun."""
         return Done(**self._answer())
 
-    def __call__(self, *args: str | Path) -> Done:
-        self.start(*args)
+    def __call__(self, *args: str | Path, environment: Mapping[str, str] | None = None) -> Done:
+        self.start(*args, environment=environment)
         return self.wait()
 
-    def fails(self, *args: str | Path, code: int) -> str:
+    def fails(
+        self, *args: str | Path, code: int, environment: Mapping[str, str] | None = None
+    ) -> str:
         """The one line with which a command fails."""
-        return failure(self(*args), code)
+        return failure(self(*args, environment=environment), code)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -116,7 +119,9 @@ def _serve() -> None:
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 code = 1
                 try:
-                    code = abliterate.cli.app.main(json.loads(line))
+                    args, environment = json.loads(line)
+                    os.environ.update(environment)
+                    code = abliterate.cli.app.main(args)
                 finally:
                     sys.stdout.flush()
                     sys.stderr.flush()

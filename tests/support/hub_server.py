@@ -56,6 +56,8 @@ class Hub:
         gated: ids whose files nobody gets.
         faults: answers that go wrong.
         paths: method and path of every request.
+        announced: sizes that files are said to have, by name.
+        cut: how many answers the client did not read to their end.
         url: where it answers.
         requests: method, file and range (or None) of each request for a file.
         stall: of this file only half is sent; then ``stalled`` is set, and ``go_on`` waited for.
@@ -69,6 +71,8 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     faults: list[Fault] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
+    announced: dict[str, int] = field(default_factory=dict)
+    cut: int = 0
     url: str = ""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     stall: str | None = None
@@ -87,6 +91,9 @@ class Hub:
         self.requests.clear()
         self.paths.clear()
         self.faults.clear()
+        self.announced.clear()
+        self.gated.clear()
+        self.ranges, self.cut = True, 0
 
     def find(self, repo: str, revision: str) -> tuple[str, Path] | None:
         """The commit and the folder of a revision, if there is one."""
@@ -162,7 +169,10 @@ def hub_server() -> Iterator[Hub]:
                 if self.body.startswith(b"{"):
                     asked = json.loads(self.body)["paths"]
                 return self.send_json([entry for entry in listed if entry["path"] in asked])
-            siblings = [{"rfilename": n, "size": s, "blobId": o} for n, s, o in entries]
+            siblings = [
+                {"rfilename": n, "size": hub.announced.get(n, s), "blobId": o}
+                for n, s, o in entries
+            ]
             name = repo.removeprefix("datasets/")
             return self.send_json({"id": name, "sha": commit, "siblings": siblings})
 
@@ -207,7 +217,8 @@ def hub_server() -> Iterator[Hub]:
             try:
                 self.wfile.write(body)
             except OSError:
-                self.close_connection = True  # the client was killed
+                hub.cut += 1
+                self.close_connection = True  # the client was killed, or has seen enough
             return None
 
         def refuse(self, code: str) -> None:

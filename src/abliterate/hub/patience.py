@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any, TypeVar
 
 from abliterate.console import log
@@ -14,6 +17,7 @@ T = TypeVar("T")
 
 #: Asked again so often: where the hub answered that it cannot now, and where nothing answered.
 _RETRIES, _RETRIES_UNANSWERED = 4, 2
+_CLIENT_WAITS = re.compile(r"(?:Retrying in|Waiting) ([\d.]+) ?s.*\[Retry (\d+)/(\d+)\]")
 #: Longer waits than this many seconds are the user's to decide.
 LONGEST_WAIT = 300.0
 
@@ -29,6 +33,7 @@ def patiently(call: Callable[[], T], what: str, retries: int = _RETRIES) -> T:
     Raises:
         Exception: what ``call`` raised last.
     """
+    _hear_waits()
     done = 0
     while True:
         try:
@@ -41,6 +46,22 @@ def patiently(call: Callable[[], T], what: str, retries: int = _RETRIES) -> T:
             done += 1
             log.warning("%s: %s: asking again in %g s (%d of %d)", what, reason, wait, done, most)
             time.sleep(wait)
+
+
+class _Waits(logging.Handler):
+    """Says in our log that the client waits by itself; its own lines hold whole addresses."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (wait := _CLIENT_WAITS.search(record.getMessage())) is not None:
+            log.warning("the hub cannot now: asking again in %s s (%s of %s)", *wait.groups())
+
+
+@cache
+def _hear_waits() -> None:
+    client = logging.getLogger("huggingface_hub.utils._http")
+    client.setLevel(logging.WARNING)
+    client.propagate = False
+    client.addHandler(_Waits())
 
 
 def _passing(error: Exception, done: int) -> tuple[str | None, float]:
