@@ -245,7 +245,11 @@ def test_the_wrong_kind_of_repository_is_refused_by_every_command(
         "pickle": ({"config.json": "{}", "pytorch_model.bin": ""}, "holds pickle weights"),
         "meta": ({"config.json": "{}", "original/consolidated.00.pth": ""}, "holds pickle weights"),
         "adapter": (
-            {"adapter_config.json": adapter, "adapter_model.safetensors": ""},
+            {
+                "adapter_config.json": adapter,
+                "adapter_model.safetensors": "",
+                "training_args.bin": "",
+            },
             "holds a PEFT adapter and no model: give its base 'org/its-base'",
         ),
         "mistral": (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abliterate.checkpoints.file_list import ADAPTER_CONFIG, adapter_base, check_files
 from abliterate.console import log
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.hub.names import split_id, suggested_id
@@ -125,9 +126,6 @@ def hub_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
 
 def _no_config(folder: Path) -> CheckpointError:
     """What a folder without a configuration holds instead, if that can be told."""
-    from abliterate.checkpoints.hub import adapter_base, check_files
-    from abliterate.checkpoints.shards import ADAPTER_CONFIG
-
     names = [path.relative_to(folder).as_posix() for path in folder.glob("*")]
     try:
         check_files(str(folder), names, lambda: adapter_base(folder / ADAPTER_CONFIG))
@@ -139,7 +137,6 @@ def _no_config(folder: Path) -> CheckpointError:
 
 
 def _find_on_hub(name: str, revision: str | None, leave_shards: bool, need: Need) -> Checkpoint:
-    from abliterate.checkpoints.hub import check_files, fetch_snapshot, remote_adapter_base
     from abliterate.hub import HubError, HubRepo, look_up
 
     try:
@@ -149,7 +146,15 @@ def _find_on_hub(name: str, revision: str | None, leave_shards: bool, need: Need
     files = info.siblings or ()
     sizes = {file.rfilename: file.size for file in files if file.size is not None}
     repo = HubRepo(name, info.sha, sizes)
-    check_files(name, [file.rfilename for file in files], lambda: remote_adapter_base(repo))
+
+    def base() -> str | None:
+        from abliterate.checkpoints.hub import remote_adapter_base
+
+        return remote_adapter_base(repo)
+
+    check_files(name, [file.rfilename for file in files], base)
+    from abliterate.checkpoints.hub import fetch_snapshot
+
     if leave_shards or need == "headers":
         return Checkpoint(name, fetch_snapshot(repo, revision, need, False), info.sha, repo)
     return Checkpoint(name, fetch_snapshot(repo, revision, need, True), info.sha)
@@ -159,11 +164,13 @@ def _find_in_cache(name: str, revision: str | None, need: Need, reason: HubError
     """What the cache holds whole of a revision whose commit it knows, where the hub gives none."""
     from huggingface_hub import constants
 
-    from abliterate.checkpoints.hub import cached_snapshot, check_files
     from abliterate.hub import known_commit
 
-    commit = None if reason.missing else known_commit(name, revision)
-    path = None if commit is None else cached_snapshot(name, commit, need)
+    if reason.missing or (commit := known_commit(name, revision)) is None:
+        raise CheckpointError(str(reason)) from None
+    from abliterate.checkpoints.hub import cached_snapshot
+
+    path = cached_snapshot(name, commit, need)
     if path is None:
         raise CheckpointError(str(reason)) from None
     check_files(name, [file.name for file in path.iterdir()])

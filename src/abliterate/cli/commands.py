@@ -238,7 +238,9 @@ def later_session(run: Path, model: str | None, config: Path | None, given: opt.
     settings = load_settings(config, given, base)
     check_trust(run, extracted, settings)
     source = source_of_extract(run, extracted)
-    commits = recorded_commits(read_used(run))
+    commits = recorded_commits([extracted])
+    with suppress(InputError):  # of selection.json: whoever needs it says so
+        commits = recorded_commits(read_used(run))
     return open_session(
         model or extracted["model"]["id"], settings, sources=[source], commits=commits
     )

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from abliterate.checkpoints.checkpoint import Checkpoint as Checkpoint  # also given from here
 from abliterate.checkpoints.checkpoint import find_checkpoint as find_checkpoint
 from abliterate.checkpoints.config_sizes import Held, check_counts, check_sizes
-from abliterate.checkpoints.hub import adapter_base, check_files, read_remote_shards
+from abliterate.checkpoints.file_list import ADAPTER_CONFIG, adapter_base, check_files
+from abliterate.checkpoints.hub import read_remote_shards
 from abliterate.checkpoints.safetensors_header import read_shard
 from abliterate.checkpoints.shards import (
-    ADAPTER_CONFIG,
     INDEX,
     ShardSet,
     check_unchanged,
