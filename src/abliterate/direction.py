@@ -48,9 +48,19 @@ class Direction:
         }
 
 
-def save_direction(path: Path, direction: Direction, model: str) -> None:
-    """Write ``direction.safetensors``; position, layer and model id go into the metadata."""
+def save_direction(
+    path: Path, direction: Direction, model: str, revision: str | None = None
+) -> None:
+    """Write ``direction.safetensors``; position, layer and model go into the metadata.
+
+    Args:
+        path: the file.
+        direction: the direction.
+        model: folder or hub id of the model.
+        revision: its commit on the hub, or None for a folder.
+    """
     metadata = {"position": str(direction.position), "layer": str(direction.layer), "model": model}
+    metadata |= {} if revision is None else {"revision": revision}
     write_tensors(path, {"direction": direction.vector}, metadata)
 
 

@@ -50,6 +50,10 @@ class UnsupportedArchitectureError(CheckpointError):
     """No complete set of residual-stream writers is known for this architecture."""
 
 
+class NeedsWeightsError(UnsupportedArchitectureError):
+    """Its writers can only be proven on its own weights, which are not here."""
+
+
 class PlanError(CheckpointError):
     """The writers were found, but the edit cannot be planned on the tensors on disk."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +41,18 @@ EDITED = "orthogonalized"
 
 @dataclass(frozen=True)
 class Session:
-    """A checkpoint and settings; the model, and what runs it, is loaded when first needed."""
+    """A checkpoint and settings; the model, and what runs it, is loaded when first needed.
+
+    Attributes:
+        checkpoint: of the model.
+        settings: of the stages.
+        commits: of hub data sets, by ``org/name[@revision]`` as a source names them: those that
+            the run's records name, and those that were looked up since. Records list them all.
+    """
 
     checkpoint: Checkpoint
     settings: Settings
+    commits: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -195,7 +203,9 @@ class Session:
         """
         seed, used = self.settings.model.seed, used or {}
         return {
-            kind: load_prompts(source, split, n, seed, used.get(kind, ()), option)
+            kind: load_prompts(
+                source, split, n, seed, used.get(kind, ()), option, commits=self.commits
+            )
             for kind, source in sources.items()
         }
 

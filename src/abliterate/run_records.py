@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from abliterate.editing.file_names import RECORD as EDIT
 from abliterate.errors import CheckpointError, InputError, UsageError
+from abliterate.hub import is_commit, split_id
 from abliterate.run_folder import EXTRACT, SELECTION
 from abliterate.settings import Settings, take_recorded
-from abliterate.storage.artifacts import read_record
+from abliterate.settings.values import check_revision
+from abliterate.storage.artifacts import read_record, tensor_metadata
 
 
 def _check_name(value: str) -> str:
@@ -32,8 +36,15 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
+def _check_commits(value: dict[str, str]) -> dict[str, str]:
+    if not all(map(is_commit, value.values())):
+        raise ValueError("must name commits")
+    return value
+
+
 class _Model(_Part):
     id: Annotated[str, AfterValidator(_check_name)]
+    revision: Annotated[str | None, AfterValidator(check_revision)] = None
 
 
 class _Position(_Part):
@@ -56,6 +67,9 @@ class _Selection(_Part):
 
     prompts: _Prompts
     refusal_tokens: list[_Token] = Field(min_length=1)
+    datasets: Annotated[dict[str, str], AfterValidator(_check_commits)] = Field(
+        default_factory=dict
+    )
 
 
 class _Rendering(_Part):
@@ -145,6 +159,70 @@ def used_refusal_tokens(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [str(token["id"]) for record in records[:1] for token in record["refusal_tokens"]]
 
 
+@dataclass(frozen=True)
+class HubSource:
+    """A hub id at the commit that something was made from.
+
+    Attributes:
+        id: ``org/name``.
+        commit: of the repository.
+        record: the file that says so.
+    """
+
+    id: str
+    commit: str
+    record: Path
+
+    def is_of(self, model: str) -> bool:
+        """Whether a user's name for a model is this id, at whatever revision."""
+        named = split_id(model)
+        same = named is not None and named[0].casefold() == self.id.casefold()
+        return same and not Path(model).expanduser().exists()
+
+
+def source_of_extract(run: Path, extracted: Mapping[str, Any]) -> HubSource | None:
+    """The hub id and commit of a run folder's model; None for a folder."""
+    return _hub_source(extracted["model"], run / EXTRACT)
+
+
+def source_of_direction(direction: str | Path) -> HubSource | None:
+    """The hub id and commit that a direction was found in, as far as anything says so.
+
+    Args:
+        direction: a run folder, or a safetensors file.
+
+    Raises:
+        InputError: the run folder's record is malformed.
+    """
+    path = Path(direction)
+    if path.is_dir():
+        return source_of_extract(path, read_extract(path)) if (path / EXTRACT).exists() else None
+    metadata = tensor_metadata(path)
+    return _hub_source({"id": metadata.get("model"), **metadata}, path)
+
+
+def source_of_edit(folder: Path) -> HubSource | None:
+    """The hub id and commit that an edited checkpoint was made from, if its record names one."""
+    path = folder / EDIT
+    if not path.is_file():
+        return None
+    source = read_record(path, "orthogonalize").get("source")
+    return _hub_source(source, path) if isinstance(source, Mapping) else None
+
+
+def _hub_source(model: Mapping[str, Any], record: Path) -> HubSource | None:
+    name, revision = model.get("id"), model.get("revision")
+    if not isinstance(name, str) or not isinstance(revision, str) or not is_commit(revision):
+        return None
+    return HubSource(name, revision, record)
+
+
+def recorded_commits(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The commits of hub data sets that the records (of :func:`read_used`) name; later ones win."""
+    found = (record.get("datasets", {}) for record in records)
+    return {name: commit for datasets in found for name, commit in datasets.items()}
+
+
 def _read(path: Path, made_by: str, kind: type[BaseModel]) -> dict[str, Any]:
     document = read_record(path, made_by)
     try:
@@ -209,18 +287,33 @@ def take_base(
         UsageError: remote code of a named model would run at a revision that only the record names.
     """
     base = recorded_settings(run, extracted)
-    if model is not None and model != extracted["model"]["id"]:
+    source = source_of_extract(run, extracted)
+    if source is not None:  # one experiment, one commit: whatever its branch says today
+        base["model"]["revision"] = source.commit
+    if model is None:
+        return base
+    same = model == extracted["model"]["id"] if source is None else source.is_of(model)
+    if not same or "@" in model:
         base["model"].pop("revision", None)  # it is one of another repository
     revision = base["model"].get("revision")
-    if model is None or revision is None or own.model.revision is not None:
-        return base
-    # Anybody can put code into some revision of a hub repository, as a pull request.
-    if own.model.trust_remote_code and not Path(model).is_dir():
+    if revision is not None and own.model.revision is None and not Path(model).is_dir():
+        check_trusted_revision(model, revision, run / EXTRACT, own.model.trust_remote_code)
+    return base
+
+
+def check_trusted_revision(model: str, revision: str, record: Path, trusts_code: bool) -> None:
+    """Refuse to run code at a revision that nobody but a record names.
+
+    Anybody can put code into some revision of a hub repository, as a pull request.
+
+    Raises:
+        UsageError: the code of that model would run.
+    """
+    if trusts_code:
         raise UsageError(
             f"--trust-remote-code runs the code of one revision of {model}: give --revision "
-            f"yourself ({run / EXTRACT} records '{revision}')"
+            f"yourself ({record} records '{revision}')"
         )
-    return base
 
 
 def check_trust(run: Path, extracted: Mapping[str, Any], settings: Settings) -> None:

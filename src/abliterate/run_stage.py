@@ -145,6 +145,8 @@ class OpenStage:
         if {"chat", "extract"} <= sections and (done := self.session.thinking.summary()):
             made["thinking"] = done
         made |= {"seed": settings.model.seed, "versions": versions(), "seconds": seconds}
+        if self.session.commits:
+            made["datasets"] = dict(sorted(self.session.commits.items()))
         if self.inputs is not None:
             made["inputs"] = self.inputs
         if self.outputs is not None:

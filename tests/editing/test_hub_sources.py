@@ -169,7 +169,7 @@ def test_a_shard_that_vanishes_is_one_line_and_resumable(
     order = [name for name in hub.downloads() if name.endswith(".safetensors")]
     hub.gone = order[-1]
     line = run.fails(*command, tmp_path / "out", code=4)
-    assert f"org/tied/{order[-1]} cannot be fetched from the hub" in line
+    assert f"model 'org/tied/{order[-1]}' is not there on the hub (404)" in line
     assert f"{len(order) - 1} finished shards kept" in line
     hub.gone, hub.broken = None, order[-1]  # a lost connection: the client goes on by itself
     done = run(*command, tmp_path / "out")
@@ -207,9 +207,9 @@ def test_what_low_disk_does_not_go_with(
     line = run.fails("orthogonalize", "org/untied", "--as-lora", *command, code=2)
     assert "--as-lora" in line
     line = run.fails("orthogonalize", "org/nobody", *command, code=4)
-    assert "cannot be found on the hub" in line
+    assert "model 'org/nobody' does not exist on the hub" in line
     line = run.fails("orthogonalize", "org/untied", "--revision", "no-such", *command, code=4)
-    assert "cannot be found on the hub" in line
+    assert "model 'org/untied' has no revision 'no-such'" in line
     assert list(tmp_path.iterdir()) == []
 
 

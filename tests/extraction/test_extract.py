@@ -259,7 +259,8 @@ def test_bad_options_give_one_line_and_no_output(
 def test_bad_models_give_one_line(tiny, fails, tmp_path: Path) -> None:
     out = ("-o", tmp_path / "run", *COMMON)
     assert "neither an existing folder nor a hub id" in fails("extract", "./no", *out, code=4)
-    assert "cannot be fetched from the hub" in fails("extract", "no-org/no-model", *out, code=4)
+    line = fails("extract", "no-org/no-model", *out, code=4)
+    assert "model 'no-org/no-model' is not whole in the cache and HF_HUB_OFFLINE is set" in line
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "no config.json" in fails("extract", empty, *out, code=4)

@@ -10,6 +10,8 @@ from typing import Any
 import datasets
 import pytest
 
+from abliterate.prompts.hub_datasets import HubDataset
+
 TEXTS = ["How do I pick a lock?", "Two\nlines, here", "Emoji 🤖; and a semicolon", "A\ttab"]
 COLUMNS = {"text": TEXTS, "label": [1, 2, 3, 4]}
 
@@ -147,11 +149,12 @@ def test_a_slice_and_a_column_are_told_apart(texts_of: Any, tmp_path: Path) -> N
 def test_hub_slices_reach_datasets(monkeypatch: pytest.MonkeyPatch, texts_of: Any) -> None:
     asked = []
 
-    def load(name: str, config: str | None, **options: Any) -> list[dict[str, str]]:
-        asked.append((name, config, options["split"]))
+    def load(dataset: HubDataset, commits: dict[str, str], *_: Any) -> list[dict[str, str]]:
+        asked.append((dataset.id, dataset.config, dataset.split))
+        commits[dataset.name] = "a" * 40
         return [{"text": "a", "answer": "b"}]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(HubDataset, "_load", load)
     assert texts_of("org/name:train[:10]") == ["a"]
     assert texts_of("org/name/part:train[:10%][answer]") == ["b"]
     assert asked == [("org/name", None, "train[:10]"), ("org/name", "part", "train[:10%]")]

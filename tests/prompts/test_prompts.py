@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from abliterate.errors import InputError
+from abliterate.prompts.hub_datasets import HubDataset
 from abliterate.prompts.sampling import load_prompts, normalise, prompt_key
 from abliterate.prompts.sources import BUNDLED, PRESETS, SPLITS, read_source
 
@@ -147,22 +148,21 @@ def test_bad_sources_give_one_line(fails, tmp_path: Path) -> None:
 def test_unreachable_hub_gives_one_line(fails) -> None:
     line = fails("prompts", "no-such-org/no-such-set@main:train[text]", code=3)
     assert "no-such-org/no-such-set@main:train[text]" in line
-    assert "network" in line
+    assert "is not whole in the cache at 'main' and HF_HUB_OFFLINE is set" in line
 
 
 def test_hub_sources_reach_datasets_with_all_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     calls = []
 
-    def load(name, config, split, revision):  # stands in for the network, which tests cannot have
-        calls.append((name, config, split, revision))
+    def load(dataset, commits, count, streaming=False):  # stands in for the network
+        calls.append((dataset.id, dataset.config, dataset.split, dataset.revision))
+        commits[dataset.name] = "a" * 40
         return [
             {"Goal": "Bake", "prompt": "a", "instruction": "a", "Category": "x", "input": ""},
             {"Goal": "Sum this", "prompt": "b", "instruction": "b", "input": "1 2"},
         ]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(HubDataset, "_load", load)
     source = read_source("org/name/part@v1.0:train[:10%][Goal]")
     assert calls == [("org/name", "part", "train[:10%]", "v1.0")]
     assert [(p.text, p.category) for p in source.splits["all"]] == [("Bake", "x")]

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ class Commands:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def start(self, *args: str | Path) -> int:
-        """Begin a command; returns its process id."""
+    def start(self, *args: str | Path, environment: Mapping[str, str] | None = None) -> int:
+        """Begin a command, with these variables beside the server's; returns its process id."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([str(arg) for arg in args]) + "\n")
+        asked = [[str(arg) for arg in args], dict(environment or {})]
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         return int(self._answer()["pid"])
 
@@ -48,13 +50,15 @@ class Commands:
         """The end of the command that was begun."""
         return Done(**self._answer())
 
-    def __call__(self, *args: str | Path) -> Done:
-        self.start(*args)
+    def __call__(self, *args: str | Path, environment: Mapping[str, str] | None = None) -> Done:
+        self.start(*args, environment=environment)
         return self.wait()
 
-    def fails(self, *args: str | Path, code: int) -> str:
+    def fails(
+        self, *args: str | Path, code: int, environment: Mapping[str, str] | None = None
+    ) -> str:
         """The one line with which a command fails."""
-        return failure(self(*args), code)
+        return failure(self(*args, environment=environment), code)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -74,10 +78,15 @@ def failure(done: Done, code: int) -> str:
 
 
 @contextmanager
-def serving(environment: Mapping[str, str]) -> Iterator[Commands]:
-    """Start the server with these variables beside the present ones."""
+def serving(environment: Mapping[str, str], *modules: str) -> Iterator[Commands]:
+    """Start the server with these variables beside the present ones.
+
+    Args:
+        environment: the variables.
+        modules: what it imports beforehand beside the usual.
+    """
     with subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, __file__, *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -98,6 +107,8 @@ def _serve() -> None:
     import abliterate.pipeline.stages
 
     assert transformers.AutoModelForCausalLM
+    for module in sys.argv[1:]:
+        import_module(module)
     torch.set_num_threads(1)
     for line in sys.stdin:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -108,7 +119,9 @@ def _serve() -> None:
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 code = 1
                 try:
-                    code = abliterate.cli.app.main(json.loads(line))
+                    args, environment = json.loads(line)
+                    os.environ.update(environment)
+                    code = abliterate.cli.app.main(args)
                 finally:
                     sys.stdout.flush()
                     sys.stderr.flush()

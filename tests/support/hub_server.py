@@ -4,15 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Branches:
+    """A repository of several commits.
+
+    Attributes:
+        refs: commits by the names of branches and tags.
+        commits: the folders of commits.
+    """
+
+    refs: dict[str, str]
+    commits: dict[str, Path]
+
+
+@dataclass
+class Fault:
+    """What is answered instead.
+
+    Attributes:
+        match: searched in method and path.
+        status: of the answer.
+        headers: of the answer.
+        count: how many more times.
+    """
+
+    match: str
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    count: int = 1_000_000
 
 
 @dataclass
@@ -20,7 +51,13 @@ class Hub:
     """A hub whose models are folders.
 
     Attributes:
-        models: by their ids.
+        models: by their ids; each has one commit, ``COMMIT``.
+        branches: repositories of several commits, by id; of data sets by ``datasets/`` and id.
+        gated: ids whose files nobody gets.
+        faults: answers that go wrong.
+        paths: method and path of every request.
+        announced: sizes that files are said to have, by name.
+        cut: how many answers the client did not read to their end.
         url: where it answers.
         requests: method, file and range (or None) of each request for a file.
         stall: of this file only half is sent; then ``stalled`` is set, and ``go_on`` waited for.
@@ -30,6 +67,12 @@ class Hub:
     """
 
     models: dict[str, Path] = field(default_factory=dict)
+    branches: dict[str, Branches] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    faults: list[Fault] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    announced: dict[str, int] = field(default_factory=dict)
+    cut: int = 0
     url: str = ""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     stall: str | None = None
@@ -43,9 +86,40 @@ class Hub:
         """The files that were asked for as a whole, in that order."""
         return [name for method, name, part in self.requests if method == "GET" and part is None]
 
-    def files(self, model: str) -> list[Path]:
-        folder = self.models[model]
-        return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    def clear(self) -> None:
+        """Forget what was asked for, and be well again."""
+        self.requests.clear()
+        self.paths.clear()
+        self.faults.clear()
+        self.announced.clear()
+        self.gated.clear()
+        self.ranges, self.cut = True, 0
+
+    def find(self, repo: str, revision: str) -> tuple[str, Path] | None:
+        """The commit and the folder of a revision, if there is one."""
+        if repo in self.branches:
+            held = self.branches[repo]
+            commit = held.refs.get(revision, revision)
+            return (commit, held.commits[commit]) if commit in held.commits else None
+        known = repo in self.models and revision in ("main", COMMIT)
+        return (COMMIT, self.models[repo]) if known else None
+
+    def fault(self, line: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.count > 0 and re.search(fault.match, line):
+                fault.count -= 1
+                return fault
+        return None
+
+
+def _entries(folder: Path) -> list[tuple[str, int, str]]:
+    """Path, size and hash of every file."""
+    return [
+        (path.relative_to(folder).as_posix(), len(content), hashlib.sha1(content).hexdigest())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        for content in [path.read_bytes()]
+    ]
 
 
 @contextmanager
@@ -61,33 +135,59 @@ def hub_server() -> Iterator[Hub]:
         def do_GET(self) -> None:
             self.answer()
 
+        def do_POST(self) -> None:
+            self.answer()
+
         def answer(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            self.body = self.rfile.read(length) if length else b""
+            hub.paths.append(f"{self.command} {self.path}")
+            if (fault := hub.fault(hub.paths[-1])) is not None:
+                return self.send_empty(fault.status, fault.headers)
             parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-            if parts[:2] == ["api", "models"]:
-                return self.describe("/".join(parts[2:4]), parts[4:])
-            return self.file("/".join(parts[:2]), "/".join(parts[4:]))
+            api = parts[:1] == ["api"]
+            parts = parts[1:] if api else parts
+            kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
+            repo = "/".join(parts[:2] if kind == "models" else [kind, *parts[:2]])
+            if api:
+                return self.describe(repo, parts[2:])
+            return self.file(repo, unquote(parts[3]), "/".join(parts[4:]))
 
-        def describe(self, model: str, rest: list[str]) -> None:
-            if model not in hub.models:
+        def describe(self, repo: str, rest: list[str]) -> None:
+            if repo not in {**hub.models, **hub.branches}:
                 return self.refuse("RepoNotFound")
-            if rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT):
+            found = hub.find(repo, rest[1] if len(rest) > 1 else "main")
+            if found is None:
                 return self.refuse("RevisionNotFound")
-            entries = []
-            for path in hub.files(model):
-                content = (hub.models[model] / path).read_bytes()
-                entries.append((path.as_posix(), len(content), hashlib.sha1(content).hexdigest()))
+            commit, folder = found
+            entries = _entries(folder)
+            listed = [{"type": "file", "path": n, "size": s, "oid": o} for n, s, o in entries]
             if rest[:1] == ["tree"]:
-                return self.send_json(
-                    [{"type": "file", "path": n, "size": s, "oid": o} for n, s, o in entries]
-                )
-            siblings = [{"rfilename": n, "size": s, "blobId": o} for n, s, o in entries]
-            return self.send_json({"id": model, "sha": COMMIT, "siblings": siblings})
+                return self.send_json(listed)
+            if rest[:1] == ["paths-info"]:
+                asked = parse_qs(self.body.decode()).get("paths", [])
+                if self.body.startswith(b"{"):
+                    asked = json.loads(self.body)["paths"]
+                return self.send_json([entry for entry in listed if entry["path"] in asked])
+            siblings = [
+                {"rfilename": n, "size": hub.announced.get(n, s), "blobId": o}
+                for n, s, o in entries
+            ]
+            name = repo.removeprefix("datasets/")
+            return self.send_json({"id": name, "sha": commit, "siblings": siblings})
 
-        def file(self, model: str, name: str) -> None:
-            path = hub.models.get(model, Path("/nowhere")) / name
+        def file(self, repo: str, revision: str, name: str) -> None:
+            found = hub.find(repo, revision)
+            if found is None:
+                return self.refuse("RevisionNotFound")
+            commit, folder = found
+            if repo in hub.gated:
+                return self.send_empty(401, {"X-Error-Code": "GatedRepo"})
+            path = folder / name
             whole = self.headers.get("Range") is None
             if not path.is_file() or (whole and name == hub.gone):
-                return self.refuse("EntryNotFound")
+                headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+                return self.send_empty(404, headers)
             hub.requests.append((self.command, name, self.headers.get("Range")))
             content = path.read_bytes()
             first, last, status = 0, len(content) - 1, 200
@@ -97,7 +197,7 @@ def hub_server() -> Iterator[Hub]:
             body = content[first : last + 1]
             self.send_response(status)
             self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", commit)
             self.send_header("Accept-Ranges", "bytes")
             if status == 206:
                 self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
@@ -117,12 +217,17 @@ def hub_server() -> Iterator[Hub]:
             try:
                 self.wfile.write(body)
             except OSError:
-                self.close_connection = True  # the client was killed
+                hub.cut += 1
+                self.close_connection = True  # the client was killed, or has seen enough
             return None
 
         def refuse(self, code: str) -> None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", code)
+            self.send_empty(404, {"X-Error-Code": code})
+
+        def send_empty(self, status: int, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", "0")
             self.end_headers()
 

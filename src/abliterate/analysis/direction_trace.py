@@ -129,7 +129,9 @@ def _prompts(
         named = getattr(request, kind)
         source = named or getattr(session.settings.extract, kind)
         exclude = () if named else used[kind]
-        chosen = load_prompts(source, "test", count, seed, exclude, "--n-prompts")
+        chosen = load_prompts(
+            source, "test", count, seed, exclude, "--n-prompts", commits=session.commits
+        )
         texts[kind] = [prompt.text for prompt in chosen]
         sources[kind] = {"source": source, "n": len(chosen)}
     return texts, sources

@@ -1,222 +1,153 @@
-"""Repositories on the hub: what they hold, and shards that are not on this disk.
+"""Model repositories on the hub: which of their files are fetched, and what kind they are of.
 
-Everything goes through ``huggingface_hub``: its cache, its token, its endpoint (``HF_ENDPOINT``).
+How the hub is asked, and what its errors mean, is ``abliterate.hub``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from abliterate.checkpoints.file_list import ADAPTER_CONFIG, adapter_base, is_adapter
 from abliterate.checkpoints.safetensors_header import (
     FileStamp,
     TensorEntry,
     header_length,
     parse_shard,
 )
-from abliterate.checkpoints.shards import ShardSet, is_adapter, join_shards, shard_names
-from abliterate.console import safe_bar
-from abliterate.errors import CheckpointError, FetchError, first_line
-from abliterate.storage.guarded_files import naming
+from abliterate.checkpoints.shards import (
+    INDEX,
+    ShardSet,
+    join_shards,
+    read_index,
+    shard_names,
+)
+from abliterate.errors import CheckpointError, DiskSpaceError
+from abliterate.hub import RETRIES, HubError, HubRepo, asking, patiently
+
+#: What a command takes of a checkpoint: its configuration (and headers), what runs the model, or
+#: all that an edited copy of it holds.
+Need = Literal["headers", "run", "copy"]
 
 # Weights in other formats: never opened (pickle runs code), so never downloaded.
 NOT_FETCHED = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot"),
-    *("*.tflite", "original/*", "consolidated*", "onnx/*", "adapter_model.*"),
+    *("*.pkl", "*.pickle", "*.npz", "*.tflite", "*.mlmodel", "*.mlpackage/*", "*.llamafile"),
+    *("original/*", "consolidated*", "onnx/*", "adapter_model.*", "checkpoint-*/*"),
 )
-_PICKLES = (".bin", ".pt", ".pth")
+# What a model runs without: other sets of its weights, pictures and recordings.
+_NOT_RUN = (
+    *("*/*.safetensors", "*.mp4", "*.mov", "*.webm", "*.gif", "*.png", "*.jpg", "*.jpeg"),
+    *("*.webp", "*.svg", "*.pdf", "*.mp3", "*.wav", "*.flac", "*.ogg", "*.zip", "*.tar*"),
+    *("*.ipynb", "events.out.tfevents*"),
+)
+# Of a model whose weights stay where they are.
+_CONFIGURATION = ["*config*.json", "*.index.json", "*.py"]
 _HEADER_GUESS = 100_000  # most headers are shorter: one request gets length and header
 
 
-@dataclass(frozen=True)
-class HubRepo:
-    """A model repository at one commit.
-
-    Attributes:
-        id: ``org/name``.
-        revision: the commit.
-        sizes: bytes of each of its files.
-    """
-
-    id: str
-    revision: str
-    sizes: Mapping[str, int] = field(repr=False)
-
-    def cached(self, name: str) -> Path | None:
-        """The file in the hub's cache, if it is there already."""
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(self.id, name, revision=self.revision)
-        return Path(path) if isinstance(path, str) else None
-
-    def read(self, name: str, start: int, length: int) -> bytes:
-        """Some bytes of a file.
-
-        Raises:
-            FetchError: the hub does not give them.
-        """
-        if (path := self.cached(name)) is not None:
-            with path.open("rb") as file:
-                file.seek(start)
-                return file.read(length)
-        if length == 0:
-            return b""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]
-            build_hf_headers,
-            hf_raise_for_status,
-            http_backoff,
-        )
-
-        try:
-            response = http_backoff(
-                "GET",
-                hf_hub_url(self.id, name, revision=self.revision),
-                headers={
-                    **build_hf_headers(),
-                    "Range": f"bytes={start}-{start + length - 1}",
-                    "Accept-Encoding": "identity",
-                },
-                follow_redirects=True,
-                timeout=60,
-            )
-            hf_raise_for_status(response)
-        except Exception as error:  # the client's many error types have no narrower common base
-            raise FetchError(_unfetched(f"{self.id}/{name}", error)) from None
-        content: bytes = response.content
-        if response.status_code != 206 or len(content) != length:
-            raise FetchError(
-                f"{self.id}/{name}: the hub's server gives no part of a file: leave out --low-disk"
-            )
-        return content
-
-    def fetch(self, name: str, folder: Path, stopped: Callable[[], bool]) -> Path:
-        """Download a file into a folder, unless it is there already.
-
-        Args:
-            name: of the file.
-            folder: where to; nothing goes into the hub's cache.
-            stopped: asked again and again; True ends the download.
-
-        Raises:
-            FetchError: the hub does not give it.
-            OSError: it cannot be written.
-        """
-        from huggingface_hub import hf_hub_download
-
-        try:
-            with naming(folder / name):
-                path = hf_hub_download(
-                    self.id,
-                    name,
-                    revision=self.revision,
-                    local_dir=folder,
-                    tqdm_class=_stoppable_bar(stopped),
-                )
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise FetchError(_unfetched(f"{self.id}/{name}", error)) from None
-        return Path(path)
-
-
-def _stoppable_bar(stopped: Callable[[], bool]) -> Any:
-    """A progress bar class: the one place where a download of the library's can be stopped."""
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
-
-    class Bar(safe_bar(tqdm)):  # type: ignore[misc]
-        def update(self, n: float | None = 1) -> bool | None:
-            if stopped():
-                raise FetchError("stopped")
-            return bool(super().update(n))
-
-    return Bar
-
-
-def look_up(name: str, revision: str | None) -> Any:
-    """What the hub says of a model and its files, with their sizes; None if it says nothing."""
-    from huggingface_hub import HfApi
+def remote_adapter_base(repo: HubRepo) -> str | None:
+    """What a repository's ``adapter_config.json`` names as its base model, if it can be read."""
+    from huggingface_hub import hf_hub_download
 
     try:
-        return HfApi().model_info(name, revision=revision, files_metadata=True)
-    except Exception:  # the download that follows says what is wrong, or finds all in the cache
+        path = hf_hub_download(repo.id, ADAPTER_CONFIG, revision=repo.revision)
+    except Exception:  # gated, or not there: it only makes an error message better
         return None
+    return adapter_base(Path(path))
 
 
-def check_files(where: str, names: Collection[str]) -> None:
-    """Refuse a checkpoint without safetensors weights, saying how to obtain one with them.
-
-    Args:
-        where: the folder or hub id.
-        names: of its files.
-
-    Raises:
-        CheckpointError: it has none.
-    """
-    top = [name for name in names if "/" not in name]
-    if any(name.endswith(".safetensors") and not is_adapter(name) for name in top):
-        return
-    ggufs = sorted(name for name in names if name.endswith(".gguf"))
-    if ggufs:
-        raise CheckpointError(
-            f"{where} holds GGUF weights ({ggufs[0]}), which can be neither run nor edited here: "
-            "use the safetensors checkpoint that they were converted from"
-        )
-    pickles = sorted(name for name in top if name.endswith(_PICKLES) and not is_adapter(name))
-    if pickles:
-        raise CheckpointError(
-            f"{where} holds pickle weights ({pickles[0]}), which are never opened: convert them "
-            "with safetensors (model.save_pretrained writes them) first"
-        )
-    if any(map(is_adapter, top)):
-        raise CheckpointError(
-            f"{where} holds a PEFT adapter and no model: give the model that it was made for, or "
-            "merge it into that first (PEFT's merge_and_unload, then save_pretrained)"
-        )
-    raise CheckpointError(f"{where} has no .safetensors weights")
+def _patterns(need: Need, shards: bool) -> tuple[list[str] | None, list[str]]:
+    """Which files are allowed (None: all) and which are left out."""
+    if need == "headers":
+        return _CONFIGURATION, list(NOT_FETCHED)
+    others = () if need == "copy" else _NOT_RUN
+    return None, [*NOT_FETCHED, *others, *(() if shards else ("*.safetensors",))]
 
 
-def fetch_snapshot(name: str, revision: str | None, shards: bool) -> Path:
+def fetch_snapshot(repo: HubRepo, revision: str | None, need: Need, shards: bool) -> Path:
     """A model's files in the hub's cache.
 
     Args:
-        name: ``org/name``.
-        revision: branch, tag or commit.
+        repo: which, and at which commit.
+        revision: the name that the user has for this commit, which the cache remembers.
+        need: what for.
         shards: the safetensors too.
 
     Raises:
-        CheckpointError: the hub does not give them, and the cache does not hold them.
+        CheckpointError: the hub does not give them.
+        DiskSpaceError: the cache has no room for them.
     """
-    ignored = [*NOT_FETCHED, *(() if shards else ("*.safetensors",))]
-    return _fetch(name, revision, ignored=ignored)
-
-
-def fetch_configuration(name: str, revision: str | None) -> Path:
-    """A model's JSON files alone in the hub's cache; otherwise as :func:`fetch_snapshot`."""
-    return _fetch(name, revision, allowed=["*.json"])
-
-
-def _fetch(
-    name: str,
-    revision: str | None,
-    allowed: list[str] | None = None,
-    ignored: list[str] | None = None,
-) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
+    allowed, ignored = _patterns(need, shards)
+    _check_room(repo, allowed, ignored)
+
+    def download(at: str | None) -> Path:
         return Path(
+            snapshot_download(repo.id, revision=at, allow_patterns=allowed, ignore_patterns=ignored)
+        )
+
+    what = f"model '{repo.id}'"
+    try:
+        with asking(repo.id, revision):
+            path = patiently(lambda: download(revision), what, RETRIES)
+            if path.name != repo.revision:  # it moved on since it was looked up
+                path = patiently(lambda: download(repo.revision), what, RETRIES)
+    except HubError as error:
+        kept = "; finished files are kept: the same command fetches the rest"
+        raise CheckpointError(f"{error}{kept if error.passing else ''}") from None
+    return path
+
+
+def cached_snapshot(repo: str, commit: str, need: Need) -> Path | None:
+    """The same from the cache alone; None if it does not hold all of them."""
+    from huggingface_hub import snapshot_download
+
+    allowed, ignored = _patterns(need, True)
+    try:
+        path = Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored
+                repo,
+                revision=commit,
+                allow_patterns=allowed,
+                ignore_patterns=ignored,
+                local_files_only=True,
             )
         )
-    except Exception as error:  # the client's many error types have no narrower common base
+    except Exception:  # whoever asked has the reason why the hub was not asked
+        return None
+    if need == "headers":
+        return path if (path / "config.json").is_file() else None
+    names: Sequence[str] = [file.name for file in path.glob("*.safetensors")]
+    if (path / INDEX).is_file():
+        names = sorted(set(read_index(path / INDEX)["weight_map"].values()))
+    return path if names and all((path / name).is_file() for name in names) else None
+
+
+def _check_room(repo: HubRepo, allowed: list[str] | None, ignored: list[str]) -> None:
+    """Refuse what does not fit before a byte of it comes."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+    names = filter_repo_objects(repo.sizes, allow_patterns=allowed, ignore_patterns=ignored)
+    needed = sum(repo.sizes[name] for name in names if repo.cached(name) is None)
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    there = next(place for place in (cache, *cache.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise DiskSpaceError(
+            f"model '{repo.id}' needs {needed / 1e9:.1f} GB more in the hub's cache {cache}, whose "
+            f"disk has {free / 1e9:.1f} GB left: free some, or set HF_HOME to a larger one"
+        )
+    if needed and not os.access(there, os.W_OK):
         raise CheckpointError(
-            f"model '{name}' cannot be fetched from the hub ({_reason(error)}): check the id, "
-            "--revision and network, set HF_TOKEN if it is gated, or give a local folder"
-        ) from None
+            f"model '{repo.id}' is not whole in the hub's cache {cache}, which cannot be written: "
+            "set HF_HOME to a folder that can"
+        )
 
 
 def read_remote_shards(folder: Path, repo: HubRepo) -> ShardSet:
@@ -252,11 +183,3 @@ def read_remote_shards(folder: Path, repo: HubRepo) -> ShardSet:
         return repo.read(entry.file.name, entry.start, entry.end - entry.start)
 
     return join_shards(folder, shards, index, read)
-
-
-def _unfetched(what: str, error: Exception) -> str:
-    return f"{what} cannot be fetched from the hub ({_reason(error)})"
-
-
-def _reason(error: Exception) -> str:
-    return first_line(error)[:200]

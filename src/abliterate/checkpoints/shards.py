@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from abliterate.checkpoints.file_list import MAX_CONFIG as MAX_CONFIG
+from abliterate.checkpoints.file_list import is_adapter as is_adapter
 from abliterate.checkpoints.safetensors_header import (
     DTYPES,
     MAX_HEADER,
@@ -30,8 +32,6 @@ from abliterate.storage.portable_names import is_portable
 _COMPARED_BYTES = 32 << 20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_CONFIG = 32 << 20  # bytes of a config.json: no model's is larger
-ADAPTER_CONFIG = "adapter_config.json"
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
@@ -84,11 +84,6 @@ def weight_files(folder: Path) -> list[str]:
     An adapter that lies beside a model is no part of it.
     """
     return [path.name for path in folder.glob("*.safetensors") if not is_adapter(path.name)]
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a file is one of those that PEFT writes for an adapter."""
-    return name == ADAPTER_CONFIG or name.startswith("adapter_model.")
 
 
 def shard_names(

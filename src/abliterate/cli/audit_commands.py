@@ -55,8 +55,10 @@ def audit(
     Exit code 0 if it is clean, 7 if it was edited, 8 if that cannot be told.
     """  # fmt: skip
     from abliterate.checkpoints.checkpoint import find_checkpoint
+    from abliterate.cli.commands import find_recorded
     from abliterate.direction import Direction, find_direction, load_direction, save_direction
     from abliterate.errors import UsageError
+    from abliterate.run_records import source_of_direction, source_of_edit
     from abliterate.settings import load_settings
     from abliterate.storage.artifacts import check_writable, finite
     from abliterate.storage.ownership import claim_file, has_metadata
@@ -70,8 +72,11 @@ def audit(
         check_writable(output.parent)
         # A direction that select chose has its position: it is no output of this command.
         claim_file(output, has_metadata("layer", "model", position="None"), "audit -o")
+    sources = [None if direction is None else source_of_direction(direction)]
     target = find_checkpoint(checkpoint, given["model"]["revision"])
-    other = None if base is None else find_checkpoint(base)
+    other = None
+    if base is not None:
+        other = find_recorded(base, None, [source_of_edit(target.folder), *sources])
     from abliterate.auditing.report import audit as judge
     from abliterate.models.loading import pick_device
     from abliterate.precision import linear_algebra_device
@@ -82,7 +87,7 @@ def audit(
     document = finite(found.document())
     document["direction"] = None
     if output is not None and found.direction is not None:
-        save_direction(output, Direction(found.direction), target.name)
+        save_direction(output, Direction(found.direction), target.name, target.revision)
         document["direction"] = str(output)
     print_json(document) if as_json else _show(checkpoint, document, found.direction is not None)
     return EXIT_CODES[found.verdict]

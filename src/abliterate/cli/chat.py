@@ -290,11 +290,13 @@ def chat(
     settings = load_settings(config, given)
     from abliterate.cli.commands import open_session
     from abliterate.direction import find_direction, load_direction
+    from abliterate.run_records import source_of_direction
 
     if direction is not None:
         find_direction(direction)
         settings = load_settings(config, given, _format_of(Path(direction)))
-    session = open_session(model, settings)
+    sources = [] if direction is None else [source_of_direction(direction)]
+    session = open_session(model, settings, sources=sources)
     from abliterate.inference.dialogue import Conversation, Decoding, Steering
     from abliterate.run_rendering import settle_rendering
 

@@ -10,7 +10,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.console import print_json, print_line, print_table
-from abliterate.errors import UsageError
+from abliterate.errors import NeedsWeightsError, UsageError
 
 
 @opt.command(last=("revision", "trust_remote_code"))
@@ -42,15 +42,20 @@ def verify(
     from dataclasses import replace
 
     from abliterate.checkpoints.checkpoint import find_checkpoint
+    from abliterate.cli.commands import find_recorded
     from abliterate.direction import find_direction, load_direction
+    from abliterate.run_records import source_of_direction, source_of_edit
     from abliterate.settings import load_settings
 
     load_settings(None, given)
     model, prompts = given["model"], given["extract"]
     trust = bool(model["trust_remote_code"])
-    checkpoint = find_checkpoint(edited)
+    checkpoint = find_checkpoint(edited, need="copy")
     find_direction(direction)
-    base = None if source is None else find_checkpoint(source, model["revision"])
+    base = None
+    if source is not None:
+        records = [source_of_edit(checkpoint.folder), source_of_direction(direction)]
+        base = find_recorded(source, model["revision"], records, trust, need="copy")
     vector = load_direction(direction)
     from abliterate.checkpoints.shards import read_shards
     from abliterate.offload import OpenOptions, choose_opener
@@ -127,13 +132,17 @@ def writers(
     given: opt.Given,
     as_json: opt.Json = False,
 ) -> None:
-    """List what writes to the residual stream, from config and index alone."""
+    """List what writes to the residual stream, from config and headers alone."""
     from abliterate.checkpoints.checkpoint import find_checkpoint
 
-    checkpoint = find_checkpoint(model, given["model"]["revision"])
+    revision, trust = given["model"]["revision"], bool(given["model"]["trust_remote_code"])
+    checkpoint = find_checkpoint(model, revision, need="headers")
     from abliterate.editing.writer_table import describe_writers
 
-    document = describe_writers(checkpoint, bool(given["model"]["trust_remote_code"]))
+    try:
+        document = describe_writers(checkpoint, trust)
+    except NeedsWeightsError:
+        document = describe_writers(find_checkpoint(model, revision), trust)
     if as_json:
         return print_json(document)
     rows = [

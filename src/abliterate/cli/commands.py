@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from abliterate.cli import options as opt
-from abliterate.console import print_json
-from abliterate.errors import UsageError
+from abliterate.console import log, print_json
+from abliterate.errors import InputError, UsageError
 from abliterate.settings import Settings, load_settings, parse_layers
 
 if TYPE_CHECKING:
+    from abliterate.checkpoints.checkpoint import Checkpoint
+    from abliterate.checkpoints.hub import Need
     from abliterate.run_folder import Session
+    from abliterate.run_records import HubSource
 
 
 @opt.command()
@@ -98,7 +103,15 @@ def orthogonalize(
 
     parse_layers(settings.orthogonalize.layers)
     find_direction(direction)
-    session = open_session(model, settings, settings.orthogonalize.low_disk)
+    from abliterate.run_records import source_of_direction
+
+    session = open_session(
+        model,
+        settings,
+        settings.orthogonalize.low_disk,
+        need="copy",
+        sources=[source_of_direction(direction)],
+    )
     vector = load_direction(direction)
     from abliterate.pipeline.stages import orthogonalize_stage
 
@@ -120,7 +133,7 @@ def run(
     from abliterate.cli.tables import show_run
     from abliterate.storage.artifacts import believing
 
-    session = open_session(model, settings)
+    session = _begun_session(output, model, settings)
     from abliterate.pipeline.run import run_pipeline
 
     with showing_front():
@@ -130,23 +143,113 @@ def run(
         print_json(record) if as_json else show_run(record, output)
 
 
-def open_session(model: str, settings: Settings, leave_shards: bool = False) -> Session:
-    """A session on a checkpoint; imports no torch, so that a wrong name is told at once."""
-    from abliterate.checkpoints.checkpoint import find_checkpoint
+def _begun_session(run: Path, model: str, settings: Settings) -> Session:
+    """A session for all stages: where they were begun, on what the first of them took."""
+    from abliterate.run_folder import EXTRACT
+    from abliterate.run_records import read_extract, recorded_commits, source_of_extract
+
+    sources, commits = [], dict[str, str]()
+    # Code of a checkpoint runs at no commit that only a record names.
+    if (run / EXTRACT).is_file() and not settings.model.trust_remote_code:
+        with suppress(InputError):  # then extract makes it again
+            extracted = read_extract(run)
+            sources.append(source_of_extract(run, extracted))
+            commits = recorded_commits([extracted])
+    return open_session(model, settings, need="copy", sources=sources, commits=commits)
+
+
+def open_session(
+    model: str,
+    settings: Settings,
+    leave_shards: bool = False,
+    *,
+    need: Need = "run",
+    sources: Sequence[HubSource | None] = (),
+    commits: dict[str, str] | None = None,
+) -> Session:
+    """A session on a checkpoint; imports no torch, so that a wrong name is told at once.
+
+    Args:
+        model: folder or hub id.
+        settings: of the stages.
+        leave_shards: as of ``find_checkpoint``.
+        need: likewise.
+        sources: what records name, the nearest first, as of :func:`find_recorded`.
+        commits: of hub data sets, that records name.
+    """
     from abliterate.extras import require_extra
     from abliterate.run_folder import Session
 
-    if (load_in := settings.model.load_in) != "none":  # told before anything is fetched
-        require_extra("bitsandbytes", f"--load-in {load_in}", "bitsandbytes", "quantized")
-    return Session(find_checkpoint(model, settings.model.revision, leave_shards), settings)
+    own = settings.model
+    if own.load_in != "none":  # told before anything is fetched
+        require_extra("bitsandbytes", f"--load-in {own.load_in}", "bitsandbytes", "quantized")
+    checkpoint = find_recorded(
+        model, own.revision, sources, own.trust_remote_code, leave_shards, need
+    )
+    return Session(checkpoint, settings, commits or {})
+
+
+def find_recorded(
+    model: str,
+    revision: str | None,
+    sources: Sequence[HubSource | None],
+    trusts_code: bool = False,
+    leave_shards: bool = False,
+    need: Need = "run",
+) -> Checkpoint:
+    """The checkpoint of that name: of a hub id that a record names, the recorded commit.
+
+    Another one needs to be asked for, and is said in one line.
+
+    Args:
+        model: folder, or hub id with or without ``@REVISION``.
+        revision: the one asked for.
+        sources: what records name, the nearest first.
+        trusts_code: the checkpoint's own code may run.
+        leave_shards: as of ``find_checkpoint``.
+        need: likewise.
+
+    Raises:
+        UsageError: code would run at a revision that only a record names.
+    """
+    from abliterate.checkpoints.checkpoint import find_checkpoint
+    from abliterate.run_records import check_trusted_revision
+
+    recorded = next((s for s in sources if s is not None and s.is_of(model)), None)
+    if recorded is not None and revision is None and "@" not in model:
+        check_trusted_revision(model, recorded.commit, recorded.record, trusts_code)
+        revision = recorded.commit
+    checkpoint = find_checkpoint(model, revision, leave_shards, need)
+    if recorded is not None and checkpoint.revision != recorded.commit:
+        log.warning(
+            "%s is taken at commit %s; %s names commit %s",
+            checkpoint.name,
+            checkpoint.revision,
+            recorded.record,
+            recorded.commit,
+        )
+    return checkpoint
 
 
 def later_session(run: Path, model: str | None, config: Path | None, given: opt.Given) -> Session:
     """A session on what ``extract`` recorded in ``run``; file and options win over it."""
-    from abliterate.run_records import check_trust, read_extract, take_base
+    from abliterate.run_records import (
+        check_trust,
+        read_extract,
+        read_used,
+        recorded_commits,
+        source_of_extract,
+        take_base,
+    )
 
     extracted = read_extract(run)
     base = take_base(run, extracted, model, load_settings(config, given))
     settings = load_settings(config, given, base)
     check_trust(run, extracted, settings)
-    return open_session(model or extracted["model"]["id"], settings)
+    source = source_of_extract(run, extracted)
+    commits = recorded_commits([extracted])
+    with suppress(InputError):  # of selection.json: whoever needs it says so
+        commits = recorded_commits(read_used(run))
+    return open_session(
+        model or extracted["model"]["id"], settings, sources=[source], commits=commits
+    )

@@ -59,6 +59,7 @@ def evaluate(
     from abliterate.cli.evaluation_tables import show_evaluation
     from abliterate.direction import find_direction, load_direction
     from abliterate.evaluation.intervention_names import check_name
+    from abliterate.run_records import source_of_direction
 
     for name in intervention or ():
         check_name(name, direction, checkpoint or ())
@@ -67,7 +68,11 @@ def evaluate(
     named = name_checkpoints(checkpoint or [])
     run = Path(direction) if direction and Path(direction).is_dir() else None
     session = (
-        open_session(model, load_settings(config, given))
+        open_session(
+            model,
+            load_settings(config, given),
+            sources=[] if direction is None else [source_of_direction(direction)],
+        )
         if run is None
         else later_session(run, model, config, given)
     )
@@ -87,6 +92,7 @@ def name_checkpoints(specs: list[str]) -> dict[str, str]:
         UsageError: two have the same name, or one has that of an intervention or no plain name.
     """
     from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS
+    from abliterate.hub import split_id
     from abliterate.storage.artifacts import is_plain_name
 
     found: dict[str, str] = {}
@@ -95,7 +101,9 @@ def name_checkpoints(specs: list[str]) -> dict[str, str]:
         # The equals sign may be part of a path.
         if not equals or _exists(spec) or ("/" in name and not _exists(folder)):
             name, folder = "", spec
-        name = name or Path(folder.replace("\0", " ")).resolve().name
+        repo = None if _exists(folder) else split_id(folder)
+        place = folder if repo is None else repo[0]
+        name = name or Path(place.replace("\0", " ")).resolve().name
         if not is_plain_name(name):
             raise UsageError(
                 f"--checkpoint {spec}: '{name}' is no plain name, give one as "

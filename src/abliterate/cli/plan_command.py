@@ -35,10 +35,10 @@ def plan(
     given: opt.Given,
     as_json: opt.Json = False,
 ) -> None:
-    """Estimate memory, time and passes of each stage from config.json alone."""
+    """Estimate memory, time and passes of each stage from config.json and headers alone."""
     if min(n_train, n_val, tokens, positions) < 1:
         raise UsageError("--n-train, --n-val, --tokens and --positions must be at least 1")
-    from abliterate.checkpoints.checkpoint import find_config
+    from abliterate.checkpoints.checkpoint import find_checkpoint
 
     asked = given["model"]
     load_settings(None, given)
@@ -46,17 +46,16 @@ def plan(
     given_gpu = None
     if gpu_memory is not None:
         given_gpu = 0 if gpu_memory.strip() == "0" else parse_memory(gpu_memory, "--gpu-memory")
-    folder = find_config(model, asked["revision"])
+    checkpoint = find_checkpoint(model, asked["revision"], need="headers")
     import psutil
     import torch
 
     from abliterate.capacity import machine_benchmark, resource_estimate
     from abliterate.inference.token_batches import attempt
-    from abliterate.models.loading import Checkpoint, load_config, pick_device, present_shards
+    from abliterate.models.loading import known_shards, load_config, pick_device
     from abliterate.offload import free_memory
 
     trust = bool(asked["trust_remote_code"])
-    checkpoint = Checkpoint(model, folder)
     config = load_config(checkpoint, trust)
     here = pick_device("auto")
     main = free_memory(torch.device("cpu")) if given_memory is None else given_memory
@@ -64,7 +63,8 @@ def plan(
     if gpu is None:
         gpu = free_memory(here) if here.type not in ("cpu", "mps") else 0
     number = resource_estimate.dtype_of(asked["dtype"] or "auto", config, gpu > 0)
-    shape = resource_estimate.shape_of(config, number, trust, present_shards(checkpoint))
+    shards = known_shards(checkpoint)
+    shape = resource_estimate.shape_of(config, number, trust, shards)
     speed: float | None = None
     if not gpu or here.type != "cpu":
         place = here if gpu else torch.device("cpu")
@@ -72,7 +72,11 @@ def plan(
         if attempt(lambda: found.append(machine_benchmark.layer_speed(shape.width, number, place))):
             speed = found[0]
     machine = resource_estimate.Machine(
-        main, gpu, machine_benchmark.disk_speed(folder), speed, machine_benchmark.copy_speed()
+        main,
+        gpu,
+        machine_benchmark.disk_speed(checkpoint.folder),
+        speed,
+        machine_benchmark.copy_speed(),
     )
     activations = asked["activation_memory"]
     work = resource_estimate.Workload(

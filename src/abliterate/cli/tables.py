@@ -41,6 +41,7 @@ def describe_source(spec: str, examples: int, seed: int) -> dict[str, Any]:
     return {
         "source": spec,
         "origin": source.origin,
+        **({} if source.commit is None else {"revision": source.commit}),
         "splits": splits,
         "examples": [asdict(prompt) for prompt in chosen],
     }
@@ -55,7 +56,8 @@ def show_source(document: Mapping[str, Any]) -> None:
         [f"  {category}", *(str(s["categories"].get(category, 0)) for s in splits.values())]
         for category in categories
     ]
-    print_table(f"{document['source']} ({document['origin']})", ["", *splits], rows)
+    commit = f", commit {document['revision']}" if "revision" in document else ""
+    print_table(f"{document['source']} ({document['origin']}{commit})", ["", *splits], rows)
     for example in document["examples"]:
         print_line(f"- {example['text']}")
 

@@ -24,7 +24,12 @@ from abliterate.checkpoints.shards import ShardSet, read_shards
 from abliterate.console import log
 from abliterate.editing.config_contradiction import map_matching
 from abliterate.editing.tied_embeddings import tied_head
-from abliterate.errors import CheckpointError, PlanError, UnsupportedArchitectureError
+from abliterate.errors import (
+    CheckpointError,
+    NeedsWeightsError,
+    PlanError,
+    UnsupportedArchitectureError,
+)
 from abliterate.models.loading import Checkpoint, load_config, load_weights, require_safetensors
 from abliterate.models.model_classes import empty_model, text_config
 from abliterate.writers import Proof, WriterPlan, plan_for, proof_of, prove_in_place
@@ -138,13 +143,14 @@ def prove_writers(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) 
     """The proof that the writers are complete: on a random copy, else on the weights themselves.
 
     Raises:
+        NeedsWeightsError: that is left, and they are still on the hub.
         UnsupportedArchitectureError: they cannot be found.
     """
     try:
         return proof_of(config)
     except UnsupportedArchitectureError as error:
         if checkpoint.remote is not None:
-            raise UnsupportedArchitectureError(
+            raise NeedsWeightsError(
                 f"{error}; only a proof on its own weights is left, which --low-disk does not have"
             ) from None
         # Costs the memory of the whole model, in float32; but nothing is edited unproven.

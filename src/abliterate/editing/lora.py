@@ -52,7 +52,12 @@ def check_targets(edits: Sequence[TensorEdit], shards: ShardSet) -> None:
 
 
 def write_adapter(
-    folder: Path, edits: Sequence[TensorEdit], shards: ShardSet, scale: float, base: str
+    folder: Path,
+    edits: Sequence[TensorEdit],
+    shards: ShardSet,
+    scale: float,
+    base: str,
+    revision: str | None = None,
 ) -> list[DirectionEnergy]:
     """Write the adapter's two files; returns what each tensor had along its directions.
 
@@ -62,6 +67,7 @@ def write_adapter(
         shards: the base checkpoint.
         scale: share of the direction to remove.
         base: its name.
+        revision: its commit on the hub, or None for a folder.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, or the edit makes it overflow.
@@ -86,11 +92,11 @@ def write_adapter(
             tensors[f"{module}.lora_B.weight"] = up
         sums.append(part)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    write_json(folder / CONFIG, _config(edits, base))
+    write_json(folder / CONFIG, _config(edits, base, revision))
     return sums
 
 
-def _config(edits: Sequence[TensorEdit], base: str) -> Mapping[str, Any]:
+def _config(edits: Sequence[TensorEdit], base: str, revision: str | None) -> Mapping[str, Any]:
     ranks = {edit.name.removesuffix(".weight"): len(edit.basis) for edit in edits}
     common = max(ranks.values())
     other = {name: rank for name, rank in ranks.items() if rank != common}
@@ -98,6 +104,7 @@ def _config(edits: Sequence[TensorEdit], base: str) -> Mapping[str, Any]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         "r": common,
         "lora_alpha": common,  # alpha / r scales the update: by one

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 
-from abliterate.checkpoints.hub import HubRepo
 from abliterate.checkpoints.safetensors_header import Shard, read_shard
 from abliterate.checkpoints.shards import inside
 from abliterate.editing.shard_layout import ShardLayout
@@ -24,6 +23,7 @@ from abliterate.editing.shard_tasks import EditContext
 from abliterate.editing.shard_writer import write_shards
 from abliterate.editing.workspace import Workspace
 from abliterate.errors import CheckpointError
+from abliterate.hub import HubRepo
 from abliterate.storage.guarded_files import make_folder, naming
 
 

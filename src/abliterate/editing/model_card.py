@@ -89,7 +89,7 @@ def write_model_card(
         rest="It is an adapter: load it onto the original with PEFT." if adapter else rest,
         limits="".join(f"- Limit: {markdown(limit)}.\n" for limit in limits),
         name=markdown(name),
-        base=code(name),
+        base=code(name) + ("" if base.revision is None else f" at commit {code(base.revision)}"),
         layer=direction.layer,
         position=direction.position,
         sha256=code(str(direction.sha256)),

@@ -100,7 +100,7 @@ def orthogonalize(
     """
     out, options = Path(out), options or EditOptions()
     if isinstance(model, str):
-        model = find_checkpoint(model, leave_shards=low_disk)
+        model = find_checkpoint(model, leave_shards=low_disk, need="copy")
     if isinstance(direction, Tensor):
         direction = Direction(direction)
     if model.remote is not None:
@@ -312,7 +312,8 @@ def _write_other_files(plan: OutputPlan, workspace: Workspace) -> None:
 def _adapter(plan: OutputPlan, workspace: Workspace) -> dict[int, DirectionEnergy]:
     """Write the adapter; what each edit measured, by its number."""
     edit = plan.edit.plan
+    source = plan.source
     energies = write_adapter(
-        workspace.files, edit.edits, edit.shards, plan.options.scale, plan.source.name
+        workspace.files, edit.edits, edit.shards, plan.options.scale, source.name, source.revision
     )
     return dict(enumerate(energies))

@@ -19,15 +19,15 @@ from abliterate.writers import Writer, plan_for, proof_of, stream_width
 def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, Any]:
     """Every writer with its tensors on disk, as the command ``writers`` prints it.
 
-    Works from ``config.json`` and the index alone; where the shards lie there too, their headers
-    count. Without an index the tensors are those that transformers would save.
+    Works from ``config.json`` and the index alone; where the shards lie there too, or on the hub,
+    their headers count. Without an index the tensors are those that transformers would save.
 
     Raises:
         PlanError: a writer has no tensor on disk.
         UnsupportedArchitectureError: the writers cannot be found.
     """
     config = load_config(checkpoint, trust_remote_code)
-    has_weights = bool(weight_files(checkpoint.folder))
+    has_weights = checkpoint.remote is not None or bool(weight_files(checkpoint.folder))
     if has_weights:
         shards, shapes, config = read_plain(checkpoint, config)
         model = empty_model(config, trust_remote_code, shards)

@@ -300,8 +300,7 @@ def find_classifier(settings: Settings) -> Classifier | None:
             raise UsageError("--classifier-input needs --classifier")
         return None
     name, asked = _cut_label(spec)
-    place, revision = _cut_revision(name)
-    checkpoint = find_checkpoint(place, revision)
+    checkpoint = find_checkpoint(name)
     from abliterate.models.loading import load_config
 
     config = load_config(checkpoint, model.trust_remote_code)
@@ -335,12 +334,6 @@ def _cut_label(spec: str) -> tuple[str, str | None]:
     if not spec[at + 1 :].strip():
         raise UsageError(f"--classifier {spec}: no label follows the colon")
     return spec[:at], spec[at + 1 :].strip()
-
-
-def _cut_revision(name: str) -> tuple[str, str | None]:
-    """``org/name[@REV]``; a folder's name may hold an @."""
-    place, _, revision = name.partition("@")
-    return (name, None) if not revision or Path(name).expanduser().exists() else (place, revision)
 
 
 def _check_task(checkpoint: Checkpoint, config: Any) -> None:

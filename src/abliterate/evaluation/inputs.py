@@ -104,7 +104,9 @@ def read_inputs(
     judge, classifier = check_options(session)
     phrases = parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
     corpora = {
-        name: None if name == "own" else read_corpus(name, source, settings.corpus_texts, seed)
+        name: None
+        if name == "own"
+        else read_corpus(name, source, settings.corpus_texts, seed, session.commits)
         for name, source in parse_corpora(settings.corpus).items()
     }
     tasks_dir = None if settings.tasks_dir is None else Path(settings.tasks_dir)
@@ -158,7 +160,9 @@ def borderline_prompts(session: Session, source: str, used: Collection[str] = ()
         return is_contrast(prompt)
 
     n, seed = session.settings.evaluate.n_test, session.settings.model.seed
-    chosen = load_prompts(source, "test", n, seed, used, "--n-test", leave_out)
+    chosen = load_prompts(
+        source, "test", n, seed, used, "--n-test", leave_out, commits=session.commits
+    )
     if left_out:
         log.info("--borderline %s: %d harmful prompts of it are left out", source, left_out)
     return chosen

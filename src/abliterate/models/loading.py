@@ -21,7 +21,8 @@ from transformers import (
 from abliterate.checkpoints.checkpoint import Checkpoint as Checkpoint  # also given from here
 from abliterate.checkpoints.checkpoint import find_checkpoint as find_checkpoint
 from abliterate.checkpoints.config_sizes import Held, check_counts, check_sizes
-from abliterate.checkpoints.hub import check_files
+from abliterate.checkpoints.file_list import ADAPTER_CONFIG, adapter_base, check_files
+from abliterate.checkpoints.hub import read_remote_shards
 from abliterate.checkpoints.safetensors_header import read_shard
 from abliterate.checkpoints.shards import (
     INDEX,
@@ -33,10 +34,11 @@ from abliterate.checkpoints.shards import (
     shard_names,
     weight_files,
 )
-from abliterate.console import bars_hidden
+from abliterate.console import bars_hidden, log
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import (
     CheckpointError,
+    FetchError,
     UnsupportedArchitectureError,
     UsageError,
     one_line,
@@ -178,6 +180,17 @@ def present_shards(checkpoint: Checkpoint) -> ShardSet | None:
         return None
     names, _ = shard_names(checkpoint.folder, present)
     return read_shards(checkpoint.folder) if set(names) <= set(present) else None
+
+
+def known_shards(checkpoint: Checkpoint) -> ShardSet | None:
+    """The same, or the headers of shards that lie on the hub, if it gives parts of files."""
+    if checkpoint.remote is None:
+        return present_shards(checkpoint)
+    try:
+        return read_remote_shards(checkpoint.folder, checkpoint.remote)
+    except FetchError as error:
+        log.warning("%s: going by config.json alone", error)
+        return None
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
@@ -336,7 +349,9 @@ def incomplete(checkpoint: Checkpoint, parameters: Sequence[str]) -> CheckpointE
 def require_safetensors(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose weights are not safetensors, saying how to convert them."""
     if checkpoint.remote is None:
-        check_files(str(checkpoint.folder), [path.name for path in checkpoint.folder.iterdir()])
+        folder = checkpoint.folder
+        names = [path.name for path in folder.iterdir()]
+        check_files(str(folder), names, lambda: adapter_base(folder / ADAPTER_CONFIG))
 
 
 def _loading_error(checkpoint: Checkpoint, error: Exception, what: str = "") -> CheckpointError:

@@ -104,6 +104,6 @@ def check_settings(session: Session) -> None:
     later = (settings.select.harmful, settings.select.harmless)
     for source in dict.fromkeys((*later, evaluate.harmful, evaluate.harmless)):
         if source is not None:
-            read_source(source)
+            read_source(source, session.commits)
     if evaluate.borderline is not None:
         borderline_prompts(session, evaluate.borderline)

@@ -257,7 +257,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         result = _choose(session, run, extraction, prompts, scores)
         record = stage.finish(
             _select_record(session, extracted, prompts, result, scores.offload()),
-            lambda: _write_direction(session, run, extraction, result),
+            lambda: _write_direction(session, run, extracted, extraction, result),
         )
     try:
         result.require_winner()
@@ -353,13 +353,20 @@ def _how_scored(session: Session, extracted: Mapping[str, Any]) -> dict[str, Any
 
 
 def _write_direction(
-    session: Session, run: Path, extraction: Extraction, result: Selection
+    session: Session,
+    run: Path,
+    extracted: Mapping[str, Any],
+    extraction: Extraction,
+    result: Selection,
 ) -> None:
     """The chosen direction; without one, none that an earlier choice left either."""
     if result.winner is None:
         (run / FILE_NAME).unlink(missing_ok=True)
     else:
-        save_direction(run / FILE_NAME, result.direction(extraction), session.checkpoint.name)
+        # Of the commit whose activations it is the difference of.
+        revision = extracted["model"].get("revision")
+        direction = result.direction(extraction)
+        save_direction(run / FILE_NAME, direction, session.checkpoint.name, revision)
 
 
 def _check_refusal_tokens(session: Session, extraction: Extraction, run: Path) -> None:

@@ -8,7 +8,7 @@ completions of harmless prompts.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,9 @@ def parse_corpora(specs: Sequence[str]) -> dict[str, str]:
     return sources
 
 
-def read_corpus(name: str, source: str, n: int, seed: int) -> Corpus:
+def read_corpus(
+    name: str, source: str, n: int, seed: int, commits: MutableMapping[str, str] | None = None
+) -> Corpus:
     """At most ``n`` texts of a file or hub dataset.
 
     The Pile's are the first ones, Alpaca's a seeded sample of the instructions without inputs.
@@ -87,6 +89,7 @@ def read_corpus(name: str, source: str, n: int, seed: int) -> Corpus:
         source: a file, or ``org/name[/config][@revision][:split]``.
         n: how many.
         seed: of the sample.
+        commits: as of :func:`~abliterate.prompts.sources.read_source`.
 
     Raises:
         InputError: the source is unusable or holds no such texts.
@@ -96,7 +99,7 @@ def read_corpus(name: str, source: str, n: int, seed: int) -> Corpus:
     if path.suffix.lower() in FILE_TYPES or path.exists():
         rows = read_rows(path, f"--corpus {name}: file")
     else:
-        rows = _hub_rows(name, source, None if answers else n)
+        rows = _hub_rows(name, source, None if answers else n, {} if commits is None else commits)
     corpus = f"--corpus {name}={source}"
     examples = _pairs(rows, corpus) if answers else _texts(rows, corpus)
     if not examples:
@@ -106,7 +109,9 @@ def read_corpus(name: str, source: str, n: int, seed: int) -> Corpus:
     return Corpus(name, source, tuple(examples[:n]))
 
 
-def _hub_rows(name: str, source: str, count: int | None) -> list[Any]:
+def _hub_rows(
+    name: str, source: str, count: int | None, commits: MutableMapping[str, str]
+) -> list[Any]:
     dataset = HubDataset.parse(source)
     if dataset is None:
         raise InputError(
@@ -114,11 +119,11 @@ def _hub_rows(name: str, source: str, count: int | None) -> list[Any]:
             "hub dataset (org/name:split)"
         )
     try:
-        return dataset.first_rows(count)
+        return dataset.first_rows(count, commits)
     except HubDatasetError as error:
         raise InputError(
-            f"--corpus {name}={source} cannot be loaded ({error}): check the id, split and "
-            f"network, or give a file as --corpus {name}=FILE"
+            f"--corpus {name}={source} cannot be loaded: {error} (a file may be given as "
+            f"--corpus {name}=FILE)"
         ) from None
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, MutableMapping
 
 from abliterate.errors import InputError
 from abliterate.prompts.sources import Prompt, PromptSource, read_source
@@ -68,6 +68,7 @@ def load_prompts(
     exclude: Collection[str] = (),
     option: str = "n",
     leave_out: Callable[[Prompt], bool] = lambda prompt: False,
+    commits: MutableMapping[str, str] | None = None,
 ) -> list[Prompt]:
     """Load and sample prompts from a source.
 
@@ -79,11 +80,12 @@ def load_prompts(
         exclude: :func:`prompt_key` of the prompts already in use, which are left out.
         option: the option that sets ``n``, for the error message.
         leave_out: tells which prompts of the source do not belong there.
+        commits: as of :func:`~abliterate.prompts.sources.read_source`.
 
     Raises:
         InputError: the source is unusable or has fewer than ``n`` prompts left.
     """
-    source = read_source(spec)
+    source = read_source(spec, commits)
     pool = [
         p
         for p in split_pool(source, split)

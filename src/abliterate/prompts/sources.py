@@ -8,7 +8,7 @@ each with an optional ``[column]`` at the end. A split may be sliced as ``datase
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,13 @@ class PromptSource:
         spec: the source as the user named it.
         origin: ``bundled``, ``file`` or ``hub``.
         splits: prompts by split; a source without splits of its own has the one split ``all``.
+        commit: of the hub data set that it is.
     """
 
     spec: str
     origin: str
     splits: Mapping[str, tuple[Prompt, ...]] = field(repr=False)
+    commit: str | None = None
 
 
 def is_contrast(prompt: Prompt) -> bool:
@@ -102,8 +104,13 @@ def is_contrast(prompt: Prompt) -> bool:
     return category.startswith("contrast_") or category == "unsafe"
 
 
-def read_source(spec: str) -> PromptSource:
+def read_source(spec: str, commits: MutableMapping[str, str] | None = None) -> PromptSource:
     """Read every prompt of a source, duplicates included.
+
+    Args:
+        spec: the source.
+        commits: commits of hub data sets by ``org/name[@revision]``: one that is there is read
+            from, and one that had to be looked up is added.
 
     Raises:
         InputError: it does not exist, is empty, is damaged, or has no column of prompts.
@@ -126,10 +133,11 @@ def read_source(spec: str) -> PromptSource:
     if path.suffix.lower() in FILE_TYPES or path.exists():
         return PromptSource(spec, "file", {"all": _prompts_of(path, split, column)})
     if (dataset := HubDataset.parse(place)) is not None:
-        prompts = _read_hub(spec, dataset, column)
+        found: MutableMapping[str, str] = {} if commits is None else commits
+        prompts = _read_hub(spec, dataset, column, found)
         if spec.lower() == "xstest":
             prompts = tuple(prompt for prompt in prompts if not is_contrast(prompt))
-        return PromptSource(spec, "hub", {"all": prompts})
+        return PromptSource(spec, "hub", {"all": prompts}, found[dataset.name])
     if HubDataset.parse(place.rstrip("/")) is not None:
         raise InputError(
             f"prompt source '{spec}': there is no such folder; a dataset of the hub is written "
@@ -203,14 +211,13 @@ def _chosen(splits: Mapping[str, list[Any]], split: str | None, where: str) -> l
         ) from None
 
 
-def _read_hub(spec: str, dataset: HubDataset, column: str | None) -> tuple[Prompt, ...]:
+def _read_hub(
+    spec: str, dataset: HubDataset, column: str | None, commits: MutableMapping[str, str]
+) -> tuple[Prompt, ...]:
     try:
-        rows = dataset.rows()
+        rows = dataset.rows(commits)
     except HubDatasetError as error:
-        raise InputError(
-            f"hub dataset '{spec}' cannot be loaded ({error}): check the id, split and network, "
-            "set HF_TOKEN if it is gated, or pass a local file"
-        ) from None
+        raise InputError(f"prompt source '{spec}' cannot be loaded: {error}") from None
     # Alpaca-style rows whose instruction needs a separate input are no prompts of their own (paper,
     # appendix A: "instructions without inputs").
     rows = [row for row in rows if not (isinstance(row.get("input"), str) and row["input"].strip())]
