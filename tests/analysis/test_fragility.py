@@ -77,9 +77,11 @@ def test_the_command_writes_numbers_and_a_picture(
     assert points[2]["refusal_rate"] == 0.0
     assert points[2]["bypass_score"] < 0 < points[0]["bypass_score"]
     assert 0.25 <= record["fragility"] <= 0.75
+    from plotly.offline import get_plotlyjs
+
     page = (run / "fragility.html").read_text()
     assert 'id="fragility"' in page
-    assert 'src="https://' not in page
+    assert 'src="https://' not in page.replace(get_plotlyjs(), "")
     config = tmp_path / "few.toml"
     config.write_text("[evaluate]\nn_test = 2\nmax_new_tokens = 3\n")
     few = ("--config", config, "--steps", "2", "--no-picture", "--json", "-q")

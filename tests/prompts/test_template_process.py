@@ -72,10 +72,12 @@ def test_rendering_is_what_the_library_gives(name: str, tokenizer: Any) -> None:
     template, options = _EXACT[name]
     tokenizer.chat_template = template
     turns = _TURNS[:3] if name == "continued" else _TURNS
+    # A key without a value is no key: so says the library itself, but for its older releases.
+    told = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
     expected = failure = None
     try:
         named = {"add_generation_prompt": True} | options
-        expected = tokenizer.apply_chat_template(turns, tokenize=False, **named)
+        expected = tokenizer.apply_chat_template(told, tokenize=False, **named)
     except Exception as error:
         failure = error
     if failure is None:
