@@ -254,7 +254,8 @@ def last_logits(model: PreTrainedModel, batch: Batch, keep: int = 1, past: Any =
     if _accepts(model, "logits_to_keep"):
         inputs["logits_to_keep"] = keep
     if past is not None:
-        inputs |= {"past_key_values": past, "use_cache": True}
+        name = "cache" if _accepts(model, "cache") else "past_key_values"
+        inputs |= {name: past, "use_cache": True}
     elif _accepts(model, "use_cache"):
         inputs["use_cache"] = False
     logits: Tensor = model(**inputs).logits[:, -keep:]

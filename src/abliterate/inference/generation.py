@@ -28,6 +28,7 @@ from abliterate.inference.forward import (
     padding_token,
 )
 from abliterate.inference.token_batches import TokenBudget, attempt, group_rows
+from abliterate.models.library_versions import cache_name
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
 from abliterate.prompts.thinking import find_thinking
@@ -36,6 +37,9 @@ from abliterate.prompts.thinking import find_thinking
 # runs out of memory all the same halves it.
 _TOKENS = {"cpu": 16384}
 _TOKENS_ACCELERATOR = 65536
+# A batch goes on without the rows that have ended once they are this share of it: a token of a row
+# costs as much after its end as before, and a new start some milliseconds.
+_SHRINK = 1 / 8
 # Once in so many tokens it is asked which rows have ended: an accelerator is waited for each time.
 _LOOK = {"cpu": 1}
 _LOOK_ACCELERATOR = 8
@@ -107,7 +111,10 @@ def greedy_answers(
     def plan(rows: Sequence[int]) -> list[tuple[int, ...]]:
         # Each row is as long as its prompt and the answer that it may grow: a batch's width.
         lengths = [len(prompts[row]) + max_new_tokens for row in rows]
-        return [tuple(rows[index] for index in group) for group in group_rows(lengths, budget, mix)]
+        # A batch costs its overhead again with every token that it says.
+        overhead = budget.overhead * max_new_tokens
+        groups = group_rows(lengths, budget, mix, overhead=overhead)
+        return [tuple(rows[index] for index in group) for group in groups]
 
     with progress_bar(description, len(prompts)) as bar, torch.inference_mode():
 
@@ -205,7 +212,7 @@ class _Decoder:
                 output = self.model.generate(
                     input_ids=ids,
                     attention_mask=mask,
-                    past_key_values=cache,
+                    **{cache_name(): cache},
                     generation_config=decoding_config(
                         self.stops,
                         left,
@@ -222,9 +229,9 @@ class _Decoder:
                     # Some devices run a token too far before they learn that it is the end.
                     keep(rows[index], answers[rows[index]][: ids.shape[1] - width])
                 return
-            # Half of the rows have ended: go on with the others alone.
+            # Go on with the others alone.
             chosen = torch.tensor(going, device=ids.device)
-            cache = _select(getattr(output, "past_key_values", None), chosen)
+            cache = _select(getattr(output, cache_name(), None), chosen)
             grown = ids.shape[1] - mask.shape[1]
             mask = torch.cat([mask, mask.new_ones(len(rows), grown)], dim=1)[chosen]
             ids, rows = ids[chosen], [rows[index] for index in going]
@@ -238,7 +245,7 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
         answers: what each row has said so far; grows with every look.
         ids: ``[batch, tokens]`` at the start.
         keep: gets each row's answer.
-        shrink: stop once half of the rows have ended.
+        shrink: stop once some of the rows have ended, to go on with the others.
     """
 
     def __init__(
@@ -257,7 +264,7 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if input_ids.shape[1] - self._seen >= self._every:
             self.look(input_ids)
-        stop = self.shrink and 2 * len(self.ended) >= len(self.answers)
+        stop = self.shrink and len(self.ended) >= _SHRINK * len(self.answers)
         return torch.full((len(self.answers),), stop, dtype=torch.bool, device=input_ids.device)
 
     def look(self, input_ids: Tensor) -> None:

@@ -9,11 +9,17 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.generation import GenerateDecoderOnlyOutput
 
 
 def _takes_plan(load: Any) -> bool:
     """Whether the plan of tensor parallelism is an argument of loading: before 5.16."""
     return "tp_plan" in signature(load).parameters
+
+
+def cache_name() -> str:
+    """What ``generate`` calls keys and values, which it takes and gives back: new since 5.24."""
+    return "cache" if hasattr(GenerateDecoderOnlyOutput, "cache") else "past_key_values"
 
 
 def has_distributed_tensors() -> bool:

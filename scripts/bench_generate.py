@@ -1,0 +1,160 @@
+"""Time answers under hooks against bare ``model.generate``, in one process.
+
+    python scripts/bench_generate.py [data/demo-model | smollm2-135m | qwen2.5-0.5b | MODEL]
+
+Prompts are of mixed length, and their answers run from 5 to 256 tokens: whatever the model would
+say, its logits are made to end an answer once prompt and answer together fill a period of 257
+tokens. The bare side runs static, left-padded batches of several sizes; its best one counts. Both
+sides must say the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+
+from abliterate import ablate
+from abliterate.inference.decoding import decoding_config, plain_decoding
+from abliterate.inference.generation import greedy_answers, stop_tokens
+from abliterate.models.loading import Checkpoint, LoadedModel
+from abliterate.writers import find_writers, stream_width
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "data/demo-model"
+PERIOD, END = 257, 0
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "smollm2-135m": lambda: LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    ),
+    "qwen2.5-0.5b": lambda: Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+def load(name: str, device: str) -> LoadedModel:
+    """A model of that shape with random weights, or the checkpoint of that name."""
+    torch.manual_seed(0)
+    if name in SHAPES:
+        model = AutoModelForCausalLM.from_config(SHAPES[name]())
+    else:
+        config = AutoConfig.from_pretrained(name)
+        config.max_position_embeddings = max(config.max_position_embeddings, 1024)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
+    model.generation_config.eos_token_id = END
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    return LoadedModel(model.to(device).eval(), tokenizer, Checkpoint(name, ROOT))
+
+
+def end_by_period(loaded: LoadedModel) -> None:
+    """Logits that end an answer where prompt and answer fill a period, and nowhere else."""
+    model: Any = loaded.model
+    stops = stop_tokens(loaded)
+    seen: dict[str, Any] = {}
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        positions, ids = kwargs.get("position_ids"), kwargs["input_ids"]
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        seen["positions"] = positions[:, -1]
+
+    def end(module: Any, args: Any, logits: Any) -> Any:
+        logits[..., stops] = -1e4
+        over = (seen["positions"] + 2) % PERIOD == 0
+        logits[over, -1, END] = 1e4
+        return logits
+
+    model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    model.get_output_embeddings().register_forward_hook(end)
+
+
+def bare(loaded: LoadedModel, prompts: Sequence[list[int]], size: int) -> list[list[int]]:
+    """The simplest thing: static batches, in the order of the prompts."""
+    model: Any = loaded.model
+    answers: list[list[int]] = []
+    for first in range(0, len(prompts), size):
+        some = prompts[first : first + size]
+        width = max(map(len, some))
+        ids = torch.tensor([[END] * (width - len(p)) + p for p in some], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some]).to(ids)
+        with plain_decoding(model), torch.inference_mode():
+            said = model.generate(
+                input_ids=ids, attention_mask=mask,
+                generation_config=decoding_config([END], PERIOD - 1, pad_token_id=END),
+            )  # fmt: skip
+        rows = said[:, width:].tolist()
+        answers += [row[: row.index(END) + 1] if END in row else row for row in rows]
+    return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default=str(DEMO))
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--sizes", default="8,16,32,64,128")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    loaded = load(args.model, args.device)
+    end_by_period(loaded)
+    generator = torch.Generator().manual_seed(0)
+    # Lengths from 2 to 253 leave 256 to 5 tokens of the first period, or of the second.
+    lengths = torch.randint(2, 253, (args.prompts,), generator=generator).tolist()
+    vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+    prompts = [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    direction = torch.randn(
+        stream_width(loaded.model, find_writers(loaded.model)), generator=generator
+    )
+
+    def ours() -> list[list[int]]:
+        return greedy_answers(loaded, prompts, PERIOD - 1)
+
+    def hooked() -> list[list[int]]:
+        with ablate(loaded.model, direction):
+            return ours()
+
+    sides: dict[str, Callable[[], list[list[int]]]] = {
+        **{f"bare, {n} rows": lambda n=n: bare(loaded, prompts, n)  # type: ignore[misc]
+           for n in map(int, args.sizes.split(","))},
+        "abliterate": ours,
+        "abliterate, hooks on": hooked,
+    }  # fmt: skip
+    bare(loaded, prompts[:2], 2)
+    best: dict[str, float] = {}
+    said: dict[str, list[list[int]]] = {}
+    for _ in range(args.repeats):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            said[name] = run()
+            if args.device != "cpu":
+                torch.accelerator.synchronize()
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - started)
+    counts = [len(answer) for answer in said["abliterate"]]
+    print(f"{args.model}: {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, "
+          f"answers of {min(counts)} to {max(counts)} ({sum(counts):,} in all), "
+          f"{loaded.model.dtype}, {args.device}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, transformers {transformers.__version__}\n")  # fmt: skip
+    for name, value in best.items():
+        print(f"{name:<24} {value:8.2f} s   {sum(counts) / value:8.1f} tokens/s")
+    fastest = min((name for name in best if name.startswith("bare")), key=best.__getitem__)
+    same = sum(a == b for a, b in zip(said["abliterate"], said[fastest], strict=True))
+    print(f"\nsame answers as {fastest}: {same} of {len(prompts)}")
+    for name in ("abliterate", "abliterate, hooks on"):
+        print(f"{name}: {best[fastest] / best[name]:.2f}x {fastest}")
+
+
+if __name__ == "__main__":
+    main()
