@@ -66,9 +66,11 @@ class Session:
         """The checkpoint's tokenizer, which is read sooner than the model."""
         if "loaded" in self.__dict__:
             return self.loaded.tokenizer
-        from abliterate.models.loading import load_tokenizer
+        from abliterate.models.loading import load_config, load_tokenizer
 
-        return load_tokenizer(self.checkpoint, self.settings.model.trust_remote_code)
+        trust = self.settings.model.trust_remote_code
+        load_config(self.checkpoint, trust)  # what is wrong with it, it says better
+        return load_tokenizer(self.checkpoint, trust)
 
     @cached_property
     def ranks(self) -> RankGroup:
@@ -170,13 +172,7 @@ class Session:
     @cached_property
     def thinking(self) -> Thinking:
         """What is done about the model's thoughts, by its template and the settings."""
-        from abliterate.models.loading import load_tokenizer
-
-        held = self.__dict__.get("loaded")
-        trust = self.settings.model.trust_remote_code
-        return self._find_thinking(
-            load_tokenizer(self.checkpoint, trust) if held is None else held.tokenizer
-        )
+        return self._find_thinking(self.tokenizer)
 
     def _find_thinking(self, tokenizer: Any) -> Thinking:
         found = find_thinking(tokenizer, self.chat)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from safetensors import SafetensorError
 
 from abliterate.editing.file_names import RECORD as EDIT
 from abliterate.errors import CheckpointError, InputError, UsageError
@@ -197,7 +198,10 @@ def source_of_direction(direction: str | Path) -> HubSource | None:
     path = Path(direction)
     if path.is_dir():
         return source_of_extract(path, read_extract(path)) if (path / EXTRACT).exists() else None
-    metadata = tensor_metadata(path)
+    try:
+        metadata = tensor_metadata(path)
+    except SafetensorError:  # whoever loads the direction says what is wrong with it
+        return None
     return _hub_source({"id": metadata.get("model"), **metadata}, path)
 
 

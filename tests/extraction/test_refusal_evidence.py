@@ -22,7 +22,7 @@ CASES: dict[str, tuple[dict[str, float], dict[str, float], str, str]] = {
     ),
     "thinks": (
         {"<": 0.9, "I": 0.05}, {"<": 0.8, "S": 0.1},
-        "the model thinks first (85%", "enable_thinking",
+        "the model thinks first (85%", "--thinking skip",
     ),
     "swapped": (
         {"1": 0.9}, {"I": 0.9}, "harmful ones are answered and harmless ones refused", "swap",
@@ -101,7 +101,7 @@ def test_a_prompt_that_ends_in_a_thought_is_told(
         "extract", model, "-o", tmp_path / "run", *_prompts(tmp_path), "--n-train", "16",
         "--response-prefix", "<think>\n", code=3,
     )  # fmt: skip
-    assert "the prompt ends in <think>" in line
+    assert "the prompt ends within a thought" in line
 
 
 def test_tokens_that_are_no_text_are_shown_and_given_by_id(

@@ -158,6 +158,7 @@ def test_device_maps_give_what_one_device_gives(
     check_same(run, on_one_device[name])
     # Where the weights lay is no setting of the next stage.
     shutil.copytree(run, tmp_path / "again")
+    (tmp_path / "again" / "scores.safetensors").unlink()  # with it no model is opened
     result = cli("select", tmp_path / "again", "--n-val", "9", "--no-filter", *LOOSE[3:])
     assert "(torch.float32, cpu)" in result.err
 

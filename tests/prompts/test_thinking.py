@@ -128,5 +128,5 @@ def test_templates_that_know_no_thoughts_are_not_touched(
     assert render(tokenizer, "Why?", ChatFormat(thinking="answer")) == f"Why?>{EMPTY}"
     # Nothing is rendered to find that out where neither mark nor switch is named.
     tokenizer = tokenizer_with(tokenizer_dir, "{{ messages[-1]['content'] }}")
-    monkeypatch.setattr("abliterate.prompts.thinking.render_conversations", None)
+    monkeypatch.setattr("abliterate.prompts.template_checks.render_conversations", None)
     assert find_thinking(tokenizer, ChatFormat()).mode is None

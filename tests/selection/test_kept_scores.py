@@ -237,7 +237,7 @@ def test_scores_of_something_else_are_not_used(folder: Path, cli, work, tiny) ->
     loud = ("--no-filter", "--n-val", "9", *OPEN)
     assert cli("select", folder, *loud).code == 0
     work()
-    changes = (("--n-val", "10"), ("--system", "Be brief."), ("--model", tiny("qwen2")))
+    changes = (("--n-val", "10"), ("--dtype", "float64"), ("--model", tiny("qwen2")))
     for number, changed in enumerate(changes):
         copy = shutil.copytree(folder, folder.with_name(f"changed-{number}"))
         result = cli("select", copy, *loud, *changed)
