@@ -296,6 +296,8 @@ def test_a_base_model_goes_through_every_stage_with_plain_prompts(
     for options, needle in (
         (("--system", "x"), "writes no system message"),
         (("--template-arg", "x=1"), "reads no arguments"),
+        (("--thinking", "skip"), "says nothing of thoughts"),
+        (("--thinking", "answer"), "says nothing of thoughts"),
         (("--date", "2024-01-01"), "asks for no date"),
     ):
         line = fails("extract", folder, "-o", tmp_path / "x", *TRAIN, *plain, *options, code=2)
@@ -349,11 +351,14 @@ def test_a_template_file_serves_instead_of_the_checkpoints_and_is_kept(
     assert cli("select", run, *OPEN).code == 0
     trace = cli("trace", run, "--n-prompts", "2", "--json")
     assert trace.code == 0, trace.err
+    held = tmp_path / "chat_template.json"
+    held.write_text(json.dumps({"chat_template": each()}))
     for wrong, needle in (
         ("no-such-file", "plain or the file of a chat template"),
         (str(tmp_path), "plain or the file of a chat template"),
         (str(tmp_path / "model" / "config.json"), "must be a chat template, which writes"),
         (str(mine), "UTF-8"),
+        (str(held), "no JSON"),
     ):
         line = fails("extract", tmp_path / "model", "-o", tmp_path / "x", "--template", wrong,
                      code=2)  # fmt: skip
