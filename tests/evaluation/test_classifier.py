@@ -84,13 +84,17 @@ def test_prompt_and_answer_go_in_as_a_pair_where_the_tokenizer_makes_pairs(
     in_prompt = [False, False, True, False, False, False, None]
     for way in ("auto", "pair"):
         args = ("score", answers, "--classifier", f"{topics}:War", "--classifier-input", way)
-        assert _hits(cli(*args, "--json")) == in_prompt
+        found = cli(*args, "--json")
+        assert _hits(found) == in_prompt
+        assert found.json["classifier"]["input"] == "pair"  # what was taken
     alone = cli(
         "score", answers, "--classifier", f"{topics}:War", "--classifier-input", "answer", "--json"
     )
     assert not any(_hits(alone))
     bare = word_classifier(tmp_path / "bare", {"bomb": "War"}, ["Peace", "War"], pairs=False)
-    assert not any(_hits(cli("score", answers, "--classifier", f"{bare}:War", "--json")))
+    found = cli("score", answers, "--classifier", f"{bare}:War", "--json")
+    assert not any(_hits(found))
+    assert found.json["classifier"]["input"] == "answer"
     line = fails(
         "score", answers, "--classifier", f"{bare}:War", "--classifier-input", "pair", code=2
     )
@@ -189,14 +193,14 @@ def test_a_classifier_of_the_hub_may_name_its_revision(
 
     asked = []
 
-    def find(name: str, revision: str | None = None) -> None:
-        asked.append((name, revision))
+    def find(name: str) -> None:  # which reads @REVISION itself
+        asked.append(name)
         raise CheckpointError("not here")
 
     monkeypatch.setattr(classifier, "find_checkpoint", find)
     for spec in ("org/m", "org/m:bad: label", "org/m@v1.0", "org/m@v1.0:bad@x"):
         assert "not here" in fails("score", answers, "--classifier", spec, code=4)
-    assert asked == [("org/m", None), ("org/m", None), ("org/m", "v1.0"), ("org/m", "v1.0")]
+    assert asked == ["org/m", "org/m", "org/m@v1.0", "org/m@v1.0"]
 
 
 def test_a_classifiers_own_code_runs_only_when_trusted(
@@ -303,4 +307,8 @@ def test_run_refuses_a_wrong_classifier_before_any_work(
 ) -> None:
     line = fails("run", tiny("llama"), "-o", tmp_path / "run", "--classifier", topics, code=2)
     assert "name the one that counts" in line
+    single = word_classifier(tmp_path / "single", {"bomb": "unsafe"}, ["safe", "unsafe"], False)
+    line = fails("run", tiny("llama"), "-o", tmp_path / "run", "--classifier", single,
+                 "--classifier-input", "pair", code=2)  # fmt: skip
+    assert "sets nothing between two texts" in line
     assert not (tmp_path / "run" / "extract.json").exists()
