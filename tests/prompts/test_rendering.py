@@ -452,6 +452,27 @@ def test_the_runs_date_is_told_in_every_stage(
     assert "timeless-x" in line
 
 
+def test_a_configuration_may_write_days_and_ids_as_toml_does(
+    model: Any, cli: Any, fails: Any, tmp_path: Path
+) -> None:
+    folder, config = model(DATED), tmp_path / "c.toml"
+    given = ("-o", tmp_path / "run", "--n-train", "4", "--no-filter", "--config", config)
+    config.write_text(
+        "[chat]\ndate = 2024-07-26\ntemplate_kwargs = {date_string = 'x'}\n"
+        "[extract]\nrefusal_tokens = [40, '41']\n"
+    )
+    result = cli("extract", folder, *given, "--json")
+    assert result.code == 0, result.err
+    assert result.json["rendering"]["date"] == "2024-07-26"
+    assert "Today: 2024-07-26 x" in result.json["rendering"]["prompt"]
+    assert [token["id"] for token in result.json["refusal_tokens"]] == [40, 41]
+    config.write_text("[extract]\nrefusal_tokens = 'I'\n")
+    line = fails("extract", folder, *given, code=2)
+    assert "[extract] refusal_tokens: must be a list, such as [\"I\"], not 'I'" in line
+    config.write_text("[chat]\ndate = 2024-07-26T10:00:00\n")
+    assert "[chat] date: " in fails("extract", folder, *given, code=2)
+
+
 def test_a_run_that_goes_on_tomorrow_keeps_its_date(
     model: Any, cli: Any, monkeypatch: Any, tmp_path: Path
 ) -> None:
