@@ -354,8 +354,8 @@ def test_a_template_file_serves_instead_of_the_checkpoints_and_is_kept(
     held = tmp_path / "chat_template.json"
     held.write_text(json.dumps({"chat_template": each()}))
     for wrong, needle in (
-        ("no-such-file", "plain or the file of a chat template"),
-        (str(tmp_path), "plain or the file of a chat template"),
+        ("no-such-file", "plain or the file of a chat template (there is none of this name)"),
+        (str(tmp_path), "plain or the file of a chat template (this is no file)"),
         (str(tmp_path / "model" / "config.json"), "must be a chat template, which writes"),
         (str(mine), "UTF-8"),
         (str(held), "no JSON"),

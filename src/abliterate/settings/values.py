@@ -77,7 +77,8 @@ def read_template(value: Any, info: ValidationInfo) -> Any:
     path = Path(value).expanduser()
     try:
         if not path.is_file():
-            raise ValueError("must be plain or the file of a chat template")
+            why = "this is no file" if path.exists() else "there is none of this name"
+            raise ValueError(f"must be plain or the file of a chat template ({why})")
         with path.open("rb") as file:
             text = file.read(_TEMPLATE_BYTES + 1)
         if len(text) > _TEMPLATE_BYTES:
