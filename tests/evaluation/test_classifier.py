@@ -302,6 +302,41 @@ def test_evaluate_labels_answers_under_every_intervention(
     assert record["classifier"] is None
 
 
+def test_labels_given_before_an_interrupt_are_kept(
+    cli: Any, tokenizer_dir: Path, refusals: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from abliterate.evaluation.classifier import Classifier
+
+    model = first_token_model(tmp_path / "m", tokenizer_dir, {"B": {"n": 0.9}, "G": {"y": 0.9}})
+    sources = []
+    for kind, marker in (("harmful", "B"), ("harmless", "G")):
+        path = tmp_path / f"{kind}.txt"
+        path.write_text("\n".join(f"{marker}{n}" for n in range(3)))
+        sources += [f"--{kind}", str(path)]
+    args = (
+        "evaluate", model, "-o", tmp_path / "out", *sources, "--intervention", "baseline",
+        "--max-new-tokens", "2", "--refusal-token", "I", "--classifier", refusals,
+    )  # fmt: skip
+    classify, asked = Classifier.classify, []
+
+    def cut_short(self: Classifier, items: Any, report: Any) -> None:
+        asked.append(len(items))
+        classify(self, items[: len(items) - 4], report)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        classify(self, items[len(items) - 4 :], lambda row, v: report(len(items) - 4 + row, v))
+
+    monkeypatch.setattr(Classifier, "classify", cut_short)
+    assert cli(*args).code == 130
+    done = cli(*args, "--json")
+    assert done.code == 0, done.err
+    assert asked == [6, 4]
+    for kind in ("harmful", "harmless"):
+        assert done.json["interventions"]["baseline"][kind]["classified"] == 3
+        lines = (tmp_path / "out" / "completions" / f"baseline-{kind}.jsonl").read_text()
+        assert lines.count('"classifier"') == lines.count("\n") == 3
+
+
 def test_run_refuses_a_wrong_classifier_before_any_work(
     fails: Any, tiny: Any, topics: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -218,17 +219,19 @@ def _batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
 
 
 def classify_files(classifier: Classifier, files: Sequence[CompletionFile]) -> None:
-    """Label every answer that this classifier has not labelled yet."""
+    """Label every answer that this classifier has not labelled yet; each is written as it comes."""
     todo = [(file, c) for file in files for c in file.completions if _wanted(c)]
+    if not todo:
+        return
 
     def keep(row: int, verdict: Labelled) -> None:
         file, completion = todo[row]
         file.put(replace(completion, labelled=verdict))
 
-    _classify(classifier, [completion for _, completion in todo], keep)
-    for file in {id(file): file for file, _ in todo}.values():
-        with file.writing():
-            pass  # what was put is written when this ends
+    with ExitStack() as stack:
+        for file in {id(file): file for file, _ in todo}.values():
+            stack.enter_context(file.writing())
+        _classify(classifier, [completion for _, completion in todo], keep)
 
 
 def classified(
