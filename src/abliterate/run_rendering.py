@@ -173,7 +173,7 @@ def _difference(
 
 def _shown(before: Any, after: Any) -> str:
     def short(value: Any) -> str:
-        text = repr(value)
+        text = "not given" if value is None else repr(value)
         return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
     return f"was {short(before)} and is {short(after)}"

@@ -84,13 +84,17 @@ def test_prompt_and_answer_go_in_as_a_pair_where_the_tokenizer_makes_pairs(
     in_prompt = [False, False, True, False, False, False, None]
     for way in ("auto", "pair"):
         args = ("score", answers, "--classifier", f"{topics}:War", "--classifier-input", way)
-        assert _hits(cli(*args, "--json")) == in_prompt
+        found = cli(*args, "--json")
+        assert _hits(found) == in_prompt
+        assert found.json["classifier"]["input"] == "pair"  # what was taken
     alone = cli(
         "score", answers, "--classifier", f"{topics}:War", "--classifier-input", "answer", "--json"
     )
     assert not any(_hits(alone))
     bare = word_classifier(tmp_path / "bare", {"bomb": "War"}, ["Peace", "War"], pairs=False)
-    assert not any(_hits(cli("score", answers, "--classifier", f"{bare}:War", "--json")))
+    found = cli("score", answers, "--classifier", f"{bare}:War", "--json")
+    assert not any(_hits(found))
+    assert found.json["classifier"]["input"] == "answer"
     line = fails(
         "score", answers, "--classifier", f"{bare}:War", "--classifier-input", "pair", code=2
     )
@@ -189,7 +193,7 @@ def test_a_classifier_of_the_hub_may_name_its_revision(
 
     asked = []
 
-    def find(name: str) -> None:
+    def find(name: str) -> None:  # which reads @REVISION itself
         asked.append(name)
         raise CheckpointError("not here")
 
@@ -298,9 +302,48 @@ def test_evaluate_labels_answers_under_every_intervention(
     assert record["classifier"] is None
 
 
+def test_labels_given_before_an_interrupt_are_kept(
+    cli: Any, tokenizer_dir: Path, refusals: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from abliterate.evaluation.classifier import Classifier
+
+    model = first_token_model(tmp_path / "m", tokenizer_dir, {"B": {"n": 0.9}, "G": {"y": 0.9}})
+    sources = []
+    for kind, marker in (("harmful", "B"), ("harmless", "G")):
+        path = tmp_path / f"{kind}.txt"
+        path.write_text("\n".join(f"{marker}{n}" for n in range(3)))
+        sources += [f"--{kind}", str(path)]
+    args = (
+        "evaluate", model, "-o", tmp_path / "out", *sources, "--intervention", "baseline",
+        "--max-new-tokens", "2", "--refusal-token", "I", "--classifier", refusals,
+    )  # fmt: skip
+    classify, asked = Classifier.classify, []
+
+    def cut_short(self: Classifier, items: Any, report: Any) -> None:
+        asked.append(len(items))
+        classify(self, items[: len(items) - 4], report)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        classify(self, items[len(items) - 4 :], lambda row, v: report(len(items) - 4 + row, v))
+
+    monkeypatch.setattr(Classifier, "classify", cut_short)
+    assert cli(*args).code == 130
+    done = cli(*args, "--json")
+    assert done.code == 0, done.err
+    assert asked == [6, 4]
+    for kind in ("harmful", "harmless"):
+        assert done.json["interventions"]["baseline"][kind]["classified"] == 3
+        lines = (tmp_path / "out" / "completions" / f"baseline-{kind}.jsonl").read_text()
+        assert lines.count('"classifier"') == lines.count("\n") == 3
+
+
 def test_run_refuses_a_wrong_classifier_before_any_work(
     fails: Any, tiny: Any, topics: Path, tmp_path: Path
 ) -> None:
     line = fails("run", tiny("llama"), "-o", tmp_path / "run", "--classifier", topics, code=2)
     assert "name the one that counts" in line
+    single = word_classifier(tmp_path / "single", {"bomb": "unsafe"}, ["safe", "unsafe"], False)
+    line = fails("run", tiny("llama"), "-o", tmp_path / "run", "--classifier", single,
+                 "--classifier-input", "pair", code=2)  # fmt: skip
+    assert "sets nothing between two texts" in line
     assert not (tmp_path / "run" / "extract.json").exists()

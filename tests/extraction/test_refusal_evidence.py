@@ -71,6 +71,7 @@ def test_evaluate_shows_the_same_evidence(fails: Any, tokenizer_dir: Path, tmp_p
     )  # fmt: skip
     assert why in line
     assert "harmful: 'I' 62%, 'T' 30%; harmless: 'I' 63%, 'T' 30%" in line
+    assert not [*(tmp_path / "out").rglob("*.jsonl")]  # told before answers are made
 
 
 def test_an_unusual_refusal_is_taken_though_answers_say_i(

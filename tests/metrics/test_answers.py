@@ -49,6 +49,31 @@ def test_a_header_that_is_cut_off_is_no_answer() -> None:
     assert split_thought("<|channel|>analys") == Parts("", None)
 
 
+@pytest.mark.parametrize("opening", [opening for opening, _ in TAGS])
+def test_an_opening_mark_that_is_cut_off_is_no_answer(opening: str) -> None:
+    for end in range(2, len(opening)):
+        assert split_thought(opening[:end]) == Parts("", None)
+    assert split_thought(opening[0]).answer is not None
+    assert split_thought(f"{opening[:-1]}, they say").answer is not None
+
+
+@pytest.mark.parametrize(
+    ("thought", "answer"),
+    [
+        ("user asks; I cannot find a reason", "sure, here"),
+        ("\n\nI cannot say no.", "\n\nSure"),
+        (" plan: I cannot", " 1. Sure"),
+    ],
+)
+def test_bare_channels_are_read_whatever_follows_their_names(thought: str, answer: str) -> None:
+    parts = Parts(thought.strip(), answer.strip())
+    assert split_thought(f"analysis{thought}assistantfinal{answer}") == parts
+    more = split_thought(f"analysis{thought}assistantcommentary{thought}assistantfinal{answer}")
+    assert more == Parts(f"{thought.strip()}\n\n{thought.strip()}", answer.strip())
+    said = f"The analysis{thought}assistantfinal{answer}"
+    assert split_thought(said) == Parts(None, said)
+
+
 def test_marks_around_an_answer_are_none_of_its_words() -> None:
     cohere = "<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>Hi<|END_RESPONSE|>"
     assert split_thought(cohere) == Parts("a", "Hi")

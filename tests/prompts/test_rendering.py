@@ -296,6 +296,8 @@ def test_a_base_model_goes_through_every_stage_with_plain_prompts(
     for options, needle in (
         (("--system", "x"), "writes no system message"),
         (("--template-arg", "x=1"), "reads no arguments"),
+        (("--thinking", "skip"), "says nothing of thoughts"),
+        (("--thinking", "answer"), "says nothing of thoughts"),
         (("--date", "2024-01-01"), "asks for no date"),
     ):
         line = fails("extract", folder, "-o", tmp_path / "x", *TRAIN, *plain, *options, code=2)
@@ -349,11 +351,14 @@ def test_a_template_file_serves_instead_of_the_checkpoints_and_is_kept(
     assert cli("select", run, *OPEN).code == 0
     trace = cli("trace", run, "--n-prompts", "2", "--json")
     assert trace.code == 0, trace.err
+    held = tmp_path / "chat_template.json"
+    held.write_text(json.dumps({"chat_template": each()}))
     for wrong, needle in (
-        ("no-such-file", "plain or the file of a chat template"),
-        (str(tmp_path), "plain or the file of a chat template"),
+        ("no-such-file", "plain or the file of a chat template (there is none of this name)"),
+        (str(tmp_path), "plain or the file of a chat template (this is no file)"),
         (str(tmp_path / "model" / "config.json"), "must be a chat template, which writes"),
         (str(mine), "UTF-8"),
+        (str(held), "no JSON"),
     ):
         line = fails("extract", tmp_path / "model", "-o", tmp_path / "x", "--template", wrong,
                      code=2)  # fmt: skip
@@ -380,7 +385,7 @@ def test_a_later_stage_that_would_render_otherwise_stops(
         (("--system", "Be kind."), "--system was 'Be brief.' and is 'Be kind.'"),
         (("--template-arg", "mood=wild"), "--template-arg mood was 'calm' and is 'wild'"),
         (("--response-prefix", "Well"), "--response-prefix was '' and is 'Well'"),
-        (("--template", each("- {{ m.content }}") + "{{ mood }}"), "--template was None and is"),
+        (("--template", each("- {{ m.content }}") + "{{ mood }}"), "--template was not given and is"),
     ):
         for command in (("select", run, *OPEN), evaluate):
             assert needle in fails(*command, *options, code=3)
@@ -445,6 +450,27 @@ def test_the_runs_date_is_told_in_every_stage(
     assert timeless["settings"]["chat"]["date"] is timeless["rendering"]["date"] is None
     line = fails("extract", tmp_path / "timeless-x", "-o", tmp_path / "x", code=4)
     assert "timeless-x" in line
+
+
+def test_a_configuration_may_write_days_and_ids_as_toml_does(
+    model: Any, cli: Any, fails: Any, tmp_path: Path
+) -> None:
+    folder, config = model(DATED), tmp_path / "c.toml"
+    given = ("-o", tmp_path / "run", "--n-train", "4", "--no-filter", "--config", config)
+    config.write_text(
+        "[chat]\ndate = 2024-07-26\ntemplate_kwargs = {date_string = 'x'}\n"
+        "[extract]\nrefusal_tokens = [40, '41']\n"
+    )
+    result = cli("extract", folder, *given, "--json")
+    assert result.code == 0, result.err
+    assert result.json["rendering"]["date"] == "2024-07-26"
+    assert "Today: 2024-07-26 x" in result.json["rendering"]["prompt"]
+    assert [token["id"] for token in result.json["refusal_tokens"]] == [40, 41]
+    config.write_text("[extract]\nrefusal_tokens = 'I'\n")
+    line = fails("extract", folder, *given, code=2)
+    assert "[extract] refusal_tokens: must be a list, such as [\"I\"], not 'I'" in line
+    config.write_text("[chat]\ndate = 2024-07-26T10:00:00\n")
+    assert "[chat] date: " in fails("extract", folder, *given, code=2)
 
 
 def test_a_run_that_goes_on_tomorrow_keeps_its_date(

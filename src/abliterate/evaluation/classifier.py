@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -47,7 +48,7 @@ class Classifier:
         labels: all that it has, by index.
         index: of the label that counts.
         problem: how its logits are read: ``single_label``, or ``multi_label`` (each for itself).
-        input: ``auto``, ``pair`` or ``answer``, as ``--classifier-input`` gives it.
+        paired: it reads prompt and answer as two texts, not the answer alone.
         device: as for a model.
         dtype: as for a model.
         batch_size: answers per batch, or ``auto``.
@@ -59,7 +60,7 @@ class Classifier:
     labels: tuple[str, ...]
     index: int
     problem: str
-    input: str = "auto"
+    paired: bool
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int | str = "auto"
@@ -78,7 +79,7 @@ class Classifier:
             "index": self.index,
             "labels": list(self.labels),
             "problem": self.problem,
-            "input": self.input,
+            "input": "pair" if self.paired else "answer",
         }
 
     @cached_property
@@ -97,7 +98,6 @@ class Classifier:
 
         Raises:
             CheckpointError: it cannot be loaded.
-            UsageError: its tokenizer makes no pairs, and pairs are asked for.
         """
         if not items:
             return
@@ -105,7 +105,6 @@ class Classifier:
         from abliterate.models.loading import load_tokenizer, load_weights
 
         tokenizer = load_tokenizer(self.checkpoint, self.trust_remote_code)
-        paired = self._takes_pairs(tokenizer)
         model = load_weights(
             self.checkpoint, self.device, self.dtype, self.trust_remote_code, classifies=True
         )
@@ -114,10 +113,10 @@ class Classifier:
             "classifier %s: label %s, from %s, up to %d tokens",
             self.checkpoint.name,
             self.label,
-            "prompt and answer" if paired else "the answer alone",
+            "prompt and answer" if self.paired else "the answer alone",
             limit,
         )
-        inputs = [_encode(tokenizer, item, paired, limit) for item in items]
+        inputs = [_encode(tokenizer, item, self.paired, limit) for item in items]
         rows_held = model.get_input_embeddings().num_embeddings
         if max(token for one, _ in inputs for token in one["input_ids"]) >= rows_held:
             raise CheckpointError(
@@ -130,17 +129,6 @@ class Classifier:
             rows = 1
         for batch in _batches([len(one["input_ids"]) for one, _ in inputs], rows):
             self._run(model, batch, inputs, report)
-
-    def _takes_pairs(self, tokenizer: Any) -> bool:
-        """Whether prompt and answer go in as a pair: two texts that its tokenizer tells apart."""
-        count = tokenizer.num_special_tokens_to_add
-        makes_pairs = count(pair=True) > count(pair=False)
-        if self.input == "pair" and not makes_pairs:
-            raise UsageError(
-                f"--classifier-input pair: the tokenizer of {self.checkpoint.name} sets nothing "
-                "between two texts: use answer"
-            )
-        return bool(makes_pairs) and self.input != "answer"
 
     def _run(
         self,
@@ -231,17 +219,19 @@ def _batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
 
 
 def classify_files(classifier: Classifier, files: Sequence[CompletionFile]) -> None:
-    """Label every answer that this classifier has not labelled yet."""
+    """Label every answer that this classifier has not labelled yet; each is written as it comes."""
     todo = [(file, c) for file in files for c in file.completions if _wanted(c)]
+    if not todo:
+        return
 
     def keep(row: int, verdict: Labelled) -> None:
         file, completion = todo[row]
         file.put(replace(completion, labelled=verdict))
 
-    _classify(classifier, [completion for _, completion in todo], keep)
-    for file in {id(file): file for file, _ in todo}.values():
-        with file.writing():
-            pass  # what was put is written when this ends
+    with ExitStack() as stack:
+        for file in {id(file): file for file, _ in todo}.values():
+            stack.enter_context(file.writing())
+        _classify(classifier, [completion for _, completion in todo], keep)
 
 
 def classified(
@@ -291,7 +281,8 @@ def find_classifier(settings: Settings) -> Classifier | None:
     """The classifier that the settings name, its label found; or None.
 
     Raises:
-        UsageError: the label is none of its labels, or none is named and none is plain.
+        UsageError: the label is none of its labels, or none is named and none is plain; or pairs
+            are asked for, and its tokenizer makes none.
         CheckpointError: there is no such checkpoint, or it is no classifier.
     """
     spec, model = settings.evaluate.classifier, settings.model
@@ -314,7 +305,7 @@ def find_classifier(settings: Settings) -> Classifier | None:
         labels,
         _find_label(labels, asked, name),
         "multi_label" if several else "single_label",
-        settings.evaluate.classifier_input,
+        _takes_pairs(checkpoint, settings.evaluate.classifier_input, model.trust_remote_code),
         model.device,
         model.dtype,
         model.batch_size,
@@ -349,6 +340,20 @@ def _check_task(checkpoint: Checkpoint, config: Any) -> None:
             f"--classifier {checkpoint.name} gives a number (problem_type regression), no labels: "
             "give a classifier"
         )
+
+
+def _takes_pairs(checkpoint: Checkpoint, asked: str, trust_remote_code: bool) -> bool:
+    """Whether prompt and answer go in as a pair: two texts that its tokenizer tells apart."""
+    from abliterate.models.loading import load_tokenizer
+
+    count = load_tokenizer(checkpoint, trust_remote_code).num_special_tokens_to_add
+    makes_pairs = bool(count(pair=True) > count(pair=False))
+    if asked == "pair" and not makes_pairs:
+        raise UsageError(
+            f"--classifier-input pair: the tokenizer of {checkpoint.name} sets nothing "
+            "between two texts: use answer"
+        )
+    return makes_pairs and asked != "answer"
 
 
 def _find_label(labels: Sequence[str], asked: str | None, name: str) -> int:

@@ -79,6 +79,8 @@ class Measurements:
 
     def run(self, name: str) -> None:
         """Complete, measure and benchmark one row."""
+        if name not in self.inputs.edited:
+            _ = self.refusal_tokens  # where none is found, that is told before answers are made
         for kind in self.inputs.prompts if self.session.opener.generates else ():
             self.complete(name, kind)
         key = self._prompts_key | {"intervals": "bootstrap"}

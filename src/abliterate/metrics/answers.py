@@ -51,6 +51,9 @@ _CLOSED_BY = {opening.lower(): closing for opening, closing in TAGS}
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
 _HEADER = re.compile(r"<\|(?:start|end|return|call)\|>")
 _BARE_CHANNEL = re.compile(r"(?:^|assistant)(analysis|commentary|final)(?=[^\sa-z:,.]|$)")
+# What follows a name need not tell it from a word where a later header shows that it was one.
+_BARE_HEADER = re.compile(r"^(analysis|commentary)|assistant(analysis|commentary|final)")
+_BARE_FINAL = re.compile(r"(?:analysis|commentary).*assistantfinal", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,14 @@ def split_thought(text: str, begun: bool = False) -> Parts:
         if not closed:
             return Parts("\n\n".join(filter(None, thoughts)), None)
     if not thoughts:
-        return Parts(None, text)
+        return Parts("", None) if _is_cut_opening(text) else Parts(None, text)
     return Parts("\n\n".join(filter(None, thoughts)), _bare(rest.strip()))
+
+
+def _is_cut_opening(text: str) -> bool:
+    """Whether a text is the beginning of a thought's opening mark, and nothing else."""
+    begun = text.strip().lower()
+    return len(begun) > 1 and any(opening.startswith(begun) for opening in _CLOSED_BY)
 
 
 def _bare(answer: str) -> str:
@@ -132,6 +141,9 @@ def _channels(text: str) -> Parts | None:
     marks = list(_CHANNEL.finditer(text))
     if not marks and text.lstrip().startswith("<|channel|>"):  # cut off in its first header
         return Parts("", None)
+    if not marks and _BARE_FINAL.match(text.lstrip()):
+        text = text.lstrip()
+        marks = list(_BARE_HEADER.finditer(text))
     if not marks:
         marks = list(_BARE_CHANNEL.finditer(text))
         # Without its special tokens a text is harmony if it starts with a channel's name.
@@ -140,7 +152,7 @@ def _channels(text: str) -> Parts | None:
     messages: list[tuple[str, str]] = []
     for mark, after in zip(marks, [*marks[1:], None], strict=True):
         said = text[mark.end() : after.start() if after else len(text)]
-        messages.append((mark[1], _HEADER.split(said)[0].strip()))
+        messages.append((mark[mark.lastindex or 1], _HEADER.split(said)[0].strip()))
     final = [said for channel, said in messages if channel == "final"]
     thought = "\n\n".join(said for channel, said in messages if channel != "final" and said)
     return Parts(thought or None, "\n\n".join(final) if final else None)

@@ -109,6 +109,11 @@ def _check_plain(chat: ChatFormat) -> None:
             f"--template-arg {next(iter(chat.template_kwargs))}: --template plain reads no "
             "arguments, leave it out"
         )
+    if chat.thinking in ("answer", "skip"):
+        raise UsageError(
+            f"--thinking {chat.thinking}: --template plain says nothing of thoughts: leave "
+            "--thinking out, or give --template FILE"
+        )
 
 
 def render(tokenizer: Any, text: str, chat: ChatFormat) -> str:

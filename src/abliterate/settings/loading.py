@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def load_settings(
     configured = {} if file is None else _read_toml(file)
     where = "the recorded settings" if file is None else str(file)
     _check_keys(configured, where, schema)
+    configured = {table: _as_options(values) for table, values in configured.items()}
     document: dict[str, dict[str, Any]] = {}
     for layer in (base or {}, configured, options or {}):
         for table, values in layer.items():
@@ -59,6 +61,8 @@ def load_settings(
             else f"{where}: [{table}] {key}"
         )
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "tuple_type":
+            message = f"must be a list, such as [{json.dumps(first['input'], default=str)}]"
         given_value = "what it holds" if key == "judge_url" else repr(first["input"])
         raise UsageError(f"{source}: {message}, not {given_value}") from None
 
@@ -144,6 +148,22 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise UsageError(f"configuration file {file} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"configuration file {file} is not readable TOML: {error}") from None
+
+
+def _as_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML has days and numbers of its own; options write them as text: ``[40]``, ``["40"]``."""
+
+    def told(value: Any, in_list: bool = False) -> Any:
+        if isinstance(value, list):
+            return [told(one, True) for one in value]
+        if type(value) is date:
+            return value.isoformat()
+        return str(value) if in_list and type(value) is int else value
+
+    # The template's variables are whatever they are.
+    return {
+        key: value if key == "template_kwargs" else told(value) for key, value in values.items()
+    }
 
 
 def _check_keys(document: Mapping[str, Any], where: str, schema: type[BaseModel]) -> None:

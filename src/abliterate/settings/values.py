@@ -77,7 +77,8 @@ def read_template(value: Any, info: ValidationInfo) -> Any:
     path = Path(value).expanduser()
     try:
         if not path.is_file():
-            raise ValueError("must be plain or the file of a chat template")
+            why = "this is no file" if path.exists() else "there is none of this name"
+            raise ValueError(f"must be plain or the file of a chat template ({why})")
         with path.open("rb") as file:
             text = file.read(_TEMPLATE_BYTES + 1)
         if len(text) > _TEMPLATE_BYTES:
@@ -89,7 +90,16 @@ def read_template(value: Any, info: ValidationInfo) -> Any:
         raise ValueError(f"cannot be read ({error})") from None
     if not _is_template(found):
         raise ValueError("must be a chat template, which writes {{ ... }} somewhere")
+    if _is_json(found):  # tokenizer_config.json: rendered as it is, it would write its braces
+        raise ValueError("must be a chat template's own text (a .jinja file), which is no JSON")
     return found
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list | str)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _is_template(text: str) -> bool:
