@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterate.errors import InputError
-from abliterate.storage.artifacts import hash_file, read_tensors, tensor_metadata, write_tensors
+from abliterate.storage.artifacts import (
+    hash_file,
+    read_record,
+    read_tensors,
+    tensor_metadata,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +72,11 @@ def save_direction(
     write_tensors(path, {"direction": direction.vector}, metadata)
 
 
+def is_edit_record(source: str | Path) -> bool:
+    """Whether a user's name for a direction means the record of an edit, ``abliterate.json``."""
+    return Path(source).suffix.lower() == ".json"
+
+
 def find_direction(source: str | Path) -> Path:
     """The file of a run folder's direction, or the file itself; imports no torch.
 
@@ -82,12 +95,15 @@ def find_direction(source: str | Path) -> Path:
 
 
 def load_direction(source: str | Path) -> Direction:
-    """Read a run folder's direction, or a safetensors file with a tensor ``direction``.
+    """Read a run folder's direction, a safetensors file with a tensor ``direction``, or the one
+    that the record of an edit holds.
 
     Raises:
         InputError: there is none, or it is not one vector of numbers.
     """
     path = find_direction(source)
+    if is_edit_record(path):
+        return recorded_direction(read_record(path, "orthogonalize"), path)
     vector = read_tensors(path, "direction")["direction"]
     if vector.ndim != 1 or not vector.is_floating_point():
         raise InputError(
@@ -103,3 +119,56 @@ def load_direction(source: str | Path) -> Direction:
             return None
 
     return Direction(vector.double(), number("position"), number("layer"), hash_file(path))
+
+
+def recorded_direction(record: Mapping[str, Any], path: Path) -> Direction:
+    """The direction that the record of an edit holds, as it was given to the edit.
+
+    Args:
+        record: ``abliterate.json``. Older ones hold the unit vector and the norm alone, whose
+            product is the direction up to float64's rounding.
+        path: where it lies, for errors.
+
+    Raises:
+        InputError: it holds no direction.
+    """
+    import torch
+
+    held = record.get("direction")
+    of_it = held if isinstance(held, Mapping) else {}
+    unit: Any = record.get("vector")
+    norm: Any = of_it.get("norm")
+    values = record.get("unnormalised")
+    if not (_numbers(unit) and _numbers([norm]) and (values is None or _numbers(values))):
+        raise InputError(
+            f"{path} is no record of an edit that holds its direction: give the abliterate.json of "
+            "an edited checkpoint, a run folder or a safetensors file"
+        )
+
+    def whole(key: str) -> int | None:
+        value = of_it.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    sha256 = of_it.get("sha256")
+    vector = torch.tensor([*map(float, unit if values is None else values)], dtype=torch.float64)
+    return Direction(
+        vector * float(norm) if values is None else vector,
+        whole("position"),
+        whole("layer"),
+        sha256 if isinstance(sha256, str) else None,
+    )
+
+
+def _numbers(values: Any) -> bool:
+    """Whether it is a list of finite numbers, and not empty."""
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and abs(value) < 1e300
+            and math.isfinite(value)
+            for value in values
+        )
+    )

@@ -37,12 +37,17 @@ DirectionFrom = Annotated[
     str | None,
     typer.Option(
         "--direction",
-        help="Run folder or safetensors file with a tensor 'direction'.",
+        help="Run folder, safetensors file with a tensor 'direction', or an edit's abliterate.json.",
         show_default=False,
     ),
 ]
 Direction = Annotated[
-    str, typer.Option("--direction", help="Run folder or safetensors file.", show_default=False)
+    str,
+    typer.Option(
+        "--direction",
+        help="Run folder, safetensors file or the abliterate.json of an edit.",
+        show_default=False,
+    ),
 ]
 Config = Annotated[
     Path | None,

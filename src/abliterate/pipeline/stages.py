@@ -13,8 +13,14 @@ from typing import Any
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, save_direction
 from abliterate.editing.file_names import RECORD
-from abliterate.editing.options import edit_options
+from abliterate.editing.options import EditOptions, edit_options
 from abliterate.editing.orthogonalize import orthogonalize
+from abliterate.editing.replay import (
+    check_source,
+    read_recorded_edit,
+    replayed_options,
+    warn_of_other_bits,
+)
 from abliterate.errors import InputError, SelectionError, UsageError
 from abliterate.extraction.kept_activations import (
     ActivationWriter,
@@ -392,11 +398,33 @@ def orthogonalize_stage(
         if same and record.get("direction") == direction.summary():
             log.info("%s is up to date", out)
             return record
+    return _edit(session, direction, options, out, reuse)
+
+
+def replay_stage(session: Session, record: Path, out: Path) -> dict[str, Any]:
+    """Repeat the edit that ``record`` (an ``abliterate.json``) tells of; returns the new record.
+
+    Raises:
+        CheckpointError: the session's checkpoint is not the recorded source.
+        InputError: it is no record of an edit.
+        UsageError: the settings ask for another edit.
+    """
+    recorded = read_recorded_edit(record)
+    options = replayed_options(recorded, session.settings.orthogonalize)
+    check_source(recorded, session.checkpoint)
+    warn_of_other_bits(recorded, options)
+    return _edit(session, recorded.direction, options, out)
+
+
+def _edit(
+    session: Session, direction: Direction, options: EditOptions, out: Path, replace: bool = False
+) -> dict[str, Any]:
+    settings = session.settings
     orthogonalize(
         session.checkpoint,
         direction,
         out,
-        overwrite=reuse or settings.orthogonalize.overwrite,
+        overwrite=replace or settings.orthogonalize.overwrite,
         trust_remote_code=settings.model.trust_remote_code,
         allow_leak=settings.orthogonalize.allow_leak,
         options=options,
