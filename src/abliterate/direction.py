@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE_NAME = "direction.safetensors"
+# Of the same run folder: the means that extract left.
+MEANS_NAME = "directions.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,14 @@ class Direction:
         position: source token, counted from the prompt's end, or None if not recorded.
         layer: source layer, or None if not recorded.
         sha256: hash of the file it was read from.
+        project_harmless: what it had along the mean harmless activation was removed.
     """
 
     vector: Tensor
     position: int | None = None
     layer: int | None = None
     sha256: str | None = None
+    project_harmless: bool = False
 
     def __post_init__(self) -> None:
         # What is computed of a direction alone is float64, which not every device has.
@@ -53,6 +58,7 @@ class Direction:
             "position": self.position,
             "layer": self.layer,
             "norm": float(self.vector.double().norm()),
+            **({"project_harmless": True} if self.project_harmless else {}),
         }
 
 
@@ -69,6 +75,7 @@ def save_direction(
     """
     metadata = {"position": str(direction.position), "layer": str(direction.layer), "model": model}
     metadata |= {} if revision is None else {"revision": revision}
+    metadata |= {"project_harmless": "true"} if direction.project_harmless else {}
     write_tensors(path, {"direction": direction.vector}, metadata)
 
 
@@ -94,14 +101,57 @@ def find_direction(source: str | Path) -> Path:
     return path
 
 
-def load_direction(source: str | Path) -> Direction:
+def load_direction(source: str | Path, project_harmless: bool = False) -> Direction:
     """Read a run folder's direction, a safetensors file with a tensor ``direction``, or the one
     that the record of an edit holds.
 
+    Args:
+        source: the folder or file.
+        project_harmless: remove what the direction has along the mean harmless activation of its
+            position and layer, which the run folder holds; nothing where that was done before.
+
     Raises:
-        InputError: there is none, or it is not one vector of numbers.
+        InputError: there is none, it is not one vector of numbers, or nothing is left of it.
     """
     path = find_direction(source)
+    direction = _read_direction(path)
+    if project_harmless and not direction.project_harmless:
+        return _projected(direction, path)
+    return direction
+
+
+def _projected(direction: Direction, path: Path) -> Direction:
+    """The direction less what it has along the mean harmless activation.
+
+    Raises:
+        InputError: the file does not lie in a run folder, or nothing is left.
+    """
+    from abliterate.metrics.geometry import without_component
+
+    means = path.with_name(MEANS_NAME)
+    if path.name != FILE_NAME or not means.is_file():
+        raise InputError(
+            f"{path}: --project-harmless needs the mean harmless activation, which lies in a run "
+            f"folder's {MEANS_NAME}: give that folder as --direction"
+        )
+    mean = read_tensors(means, "mean_harmless")["mean_harmless"]
+    try:
+        row = json.loads(tensor_metadata(means)["positions"]).index(direction.position)
+        along = mean[row, direction.layer].double()
+        vector = without_component(direction.vector.double(), along)
+    except (LookupError, TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"{means} does not hold position {direction.position}, layer {direction.layer} of "
+            f"{path}: run select again"
+        ) from None
+    if not vector.any():
+        raise InputError(
+            f"{path} lies along the mean harmless activation: --project-harmless leaves nothing"
+        )
+    return replace(direction, vector=vector, project_harmless=True)
+
+
+def _read_direction(path: Path) -> Direction:
     if is_edit_record(path):
         return recorded_direction(read_record(path, "orthogonalize"), path)
     vector = read_tensors(path, "direction")["direction"]
@@ -118,7 +168,13 @@ def load_direction(source: str | Path) -> Direction:
         except (KeyError, ValueError):
             return None
 
-    return Direction(vector.double(), number("position"), number("layer"), hash_file(path))
+    return Direction(
+        vector.double(),
+        number("position"),
+        number("layer"),
+        hash_file(path),
+        metadata.get("project_harmless") == "true",
+    )
 
 
 def recorded_direction(record: Mapping[str, Any], path: Path) -> Direction:
@@ -156,6 +212,7 @@ def recorded_direction(record: Mapping[str, Any], path: Path) -> Direction:
         whole("position"),
         whole("layer"),
         sha256 if isinstance(sha256, str) else None,
+        of_it.get("project_harmless") is True,
     )
 
 

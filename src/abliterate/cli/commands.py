@@ -121,7 +121,7 @@ def orthogonalize(
 
         record = replay_stage(session, path, output)
     else:
-        vector = load_direction(direction)
+        vector = load_direction(direction, settings.select.project_harmless)
         from abliterate.pipeline.stages import orthogonalize_stage
 
         record = orthogonalize_stage(session, vector, output)

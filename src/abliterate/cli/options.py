@@ -37,7 +37,7 @@ DirectionFrom = Annotated[
     str | None,
     typer.Option(
         "--direction",
-        help="Run folder, safetensors file with a tensor 'direction', or an edit's abliterate.json.",
+        help="Run folder, safetensors file with a tensor 'direction', or abliterate.json.",
         show_default=False,
     ),
 ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +250,8 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
             "directions": main(lambda: _hash_if_there(run / DIRECTIONS)),
             "refusal_tokens": extracted["refusal_tokens"],
         }
+        if settings.project_harmless:  # else records stay what they were without it
+            scored_on["project_harmless"] = True
         inputs = {"settings": settings.model_dump(), **scored_on}
         outputs = {FILE_NAME: run / FILE_NAME}
         stage.depends_on(inputs, outputs)
@@ -257,7 +259,10 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
             return done
         settle_rendering(session, run, extracted)
         stage.depends_on(inputs, outputs)  # the date may have been open
-        extraction = main(lambda: Extraction.load(run / DIRECTIONS, extracted))
+        extraction = replace(
+            main(lambda: Extraction.load(run / DIRECTIONS, extracted)),
+            project_harmless=settings.project_harmless,
+        )
         scores = ScoresFile(stage, run / SCORES, extraction, prompts, scored_on)
         stage.start_clock()
         result = _choose(session, run, extraction, prompts, scores)
@@ -417,14 +422,14 @@ def replay_stage(session: Session, record: Path, out: Path) -> dict[str, Any]:
 
 
 def _edit(
-    session: Session, direction: Direction, options: EditOptions, out: Path, replace: bool = False
+    session: Session, direction: Direction, options: EditOptions, out: Path, overwrite: bool = False
 ) -> dict[str, Any]:
     settings = session.settings
     orthogonalize(
         session.checkpoint,
         direction,
         out,
-        overwrite=replace or settings.orthogonalize.overwrite,
+        overwrite=overwrite or settings.orthogonalize.overwrite,
         trust_remote_code=settings.model.trust_remote_code,
         allow_leak=settings.orthogonalize.allow_leak,
         options=options,

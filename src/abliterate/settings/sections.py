@@ -358,6 +358,20 @@ class SelectSettings(_Section):
             _SELECT,
         ),
     ] = Field("last", pattern=r"^(last|response:[1-9][0-9]*)$")
+    project_harmless: Annotated[
+        bool,
+        Option(
+            "Remove from each candidate what it has along the mean harmless activation.",
+            _METHOD,
+            _SELECT,
+        ),
+        Option(
+            "Remove from the run folder's direction what it has along the mean harmless "
+            "activation, if select has not.",
+            _METHOD,
+            ("orthogonalize", "evaluate", "verify", "chat"),
+        ),
+    ] = False
 
 
 class OrthogonalizeSettings(_Section):
