@@ -13,7 +13,7 @@ _KINDS: dict[str, Any] = {
     "layers": str,
     "components": str,
     "scale": int | float,
-    "norm_preserve": bool,
+    "norm_preserve": bool | str,
     "tied_embeddings": str,
     "quantized": str,
     "add": int | float,

@@ -85,13 +85,17 @@ def replayed_options(recorded: RecordedEdit, settings: OrthogonalizeSettings) ->
     given = settings.model_fields_set
     for name, flag in _FLAGS.items():
         asked = {"requantize", "dequantize"} if name == "quantized" else {name}
-        if asked & given and getattr(today, name) != getattr(recorded.options, name):
+        mine, theirs = (_value(options, name) for options in (today, recorded.options))
+        if asked & given and mine != theirs:
             raise UsageError(
-                f"{flag} is not what {recorded.path} records "
-                f"({getattr(recorded.options, name)!r}), whose edit is repeated as it was: leave "
-                "the option out, or give a run folder as --direction"
+                f"{flag} is not what {recorded.path} records ({theirs!r}), whose edit is repeated "
+                "as it was: leave the option out, or give a run folder as --direction"
             )
     return replace(recorded.options, device=today.device, jobs=today.jobs)
+
+
+def _value(options: EditOptions, name: str) -> Any:
+    return options.keep_norms if name == "norm_preserve" else getattr(options, name)
 
 
 def check_source(recorded: RecordedEdit, source: Checkpoint) -> None:
