@@ -53,7 +53,7 @@ def test_select_scores_and_keeps_projected_candidates(cli, run: Path) -> None:
     assert _along_harmless(run, projected) < 1e-6
     # Scored anew, not taken from what the plain candidates left.
     bypass = [
-        {(c["position"], c["layer"]): c["bypass"] for c in record["candidates"]}
+        {(c["position"], c["layer"]): c["bypass_score"] for c in record["candidates"]}
         for record in (scored, rescored)
     ]
     moved = [key for key, value in bypass[0].items() if value != bypass[1][key]]
@@ -83,7 +83,7 @@ def test_the_edit_is_along_the_projected_direction(tiny, cli, run: Path, tmp_pat
         made = cli("orthogonalize", source, "--direction", run, "-o", again, *options)
         assert made.code == 0, made.err
         record = json.loads((again / "abliterate.json").read_text())
-        assert torch.equal(torch.tensor(record["unnormalised"]).double(), chosen.double())
+        assert torch.equal(torch.tensor(record["unnormalised"], dtype=torch.float64), chosen)
 
 
 def test_hooks_use_the_projected_direction(tiny, cli, run: Path) -> None:
