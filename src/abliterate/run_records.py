@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 from abliterate.direction import is_edit_record
 from abliterate.editing.file_names import RECORD as EDIT
 from abliterate.errors import CheckpointError, InputError, UsageError
+from abliterate.exchange import is_foreign
 from abliterate.hub import is_commit, split_id
 from abliterate.run_folder import EXTRACT, SELECTION
 from abliterate.settings import Settings, take_recorded
@@ -200,6 +201,8 @@ def source_of_direction(direction: str | Path) -> HubSource | None:
         return source_of_extract(path, read_extract(path)) if (path / EXTRACT).exists() else None
     if is_edit_record(path):
         return _source_in_edit(path)
+    if is_foreign(path):
+        return None
     metadata = tensor_metadata(path)
     return _hub_source({"id": metadata.get("model"), **metadata}, path)
 
