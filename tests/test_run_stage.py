@@ -36,7 +36,7 @@ def _run(session: Session, folder: Path, inputs: object = 1, text: str = '{"seen
 def test_record_says_how_it_was_made(session: Session, tmp_path: Path) -> None:
     _run(session, tmp_path)
     record = json.loads((tmp_path / "look.json").read_text())
-    made = ["settings", "seed", "versions", "seconds", "inputs", "outputs"]
+    made = ["settings", "seed", "versions", "seconds", "computed_with", "inputs", "outputs"]
     assert list(record) == ["model", "found", *made]
     assert record["model"] == session.identity
     assert set(record["settings"]) == {"model"}

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.errors import InputError
-from abliterate.storage.artifacts import hash_file, read_tensors, tensor_metadata, write_tensors
+from abliterate.errors import AbliterateError, InputError, UsageError
+from abliterate.exchange import (
+    SUFFIXES,
+    check_format,
+    encode,
+    is_foreign,
+    read_foreign,
+    steering_layers,
+)
+from abliterate.storage.artifacts import (
+    hash_file,
+    read_record,
+    read_tensors,
+    tensor_metadata,
+    write_atomically,
+    write_tensors,
+)
+from abliterate.storage.ownership import claim_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FILE_NAME = "direction.safetensors"
+# Of the same run folder: the means that extract left.
+MEANS_NAME = "directions.safetensors"
 
 
 @dataclass(frozen=True)
@@ -25,12 +46,14 @@ class Direction:
         position: source token, counted from the prompt's end, or None if not recorded.
         layer: source layer, or None if not recorded.
         sha256: hash of the file it was read from.
+        project_harmless: what it had along the mean harmless activation was removed.
     """
 
     vector: Tensor
     position: int | None = None
     layer: int | None = None
     sha256: str | None = None
+    project_harmless: bool = False
 
     def __post_init__(self) -> None:
         # What is computed of a direction alone is float64, which not every device has.
@@ -45,6 +68,7 @@ class Direction:
             "position": self.position,
             "layer": self.layer,
             "norm": float(self.vector.double().norm()),
+            **({"project_harmless": True} if self.project_harmless else {}),
         }
 
 
@@ -61,7 +85,13 @@ def save_direction(
     """
     metadata = {"position": str(direction.position), "layer": str(direction.layer), "model": model}
     metadata |= {} if revision is None else {"revision": revision}
+    metadata |= {"project_harmless": "true"} if direction.project_harmless else {}
     write_tensors(path, {"direction": direction.vector}, metadata)
+
+
+def is_edit_record(source: str | Path) -> bool:
+    """Whether a user's name for a direction means the record of an edit, ``abliterate.json``."""
+    return Path(source).suffix.lower() == ".json"
 
 
 def find_direction(source: str | Path) -> Path:
@@ -81,13 +111,64 @@ def find_direction(source: str | Path) -> Path:
     return path
 
 
-def load_direction(source: str | Path) -> Direction:
-    """Read a run folder's direction, or a safetensors file with a tensor ``direction``.
+def load_direction(source: str | Path, project_harmless: bool = False) -> Direction:
+    """Read a run folder's direction, a safetensors file with a tensor ``direction``, or the one
+    that the record of an edit holds.
+
+    Args:
+        source: the folder or file.
+        project_harmless: remove what the direction has along the mean harmless activation of its
+            position and layer, which the run folder holds; nothing where that was done before.
 
     Raises:
-        InputError: there is none, or it is not one vector of numbers.
+        InputError: there is none, it is not one vector of numbers, or nothing is left of it.
     """
     path = find_direction(source)
+    direction = _read_direction(path)
+    if project_harmless and not direction.project_harmless:
+        return _projected(direction, path)
+    return direction
+
+
+def _projected(direction: Direction, path: Path) -> Direction:
+    """The direction less what it has along the mean harmless activation.
+
+    Raises:
+        InputError: the file does not lie in a run folder, or nothing is left.
+    """
+    from abliterate.metrics.geometry import without_component
+
+    means = path.with_name(MEANS_NAME)
+    if path.name != FILE_NAME or not means.is_file():
+        raise InputError(
+            f"{path}: --project-harmless needs the mean harmless activation, which lies in a run "
+            f"folder's {MEANS_NAME}: give that folder as --direction"
+        )
+    mean = read_tensors(means, "mean_harmless")["mean_harmless"]
+    try:
+        row = json.loads(tensor_metadata(means)["positions"]).index(direction.position)
+        along = mean[row, direction.layer].double()
+        vector = without_component(direction.vector.double(), along)
+    except (LookupError, TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"{means} does not hold position {direction.position}, layer {direction.layer} of "
+            f"{path}: run select again"
+        ) from None
+    if not vector.any():
+        raise InputError(
+            f"{path} lies along the mean harmless activation: --project-harmless leaves nothing"
+        )
+    return replace(direction, vector=vector, project_harmless=True)
+
+
+def _read_direction(path: Path) -> Direction:
+    if is_edit_record(path):
+        return recorded_direction(read_record(path, "orthogonalize"), path)
+    if is_foreign(path):
+        return _foreign(path)
+    tensors = read_tensors(path)
+    if "direction" not in tensors and steering_layers(list(tensors)):
+        return _foreign(path)
     vector = read_tensors(path, "direction")["direction"]
     if vector.ndim != 1 or not vector.is_floating_point():
         raise InputError(
@@ -102,4 +183,130 @@ def load_direction(source: str | Path) -> Direction:
         except (KeyError, ValueError):
             return None
 
-    return Direction(vector.double(), number("position"), number("layer"), hash_file(path))
+    return Direction(
+        vector.double(),
+        number("position"),
+        number("layer"),
+        hash_file(path),
+        metadata.get("project_harmless") == "true",
+    )
+
+
+def _foreign(path: Path) -> Direction:
+    """The direction in a file of another program."""
+    import torch
+
+    found = read_foreign(path)
+    return Direction(
+        torch.from_numpy(found.values), found.position, found.layer, sha256=hash_file(path)
+    )
+
+
+def export_direction(
+    source: str | Path, to: str, output: Path | None = None
+) -> tuple[Path, Direction]:
+    """Write a direction as a file of another program (``abliterate.exchange``).
+
+    Args:
+        source: anything that :func:`load_direction` takes.
+        to: the format.
+        output: the file; None for one in the run folder.
+
+    Returns:
+        The file, and the direction.
+
+    Raises:
+        InputError: there is no direction, or the format cannot hold it.
+        UsageError: the format is unknown, its package is missing, or the file is something else.
+    """
+    kind = check_format(to)
+    direction = load_direction(source)
+    if output is None:
+        if not Path(source).is_dir():
+            raise UsageError(f"-o FILE is needed: {source} is no run folder")
+        name = f"direction-{kind}.safetensors" if kind == "steering-vectors" else "direction"
+        output = Path(source) / (name if "." in name else name + SUFFIXES[kind])
+    if output.suffix != SUFFIXES[kind]:
+        raise UsageError(f"-o {output}: a file for {kind} ends in {SUFFIXES[kind]}")
+    content = encode(
+        direction.vector.double().numpy(),
+        direction.layer,
+        direction.position,
+        kind,
+        _model_type(source),
+    )
+    claim_file(output, _is_exported, "export")
+    write_atomically(output, content)
+    return output, direction
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether a file is one that holds nothing but a direction."""
+    try:
+        _read_direction(path)
+    except AbliterateError:
+        return False
+    return path.suffix != ".safetensors" or bool(steering_layers(list(read_tensors(path))))
+
+
+def _model_type(source: str | Path) -> str:
+    """What the run folder's ``extract.json`` says of the model, or nothing."""
+    path = Path(source) / "extract.json"
+    if not path.is_file():
+        return ""
+    found = read_record(path, "extract").get("model_type")
+    return found if isinstance(found, str) and found.isascii() and len(found) < 100 else ""
+
+
+def recorded_direction(record: Mapping[str, Any], path: Path) -> Direction:
+    """The direction that the record of an edit holds, as it was given to the edit.
+
+    Args:
+        record: ``abliterate.json``. Older ones hold the unit vector and the norm alone, whose
+            product is the direction up to float64's rounding.
+        path: where it lies, for errors.
+
+    Raises:
+        InputError: it holds no direction.
+    """
+    import torch
+
+    held = record.get("direction")
+    of_it = held if isinstance(held, Mapping) else {}
+    unit: Any = record.get("vector")
+    norm: Any = of_it.get("norm")
+    values = record.get("unnormalised")
+    if not (_numbers(unit) and _numbers([norm]) and (values is None or _numbers(values))):
+        raise InputError(
+            f"{path} is no record of an edit that holds its direction: give the abliterate.json of "
+            "an edited checkpoint, a run folder or a safetensors file"
+        )
+
+    def whole(key: str) -> int | None:
+        value = of_it.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    sha256 = of_it.get("sha256")
+    vector = torch.tensor([*map(float, unit if values is None else values)], dtype=torch.float64)
+    return Direction(
+        vector * float(norm) if values is None else vector,
+        whole("position"),
+        whole("layer"),
+        sha256 if isinstance(sha256, str) else None,
+        of_it.get("project_harmless") is True,
+    )
+
+
+def _numbers(values: Any) -> bool:
+    """Whether it is a list of finite numbers, and not empty."""
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and abs(value) < 1e300
+            and math.isfinite(value)
+            for value in values
+        )
+    )

@@ -34,7 +34,7 @@ ACTIVATIONS = "activations.safetensors"
 SELECTION, EVALUATION, COMPLETIONS = "selection.json", "evaluation.json", "completions"
 SCORES = "scores.safetensors"
 INSPECT, TRACE = "inspect.json", "trace.json"
-MODEL = "model"
+MODEL, RUN = "model", "run.json"
 # What the evaluation of ``run`` calls the checkpoint in ``model/``.
 EDITED = "orthogonalized"
 

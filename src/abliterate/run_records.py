@@ -16,8 +16,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 
+from abliterate.direction import is_edit_record
 from abliterate.editing.file_names import RECORD as EDIT
 from abliterate.errors import CheckpointError, InputError, UsageError
+from abliterate.exchange import is_foreign
 from abliterate.hub import is_commit, split_id
 from abliterate.run_folder import EXTRACT, SELECTION
 from abliterate.settings import Settings, take_recorded
@@ -190,14 +192,18 @@ def source_of_direction(direction: str | Path) -> HubSource | None:
     """The hub id and commit that a direction was found in, as far as anything says so.
 
     Args:
-        direction: a run folder, or a safetensors file.
+        direction: a run folder, a safetensors file or the record of an edit.
 
     Raises:
-        InputError: the run folder's record is malformed.
+        InputError: the record is malformed.
     """
     path = Path(direction)
     if path.is_dir():
         return source_of_extract(path, read_extract(path)) if (path / EXTRACT).exists() else None
+    if is_edit_record(path):
+        return _source_in_edit(path)
+    if is_foreign(path):
+        return None
     try:
         metadata = tensor_metadata(path)
     except SafetensorError:  # whoever loads the direction says what is wrong with it
@@ -208,8 +214,10 @@ def source_of_direction(direction: str | Path) -> HubSource | None:
 def source_of_edit(folder: Path) -> HubSource | None:
     """The hub id and commit that an edited checkpoint was made from, if its record names one."""
     path = folder / EDIT
-    if not path.is_file():
-        return None
+    return _source_in_edit(path) if path.is_file() else None
+
+
+def _source_in_edit(path: Path) -> HubSource | None:
     source = read_record(path, "orthogonalize").get("source")
     return _hub_source(source, path) if isinstance(source, Mapping) else None
 

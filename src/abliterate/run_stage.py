@@ -145,6 +145,7 @@ class OpenStage:
         if {"chat", "extract"} <= sections and (done := self.session.thinking.summary()):
             made["thinking"] = done
         made |= {"seed": settings.model.seed, "versions": versions(), "seconds": seconds}
+        made["computed_with"] = _computed_with(settings.model.batch_size, self.ranks.size)
         if self.session.commits:
             made["datasets"] = dict(sorted(self.session.commits.items()))
         if self.inputs is not None:
@@ -153,6 +154,18 @@ class OpenStage:
             left = self.outputs.items() if self.folder is not None else ()
             made["outputs"] = {name: hash_file(path) for name, path in left if path.exists()}
         return made
+
+
+def _computed_with(batch_size: int | str, ranks: int) -> dict[str, Any]:
+    """What changes the last bits of a result, and nothing else of it."""
+    import torch
+
+    return {
+        "batch_size": batch_size,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "ranks": ranks,
+    }
 
 
 def input_hash(session: Session, inputs: Mapping[str, Any]) -> str:

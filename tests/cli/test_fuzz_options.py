@@ -62,10 +62,11 @@ _BASES: dict[str, tuple[str, ...]] = {
     ),
     "chat": ("{model}", "--direction", "{run}", "--max-new-tokens", "2"),
     "plan": ("{model}",),
+    "export": ("{run}", "--to", "npz", "-o", "{new}.npz"),
     "demo": ("-o", "{file}"),  # what would take half a minute is stopped by its output
 }  # fmt: skip
 # Commands that write into the folder they are given, so that it is a copy.
-_OWN_RUN = {"select", "inspect", "trace", "report", "fragility"}
+_OWN_RUN = {"select", "inspect", "trace", "report", "fragility", "export"}
 # Few examples where one takes seconds.
 _COUNTS = {"run": 4, "fragility": 6, "select": 8, "evaluate": 8, "audit": 5, "demo": 4}
 _USUAL = 8
@@ -111,7 +112,8 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "device": ("cpu", "auto", "cuda", "cuda:9", "cpu:0", "cpu:7", "meta", "mps", "cuda:-1", "xla"),
     "device_map": ("auto", '{"": "cpu"}', "{}", "[]", "1", '{"x": "cpu"}', '{"": "cuda:9"}',
                    '{"": "disk"}', '{"": null}', "balanced", "sequential"),
-    "direction": ("{run}", "{vector}", "{zero}", "{nan}", "{short}", "{matrix}"),
+    "direction": ("{run}", "{vector}", "{zero}", "{nan}", "{short}", "{matrix}",
+                  "{edited}/abliterate.json", "{edited}/config.json"),
     "dtype": ("auto", "float32", "bfloat16", "float16", "float64", "int8", "float8_e4m3fn"),
     "gpu_memory": ("0", "1", "80GB", "-1", "nan", "1e400GB"),
     "image": ("gif", "PNG"),
@@ -123,6 +125,8 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "kl_on": ("last", "response:0", "response:1", "response:3", f"response:{10**30}", "response:"),
     "layers": ("0", "0-3", "3-0", "9", "0-999999", "1,1", ",", "0-"),
     "memory": ("0", "1", "80GB", "-1", "nan", "1e400GB"),
+    "norm_preserve": ("rows", "columns", "True", "cells"),
+    "to": ("gguf", "npz", "steering-vectors", "onnx"),
     "positions": ("last", "post-instruction", "-1", "-1,-1", "-999", "0", "-1,-2", "1", "-9" * 20),
     "png": ("{mine}", "{file}"),
     "response_prefix": ("I", " ", "\n"),

@@ -108,6 +108,34 @@ def test_rows_keep_their_norm(tiny, cli, direction, unit, tmp_path: Path) -> Non
     assert result.json["promise"]["tensors_orthogonal"] is False
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_keep_their_norm_and_nothing_is_left_along_the_direction(
+    dtype, tiny, cli, direction, unit, tmp_path: Path
+) -> None:
+    source, out = tiny("llama", False, dtype), tmp_path / "out"
+    base = ("orthogonalize", source, "--direction", direction, "-o")
+    result = cli(*base, out, "--norm-preserve", "columns", "--json")
+    assert result.code == 0, result.err
+    before, after = tensors(source), tensors(out)
+    eps = torch.finfo(dtype).eps
+    for entry in result.json["tensors"]:
+        old, new = (t[entry["name"]].double().movedim(entry["axis"], -1) for t in (before, after))
+        exact = old - (old @ unit).unsqueeze(-1) * unit
+        exact = exact * (old.norm(dim=-1, keepdim=True) / exact.norm(dim=-1, keepdim=True))
+        assert torch.allclose(new, exact, rtol=eps, atol=0)  # to the format's rounding
+        assert float((new @ unit).norm() / new.norm()) < eps
+    assert result.json["promise"]["tensors_orthogonal"] is True
+    assert result.json["promise"]["stream_orthogonal"] is True
+    assert result.json["options"]["norm_preserve"] == "columns"
+    leaky = tmp_path / "rows"
+    assert cli(*base, leaky, "--norm-preserve", "rows").code == 0
+    alone = tmp_path / "alone"
+    assert cli(*base, alone, "--norm-preserve").code == 0
+    assert tensors(alone).keys() == tensors(leaky).keys()
+    for name, tensor in tensors(alone).items():
+        assert torch.equal(tensor, tensors(leaky)[name])
+
+
 @pytest.mark.parametrize("choice", ["untie", "share", "skip"])
 def test_tied_embeddings(choice: str, tiny, cli, direction, tmp_path: Path) -> None:
     source, out = tiny("qwen2", True), tmp_path / "out"
@@ -144,6 +172,8 @@ def test_tied_embeddings(choice: str, tiny, cli, direction, tmp_path: Path) -> N
         (("--add", "0"), "other than zero"),
         (("--add", "1", "--scale", "2"), "--add"),
         (("--as-lora", "--norm-preserve"), "--as-lora"),
+        (("--as-lora", "--norm-preserve", "columns"), "--as-lora"),
+        (("--norm-preserve=cells",), "columns"),
         (("--device", "abacus"), "--device abacus"),
     ],
 )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_models import EXPERTS, INNER, LAYERS, WIDTH, save_gpt_oss
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM
 
-WIDTH, INNER, EXPERTS, LAYERS = 64, 96, 4, 3
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6.0])
 DOWN = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(LAYERS)]
 
@@ -42,39 +42,7 @@ def direction(unit: torch.Tensor, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def source(tokenizer_dir: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpt-oss")
-    config = GptOssConfig(
-        vocab_size=512, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=EXPERTS,
-        num_experts_per_tok=2, max_position_embeddings=256, sliding_window=16, pad_token_id=0,
-        eos_token_id=2, bos_token_id=None,
-        rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
-    )  # fmt: skip
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        gain = 1.0 if name.endswith("norm.weight") else 0.0
-        value = (gain + 0.2 * torch.randn(tensor.shape)).to(torch.bfloat16)
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            tensors[name] = value
-            continue
-        experts, inputs, outputs = tensor.shape  # stored transposed, and packed
-        shape = (experts, outputs, inputs // 32)
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(120, 125, shape, dtype=torch.uint8)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    document = config.to_dict() | {
-        "architectures": ["GptOssForCausalLM"],
-        "dtype": "bfloat16",
-        "quantization_config": {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
-                                       "model.embed_tokens", "lm_head"],
-        },
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(document))
-    for file in tokenizer_dir.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    save_gpt_oss(folder, tokenizer_dir)
     return folder
 
 

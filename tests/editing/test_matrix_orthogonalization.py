@@ -100,16 +100,37 @@ def test_kept_norms_are_those_of_stored_rows(d_model_is_columns: bool) -> None:
     W, B = random_weight(), orthonormal_rows(1)
     stored = W.T.clone() if d_model_is_columns else W.clone()
     matrix = InMemory(stored.clone())
-    project(matrix, B, EditStrength(keep_norms=True), d_model_is_columns)
+    project(matrix, B, EditStrength(keep_norms="rows"), d_model_is_columns)
     assert torch.allclose(matrix.values.norm(dim=1), stored.norm(dim=1))
     if d_model_is_columns:  # scaling W's columns leaves nothing along r
         assert float((matrix.values @ B.T).abs().max()) < 1e-12
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+@pytest.mark.parametrize("d_model_is_columns", [False, True])
+def test_kept_norms_of_columns_are_those_of_what_each_input_writes(
+    d_model_is_columns: bool, scale: float, count: int
+) -> None:
+    W, B = random_weight(), orthonormal_rows(count)
+    matrix = InMemory(W.T.contiguous() if d_model_is_columns else W.clone())
+    sums = project(matrix, B, EditStrength(scale, "columns"), d_model_is_columns)
+    edited = matrix.values.T if d_model_is_columns else matrix.values
+    plain = W - scale * B.T @ B @ W
+    assert torch.allclose(edited.norm(dim=0), W.norm(dim=0), rtol=1e-12)
+    assert torch.allclose(edited, plain * (W.norm(dim=0) / plain.norm(dim=0)), atol=1e-12)
+    assert sums.along_after == pytest.approx(
+        float((B @ edited).square().sum()), rel=1e-9, abs=1e-20
+    )
+    if scale == 1:
+        assert sums.along_after < 1e-20
+
+
 def test_a_row_along_the_direction_alone_becomes_zero() -> None:
     B = orthonormal_rows(1)
     matrix = InMemory(torch.cat([3 * B, random_weight().T[:2]]))
-    project(matrix, B, EditStrength(keep_norms=True), True)
+    project(matrix, B, EditStrength(keep_norms="rows"), True)
     assert float(matrix.values[0].norm()) < 1e-12
 
 

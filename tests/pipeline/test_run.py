@@ -30,7 +30,7 @@ def test_finished_stages_are_skipped_and_stale_ones_redone(tiny, cli, tmp_path: 
     run = tmp_path / "run"
     first = cli("run", tiny("llama"), "-o", run, *SMALL, "--json")
     assert first.code == 0, first.err
-    assert set(first.json) == {"extract", "select", "orthogonalize", "evaluate"}
+    assert set(first.json) == {"extract", "select", "orthogonalize", "evaluate", "hash"}
     made = _times(run)
 
     again = cli("run", tiny("llama"), "-o", run, *SMALL, "--json")
@@ -62,6 +62,28 @@ def test_finished_stages_are_skipped_and_stale_ones_redone(tiny, cli, tmp_path: 
     before = _times(run)
     assert cli("run", tiny("llama"), "-o", run, *SMALL, "--seed", "5").code == 0
     assert all(before[name] != value for name, value in _times(run).items())
+
+
+def test_run_records_one_hash_of_all_that_decides_the_result(tiny, cli, tmp_path: Path) -> None:
+    def hash_of(name: str, *options: str) -> str:
+        result = cli("run", tiny("llama"), "-o", tmp_path / name, *SMALL, *options, "--json")
+        assert result.code == 0, result.err
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        assert record["hash"] == result.json["hash"]
+        return str(record["hash"])
+
+    first = hash_of("one")
+    again = hash_of("two")
+    directions = [(tmp_path / name / "directions.safetensors") for name in ("one", "two")]
+    assert directions[0].read_bytes() == directions[1].read_bytes()
+    assert again == first
+    assert hash_of("one") == first  # of stages that were skipped
+    # What decides the answers, or the last bits alone, changes it.
+    others = {
+        hash_of("one", "--max-new-tokens", "4"),
+        hash_of("three", "--batch-size", "3"),
+    }
+    assert len(others | {first}) == 3
 
 
 def test_run_equals_its_four_commands(tiny, cli, tmp_path: Path) -> None:

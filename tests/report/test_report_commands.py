@@ -40,10 +40,11 @@ EVERY: dict[str, dict[str, Any]] = {
         "harmful": "harmbench", "harmless": "alpaca", "n_val": 8, "filter": False,
         "kl_threshold": 1e9, "induce_threshold": -1e9, "prune_layers": 0.0,
         "search": "exhaustive", "all_layers": True, "kl_on": "response:4",
+        "project_harmless": True,
     },
     "orthogonalize": {
         "overwrite": True, "allow_leak": 0.25, "layers": "10-25", "components": "mlp,attention",
-        "scale": -1.5, "norm_preserve": True, "tied_embeddings": "share", "requantize": True,
+        "scale": -1.5, "norm_preserve": "columns", "tied_embeddings": "share", "requantize": True,
         "dequantize": True, "add": -2.0, "as_lora": True, "device": "cuda:0", "jobs": 3,
         "low_disk": True, "leave_behind": ("mtp.safetensors", "-draft*"),
     },

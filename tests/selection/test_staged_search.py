@@ -292,7 +292,7 @@ def test_groups_keep_to_the_budget_and_pad_little() -> None:
 
 
 def test_the_budget_grows_while_that_is_faster_and_halves_without_memory() -> None:
-    budget = TokenBudget(torch.device("cpu"))
+    budget = TokenBudget(torch.device("mps"))
     start = budget.tokens
     budget.ran(10, 1.0)  # too small to tell
     assert budget.tokens == start
@@ -307,6 +307,14 @@ def test_the_budget_grows_while_that_is_faster_and_halves_without_memory() -> No
     fixed = TokenBudget(torch.device("cpu"), 8)
     fixed.failed(8, 100)
     assert fixed.rows == 4
+
+
+def test_the_clock_does_not_decide_which_prompts_share_a_batch_on_a_cpu() -> None:
+    budget = TokenBudget(torch.device("cpu"))
+    start = budget.tokens
+    for seconds in (1.0, 0.1, 0.001):
+        budget.ran(budget.tokens, seconds)
+    assert budget.tokens == start
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from abliterate.cli import (
     checks,
     commands,
     evaluate_commands,
+    export_command,
     fragility_command,
     plan_command,
 )
@@ -180,6 +181,7 @@ app.command()(audit_commands.diff)
 app.command()(fragility_command.fragility)
 app.command()(chat.chat)
 app.command()(plan_command.plan)
+app.command()(export_command.export)
 
 
 @app.command()

@@ -302,7 +302,8 @@ def chat(
 
     settle_rendering(session, several=True)
     decoding = Decoding(settings.evaluate.max_new_tokens, temperature, settings.model.seed)
-    vector = None if direction is None else load_direction(direction)
+    projects = settings.select.project_harmless
+    vector = None if direction is None else load_direction(direction, projects)
 
     def conversation() -> Conversation:
         return Conversation(session.load_in_memory(), vector, session.chat, decoding)

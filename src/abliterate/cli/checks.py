@@ -56,7 +56,7 @@ def verify(
     if source is not None:
         records = [source_of_edit(checkpoint.folder), source_of_direction(direction)]
         base = find_recorded(source, model["revision"], records, trust, need="copy")
-    vector = load_direction(direction)
+    vector = load_direction(direction, bool(given["select"]["project_harmless"]))
     from abliterate.checkpoints.shards import read_shards
     from abliterate.offload import OpenOptions, choose_opener
     from abliterate.prompts.chat_template import encode_somehow

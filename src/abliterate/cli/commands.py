@@ -96,13 +96,17 @@ def orthogonalize(
     config: opt.Config = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Write a checkpoint that cannot write along the direction."""
+    """Write a checkpoint that cannot write along the direction.
+
+    With the abliterate.json of an edited checkpoint as --direction, that edit is made again: same
+    direction, same options, and of the same source only.
+    """
     settings = load_settings(config, given)
     from abliterate.cli.tables import show_edit
-    from abliterate.direction import find_direction, load_direction
+    from abliterate.direction import find_direction, is_edit_record, load_direction
 
     parse_layers(settings.orthogonalize.layers)
-    find_direction(direction)
+    path = find_direction(direction)
     from abliterate.run_records import source_of_direction
 
     session = open_session(
@@ -112,10 +116,15 @@ def orthogonalize(
         need="copy",
         sources=[source_of_direction(direction)],
     )
-    vector = load_direction(direction)
-    from abliterate.pipeline.stages import orthogonalize_stage
+    if is_edit_record(path):
+        from abliterate.pipeline.stages import replay_stage
 
-    record = orthogonalize_stage(session, vector, output)
+        record = replay_stage(session, path, output)
+    else:
+        vector = load_direction(direction, settings.select.project_harmless)
+        from abliterate.pipeline.stages import orthogonalize_stage
+
+        record = orthogonalize_stage(session, vector, output)
     print_json(record) if as_json else show_edit(record, output)
 
 

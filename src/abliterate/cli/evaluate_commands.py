@@ -76,7 +76,8 @@ def evaluate(
         if run is None
         else later_session(run, model, config, given)
     )
-    vector = None if direction is None else load_direction(direction)
+    projects = session.settings.select.project_harmless
+    vector = None if direction is None else load_direction(direction, projects)
     names = intervention or (["baseline", "ablate", "add"] if vector else ["baseline"])
     edited = {name: find_checkpoint(folder) for name, folder in named.items()}
     from abliterate.evaluation.stage import evaluate_stage

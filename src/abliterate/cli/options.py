@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache, wraps
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -37,12 +37,17 @@ DirectionFrom = Annotated[
     str | None,
     typer.Option(
         "--direction",
-        help="Run folder or safetensors file with a tensor 'direction'.",
+        help="Run folder, safetensors file with a tensor 'direction', or abliterate.json.",
         show_default=False,
     ),
 ]
 Direction = Annotated[
-    str, typer.Option("--direction", help="Run folder or safetensors file.", show_default=False)
+    str,
+    typer.Option(
+        "--direction",
+        help="Run folder, safetensors file or the abliterate.json of an edit.",
+        show_default=False,
+    ),
 ]
 Config = Annotated[
     Path | None,
@@ -132,12 +137,21 @@ def setting_options(
 
 
 def spell_out(argv: Sequence[str]) -> list[str]:
-    """``--save-activations`` as ``=all``, and its like: typer has no optional values."""
+    """``--save-activations`` as ``=all``, ``--norm-preserve columns`` as ``=columns``, and their
+    like: typer has no optional values."""
     end = list(argv).index("--") if "--" in argv else len(argv)
-    return [
-        f"{arg}={_IMPLIED[arg]}" if arg in _IMPLIED and index < end else arg
-        for index, arg in enumerate(argv)
-    ]
+    spelled, index = list[str](), 0
+    while index < len(argv):
+        arg, following = argv[index], argv[index + 1] if index + 1 < end else None
+        if index >= end or arg not in _IMPLIED:
+            spelled.append(arg)
+        elif following in _CHOICES[arg]:
+            spelled.append(f"{arg}={following}")
+            index += 1
+        else:
+            spelled.append(f"{arg}={_IMPLIED[arg]}")
+        index += 1
+    return spelled
 
 
 @cache
@@ -180,4 +194,18 @@ _IMPLIED = {
     for key in section.model_fields
     for option in options_of(section, key)
     if option.implied is not None
+}
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The words that a setting may be, where it is one of a few."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return tuple(w for part in parts if get_origin(part) is Literal for w in get_args(part))
+
+
+_CHOICES = {
+    flags_of(section, key): _choices(section.model_fields[key].annotation)
+    for section in sections_of(Settings).values()
+    for key in section.model_fields
+    if flags_of(section, key) in _IMPLIED
 }

@@ -221,6 +221,7 @@ def show_run(record: Mapping[str, Any], run: Path) -> None:
         f"edited checkpoint: {run / MODEL} ({len(tensors)} tensors; largest share along the "
         f"direction {before:.1e} -> {after:.1e})"
     )
+    print_line(f"hash of all that decides this result: {record['hash']}")
 
 
 def show_examples(run: Path, count: int = 3) -> None:

@@ -61,6 +61,8 @@ def edit_record(plan: OutputPlan, edited: Sequence[EditedTensor], files: Path) -
         "source": plan.source.identity(),
         "direction": plan.direction.summary(),
         "vector": _unit_list(plan.direction.vector),
+        # As it was given, to the last bit: the edit can be repeated from its record.
+        "unnormalised": plan.direction.vector.double().tolist(),
         "options": plan.options.summary(),
         "promise": promise(full, plan.edit.plan.edits, plan.options),
         "untied": plan.untied,

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,17 +26,22 @@ from abliterate.precision import widened
 _BLOCK_ELEMENTS = 1 << 19
 
 
+Norms = Literal["rows", "columns"]
+
+
 @dataclass(frozen=True)
 class EditStrength:
     """How much to remove.
 
     Attributes:
         scale: 1 removes all that lies along the directions, 0.5 half of it.
-        keep_norms: give every row of the matrix on disk its old norm again.
+        keep_norms: ``rows`` gives every row of the matrix on disk its old norm again, ``columns``
+            every vector along d_model: what one input writes to the stream. Scaling those leaves
+            nothing along the directions; scaling rows of a matrix whose rows are d_model does.
     """
 
     scale: float = 1.0
-    keep_norms: bool = False
+    keep_norms: Norms | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def _along_columns(
         basis = basis.to(W_block)  # [k, d_model]
         energy += _energy(W_block)
         coefficients = W_block @ basis.T  # [n, k]
-        norms = _row_norms(W_block) if strength.keep_norms else None
+        norms = None if strength.keep_norms is None else _row_norms(W_block)  # both are rows here
         _subtract_product(W_block, coefficients, basis, strength.scale)
         if norms is not None:
             _restore_row_norms(W_block, norms)
@@ -132,17 +138,36 @@ def _along_rows(
     if coefficients is None:
         return DirectionEnergy()
     after = torch.zeros_like(coefficients)
+    growth = None
+    if strength.keep_norms == "columns":
+        growth = _column_growth(matrix, basis, coefficients, strength.scale, rows)
     for first, last in _blocks(matrix, *rows):
         if stopped():
             break
         W_block = matrix.load(first, last)
-        norms = _row_norms(W_block) if strength.keep_norms else None
+        norms = _row_norms(W_block) if strength.keep_norms == "rows" else None
         basis_rows = basis[:, first:last]  # [k, n]
         _subtract_product(W_block, basis_rows.T, coefficients, strength.scale)
         if norms is not None:
             _restore_row_norms(W_block, norms)
+        if growth is not None:
+            W_block.mul_(growth)
         after += basis_rows @ matrix.store(first, W_block)
     return DirectionEnergy(energy, _square(coefficients), _stored_square(after))
+
+
+def _column_growth(
+    matrix: DiskMatrix, basis: Tensor, coefficients: Tensor, scale: float, rows: tuple[int, int]
+) -> Tensor:
+    """By how much each column grows to have its norm again, ``[1, columns]``; a pass of its own."""
+    before = torch.zeros(1, coefficients.shape[1], dtype=coefficients.dtype).to(coefficients)
+    now = torch.zeros_like(before)
+    for first, last in _blocks(matrix, *rows):
+        W_block = matrix.load(first, last)
+        before += W_block.square().sum(0, keepdim=True)
+        _subtract_product(W_block, basis[:, first:last].T, coefficients, scale)
+        now += W_block.square().sum(0, keepdim=True)
+    return _growth(before.sqrt(), now.sqrt())
 
 
 def orthogonalize_matrix(
@@ -205,9 +230,12 @@ def _row_norms(block: Tensor) -> Tensor:
 
 
 def _restore_row_norms(block: Tensor, norms: Tensor) -> None:
-    now = _row_norms(block)
-    # A row that lay along the direction alone has nothing left that could carry its norm.
-    block.mul_(torch.where(now > 1e-6 * norms, norms / now, torch.ones_like(now)))
+    block.mul_(_growth(norms, _row_norms(block)))
+
+
+def _growth(before: Tensor, now: Tensor) -> Tensor:
+    # What lay along the direction alone has nothing left that could carry its norm.
+    return torch.where(now > 1e-6 * before, before / now, torch.ones_like(now))
 
 
 def _energy(block: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from abliterate.checkpoints.shards import same_bytes
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
+from abliterate.editing.matrix_orthogonalization import Norms
 from abliterate.errors import UsageError
 from abliterate.models.loading import pick_device
 from abliterate.settings import OrthogonalizeSettings, parse_layers
@@ -35,7 +36,9 @@ class EditOptions:
             outside the blocks is then edited only if ``components`` names it.
         components: ``attention``, ``mlp``, ``embedding`` (comma-separated), or None for all.
         scale: 1 removes all of the direction, 0.5 half of it.
-        norm_preserve: every row of an edited matrix keeps its norm.
+        norm_preserve: ``rows`` (or True): every row of an edited matrix, as it is stored, keeps
+            its norm; ``columns``: every vector along d_model does, which leaves nothing along the
+            direction.
         tied_embeddings: of an embedding that is the output head too: ``untie`` gives the head a
             copy of the original, ``share`` edits both, ``skip`` neither.
         quantized: what to do with FP8 and MXFP4 tensors: ``requantize``, ``dequantize`` or nothing.
@@ -50,7 +53,7 @@ class EditOptions:
     layers: str | None = None
     components: str | None = None
     scale: float = 1.0
-    norm_preserve: bool = False
+    norm_preserve: Norms | bool | None = None
     tied_embeddings: Tied = "untie"
     quantized: Quantization | None = None
     add: float | None = None
@@ -68,23 +71,32 @@ class EditOptions:
             raise UsageError(
                 f"--tied-embeddings must be untie, share or skip, not '{self.tied_embeddings}'"
             )
+        if self.norm_preserve not in ("rows", "columns", True, False, None):
+            raise UsageError(f"--norm-preserve must be rows or columns, not '{self.norm_preserve}'")
         removal = (
             self.layers,
             self.components,
             self.scale,
-            self.norm_preserve,
+            self.keep_norms,
             self.tied_embeddings,
             self.quantized,
             self.as_lora,
         )
-        if self.add is not None and removal != (None, None, 1.0, False, "untie", None, False):
+        if self.add is not None and removal != (None, None, 1.0, None, "untie", None, False):
             raise UsageError("--add goes with none of the options that shape the removal")
         if self.add is not None and (not math.isfinite(self.add) or self.add == 0):
             raise UsageError(f"--add must be a number other than zero, not {self.add}")
-        if self.as_lora and self.norm_preserve:
+        if self.as_lora and self.keep_norms:
             raise UsageError("--as-lora cannot hold --norm-preserve: it is no low-rank update")
         parse_layers(self.layers)
         parse_components(self.components)
+
+    @property
+    def keep_norms(self) -> Norms | None:
+        """Which vectors of an edited matrix keep their norm."""
+        if isinstance(self.norm_preserve, bool):
+            return "rows" if self.norm_preserve else None
+        return self.norm_preserve
 
     def summary(self) -> dict[str, Any]:
         """What the record keeps of them: all on which the bytes depend."""
@@ -92,7 +104,7 @@ class EditOptions:
             "layers": self.layers,
             "components": self.components,
             "scale": self.scale,
-            "norm_preserve": self.norm_preserve,
+            "norm_preserve": self.keep_norms or False,
             "tied_embeddings": self.tied_embeddings,
             "quantized": self.quantized,
             "add": self.add,
@@ -224,7 +236,7 @@ def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -
             f"scale {options.scale:g}: each edited tensor keeps {1 - options.scale:g} of what it "
             "had along the direction"
         )
-    if options.norm_preserve:
+    if options.keep_norms == "rows":
         less.append(
             "rows keep their norm: a matrix whose rows do not lie along the stream is rescaled "
             "after the projection and writes along the direction again, by 'after' of its entry"
@@ -235,7 +247,7 @@ def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -
         less.append(
             "requantized tensors are rounded again: 'after' of each entry is what that left"
         )
-    clean = not options.norm_preserve and options.quantized != "requantize"
+    clean = options.keep_norms != "rows" and options.quantized != "requantize"
     return {
         "tensors_orthogonal": clean and options.scale == 1,
         "stream_orthogonal": not less,

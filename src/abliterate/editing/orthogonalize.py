@@ -57,8 +57,8 @@ from abliterate.models.loading import pick_device
 from abliterate.storage.artifacts import write_json
 from abliterate.storage.system_calls import bytes_on_disk
 
-# Of the record and the card: a table entry for each edit, digits of the vector, and the text.
-_ENTRY_BYTES, _NUMBER_BYTES, _TEXT_BYTES = 1024, 32, 64 << 10
+# Of the record and the card: a table entry for each edit, digits of two vectors, and the text.
+_ENTRY_BYTES, _NUMBER_BYTES, _TEXT_BYTES = 1024, 64, 64 << 10
 
 
 def orthogonalize(

@@ -145,7 +145,7 @@ def plan_output(
     all_stamps |= {source.folder / path: stamp for path, stamp in auxiliary.files.items()}
     context = EditContext(
         edits=plan.edits,
-        strength=EditStrength(options.scale, options.norm_preserve),
+        strength=EditStrength(options.scale, options.keep_norms),
         quantized=edit.quantized,
         device=device,
         num_cores=options.jobs or usable_cores(),

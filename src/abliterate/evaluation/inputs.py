@@ -68,7 +68,10 @@ class EvaluationInputs:
             "prompts": prompt_keys(self.prompts, keep_text=True),
             "direction": self.direction and self.direction.sha256,
             "rows": self.rows,
-            "edited": {name: other.identity() for name, other in self.edited.items()},
+            "edited": {  # by what they hold, wherever they lie
+                name: {key: value for key, value in other.identity().items() if key != "id"}
+                for name, other in self.edited.items()
+            },
             "refusal_tokens": self.named_tokens,
             "judge": self.judge and self.judge.summary(),
             "classifier": self.classifier and self.classifier.summary(),

@@ -21,6 +21,7 @@ from abliterate.inference.in_memory import InMemoryReader, engine_of
 from abliterate.inference.thinks_first import or_thinks_first
 from abliterate.inference.thoughts import Asked, ask, unfinished
 from abliterate.inference.token_batches import attempt
+from abliterate.metrics.geometry import without_component
 from abliterate.metrics.refusal import log_odds
 from abliterate.metrics.refusal_evidence import Prompts, find_first_refusal_tokens
 from abliterate.metrics.refusal_tokens import resolve_refusal_tokens
@@ -55,6 +56,8 @@ class Extraction:
         kept_harmless: the same for the harmless prompts.
         unfinished: by kind, about how many prompts a thought did not end; empty if none was had.
         stability: how sure each candidate is, if it was extracted now.
+        project_harmless: of the candidates what they have along their mean harmless activation is
+            removed.
     """
 
     mean_harmful: Tensor
@@ -66,11 +69,15 @@ class Extraction:
     kept_harmless: Kept = ()
     unfinished: Mapping[str, int] = field(default_factory=dict)
     stability: Stability | None = None
+    project_harmless: bool = False
 
     @property
     def directions(self) -> Tensor:
         """The candidates, ``mean_harmful - mean_harmless``."""
-        return self.mean_harmful - self.mean_harmless
+        differences = self.mean_harmful - self.mean_harmless
+        if not self.project_harmless:
+            return differences
+        return without_component(differences, self.mean_harmless)
 
     def check(self, n_layers: int, d_model: int) -> None:
         """Refuse means that are not of a model with so many blocks of that width.

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from abliterate.errors import UsageError
 from abliterate.inference.device_memory import MemoryMeter, find_meter
 
-# Where "auto" starts; it doubles from there while that is faster and memory allows. On a CPU the
-# activations of many tokens leave its caches, which costs more than reading the weights again.
-_START = {"cpu": 1024}
+# Tokens of "auto" on a CPU, for every two threads: from 1024 to 4096 a token costs the same within
+# 3%, and the activations of more leave the caches. Never by the clock: which prompts share a batch
+# decides on the last bits, and the same command is to give the same ones.
+_CPU, _LARGEST_CPU = 1024, 16384
+# Where "auto" starts on an accelerator; it doubles from there while that is faster.
 _START_ACCELERATOR = 32768
-_LARGEST = {"cpu": 16384}
 _LARGEST_ACCELERATOR = 1 << 20
 # A batch costs as much as this many more tokens: launches on an accelerator, and on a CPU reading
 # the weights once more. Below that, padding a row is cheaper than giving it a batch of its own.
@@ -32,10 +33,11 @@ _FASTER = 1.05
 class TokenBudget:
     """Padded tokens per forward pass, found while running.
 
-    On a CPU a batch that nearly fills the budget doubles it, unless the last doubling did not raise
-    the token rate: that one is taken back. On an accelerator that counts its memory the first
-    batch is measured, and the budget is what the free memory has room for, as a power of two. A
-    batch that runs out of memory halves it for good.
+    On a CPU it follows from the number of threads. On an accelerator that counts its memory the
+    first batch is measured, and the budget is what the free memory has room for, as a power of two.
+    On one that does not, a batch that nearly fills the budget doubles it, unless the last doubling
+    did not raise the token rate: that one is taken back. A batch that runs out of memory halves it
+    for good.
 
     Ranks that hold parts of one model run in step: what each would learn from its own clock and
     memory must not make their batches differ, so there the budget stays as it is.
@@ -65,11 +67,12 @@ class TokenBudget:
         self.device = device
         self.rows = parse_batch_size(batch_size)
         self.largest = 0
-        self.tokens = _START.get(device.type, _START_ACCELERATOR)
+        on_cpu = device.type == "cpu"
+        self.tokens = _cpu_tokens() if on_cpu else _START_ACCELERATOR
         self.overhead = _OVERHEAD.get(device.type, _OVERHEAD_ACCELERATOR)
-        self._largest = _LARGEST.get(device.type, _LARGEST_ACCELERATOR)
+        self._largest = _LARGEST_CPU if on_cpu else _LARGEST_ACCELERATOR
         self._rate = 0.0
-        self._growing = grow and self.rows is None and not in_step
+        self._growing = grow and self.rows is None and not in_step and not on_cpu
         self._in_step = in_step
         self._meter: MemoryMeter | None = None
         self._each, self._room = 0.0, 0
@@ -101,7 +104,7 @@ class TokenBudget:
         if rate < _FASTER * self._rate:  # the last doubling was for nothing
             self._growing = False
             self.tokens //= 2
-        elif self._has_room(tokens) and self.tokens < self._largest:
+        elif self.tokens < self._largest:
             self._rate = rate
             self.tokens *= 2
         else:
@@ -166,14 +169,9 @@ class TokenBudget:
         fitting = int(_SHARE_OF_FREE * self._room / each)
         self.tokens = min(self._largest, 1 << max(0, fitting.bit_length() - 1))
 
-    def _has_room(self, tokens: int) -> bool:
-        """Whether twice as many tokens are likely to fit; an accelerator says so itself."""
-        if self.device.type != "cpu":
-            return True
-        import psutil
 
-        # A CPU that runs out of memory swaps or kills: 256 kB a token is far more than one takes.
-        return bool(psutil.virtual_memory().available > 4 * tokens * (256 << 10))
+def _cpu_tokens() -> int:
+    return min(_LARGEST_CPU, _CPU * max(1, torch.get_num_threads() // 2))
 
 
 _largest: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()

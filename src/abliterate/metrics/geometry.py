@@ -93,3 +93,21 @@ def measure(harmful: Tensor, harmless: Tensor, selected: Tensor) -> Geometry | N
         projected[is_harmful],
         projected[~is_harmful],
     )
+
+
+def without_component(vectors: Tensor, along: Tensor) -> Tensor:
+    """``vectors`` less what they have along ``along``; zero where nothing else is there.
+
+    Args:
+        vectors: float64 ``[..., d_model]``.
+        along: of the same shape; where it is zero a vector stays as it is.
+
+    Returns:
+        Vectors whose cosine with ``along`` is rounding, or that are zero.
+    """
+    unit = along / along.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+    left = vectors
+    for _ in range(2):  # what the first pass leaves is rounding of the whole vector
+        left = left - (left * unit).sum(-1, keepdim=True) * unit
+    emptied = left.norm(dim=-1, keepdim=True) <= 1e-9 * vectors.norm(dim=-1, keepdim=True)
+    return left.masked_fill(emptied, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from abliterate.pipeline.stages import (
     select_stage,
 )
 from abliterate.prompts.sources import read_source
-from abliterate.run_folder import EDITED, MODEL, Session
+from abliterate.run_folder import EDITED, MODEL, RUN, Session
 from abliterate.run_stage import writing
+from abliterate.storage.artifacts import hash_json, versions, write_json
+from abliterate.storage.ownership import is_record
 
 # What orthogonalize does and the chain cannot, and why.
 _ALONE = {
@@ -36,7 +39,7 @@ def run_pipeline(session: Session, run: Path) -> dict[str, Any]:
     """extract, select, orthogonalize and evaluate into ``run``.
 
     Returns:
-        The four records, by stage.
+        The four records, by stage, and under ``hash`` that of ``run.json``.
 
     Raises:
         UsageError: before any work, a setting that a later stage would refuse or could not follow,
@@ -45,7 +48,7 @@ def run_pipeline(session: Session, run: Path) -> dict[str, Any]:
             ``run``, or it holds a foreign file of such a name.
     """
     ranks = session.placement.ranks
-    files = EXTRACT_STAGE.files | SELECT_STAGE.files | EVALUATE_STAGE.files
+    files = EXTRACT_STAGE.files | SELECT_STAGE.files | EVALUATE_STAGE.files | {RUN: is_record}
     check_settings(session)
     with writing(ranks, run, "run", files):
         # Before hours of work; the editor looks again before it replaces anything.
@@ -72,11 +75,46 @@ def _run_stages(session: Session, run: Path) -> dict[str, Any]:
         run,
         reuse=True,
     )
-    return {
+    records = {
         "extract": extracted,
         "select": selection,
         "orthogonalize": edit,
         "evaluate": evaluation,
+    }
+    summary = decided_by(session, records)
+    session.placement.ranks.run_on_main(lambda: write_json(run / RUN, summary))
+    return {**records, "hash": summary["hash"]}
+
+
+def decided_by(session: Session, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """``run.json``: one hash of everything that decides the result, and what it is made of.
+
+    The stages' own hashes cover the model's files, the prompts, all settings, the versions and what
+    the stages before have left; how it was computed decides on the last bits.
+
+    Args:
+        session: of the run.
+        records: of its stages.
+    """
+    edit = records["orthogonalize"]
+    stages = {name: record["inputs"] for name, record in records.items() if name != "orthogonalize"}
+    stages["orthogonalize"] = hash_json(
+        {name: edit[name] for name in ("source", "direction", "options", "versions")}
+    )
+    parts = {
+        "stages": stages,
+        "computed_with": {
+            name: {"device": record.get("device"), **record.get("computed_with", {})}
+            for name, record in records.items()
+            if name != "orthogonalize"
+        },
+    }
+    return {
+        "model": session.identity,
+        "hash": hash_json(parts),
+        **parts,
+        "seed": session.settings.model.seed,
+        "versions": versions(),
     }
 
 

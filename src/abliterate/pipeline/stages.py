@@ -6,15 +6,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, save_direction
 from abliterate.editing.file_names import RECORD
-from abliterate.editing.options import edit_options
+from abliterate.editing.options import EditOptions, edit_options
 from abliterate.editing.orthogonalize import orthogonalize
+from abliterate.editing.replay import (
+    check_source,
+    read_recorded_edit,
+    replayed_options,
+    warn_of_other_bits,
+)
 from abliterate.errors import InputError, SelectionError, UsageError
 from abliterate.extraction.kept_activations import (
     ActivationWriter,
@@ -244,6 +250,8 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
             "directions": main(lambda: _hash_if_there(run / DIRECTIONS)),
             "refusal_tokens": extracted["refusal_tokens"],
         }
+        if settings.project_harmless:  # else records stay what they were without it
+            scored_on["project_harmless"] = True
         inputs = {"settings": settings.model_dump(), **scored_on}
         outputs = {FILE_NAME: run / FILE_NAME}
         stage.depends_on(inputs, outputs)
@@ -251,7 +259,10 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
             return done
         settle_rendering(session, run, extracted)
         stage.depends_on(inputs, outputs)  # the date may have been open
-        extraction = main(lambda: Extraction.load(run / DIRECTIONS, extracted))
+        extraction = replace(
+            main(lambda: Extraction.load(run / DIRECTIONS, extracted)),
+            project_harmless=settings.project_harmless,
+        )
         scores = ScoresFile(stage, run / SCORES, extraction, prompts, scored_on)
         stage.start_clock()
         result = _choose(session, run, extraction, prompts, scores)
@@ -392,11 +403,33 @@ def orthogonalize_stage(
         if same and record.get("direction") == direction.summary():
             log.info("%s is up to date", out)
             return record
+    return _edit(session, direction, options, out, reuse)
+
+
+def replay_stage(session: Session, record: Path, out: Path) -> dict[str, Any]:
+    """Repeat the edit that ``record`` (an ``abliterate.json``) tells of; returns the new record.
+
+    Raises:
+        CheckpointError: the session's checkpoint is not the recorded source.
+        InputError: it is no record of an edit.
+        UsageError: the settings ask for another edit.
+    """
+    recorded = read_recorded_edit(record)
+    options = replayed_options(recorded, session.settings.orthogonalize)
+    check_source(recorded, session.checkpoint)
+    warn_of_other_bits(recorded, options)
+    return _edit(session, recorded.direction, options, out)
+
+
+def _edit(
+    session: Session, direction: Direction, options: EditOptions, out: Path, overwrite: bool = False
+) -> dict[str, Any]:
+    settings = session.settings
     orthogonalize(
         session.checkpoint,
         direction,
         out,
-        overwrite=reuse or settings.orthogonalize.overwrite,
+        overwrite=overwrite or settings.orthogonalize.overwrite,
         trust_remote_code=settings.model.trust_remote_code,
         allow_leak=settings.orthogonalize.allow_leak,
         options=options,

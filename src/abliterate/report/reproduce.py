@@ -182,13 +182,22 @@ def _later(command: str, record: Document, base: Mapping[str, Any]) -> list[str]
 
 def _edit(record: Document) -> list[str]:
     options = dict(record["options"])
+    if isinstance(kept := options.get("norm_preserve"), bool):
+        options["norm_preserve"] = "rows" if kept else None
     quantized = options.pop("quantized", None)
     options |= {} if quantized is None else {quantized.removesuffix("d"): True}
     leak = float(record.get("leak_of_plan") or 0.0)
     found = _changed("orthogonalize", {"orthogonalize": options}, {}, ("orthogonalize",))
     if leak > 1e-3:  # an architecture that is edited only on request
         found += ["--allow-leak", f"{math.ceil(leak * 1000) / 1000:g}"]
-    return found
+    return found + _projected(record)
+
+
+def _projected(record: Document) -> list[str]:
+    """The option for a direction less the mean harmless activation; no harm where select did it."""
+    direction = record.get("direction")
+    projected = isinstance(direction, Mapping) and direction.get("project_harmless") is True
+    return ["--project-harmless"] if projected else []
 
 
 def _own_direction(run: Run) -> bool:
@@ -220,6 +229,7 @@ def _evaluate(run: Run, record: Document, base: Mapping[str, Any]) -> list[str]:
         place = str(places.get(name, {}).get("id") or run.edit_folder or name)
         command += _option("--checkpoint", _named(name, place))
     command += _later("evaluate", record, base)
+    command += _projected(record) if record.get("direction") and _own_direction(run) else []
     return command + _changed("evaluate", record["settings"], {}, ("evaluate",))
 
 

@@ -93,11 +93,13 @@ class Selection:
         return self.winner
 
     def direction(self, extraction: Extraction) -> Direction:
-        """The winner's unnormalised difference of means; raises as :meth:`require_winner`."""
+        """The winner's unnormalised vector; raises as :meth:`require_winner`."""
         winner = self.require_winner()
         row = extraction.positions.index(winner.position)
         vector = extraction.directions[row, winner.layer]
-        return Direction(vector, winner.position, winner.layer)
+        return Direction(
+            vector, winner.position, winner.layer, project_harmless=extraction.project_harmless
+        )
 
 
 def parse_kl_on(text: str) -> int:

@@ -37,6 +37,7 @@ from abliterate.settings.values import (
     parse_json_object,
     public_url,
     read_template,
+    rows_or_none,
     well_formed,
 )
 
@@ -358,6 +359,20 @@ class SelectSettings(_Section):
             _SELECT,
         ),
     ] = Field("last", pattern=r"^(last|response:[1-9][0-9]*)$")
+    project_harmless: Annotated[
+        bool,
+        Option(
+            "Remove from each candidate what it has along the mean harmless activation.",
+            _METHOD,
+            _SELECT,
+        ),
+        Option(
+            "Remove from the run folder's direction what it has along the mean harmless "
+            "activation, if select has not.",
+            _METHOD,
+            ("orthogonalize", "evaluate", "verify", "chat"),
+        ),
+    ] = False
 
 
 class OrthogonalizeSettings(_Section):
@@ -393,7 +408,18 @@ class OrthogonalizeSettings(_Section):
         ),
     ] = None
     scale: Annotated[float, Option("Share of the direction to remove.", _EDIT, _EDITING)] = 1.0
-    norm_preserve: Annotated[bool, Option("Rows keep their norm.", _EDIT, _EDITING)] = False
+    norm_preserve: Annotated[
+        Literal["rows", "columns"] | None,
+        BeforeValidator(rows_or_none),
+        Option(
+            "rows (if nothing follows): each row as it is stored keeps its norm, and matrices "
+            "whose rows do not lie along the stream leak along the direction again. columns: what "
+            "each input writes keeps its norm, and nothing is left along it.",
+            _EDIT,
+            _EDITING,
+            implied="rows",
+        ),
+    ] = None
     tied_embeddings: Annotated[
         Literal["untie", "share", "skip"],
         Option(

@@ -187,3 +187,10 @@ def well_formed(value: Any) -> Any:
         for part in value:
             well_formed(part)
     return value
+
+
+def rows_or_none(value: Any) -> Any:
+    """A switch of older configurations, which had rows alone."""
+    if isinstance(value, bool):
+        return "rows" if value else None
+    return value

@@ -159,7 +159,7 @@ def _against_source(
     shards = read_shards(edited.folder)
     declared = declared_edit(edited, shards, source, direction, trust_remote_code)
     quantized = find_quantized(shards, read_config(edited.folder))
-    recipe = EditStrength(declared.options.scale, declared.options.norm_preserve)
+    recipe = EditStrength(declared.options.scale, declared.options.keep_norms)
     checks, changed = list[WriterCheck](), list[str]()
     present = [t for name, t in declared.tensors.items() if name in shards.tensors]
     with ExitStack() as stack:

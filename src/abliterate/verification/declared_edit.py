@@ -24,9 +24,10 @@ from abliterate.editing.edit_plan import TensorEdit
 from abliterate.editing.file_names import CARD, RECORD
 from abliterate.editing.options import EditOptions, promise
 from abliterate.editing.planning import PlannedEdit, plan_edit
+from abliterate.editing.recorded_options import recorded_options
 from abliterate.editing.tied_embeddings import tied_tensors
 from abliterate.editing.weights_beside import weights_beside
-from abliterate.errors import CheckpointError, InputError, UsageError
+from abliterate.errors import CheckpointError, UsageError
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.storage.artifacts import read_record
 from abliterate.storage.json_text import parse_json
@@ -139,26 +140,7 @@ def declared_edit(
 
 def _read_record(path: Path, direction: Direction) -> tuple[EditOptions, list[str]]:
     record = read_record(path, "orthogonalize")
-    wrong = InputError(f"{path} is no record of an edit: restore it or remove it")
-    said = record.get("options")
-    if not isinstance(said, dict):
-        raise wrong
-    kinds: dict[str, Any] = {
-        "layers": str, "components": str, "scale": int | float, "norm_preserve": bool,
-        "tied_embeddings": str, "quantized": str, "add": int | float, "as_lora": bool,
-    }  # fmt: skip
-    given = {name: said[name] for name in kinds if said.get(name) is not None}
-    if not all(isinstance(value, kinds[name]) for name, value in given.items()):
-        raise wrong
-    if given.get("quantized") not in (None, "requantize", "dequantize"):
-        raise wrong
-    left = said.get("leave_behind", ["*"])  # before there was the option, all stayed behind
-    if not isinstance(left, list) or not all(isinstance(name, str) for name in left):
-        raise wrong
-    try:
-        options = EditOptions(**given, leave_behind=tuple(left))
-    except UsageError:
-        raise wrong from None
+    options = recorded_options(record, path)
     vector, conflicts = record.get("vector"), []
     if isinstance(vector, list) and all(isinstance(v, int | float) for v in vector):
         mine = direction.vector.double()

@@ -86,7 +86,7 @@ def check_writer(
     whole = edit.region or tuple((0, size) for size in edited.shape)
     for region in _regions(whole, edit.axis, recipe):
         factors = None
-        if source is not None and recipe.keep_norms and not _alone(region, edit.axis):
+        if source is not None and recipe.keep_norms == "rows" and not _alone(region, edit.axis):
             factors = _row_factors(region, edit, source, recipe)
         for box, values, original in _blocks(region, edit.axis, edited, source):
             part = None
@@ -107,7 +107,7 @@ def check_writer(
 def _regions(region: Box, axis: int, recipe: EditStrength) -> Iterator[Box]:
     """Rows keep their norms over so many columns at most."""
     trailing = [i for i in range(axis + 1, len(region)) if region[i][1] - region[i][0] > 1]
-    if not recipe.keep_norms or len(trailing) != 1:
+    if recipe.keep_norms != "rows" or len(trailing) != 1:
         yield region
         return
     index = trailing[0]
@@ -202,9 +202,9 @@ def _add(
     removed, norms = _removed(original, edit)
     expected = original - recipe.scale * removed
     if recipe.keep_norms and factor is None:
-        rows = [original.norm(dim=edit.axis, keepdim=True), expected.norm(dim=edit.axis,
-                keepdim=True)]  # fmt: skip
-        factor = _factor(*rows)
+        # Columns, or rows that are vectors along the stream themselves.
+        norms_of = (each.norm(dim=edit.axis, keepdim=True) for each in (original, expected))
+        factor = _factor(*norms_of)
     # What the arithmetic may leave: of each product, and of the sums along d_model.
     unit, width = 2.0**source.exponent, edit.basis.shape[1]
     of_sums = (edit.basis.abs().sum(0) * norms).movedim(-1, edit.axis)

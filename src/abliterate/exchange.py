@@ -1,0 +1,244 @@
+"""A direction in the files of other programs: GGUF control vectors, steering-vectors, npz.
+
+The direction of layer ``L`` acts on ``resid_pre[L]``, what enters block ``L``. The others count the
+block whose output it is: ``L - 1``. llama.cpp and repeng add nothing to the output of block 0, so
+a control vector needs ``L >= 2``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from abliterate.errors import InputError, UsageError
+from abliterate.extras import import_extra
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Format = Literal["gguf", "steering-vectors", "npz"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+SUFFIXES: dict[Format, str] = {
+    "gguf": ".gguf",
+    "steering-vectors": ".safetensors",
+    "npz": ".npz",
+}
+_ARCHITECTURE = "controlvector"
+_GGUF_VECTOR, _STEERING_VECTOR = "direction.", "layer_activations."
+# The widest and deepest models' have some megabytes: more is no file of vectors.
+_LARGEST = 256 << 20
+
+
+@dataclass(frozen=True)
+class ForeignVector:
+    """A vector out of another program's file.
+
+    Attributes:
+        values: float64 ``[d_model]``.
+        layer: the block that it enters, or None if the file does not say.
+        position: the token that it was taken at, or None.
+    """
+
+    values: NDArray[np.float64]
+    layer: int | None
+    position: int | None = None
+
+
+def encode(
+    vector: NDArray[np.float64],
+    layer: int | None,
+    position: int | None,
+    to: Format,
+    model_type: str = "",
+) -> bytes:
+    """The content of another program's file.
+
+    Args:
+        vector: ``[d_model]``, not normalised: those programs add it as it is, times a factor.
+        layer: the block that it enters.
+        position: the token that it was taken at.
+        to: the format.
+        model_type: of the model, which GGUF keeps as a hint.
+
+    Raises:
+        InputError: the format counts layers, and there is none that it could name.
+        UsageError: the package that writes it is not installed.
+    """
+    import numpy as np
+
+    if to == "npz":
+        return _npz(vector, layer, position)
+    if layer is None:
+        raise InputError(
+            f"the direction does not record its layer, which {to} needs: give a run folder, or "
+            "--to npz"
+        )
+    first = 2 if to == "gguf" else 1
+    if layer < first:
+        raise InputError(
+            f"the direction enters block {layer}, {to} files begin at block {first}: give --to npz"
+        )
+    if to == "gguf":
+        return _gguf(vector, layer - 1, model_type)
+    from safetensors.numpy import save
+
+    metadata = {"layer_type": "decoder_block"}
+    return save({f"{_STEERING_VECTOR}{layer - 1}": vector.astype(np.float32)}, metadata)
+
+
+def _npz(vector: NDArray[np.float64], layer: int | None, position: int | None) -> bytes:
+    import numpy as np
+
+    numbers = {"layer": layer, "position": position}
+    known = {name: np.int64(value) for name, value in numbers.items() if value is not None}
+    file = io.BytesIO()
+    np.savez(file, direction=vector, hook_point=np.str_("resid_pre"), **known)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def _gguf(vector: NDArray[np.float64], block: int, model_type: str) -> bytes:
+    import numpy as np
+
+    gguf = import_extra("gguf", "--to gguf", "gguf", "exchange")
+    with TemporaryDirectory() as folder:  # the package writes to paths alone
+        path = Path(folder) / "vector.gguf"
+        writer = gguf.GGUFWriter(path, _ARCHITECTURE)
+        writer.add_string(f"{_ARCHITECTURE}.model_hint", model_type)
+        writer.add_uint32(f"{_ARCHITECTURE}.layer_count", 1)
+        writer.add_tensor(f"{_GGUF_VECTOR}{block}", vector.astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file's name says that another program's format is in it."""
+    return path.suffix.lower() in (".gguf", ".npz")
+
+
+def read_foreign(path: Path) -> ForeignVector:
+    """The vector in a ``.gguf`` or ``.npz`` file, or in a safetensors file of steering-vectors.
+
+    Raises:
+        InputError: it cannot be read, or does not hold exactly one vector.
+        UsageError: the package that reads it is not installed.
+    """
+    if path.stat().st_size > _LARGEST:
+        raise InputError(f"{path} holds no direction: it has {path.stat().st_size:,} bytes")
+    try:
+        if path.suffix.lower() == ".npz":
+            return _read_npz(path)
+        read = _read_gguf if path.suffix.lower() == ".gguf" else _read_steering_vector
+        return _the_one(path, read(path))
+    except (OSError, ValueError, LookupError, TypeError, EOFError, ArithmeticError,
+            MemoryError, zipfile.BadZipFile) as error:  # fmt: skip
+        raise InputError(
+            f"{path} cannot be read as {path.suffix[1:]} ({str(error)[:120]}): export it again"
+        ) from None
+
+
+def steering_layers(names: list[str]) -> list[str]:
+    """Those of a safetensors file's tensors that are steering-vectors' activations."""
+    return [
+        name
+        for name in names
+        if name.startswith(_STEERING_VECTOR) and name.removeprefix(_STEERING_VECTOR).isdecimal()
+    ]
+
+
+def _the_one(path: Path, by_block: dict[int, NDArray[Any]]) -> ForeignVector:
+    """The only vector, by the block whose output it belongs to."""
+    if len(by_block) != 1:
+        held = f"vectors of {len(by_block)} layers" if by_block else "no vector"
+        raise InputError(f"{path} holds {held}: give a file that holds one direction")
+    ((block, vector),) = by_block.items()
+    return ForeignVector(_checked(path, vector), block + 1)
+
+
+def _checked(path: Path, vector: NDArray[Any]) -> NDArray[np.float64]:
+    import numpy as np
+
+    if vector.ndim != 1 or not np.issubdtype(vector.dtype, np.floating):
+        raise InputError(
+            f"{path}: its vector must be one row of floats, not {list(vector.shape)} {vector.dtype}"
+        )
+    return np.array(vector, dtype=np.float64)
+
+
+def _read_npz(path: Path) -> ForeignVector:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as file:
+        if not isinstance(file, np.lib.npyio.NpzFile) or "direction" not in file.files:
+            raise InputError(f"{path} has no array 'direction'")
+        if sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > _LARGEST:
+            raise InputError(f"{path} holds no direction: it unpacks to more than any has")
+        numbers = {
+            name: int(file[name]) if name in file.files else None for name in ("layer", "position")
+        }
+        return ForeignVector(_checked(path, file["direction"]), **numbers)
+
+
+def _read_gguf(path: Path) -> dict[int, NDArray[Any]]:
+    import numpy as np
+
+    package = import_extra("gguf", str(path), "gguf", "exchange")
+
+    class Bounded(package.GGUFReader):  # type: ignore[misc, name-defined]
+        """Ends where the file does: its counts are a stranger's."""
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *rest: Any, **named: Any) -> Any:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends early")
+            return super()._get(offset, dtype, count, *rest, **named)
+
+    reader = Bounded(path)
+    kind = reader.get_field("general.architecture")
+    if kind is None or bytes(kind.parts[kind.data[0]]) != _ARCHITECTURE.encode():
+        raise InputError(f"{path} is no control vector: a direction is read from those alone")
+    found = {}
+    for tensor in reader.tensors:
+        block = tensor.name.removeprefix(_GGUF_VECTOR)
+        if tensor.name.startswith(_GGUF_VECTOR) and block.isdecimal():
+            if tensor.tensor_type.name not in ("F32", "F16", "F64"):
+                raise InputError(f"{path}: '{tensor.name}' is {tensor.tensor_type.name}, not F32")
+            found[int(block)] = np.array(tensor.data)
+    return found
+
+
+def _read_steering_vector(path: Path) -> dict[int, NDArray[Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            kind = (file.metadata() or {}).get("layer_type", "decoder_block")
+            if kind != "decoder_block":
+                raise InputError(
+                    f"{path} acts on {json.dumps(kind)}, not on the stream behind a decoder_block"
+                )
+            return {
+                int(name.removeprefix(_STEERING_VECTOR)): file.get_tensor(name)
+                for name in steering_layers(list(file.keys()))
+            }
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
+
+def check_format(to: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for name in FORMATS:
+        if to == name:
+            return name
+    raise UsageError(f"--to must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, not '{to}'")

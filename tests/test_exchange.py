@@ -1,0 +1,178 @@
+"""``export`` and ``--direction``: the direction in files of other programs, and back."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from abliterate import add, load_direction
+
+LAYER = 2
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """What ``select`` leaves, as far as an export reads it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    vector = 5 * torch.randn(48, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    metadata = {"layer": str(LAYER), "position": "-3", "model": "m"}
+    save_file({"direction": vector}, folder / "direction.safetensors", metadata)
+    (folder / "extract.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+def _export(cli: Callable, run: Path, to: str) -> Path:
+    result = cli("export", run, "--to", to, "--json")
+    assert result.code == 0, result.err
+    assert result.json["layer"] == LAYER
+    return Path(result.json["file"])
+
+
+@pytest.mark.parametrize("to", ["gguf", "steering-vectors", "npz"])
+def test_an_exported_direction_reads_back(to: str, tiny, cli, run: Path, tmp_path: Path) -> None:
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    file, original = _export(cli, run, to), load_direction(run)
+    back = load_direction(file)
+    assert back.layer == LAYER
+    assert back.position == (-3 if to == "npz" else None)
+    assert torch.allclose(back.vector, original.vector, rtol=1e-7)
+    assert float(torch.cosine_similarity(back.vector, original.vector, dim=0)) > 1 - 1e-12
+    again = file.read_bytes()
+    assert _export(cli, run, to).read_bytes() == again  # over its own file, to the same bytes
+    out = tmp_path / "out"
+    made = cli("orthogonalize", tiny("llama"), "--direction", file, "-o", out)
+    assert made.code == 0, made.err
+    assert cli("verify", out, "--direction", file, "--source", tiny("llama")).code == 0
+
+
+def test_a_control_vector_is_what_llama_cpp_and_repeng_read(cli, run: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(_export(cli, run, "gguf"))
+
+    def text(key: str) -> str:
+        field = reader.get_field(key)
+        return bytes(field.parts[field.data[0]]).decode()
+
+    assert text("general.architecture") == "controlvector"
+    assert text("controlvector.model_hint") == "llama"
+    (tensor,) = reader.tensors
+    assert tensor.name == f"direction.{LAYER - 1}"
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+    assert list(tensor.shape) == [48]
+
+
+def test_a_vector_acts_behind_the_block_before_its_layer(tiny, cli, run: Path) -> None:
+    """Where steering-vectors, repeng and llama.cpp add it: the output of block L - 1."""
+    held = load_file(_export(cli, run, "steering-vectors"))
+    ((name, vector),) = held.items()
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad(), add(model, load_direction(run).vector, LAYER, 0.7):
+        expected = model(ids).logits
+
+    def shift(module, args, output):
+        return (output[0] + 0.7 * vector, *output[1:]) if isinstance(output, tuple) else (
+            output + 0.7 * vector)  # fmt: skip
+
+    block = model.model.layers[int(name.removeprefix("layer_activations."))]
+    handle = block.register_forward_hook(shift)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, expected, atol=1e-4)
+        handle.remove()
+        assert not torch.allclose(model(ids).logits, expected, atol=1e-2)
+
+
+def test_npz_says_where_it_acts(cli, run: Path) -> None:
+    with np.load(_export(cli, run, "npz"), allow_pickle=False) as file:
+        assert str(file["hook_point"]) == "resid_pre"
+        assert int(file["layer"]) == LAYER
+        assert file["direction"].dtype == np.float64
+
+
+def test_what_cannot_be_exported_is_refused(cli, fails, run: Path, tmp_path: Path) -> None:
+    assert "gguf, steering-vectors or npz" in fails("export", run, "--to", "onnx", code=2)
+    alone = tmp_path / "direction.safetensors"
+    save_file({"direction": torch.ones(48)}, alone)
+    assert "-o FILE" in fails("export", alone, "--to", "npz", code=2)
+    line = fails("export", alone, "--to", "gguf", "-o", tmp_path / "r.gguf", code=3)
+    assert "does not record its layer" in line
+    save_file({"direction": torch.ones(48)}, alone, {"layer": "1"})
+    line = fails("export", alone, "--to", "gguf", "-o", tmp_path / "r.gguf", code=3)
+    assert "begin at block 2" in line
+    other = tmp_path / "notes.npz"
+    other.write_text("mine")
+    line = fails("export", run, "--to", "npz", "-o", other, code=2)
+    assert "no earlier output of `abliterate export`" in line
+    assert other.read_text() == "mine"
+    assert "ends in .npz" in fails("export", run, "--to", "npz", "-o", tmp_path / "r.gguf", code=2)
+    weights = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(3)}, weights)
+    before = weights.read_bytes()
+    assert fails("export", run, "--to", "steering-vectors", "-o", weights, code=2)
+    assert weights.read_bytes() == before
+
+
+def _broken(folder: Path) -> dict[str, Path]:
+    """Files of strangers, each with one thing wrong."""
+    names = (
+        "pickled.npz",
+        "none.npz",
+        "torn.npz",
+        "two.safetensors",
+        "sub.safetensors",
+        "wide.npz",
+    )
+    files = {name: folder / name for name in names}
+    np.savez(files["pickled.npz"], direction=np.array([{"a": 1}], dtype=object))
+    np.savez(files["none.npz"], other=np.ones(48))
+    np.savez(files["wide.npz"], direction=np.ones((2, 48)))
+    files["torn.npz"].write_bytes(files["none.npz"].read_bytes()[:60])
+    both = {f"layer_activations.{layer}": np.ones(48, np.float32) for layer in (3, 4)}
+    save_arrays(both, files["two.safetensors"])
+    one = {"layer_activations.3": np.ones(48, np.float32)}
+    save_arrays(one, files["sub.safetensors"], {"layer_type": "mlp"})
+    bare = folder / "bare.npz"
+    bare.write_bytes(pickle.dumps([1, 2]))
+    return files | {"bare.npz": bare}
+
+
+def test_files_that_hold_no_single_direction_are_refused(tiny, fails, tmp_path: Path) -> None:
+    for file in _broken(tmp_path).values():
+        line = fails("verify", tiny("llama"), "--direction", file, code=3)
+        assert str(file) in line
+
+
+def test_control_vectors_of_strangers_are_refused(tiny, fails, run: Path, cli, tmp_path) -> None:
+    gguf = pytest.importorskip("gguf")
+    good = _export(cli, run, "gguf").read_bytes()
+    for name, content in {
+        "torn": good[:-20],
+        "header": good[:40],
+        "many": good[:16] + (2**60).to_bytes(8, "little") + good[24:],
+        "text": b"mine",
+        "empty": b"",
+        "model": good.replace(b"controlvector", b"controlvektor"),
+    }.items():
+        file = tmp_path / f"{name}.gguf"
+        file.write_bytes(content)
+        assert str(file) in fails("verify", tiny("llama"), "--direction", file, code=3)
+    several = tmp_path / "several.gguf"
+    writer = gguf.GGUFWriter(several, "controlvector")
+    for block in (1, 2):
+        writer.add_tensor(f"direction.{block}", np.ones(48, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "vectors of 2 layers" in fails("verify", tiny("llama"), "--direction", several, code=3)
