@@ -59,7 +59,9 @@ def load_settings(
             else f"{where}: [{table}] {key}"
         )
         message = first["msg"].removeprefix("Value error, ")
-        given_value = "what it holds" if key == "judge_url" else repr(first["input"])
+        given_value = (
+            "what it holds" if rest[:1] in (["judge_url"], ["server"]) else repr(first["input"])
+        )
         raise UsageError(f"{source}: {message}, not {given_value}") from None
 
 

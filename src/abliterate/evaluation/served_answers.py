@@ -1,0 +1,346 @@
+"""Greedy answers of a server: the prompts that the model here would get, token by token.
+
+They go to the completions endpoint, not to that of chats: what the server's own template, its
+default system message or its reasoning parser would do to a conversation is then no part of the
+answer, and the response prefix and ``--thinking`` mean what they mean here. A prompt is sent as
+token ids; a server that takes texts alone gets one that its tokenizer turns into the same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import GenerationConfig
+
+from abliterate.checkpoints.checkpoint import Checkpoint
+from abliterate.console import log, progress_bar, redact
+from abliterate.errors import CheckpointError
+from abliterate.evaluation.completions import CompletionFile
+from abliterate.evaluation.endpoints import SHOWN, said, short
+from abliterate.evaluation.progress import CompletionProgress
+from abliterate.evaluation.servers import Server
+from abliterate.inference.thoughts import AnswerLimits
+from abliterate.metrics.answers import Parts
+
+_GO_ON = "what is answered is kept, and the same command goes on from there"
+
+
+@dataclass(frozen=True)
+class ServedAnswer:
+    """What a server said to one prompt.
+
+    Attributes:
+        text: the answer, or all that was written.
+        thought: what it names as a thought beside the text.
+        ended: by itself, not by a bound of length.
+        cut: that bound was the server's own.
+    """
+
+    text: str
+    thought: str | None = None
+    ended: bool = True
+    cut: bool = False
+
+
+@dataclass
+class Dialect:
+    """What a server takes beside model, prompt, temperature and length; the first replies tell.
+
+    Attributes:
+        options: further fields of a request, each dropped once the server refuses it.
+        as_text: prompts are texts; else token ids.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    as_text: bool = False
+
+
+def complete_served(
+    server: Server,
+    ids: Sequence[Sequence[int]],
+    file: CompletionFile,
+    limits: AnswerLimits,
+    stops: Sequence[int],
+    seed: int = 0,
+    label: tuple[str, str] = ("", ""),
+) -> None:
+    """Have the prompts of ``file`` answered that have no completion yet.
+
+    The first one is asked alone, the others at once. One that fails ends it when those on their
+    way have come back.
+
+    Args:
+        server: who answers.
+        ids: token ids of the file's prompts.
+        file: what gets each completion as soon as it comes.
+        limits: how long answers may be, and how they are read.
+        stops: tokens that end an answer.
+        seed: sent along; greedy decoding needs none.
+        label: row and kind, for the progress bar and the log.
+
+    Raises:
+        CheckpointError: the server cannot be reached, does not know the model, wants a key, or
+            gives no completion.
+    """
+    from concurrent.futures import as_completed
+
+    from anyio.from_thread import start_blocking_portal
+
+    progress = CompletionProgress(file, label)
+    left = progress.left
+    cut = 0
+
+    def keep(row: int, answer: ServedAnswer) -> None:
+        nonlocal cut
+        cut += answer.cut
+        note = progress.put(row, *_read(answer, limits))
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(1)
+
+    if left:
+        # As with a judge: one event loop in a thread of its own, whoever calls.
+        with (
+            file.writing(),
+            progress_bar(progress.description, len(ids)) as bar,
+            start_blocking_portal() as portal,
+        ):
+            bar.update(len(ids) - len(left))
+            inquiry = portal.call(_Inquiry, server, limits, stops, seed)
+            first, *others = left
+            if (answer := portal.call(inquiry.ask, ids[first])) is not None:
+                keep(first, answer)
+            waiting = {portal.start_task_soon(inquiry.ask, ids[row]): row for row in others}
+            for future in as_completed(waiting):
+                if isinstance(future.exception(), CheckpointError):
+                    continue  # told below, when the others have come back
+                if (answer := future.result()) is not None:
+                    keep(waiting[future], answer)
+            portal.call(inquiry.client.close)
+            if inquiry.failure is not None:
+                raise inquiry.failure
+    if cut:
+        log.warning(
+            "%s: %d answers were cut by a bound of the server's own, before --max-new-tokens: "
+            "raise the context length that it serves the model with",
+            progress.description,
+            cut,
+        )
+    progress.finish()
+
+
+def _read(answer: ServedAnswer, limits: AnswerLimits) -> tuple[str, Parts]:
+    if answer.thought is None:
+        return limits.read_text(answer.text)
+    text = limits.reader.clean(answer.text)
+    # A thought that was cut has no answer behind it; an empty answer is one all the same.
+    parts = Parts(answer.thought.strip(), text if text or answer.ended else None)
+    return "\n\n".join(filter(None, (parts.thought, text))), parts
+
+
+class _Inquiry:
+    """The requests of one file, made inside its event loop.
+
+    Attributes:
+        server: whom to ask.
+        client: its client.
+        failure: why no more are made.
+    """
+
+    def __init__(
+        self, server: Server, limits: AnswerLimits, stops: Sequence[int], seed: int
+    ) -> None:
+        from anyio import Semaphore
+
+        from abliterate.evaluation.endpoint_client import open_client
+
+        self.server, self.limits, self.stops = server, limits, stops
+        self.client: Any = open_client(server.url, server.timeout, server.retries)
+        self.failure: CheckpointError | None = None
+        options: dict[str, Any] = {
+            # What would change the arg max, switched off: of OpenAI, and of vLLM and SGLang.
+            "frequency_penalty": 0,
+            "repetition_penalty": 1,
+            "seed": seed,
+            "stop_token_ids": list(stops),
+        }
+        if limits.reader.has_marks:
+            options["skip_special_tokens"] = False
+        self.dialect = Dialect(options)
+        self._turn = Semaphore(server.concurrency)
+
+    async def ask(self, ids: Sequence[int]) -> ServedAnswer | None:
+        """The answer to one prompt; None where an earlier failure is that of all.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        async with self._turn:
+            if self.failure is not None:
+                return None
+            try:
+                return await self._ask(ids)
+            except CheckpointError as error:
+                self.failure = self.failure or error
+                raise
+
+    async def _ask(self, ids: Sequence[int]) -> ServedAnswer:
+        import openai
+
+        from abliterate.evaluation.endpoint_client import RefusedReplyError
+
+        server, place = self.server, f"--server {self.server.place}"
+        try:
+            reply = await self._create(ids)
+        except CheckpointError:
+            raise
+        except RefusedReplyError as error:
+            raise CheckpointError(f"{place}: unusable answer ({error}); {_GO_ON}") from None
+        except openai.APITimeoutError:
+            raise CheckpointError(
+                f"{place} gave no answer within {server.timeout:g} s: raise --server-timeout or "
+                f"lower --concurrency; {_GO_ON}"
+            ) from None
+        except openai.APIConnectionError as error:
+            reason = short(error.__cause__ or error)
+            raise CheckpointError(
+                f"{place} cannot be reached ({reason}): check the address, and that the server "
+                f"runs; {_GO_ON}"
+            ) from None
+        except openai.APIStatusError as error:
+            raise CheckpointError(await self._status_line(error)) from None
+        except Exception as error:  # a body that is no completion fails in many ways
+            raise CheckpointError(f"{place}: unusable answer ({short(error)})") from None
+        return self._answer(reply)
+
+    async def _create(self, ids: Sequence[int]) -> Any:
+        """A reply; without what the server says that it does not take."""
+        import openai
+
+        dialect = self.dialect
+        while True:
+            sent, as_text = dict(dialect.options), dialect.as_text
+            prompt: Any = prompt_text(self.limits.reader.tokenizer, ids) if as_text else list(ids)
+            if prompt is None:
+                raise CheckpointError(
+                    f"--server {self.server.place} takes prompts as text alone, and no text gives "
+                    "its tokenizer the tokens of this model's prompts: serve the model with vLLM, "
+                    "SGLang or llama.cpp, which take token ids"
+                )
+            try:
+                return await self.client.completions.create(
+                    model=self.server.model,
+                    prompt=prompt,
+                    max_tokens=self.limits.longest,
+                    temperature=0,
+                    extra_body=sent,
+                )
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                why = said(error)
+                refused = [name for name in sent if name in why]
+                for name in refused:
+                    self._drop(name)
+                if not refused and (as_text or "prompt" not in why or "str" not in why):
+                    raise
+                if not refused:
+                    dialect.as_text = True
+
+    def _drop(self, name: str) -> None:
+        """Do without an option, or with another that says the same."""
+        options, tokenizer = self.dialect.options, self.limits.reader.tokenizer
+        if options.pop(name, None) is None:  # another request has found it out
+            return
+        log.info("--server %s does not take %s", self.server.place, name)
+        if name == "stop_token_ids":
+            # OpenAI's own takes four texts.
+            options["stop"] = [str(tokenizer.convert_ids_to_tokens(id)) for id in self.stops][:4]
+        if name == "skip_special_tokens":
+            log.warning(
+                "--server %s leaves special tokens out, by which this model's thoughts are told "
+                "from its answers: look at its answers before you trust their figures",
+                self.server.place,
+            )
+
+    async def _status_line(self, error: Any) -> str:
+        place, status = f"--server {self.server.place}", error.status_code
+        told = f"HTTP {status}: {short(error)}"
+        if status in (401, 403):
+            return f"{place} wants a key, or another one ({told}): set OPENAI_API_KEY"
+        if status == 404:
+            served = await self._served()
+            if served is None or self.server.model in served:
+                return (
+                    f"{place} has no completions ({told}): give the address up to and with /v1, of "
+                    "a server with the endpoint /v1/completions"
+                )
+            names = f"it serves {', '.join(served)}" if served else "it lists no models"
+            return (
+                f"{place} has no model '{self.server.model}' ({told}): give its name as "
+                f"--served-model; {names}"
+            )
+        if status in (400, 422):
+            return (
+                f"{place} refuses the request ({told}): check --served-model and --max-new-tokens"
+            )
+        return f"{place} fails ({told}); {_GO_ON}"
+
+    async def _served(self) -> list[str] | None:
+        """The names of the server's models; None if it does not say."""
+        try:
+            listed = await self.client.models.list()
+            return [redact(str(model.id))[:SHOWN] for model in listed.data][:5]
+        except Exception:  # whatever goes wrong: this is but a hint
+            return None
+
+    def _answer(self, reply: Any) -> ServedAnswer:
+        try:
+            choice = reply.choices[0]
+            text, thought = choice.text, _thought_of(choice)
+        except (AttributeError, TypeError, IndexError):
+            text = thought = None
+        if not isinstance(text, str):
+            raise CheckpointError(
+                f"--server {self.server.place}: unusable answer (no text completion): give a "
+                "server with the endpoint /v1/completions"
+            )
+        ended = getattr(choice, "finish_reason", None) != "length"
+        count = getattr(getattr(reply, "usage", None), "completion_tokens", None)
+        short_of = isinstance(count, int) and count < self.limits.longest
+        return ServedAnswer(_whole(text), thought, ended, not ended and short_of)
+
+
+def _thought_of(choice: Any) -> str | None:
+    """A thought that a server has told from the answer itself."""
+    for name in ("reasoning_content", "reasoning"):
+        thought = getattr(choice, name, None)
+        if isinstance(thought, str) and thought:
+            return _whole(thought)
+    return None
+
+
+def _whole(text: str) -> str:
+    """A text as UTF-8 can hold it, without secrets that the server repeats."""
+    return redact(text).encode(errors="backslashreplace").decode()
+
+
+def prompt_text(tokenizer: Any, ids: Sequence[int]) -> str | None:
+    """A text that the tokenizer, with the special tokens that it adds to any text, turns into
+    ``ids``; None if there is none."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    candidates = [text]
+    if ids and (bos := getattr(tokenizer, "bos_token", None)):
+        candidates.append(text.removeprefix(bos))
+    for candidate in candidates:
+        if list(tokenizer(candidate)["input_ids"]) == list(ids):
+            return candidate
+    return None
+
+
+def ends_configured(checkpoint: Checkpoint, config: Any) -> Any:
+    """The end-of-text tokens of a checkpoint's generation config, or of its configuration."""
+    try:
+        found = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
+    except (OSError, ValueError, TypeError):
+        found = None
+    return getattr(config, "eos_token_id", None) if found is None else found
