@@ -99,7 +99,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_transformers_serve_answers_as_the_demo_model_does_here(
-    cli: Any, real_server: str, tmp_path: Path
+    cli: Any, fails: Any, real_server: str, tmp_path: Path
 ) -> None:
     base = ("evaluate", demo_model_dir(), "--n-test", "3", "--max-new-tokens", "20")
     more = ("--system", "You are helpful.", "--response-prefix", "So", "--refusal-token", "I")
@@ -124,6 +124,11 @@ def test_transformers_serve_answers_as_the_demo_model_does_here(
     assert own["kl_divergence"] == 0
     assert found["kl_divergence"] is found["kl_divergence_ci"] is None
     assert "KL and first-token scores need logits" in there.err
+    assert "another number of tokens" not in there.err
+    wrong = ("--server", real_server, "--served-model", "./nowhere", "--server-retries", "0")
+    assert f"--server {real_server}" in fails(*base, *more, *wrong, code=4)
+    wrong = ("--server", real_server.removesuffix("/v1"), "--served-model", demo_model_dir())
+    assert "up to and with /v1" in fails(*base, *more, *wrong, code=4)
 
 
 def test_transformers_serve_answers_the_rows_that_it_is_given(
@@ -356,9 +361,11 @@ def test_what_an_address_holds_in_secret_is_recorded_nowhere(
     assert "hunter22" not in fails(*base, "--config", config, code=2)
 
 
-def test_answers_that_the_server_cuts_short_are_told(cli: Any, tiny: Any, prompts: Any) -> None:
+def test_answers_that_the_server_cuts_short_or_misreads_are_told(
+    cli: Any, tiny: Any, prompts: Any
+) -> None:
     base = ("evaluate", tiny("llama"), *SMALL, *prompts, "--served-model", "m")
-    used = {"prompt_tokens": 9, "total_tokens": 16}
+    used = {"prompt_tokens": 99, "total_tokens": 106}
     with endpoint(
         lambda body: _completion("I", "length", usage=used | {"completion_tokens": 3})
     ) as server:
@@ -367,7 +374,10 @@ def test_answers_that_the_server_cuts_short_are_told(cli: Any, tiny: Any, prompt
         assert found.err.count("3 answers were cut by a bound of the server's own") == 2
         # At --max-new-tokens every answer ends, here as well.
         server.rule = lambda body: _completion("I", "length", usage=used | {"completion_tokens": 7})
-        assert "were cut" not in cli(*base, "--server", server.url).err
+        again = cli(*base, "--server", server.url).err
+        assert "were cut" not in again
+        # It says how many tokens it has read, which are not those of the prompts.
+        assert again.count("3 prompts as another number of tokens") == 2
 
 
 def test_thoughts_of_served_answers_are_told_apart(
@@ -435,7 +445,9 @@ def test_a_server_is_not_asked_for_what_it_does_not_take(
     assert all(body["stop"] == ["<|end|>"] and body["frequency_penalty"] == 0 for body in taken)
     said = _lines(tmp_path / "completions" / "baseline-harmless.jsonl")
     assert [line["response"] for line in said] == [text.upper() for text in TEXTS["harmless"]]
-    assert found.err.count("does not take repetition_penalty") == 2  # once for each file
+    assert found.err.count("does not take repetition_penalty") == 1
+    # What the first replies have told holds for the others.
+    assert len(_posts(server)) == 6 + 3
 
 
 def test_a_text_prompt_gives_the_server_the_same_tokens(tokenizer_dir: Path) -> None:

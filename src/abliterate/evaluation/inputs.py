@@ -206,8 +206,12 @@ def check_options(
         "--judge": settings.judge,
         "--classifier": settings.classifier,
         "--tasks": settings.tasks,
-        "--server": settings.server,
     }
+    if session.placement.ranks.size > 1 and settings.server:
+        raise UsageError(
+            "--server does not run on several ranks: run evaluate with it in one process "
+            "(--concurrency sets how many requests it makes at once)"
+        )
     if session.placement.ranks.size > 1 and any(given.values()):
         raise UsageError(
             f"{next(name for name, value in given.items() if value)} does not run on several "

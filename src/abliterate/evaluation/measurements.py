@@ -31,7 +31,7 @@ from abliterate.evaluation.first_tokens import FirstTokenLogits
 from abliterate.evaluation.inputs import EvaluationInputs
 from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
 from abliterate.evaluation.losses import measure_loss
-from abliterate.evaluation.served_answers import complete_served, ends_configured
+from abliterate.evaluation.served_answers import Dialect, complete_served, ends_configured
 from abliterate.evaluation.servers import Server
 from abliterate.extraction.means import (
     DETECT_PROMPTS,
@@ -80,6 +80,7 @@ class Measurements:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, Metrics] = field(default_factory=dict)
     _loaded: dict[str, LoadedModel] = field(default_factory=dict)
+    _dialects: dict[str, Dialect] = field(default_factory=dict)
 
     def run(self, name: str) -> None:
         """Complete, measure and benchmark one row."""
@@ -151,7 +152,8 @@ class Measurements:
             tokenizer, config, chat, ids, settings.evaluate.max_new_tokens, session.thinking.begun
         )
         stops = ends_of_turn(tokenizer, ends_configured(subject, config), chat)
-        complete_served(server, ids, file, limits, stops, settings.model.seed, label)
+        dialect = self._dialects.setdefault(label[0], Dialect())
+        complete_served(server, ids, file, limits, stops, settings.model.seed, label, dialect)
 
     def generates(self, name: str) -> bool:
         """Whether answers of a row are made."""

@@ -8,6 +8,7 @@ token ids; a server that takes texts alone gets one that its tokenizer turns int
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,24 +37,26 @@ class ServedAnswer:
         thought: what it names as a thought beside the text.
         ended: by itself, not by a bound of length.
         cut: that bound was the server's own.
+        read: how many tokens the prompt had for the server; None if it does not say.
     """
 
     text: str
     thought: str | None = None
     ended: bool = True
     cut: bool = False
+    read: int | None = None
 
 
 @dataclass
 class Dialect:
-    """What a server takes beside model, prompt, temperature and length; the first replies tell.
+    """What a server takes beside model, prompt, temperature and length; its first replies tell.
 
     Attributes:
-        options: further fields of a request, each dropped once the server refuses it.
+        refused: names of fields that it does not take.
         as_text: prompts are texts; else token ids.
     """
 
-    options: dict[str, Any] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
     as_text: bool = False
 
 
@@ -65,6 +68,7 @@ def complete_served(
     stops: Sequence[int],
     seed: int = 0,
     label: tuple[str, str] = ("", ""),
+    dialect: Dialect | None = None,
 ) -> None:
     """Have the prompts of ``file`` answered that have no completion yet.
 
@@ -79,6 +83,7 @@ def complete_served(
         stops: tokens that end an answer.
         seed: sent along; greedy decoding needs none.
         label: row and kind, for the progress bar and the log.
+        dialect: what an earlier call has learnt of the server; learns from this one.
 
     Raises:
         CheckpointError: the server cannot be reached, does not know the model, wants a key, or
@@ -90,11 +95,12 @@ def complete_served(
 
     progress = CompletionProgress(file, label)
     left = progress.left
-    cut = 0
+    cut = misread = 0
 
     def keep(row: int, answer: ServedAnswer) -> None:
-        nonlocal cut
+        nonlocal cut, misread
         cut += answer.cut
+        misread += answer.read not in (None, len(ids[row]))
         note = progress.put(row, *_read(answer, limits))
         bar.set_postfix_str(note, refresh=False)
         bar.update(1)
@@ -107,7 +113,7 @@ def complete_served(
             start_blocking_portal() as portal,
         ):
             bar.update(len(ids) - len(left))
-            inquiry = portal.call(_Inquiry, server, limits, stops, seed)
+            inquiry = portal.call(_Inquiry, server, limits, stops, seed, dialect)
             first, *others = left
             if (answer := portal.call(inquiry.ask, ids[first])) is not None:
                 keep(first, answer)
@@ -126,6 +132,13 @@ def complete_served(
             "raise the context length that it serves the model with",
             progress.description,
             cut,
+        )
+    if misread:
+        log.warning(
+            "%s: the server has read %d prompts as another number of tokens than they have here: "
+            "its tokenizer is another one, or it adds tokens, and its answers are to other prompts",
+            progress.description,
+            misread,
         )
     progress.finish()
 
@@ -149,7 +162,12 @@ class _Inquiry:
     """
 
     def __init__(
-        self, server: Server, limits: AnswerLimits, stops: Sequence[int], seed: int
+        self,
+        server: Server,
+        limits: AnswerLimits,
+        stops: Sequence[int],
+        seed: int,
+        dialect: Dialect | None,
     ) -> None:
         from anyio import Semaphore
 
@@ -158,17 +176,26 @@ class _Inquiry:
         self.server, self.limits, self.stops = server, limits, stops
         self.client: Any = open_client(server.url, server.timeout, server.retries)
         self.failure: CheckpointError | None = None
+        self.dialect = Dialect() if dialect is None else dialect
+        self._seed = seed
+        self._turn = Semaphore(server.concurrency)
+
+    def _options(self) -> dict[str, Any]:
+        """The further fields of a request, without those that the server does not take."""
+        tokenizer, reader = self.limits.reader.tokenizer, self.limits.reader
         options: dict[str, Any] = {
             # What would change the arg max, switched off: of OpenAI, and of vLLM and SGLang.
             "frequency_penalty": 0,
             "repetition_penalty": 1,
-            "seed": seed,
-            "stop_token_ids": list(stops),
+            "seed": self._seed,
+            "stop_token_ids": list(self.stops),
         }
-        if limits.reader.has_marks:
+        if reader.has_marks:
             options["skip_special_tokens"] = False
-        self.dialect = Dialect(options)
-        self._turn = Semaphore(server.concurrency)
+        if "stop_token_ids" in self.dialect.refused:  # OpenAI's own takes four texts
+            texts = [str(tokenizer.convert_ids_to_tokens(token)) for token in self.stops]
+            options["stop"] = texts[:4]
+        return {key: value for key, value in options.items() if key not in self.dialect.refused}
 
     async def ask(self, ids: Sequence[int]) -> ServedAnswer | None:
         """The answer to one prompt; None where an earlier failure is that of all.
@@ -220,7 +247,7 @@ class _Inquiry:
 
         dialect = self.dialect
         while True:
-            sent, as_text = dict(dialect.options), dialect.as_text
+            sent, as_text = self._options(), dialect.as_text
             prompt: Any = prompt_text(self.limits.reader.tokenizer, ids) if as_text else list(ids)
             if prompt is None:
                 raise CheckpointError(
@@ -238,7 +265,7 @@ class _Inquiry:
                 )
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 why = said(error)
-                refused = [name for name in sent if name in why]
+                refused = [name for name in sent if re.search(rf"\b{name}\b", why)]
                 for name in refused:
                     self._drop(name)
                 if not refused and (as_text or "prompt" not in why or "str" not in why):
@@ -247,14 +274,11 @@ class _Inquiry:
                     dialect.as_text = True
 
     def _drop(self, name: str) -> None:
-        """Do without an option, or with another that says the same."""
-        options, tokenizer = self.dialect.options, self.limits.reader.tokenizer
-        if options.pop(name, None) is None:  # another request has found it out
+        """Do without a field from now on."""
+        if name in self.dialect.refused:  # another request has found it out
             return
+        self.dialect.refused.add(name)
         log.info("--server %s does not take %s", self.server.place, name)
-        if name == "stop_token_ids":
-            # OpenAI's own takes four texts.
-            options["stop"] = [str(tokenizer.convert_ids_to_tokens(id)) for id in self.stops][:4]
         if name == "skip_special_tokens":
             log.warning(
                 "--server %s leaves special tokens out, by which this model's thoughts are told "
@@ -305,9 +329,13 @@ class _Inquiry:
                 "server with the endpoint /v1/completions"
             )
         ended = getattr(choice, "finish_reason", None) != "length"
-        count = getattr(getattr(reply, "usage", None), "completion_tokens", None)
-        short_of = isinstance(count, int) and count < self.limits.longest
-        return ServedAnswer(_whole(text), thought, ended, not ended and short_of)
+        used = getattr(reply, "usage", None)
+        read, count = (
+            found if isinstance(found := getattr(used, name, None), int) else None
+            for name in ("prompt_tokens", "completion_tokens")
+        )
+        cut = not ended and count is not None and count < self.limits.longest
+        return ServedAnswer(_whole(text), thought, ended, cut, read)
 
 
 def _thought_of(choice: Any) -> str | None:
