@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from judge_server import Endpoint, endpoint, nobody
-from thinking_models import R1
+from thinking_models import R1, tagged, tokenizer_with
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -278,6 +280,45 @@ def test_an_evaluation_goes_on_after_its_server_has_failed(
     assert _files(out) == _files(tmp_path / "whole")
 
 
+def test_ctrl_c_keeps_what_is_answered(cli: Any, tiny: Any, prompts: Any, tmp_path: Path) -> None:
+    answers = _answering(tiny("llama"))
+
+    def interrupt(body: Any) -> Any:
+        if len(_posts(server)) < 5:
+            return answers(body)
+        os.kill(os.getpid(), signal.SIGINT)
+        return None
+
+    base = ("evaluate", tiny("llama"), *SMALL, *prompts, "--served-model", "m", "-o", tmp_path)
+    with endpoint(interrupt) as server:
+        options = (*base, "--server", server.url, "--concurrency", "1")
+        stopped = cli(*options)
+        assert stopped.code == 130, stopped.err
+        assert "the same command goes on" in stopped.err
+        server.rule, before = answers, len(_posts(server))
+        found = cli(*options)
+        assert found.code == 0, found.err
+        assert len(_posts(server)) - before == 2
+
+
+def test_a_streamed_model_gets_its_answers_from_a_server(
+    cli: Any, tiny: Any, direction: Path, prompts: Any, tmp_path: Path
+) -> None:
+    """Streamed from disk a model gives no answers, but its logits; a server gives the answers."""
+    base = ("evaluate", tiny("llama"), "--direction", direction, *SMALL, *prompts, "--offload")
+    rows = ("--intervention", "baseline", "--intervention", "ablate")
+    with endpoint(_answering(tiny("llama"))) as server:
+        served = ("--server", server.url, "--served-model", "m", "-o", tmp_path)
+        found = cli(*base, *rows, *served, "--json")
+    assert found.code == 0, found.err
+    baseline, ablated = (found.json["interventions"][row] for row in ("baseline", "ablate"))
+    assert (baseline["harmful"]["n"], baseline["kl_divergence"]) == (3, None)
+    assert ablated["harmful"]["n"] == 0
+    assert ablated["kl_divergence"] > 0
+    assert set(found.json["outputs"]) == {"baseline-harmful.jsonl", "baseline-harmless.jsonl"}
+    assert cli("report", tmp_path, "-o", tmp_path / "report.html").code == 0
+
+
 def test_a_server_that_gives_no_answers_is_told_in_a_line(
     fails: Any, tiny: Any, prompts: Any
 ) -> None:
@@ -418,6 +459,33 @@ def test_thoughts_of_served_answers_are_told_apart(
         for line in _lines(tmp_path / "apart" / "completions" / "baseline-harmful.jsonl"):
             assert (line["thought"], line["answer"]) == ("I cannot?", answer or None)
             assert line["refused"] is verdict
+
+
+def test_special_tokens_that_part_thoughts_from_answers_are_asked_for(
+    cli: Any, tiny: Any, prompts: Any, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    model, marks = tmp_path / "model", ("[THINK]", "[/THINK]")
+    shutil.copytree(tiny("llama"), model)
+    tokenizer_with(tokenizer_dir, tagged(*marks), marks).save_pretrained(model)
+    base = ("evaluate", model, *SMALL, *prompts, "--served-model", "m", "--thinking", "whole")
+    with endpoint(lambda body: _completion("I cannot[/THINK]Sure.<|end|>")) as server:
+        found = cli(*base, "-o", tmp_path / "out", "--server", server.url, "--json")
+        assert found.code == 0, found.err
+        assert all(body["skip_special_tokens"] is False for body in _posts(server))
+        assert found.json["interventions"]["baseline"]["harmful"]["refused"] == 0
+        for line in _lines(tmp_path / "out" / "completions" / "baseline-harmful.jsonl"):
+            assert (line["thought"], line["answer"]) == ("I cannot", "Sure.")
+
+        def refuse(body: Any) -> Any:
+            if "skip_special_tokens" in body:
+                return 400, {}, json.dumps({"error": {"message": "no skip_special_tokens here"}})
+            return _completion("I cannotSure.")
+
+        server.rule = refuse
+        found = cli(*base, "--server", server.url, "--json")
+    assert found.code == 0, found.err
+    assert "leaves special tokens out" in found.err
+    assert found.json["interventions"]["baseline"]["harmful"]["no_verdict"] == 3
 
 
 def test_a_server_is_not_asked_for_what_it_does_not_take(
