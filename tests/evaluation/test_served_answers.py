@@ -25,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from abliterate.direction import Direction, save_direction
-from abliterate.evaluation.served_answers import prompt_text
+from abliterate.evaluation.served_prompts import prompt_text
 from abliterate.models.loading import load_model
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.resources import demo_model_dir
@@ -127,6 +127,13 @@ def test_transformers_serve_answers_as_the_demo_model_does_here(
     assert found["kl_divergence"] is found["kl_divergence_ci"] is None
     assert "KL and first-token scores need logits" in there.err
     assert "another number of tokens" not in there.err
+    # The same as messages, which the server renders.
+    talk = (*base, *more[:2], *more[4:])
+    own = cli(*talk, "-o", tmp_path / "own", "--json")
+    chat = cli(*talk, *served, "--server-api", "chat", "-o", tmp_path / "chat", "--json")
+    assert chat.code == 0, chat.err
+    assert _files(tmp_path / "chat") == _files(tmp_path / "own")
+    assert "another number of tokens" not in chat.err
     wrong = ("--server", real_server, "--served-model", "./nowhere", "--server-retries", "0")
     assert f"--server {real_server}" in fails(*base, *more, *wrong, code=4)
     wrong = ("--server", real_server.removesuffix("/v1"), "--served-model", demo_model_dir())
@@ -158,8 +165,18 @@ def test_transformers_serve_answers_the_rows_that_it_is_given(
         assert found[row] == own[row]
     assert found["edited"]["kl_divergence"] is None
     assert there.json["servers"] == {
-        "baseline": {"url": real_server, "model": str(model), "temperature": 0},
-        "edited": {"url": real_server, "model": str(edited), "temperature": 0},
+        "baseline": {
+            "url": real_server,
+            "model": str(model),
+            "api": "completions",
+            "temperature": 0,
+        },
+        "edited": {
+            "url": real_server,
+            "model": str(edited),
+            "api": "completions",
+            "temperature": 0,
+        },
     }
     report = tmp_path / "report.html"
     assert cli("report", tmp_path / "there", "-o", report).code == 0
@@ -317,6 +334,47 @@ def test_a_streamed_model_gets_its_answers_from_a_server(
     assert ablated["kl_divergence"] > 0
     assert set(found.json["outputs"]) == {"baseline-harmful.jsonl", "baseline-harmless.jsonl"}
     assert cli("report", tmp_path, "-o", tmp_path / "report.html").code == 0
+
+
+def test_a_server_of_chats_is_sent_messages(
+    cli: Any, fails: Any, tiny: Any, prompts: Any, tmp_path: Path
+) -> None:
+    template = AutoTokenizer.from_pretrained(tiny("llama")).chat_template
+    model = tmp_path / "model"
+    shutil.copytree(tiny("llama"), model)
+    (model / "chat_template.jinja").write_text("{% if loud %}LOUD {% endif %}" + template)
+    base = ("evaluate", model, *SMALL, *prompts, "--served-model", "m", "--server-api", "chat")
+    more = ("--system", "Be kind.", "--template-arg", "loud=true", "-o", tmp_path / "out")
+    with endpoint(lambda body: f"Yes, {body['messages'][-1]['content']}") as server:
+        found = cli(*base, *more, "--server", server.url, "--json")
+        assert found.code == 0, found.err
+        for body in server.requests:
+            assert body["path"] == "/v1/chat/completions"
+            assert body["messages"][0] == {"role": "system", "content": "Be kind."}
+            assert body["chat_template_kwargs"] == {"loud": True}
+            assert (body["temperature"], body["max_tokens"]) == (0, 7)
+        asked = sorted(body["messages"][1]["content"] for body in server.requests)
+        assert asked == sorted(EVERY)
+        said = _lines(tmp_path / "out" / "completions" / "baseline-harmful.jsonl")
+        assert [line["response"] for line in said] == [f"Yes, {t}" for t in TEXTS["harmful"]]
+        message = {"role": "assistant", "content": None, "reasoning_content": "I cannot?"}
+        document = json.dumps({"choices": [{"message": message, "finish_reason": "length"}]})
+        server.rule = lambda body: (200, {"Content-Type": "application/json"}, document)
+        found = cli(*base, "--server", server.url, "--json")
+        assert found.json["interventions"]["baseline"]["harmful"]["no_verdict"] == 3
+        server.rule = lambda body: _completion("Yes")
+        told = fails(*base, "--server", server.url, code=4)
+        assert "no chat completion" in told
+        url = ("--server", server.url)
+        assert "--response-prefix has no effect" in fails(
+            *base, *url, "--response-prefix", "I", code=2
+        )
+        r1 = tmp_path / "r1"
+        shutil.copytree(tiny("llama"), r1)
+        (r1 / "chat_template.jinja").write_text(R1)
+        assert "the empty thought" in fails("evaluate", r1, *base[2:], *url, code=2)
+        assert "--template has no effect" in fails(*base, *url, "--template", "plain", code=2)
+    assert "--server-api needs --server" in fails(*base[:-4], *base[-2:], code=2)
 
 
 def test_a_server_that_gives_no_answers_is_told_in_a_line(

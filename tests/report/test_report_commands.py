@@ -52,7 +52,7 @@ EVERY: dict[str, dict[str, Any]] = {
         "borderline": "xstest",
         "server": ("http://me:pass@host:8/v1?key=secret", "-m=https://host/v1"),
         "served_model": ("org/m", "-m=e"), "concurrency": 3, "server_timeout": 9.5,
-        "server_retries": 1,
+        "server_retries": 1, "server_api": "chat",
         "max_new_tokens": 64, "corpus": ("own", "pile=-x.txt"), "corpus_texts": 10,
         "corpus_tokens": 99, "tasks": "mmlu,gsm8k", "tasks_dir": "-my tasks", "task_limit": 5,
         "refusal_phrases": "en,zh", "refusal_phrase": ("-no way", "nope"),

@@ -31,7 +31,8 @@ from abliterate.evaluation.first_tokens import FirstTokenLogits
 from abliterate.evaluation.inputs import EvaluationInputs
 from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
 from abliterate.evaluation.losses import measure_loss
-from abliterate.evaluation.served_answers import Dialect, complete_served, ends_configured
+from abliterate.evaluation.served_answers import Dialect, complete_served
+from abliterate.evaluation.served_prompts import ends_configured
 from abliterate.evaluation.servers import Server
 from abliterate.extraction.means import (
     DETECT_PROMPTS,
@@ -153,7 +154,8 @@ class Measurements:
         )
         stops = ends_of_turn(tokenizer, ends_configured(subject, config), chat)
         dialect = self._dialects.setdefault(label[0], Dialect())
-        complete_served(server, ids, file, limits, stops, settings.model.seed, label, dialect)
+        seed = settings.model.seed
+        complete_served(server, ids, file, limits, stops, seed, label, dialect, chat)
 
     def generates(self, name: str) -> bool:
         """Whether answers of a row are made."""

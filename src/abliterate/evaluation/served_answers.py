@@ -1,9 +1,10 @@
 """Greedy answers of a server: the prompts that the model here would get, token by token.
 
-They go to the completions endpoint, not to that of chats: what the server's own template, its
-default system message or its reasoning parser would do to a conversation is then no part of the
-answer, and the response prefix and ``--thinking`` mean what they mean here. A prompt is sent as
-token ids; a server that takes texts alone gets one that its tokenizer turns into the same ids.
+They go to the completions endpoint unless ``--server-api chat`` asks for that of chats: what the
+server's own template, its default system message or its reasoning parser would do to a conversation
+is then no part of the answer, and response prefix and ``--thinking`` mean what they mean here. A
+prompt is sent as token ids; a server that takes texts alone gets one that its tokenizer turns into
+the same ids. Servers that offer chats alone are sent messages, which are theirs to render.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import GenerationConfig
-
-from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.console import log, progress_bar, redact
 from abliterate.errors import CheckpointError
 from abliterate.evaluation.completions import CompletionFile
 from abliterate.evaluation.endpoints import SHOWN, said, short
 from abliterate.evaluation.progress import CompletionProgress
+from abliterate.evaluation.served_prompts import Conversations, prompt_text
 from abliterate.evaluation.servers import Server
 from abliterate.inference.thoughts import AnswerLimits
 from abliterate.metrics.answers import Parts
+from abliterate.prompts.chat_template import ChatFormat
 
 _GO_ON = "what is answered is kept, and the same command goes on from there"
 
@@ -69,6 +69,7 @@ def complete_served(
     seed: int = 0,
     label: tuple[str, str] = ("", ""),
     dialect: Dialect | None = None,
+    chat: ChatFormat | None = None,
 ) -> None:
     """Have the prompts of ``file`` answered that have no completion yet.
 
@@ -84,6 +85,7 @@ def complete_served(
         seed: sent along; greedy decoding needs none.
         label: row and kind, for the progress bar and the log.
         dialect: what an earlier call has learnt of the server; learns from this one.
+        chat: how messages are rendered, for a server of chats.
 
     Raises:
         CheckpointError: the server cannot be reached, does not know the model, wants a key, or
@@ -94,6 +96,8 @@ def complete_served(
     from anyio.from_thread import start_blocking_portal
 
     progress = CompletionProgress(file, label)
+    told = Conversations.of(limits, chat or ChatFormat()) if server.chat else None
+    texts = list(file.prompts)
     left = progress.left
     cut = misread = 0
 
@@ -113,11 +117,13 @@ def complete_served(
             start_blocking_portal() as portal,
         ):
             bar.update(len(ids) - len(left))
-            inquiry = portal.call(_Inquiry, server, limits, stops, seed, dialect)
+            inquiry = portal.call(_Inquiry, server, limits, stops, seed, dialect, told)
             first, *others = left
-            if (answer := portal.call(inquiry.ask, ids[first])) is not None:
+            if (answer := portal.call(inquiry.ask, ids[first], texts[first])) is not None:
                 keep(first, answer)
-            waiting = {portal.start_task_soon(inquiry.ask, ids[row]): row for row in others}
+            waiting = {
+                portal.start_task_soon(inquiry.ask, ids[row], texts[row]): row for row in others
+            }
             for future in as_completed(waiting):
                 if isinstance(future.exception(), CheckpointError):
                     continue  # told below, when the others have come back
@@ -136,7 +142,8 @@ def complete_served(
     if misread:
         log.warning(
             "%s: the server has read %d prompts as another number of tokens than they have here: "
-            "its tokenizer is another one, or it adds tokens, and its answers are to other prompts",
+            "its tokenizer or template is another one, or it adds tokens, and its answers are to "
+            "other prompts",
             progress.description,
             misread,
         )
@@ -168,6 +175,7 @@ class _Inquiry:
         stops: Sequence[int],
         seed: int,
         dialect: Dialect | None,
+        conversations: Conversations | None,
     ) -> None:
         from anyio import Semaphore
 
@@ -177,7 +185,7 @@ class _Inquiry:
         self.client: Any = open_client(server.url, server.timeout, server.retries)
         self.failure: CheckpointError | None = None
         self.dialect = Dialect() if dialect is None else dialect
-        self._seed = seed
+        self._seed, self._conversations = seed, conversations
         self._turn = Semaphore(server.concurrency)
 
     def _options(self) -> dict[str, Any]:
@@ -197,7 +205,7 @@ class _Inquiry:
             options["stop"] = texts[:4]
         return {key: value for key, value in options.items() if key not in self.dialect.refused}
 
-    async def ask(self, ids: Sequence[int]) -> ServedAnswer | None:
+    async def ask(self, ids: Sequence[int], text: str) -> ServedAnswer | None:
         """The answer to one prompt; None where an earlier failure is that of all.
 
         Raises:
@@ -207,19 +215,19 @@ class _Inquiry:
             if self.failure is not None:
                 return None
             try:
-                return await self._ask(ids)
+                return await self._ask(ids, text)
             except CheckpointError as error:
                 self.failure = self.failure or error
                 raise
 
-    async def _ask(self, ids: Sequence[int]) -> ServedAnswer:
+    async def _ask(self, ids: Sequence[int], text: str) -> ServedAnswer:
         import openai
 
         from abliterate.evaluation.endpoint_client import RefusedReplyError
 
         server, place = self.server, f"--server {self.server.place}"
         try:
-            reply = await self._create(ids)
+            reply = await self._create(ids, text)
         except CheckpointError:
             raise
         except RefusedReplyError as error:
@@ -241,37 +249,49 @@ class _Inquiry:
             raise CheckpointError(f"{place}: unusable answer ({short(error)})") from None
         return self._answer(reply)
 
-    async def _create(self, ids: Sequence[int]) -> Any:
+    async def _create(self, ids: Sequence[int], text: str) -> Any:
         """A reply; without what the server says that it does not take."""
         import openai
 
         dialect = self.dialect
         while True:
             sent, as_text = self._options(), dialect.as_text
-            prompt: Any = prompt_text(self.limits.reader.tokenizer, ids) if as_text else list(ids)
-            if prompt is None:
-                raise CheckpointError(
-                    f"--server {self.server.place} takes prompts as text alone, and no text gives "
-                    "its tokenizer the tokens of this model's prompts: serve the model with vLLM, "
-                    "SGLang or llama.cpp, which take token ids"
-                )
+            chats = self._conversations
+            asked: dict[str, Any] = {
+                "model": self.server.model,
+                "max_tokens": self.limits.longest,
+                "temperature": 0,
+            }
             try:
-                return await self.client.completions.create(
-                    model=self.server.model,
-                    prompt=prompt,
-                    max_tokens=self.limits.longest,
-                    temperature=0,
-                    extra_body=sent,
-                )
+                if chats is not None:
+                    body = sent | (
+                        {"chat_template_kwargs": dict(v)} if (v := chats.variables) else {}
+                    )
+                    return await self.client.chat.completions.create(
+                        messages=chats.messages(text), extra_body=body, **asked
+                    )
+                prompt = self._text(ids) if as_text else list(ids)
+                return await self.client.completions.create(prompt=prompt, extra_body=sent, **asked)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 why = said(error)
                 refused = [name for name in sent if re.search(rf"\b{name}\b", why)]
                 for name in refused:
                     self._drop(name)
-                if not refused and (as_text or "prompt" not in why or "str" not in why):
+                known = as_text or chats is not None
+                if not refused and (known or "prompt" not in why or "str" not in why):
                     raise
                 if not refused:
                     dialect.as_text = True
+
+    def _text(self, ids: Sequence[int]) -> str:
+        found = prompt_text(self.limits.reader.tokenizer, ids)
+        if found is None:
+            raise CheckpointError(
+                f"--server {self.server.place} takes prompts as text alone, and no text gives "
+                "its tokenizer the tokens of this model's prompts: serve the model with vLLM, "
+                "SGLang or llama.cpp, which take token ids"
+            )
+        return found
 
     def _drop(self, name: str) -> None:
         """Do without a field from now on."""
@@ -294,9 +314,10 @@ class _Inquiry:
         if status == 404:
             served = await self._served()
             if served is None or self.server.model in served:
+                mend = "" if self.server.chat else ", or --server-api chat"
                 return (
                     f"{place} has no completions ({told}): give the address up to and with /v1, of "
-                    "a server with the endpoint /v1/completions"
+                    f"a server with the endpoint {self._endpoint}{mend}"
                 )
             names = f"it serves {', '.join(served)}" if served else "it lists no models"
             return (
@@ -317,16 +338,29 @@ class _Inquiry:
         except Exception:  # whatever goes wrong: this is but a hint
             return None
 
+    @property
+    def _kind(self) -> str:
+        return "chat completion" if self.server.chat else "text completion"
+
+    @property
+    def _endpoint(self) -> str:
+        return "/v1/chat/completions" if self.server.chat else "/v1/completions"
+
     def _answer(self, reply: Any) -> ServedAnswer:
         try:
             choice = reply.choices[0]
-            text, thought = choice.text, _thought_of(choice)
+            said_in = choice.message if self.server.chat else choice
+            text = said_in.content if self.server.chat else said_in.text
+            thought = _thought_of(said_in)
         except (AttributeError, TypeError, IndexError):
             text = thought = None
+        if thought is not None and text is None:  # it has not come to an answer
+            text = ""
         if not isinstance(text, str):
+            mend = "" if self.server.chat else "; --server-api chat asks servers of chats alone"
             raise CheckpointError(
-                f"--server {self.server.place}: unusable answer (no text completion): give a "
-                "server with the endpoint /v1/completions"
+                f"--server {self.server.place}: unusable answer (no {self._kind}): give a server "
+                f"with the endpoint {self._endpoint}{mend}"
             )
         ended = getattr(choice, "finish_reason", None) != "length"
         used = getattr(reply, "usage", None)
@@ -350,25 +384,3 @@ def _thought_of(choice: Any) -> str | None:
 def _whole(text: str) -> str:
     """A text as UTF-8 can hold it, without secrets that the server repeats."""
     return redact(text).encode(errors="backslashreplace").decode()
-
-
-def prompt_text(tokenizer: Any, ids: Sequence[int]) -> str | None:
-    """A text that the tokenizer, with the special tokens that it adds to any text, turns into
-    ``ids``; None if there is none."""
-    text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    candidates = [text]
-    if ids and (bos := getattr(tokenizer, "bos_token", None)):
-        candidates.append(text.removeprefix(bos))
-    for candidate in candidates:
-        if list(tokenizer(candidate)["input_ids"]) == list(ids):
-            return candidate
-    return None
-
-
-def ends_configured(checkpoint: Checkpoint, config: Any) -> Any:
-    """The end-of-text tokens of a checkpoint's generation config, or of its configuration."""
-    try:
-        found = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
-    except (OSError, ValueError, TypeError):
-        found = None
-    return getattr(config, "eos_token_id", None) if found is None else found

@@ -21,7 +21,7 @@ BASELINE = "baseline"
 
 @dataclass(frozen=True)
 class Server:
-    """An OpenAI-compatible completions endpoint (vLLM, SGLang, llama.cpp, ``transformers serve``);
+    """An OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, ``transformers serve``);
     key in OPENAI_API_KEY.
 
     Attributes:
@@ -30,6 +30,7 @@ class Server:
         timeout: seconds for one attempt, from the connection to the last byte of the answer.
         retries: further attempts after a time-out, a lost connection, a 408, 409, 429 or 5xx.
         concurrency: requests at once.
+        chat: it is sent messages, not prompts as they are rendered here.
     """
 
     url: str = field(repr=False)
@@ -37,6 +38,7 @@ class Server:
     timeout: float = 600.0
     retries: int = 4
     concurrency: int = 8
+    chat: bool = False
 
     @property
     def place(self) -> str:
@@ -45,7 +47,8 @@ class Server:
 
     def summary(self) -> dict[str, Any]:
         """What records say of it; greedy answers of servers with the same summary are the same."""
-        return {"url": self.place, "model": self.model, "temperature": 0}
+        api = "chat" if self.chat else "completions"
+        return {"url": self.place, "model": self.model, "api": api, "temperature": 0}
 
 
 def find_servers(
@@ -70,6 +73,8 @@ def find_servers(
         if row in urls:
             raise UsageError(f"--server answers {row} twice: give one server for a row")
         urls[row] = url
+    if asked.server_api == "chat":
+        _check_chat(settings, urls)
     models = _served_models(asked.served_model, urls)
     found = {}
     for row, url in urls.items():
@@ -81,9 +86,30 @@ def find_servers(
             )
         _check_address(url)
         found[row] = Server(
-            url, models[row], asked.server_timeout, asked.server_retries, asked.concurrency
+            url,
+            models[row],
+            asked.server_timeout,
+            asked.server_retries,
+            asked.concurrency,
+            asked.server_api == "chat",
         )
     return found
+
+
+def _check_chat(settings: Settings, urls: Collection[str]) -> None:
+    """Refuse what the messages of a chat cannot say."""
+    if not urls:
+        raise UsageError("--server-api needs --server beside it")
+    given = {
+        "--template": settings.chat.template,
+        "--response-prefix": settings.chat.response_prefix,
+    }
+    for option, value in given.items():
+        if value:
+            raise UsageError(
+                f"{option} has no effect with --server-api chat, where the server's own template "
+                "renders the prompt: leave one of the two out"
+            )
 
 
 def _check_row(row: str, url: str, rows: Sequence[str], edited: Collection[str]) -> None:

@@ -493,6 +493,15 @@ class EvaluateSettings(_Section):
             _EVALUATE,
         ),
     ] = ()
+    server_api: Annotated[
+        Literal["completions", "chat"],
+        Option(
+            "completions: send what is rendered here, as tokens. chat: send messages, which the "
+            "server's own template renders.",
+            _SERVER,
+            _EVALUATE,
+        ),
+    ] = "completions"
     concurrency: Annotated[int, Option("Requests to a server at once.", _SERVER, _EVALUATE)] = (
         Field(8, ge=1)
     )
