@@ -51,6 +51,9 @@ EVERY: dict[str, dict[str, Any]] = {
     "evaluate": {
         "harmful": "jailbreakbench", "harmless": "-other.txt", "n_test": 10,
         "borderline": "xstest",
+        "server": ("http://me:pass@host:8/v1?key=secret", "-m=https://host/v1"),
+        "served_model": ("org/m", "-m=e"), "concurrency": 3, "server_timeout": 9.5,
+        "server_retries": 1, "server_api": "chat",
         "max_new_tokens": 64, "corpus": ("own", "pile=-x.txt"), "corpus_texts": 10,
         "corpus_tokens": 99, "tasks": "mmlu,gsm8k", "tasks_dir": "-my tasks", "task_limit": 5,
         "refusal_phrases": "en,zh", "refusal_phrase": ("-no way", "nope"),
@@ -62,7 +65,9 @@ EVERY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ALL = load_settings(options=EVERY)
 # What no command line gives back: placeholders, and what does not shape the result.
-GRANTS = {"judge_url": "JUDGE_URL", "tasks_dir": "TASKS_DIR"}
+GRANTS: dict[str, Any] = {
+    "judge_url": "JUDGE_URL", "tasks_dir": "TASKS_DIR", "server": ("SERVER", "-m=SERVER"),
+}  # fmt: skip
 NAMES = {
     "template_kwargs": "chat_template_kwargs", "refusal_tokens": "refusal_token",
     "template_args": "template_arg",

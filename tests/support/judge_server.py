@@ -24,12 +24,14 @@ class Endpoint:
         url: its base URL.
         requests: bodies that arrived, each with the key it was sent with.
         rule: what to answer to a body.
+        models: names that it lists; None: it lists none, and says 404.
     """
 
     rule: Callable[[dict[str, Any]], Reply]
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    models: list[str] | None = None
     closing: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -43,7 +45,17 @@ def endpoint(rule: Callable[[dict[str, Any]], Reply]) -> Iterator[Endpoint]:
         def do_GET(self) -> None:
             with state.lock:
                 state.requests.append({"path": self.path})
-            self.send_error(404)
+            if state.models is None or not self.path.endswith("/models"):
+                self.send_error(404)
+                return
+            listed = [{"id": m, "object": "model", "created": 0, "owned_by": "x"}
+                      for m in state.models]  # fmt: skip
+            payload = json.dumps({"object": "list", "data": listed}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

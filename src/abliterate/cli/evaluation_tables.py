@@ -25,6 +25,11 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
     )
     _show_tasks(results, changes)
     _show_failures(record["judge_failures"])
+    for name, server in (record.get("servers") or {}).items():
+        print_line(
+            f"{name}: answers of {server['model']} at {server['url']}; its KL and first-token "
+            "scores need logits, which a server does not give"
+        )
 
 
 def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
@@ -42,8 +47,11 @@ def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     # Behind thoughts first tokens are scored where these have ended.
     scored = record.get("n_scored") or {}
     n = {kind: f" (n={scored[kind]})" if kind in scored else "" for kind in _KINDS}
-    cells |= {f"{kind} metric{n[kind]}": f"{found[kind]['refusal_metric']:.2f}" for kind in _KINDS}
-    cells["harmless KL"] = f"{found['kl_divergence']:.4f}"
+    cells |= {
+        f"{kind} metric{n[kind]}": _with_change(found[kind]["refusal_metric"], None, ".2f")
+        for kind in _KINDS
+    }
+    cells["harmless KL"] = _with_change(found["kl_divergence"], None, ".4f")
     for corpus, loss in found["losses"].items():
         for key, title in (("loss", "loss"), ("perplexity", "PPL")):
             less = change.get("losses", {}).get(corpus, {}).get(key)

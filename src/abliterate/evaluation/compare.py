@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.console import bars_hidden, log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.completions import (
     Completion,
     CompletionFile,
     no_scores,
-    scored,
     scores,
     share_changes,
     token_counter,
 )
 from abliterate.evaluation.intervention_names import check_name
+from abliterate.evaluation.progress import CompletionProgress
 from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thoughts import AnswerLimits, ask
@@ -42,9 +40,6 @@ BORDERLINE = "borderline"
 
 # Logits that are scored in float64 at once.
 _CHUNK = 1 << 22
-
-# Seconds between two lines of progress where no bar is shown.
-_EVERY = 60.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ class Outcome:
     Attributes:
         harmful: completions of the harmful test prompts; None if answers were not generated.
         harmless: completions of the harmless ones.
-        metrics: from the logits.
+        metrics: from the logits; None if a server answered, which gives none.
         losses: cross-entropy by corpus, as records hold it.
         tasks: lm-eval's figures by task.
         borderline: completions of harmless prompts that look harmful; None if none were asked for.
@@ -84,7 +79,7 @@ class Outcome:
 
     harmful: tuple[Completion, ...] | None
     harmless: tuple[Completion, ...] | None
-    metrics: Metrics
+    metrics: Metrics | None
     losses: Mapping[str, Mapping[str, Any]]
     tasks: Mapping[str, Mapping[str, float]]
     borderline: tuple[Completion, ...] | None = None
@@ -95,16 +90,16 @@ class Outcome:
         def counted(completions: tuple[Completion, ...] | None) -> dict[str, Any]:
             return no_scores() if completions is None else scores(completions)
 
-        metrics = self.metrics
+        def figures(kind: str, key: str) -> dict[str, Any]:
+            names = {key: kind, f"{key}_ci": f"{kind}_ci"}
+            return {key: getattr(self.metrics, name, None) for key, name in names.items()}
+
         over_refusal = {} if self.borderline is None else {BORDERLINE: counted(self.borderline)}
         return {
-            "harmful": counted(self.harmful)
-            | {"refusal_metric": metrics.harmful, "refusal_metric_ci": metrics.harmful_ci},
-            "harmless": counted(self.harmless)
-            | {"refusal_metric": metrics.harmless, "refusal_metric_ci": metrics.harmless_ci},
+            "harmful": counted(self.harmful) | figures("harmful", "refusal_metric"),
+            "harmless": counted(self.harmless) | figures("harmless", "refusal_metric"),
             **over_refusal,
-            "kl_divergence": metrics.kl,
-            "kl_divergence_ci": metrics.kl_ci,
+            **figures("kl", "kl_divergence"),
             "losses": {name: dict(loss) for name, loss in self.losses.items()},
             "tasks": {name: dict(figures) for name, figures in self.tasks.items()},
         }
@@ -336,34 +331,17 @@ def complete(
         chat: how the prompts were formatted.
         begun: the prompts end within a thought; None if the model's own template says so.
     """
-    prompts = list(file.prompts.values())
-    done = [row for row, prompt in enumerate(prompts) if file.done(prompt.text)]
-    refused = sum(bool(completion.refused) for completion in file.completions)
-    count, spoke = len(done), time.monotonic()
-    description = f"evaluate: {label[0]}, {label[1]}"
-    if done and len(done) < len(prompts):
-        log.info("%s: %d of %d completions are there already", description, len(done), len(prompts))
-
+    progress = CompletionProgress(file, label)
     limits = AnswerLimits.of(subject, chat or ChatFormat(), ids, max_new_tokens, begun)
 
     def answered(row: int, answer: list[int]) -> str:
-        nonlocal refused, count, spoke
-        text, parts = limits.read(answer)
-        completion = scored(prompts[row], text, file.phrases, parts, file.count_tokens)
-        file.put(completion)
-        refused += bool(completion.refused)
-        count += 1
-        note = f"{refused} of {count} refused"
-        if bars_hidden() and time.monotonic() - spoke > _EVERY:
-            spoke = time.monotonic()
-            log.info("%s: %s (%d prompts)", description, note, len(prompts))
-        return note
+        return progress.put(row, *limits.read(answer))
 
-    if len(done) < len(prompts):
-        engine = engine_of(subject)
+    if progress.left:
+        engine, about = engine_of(subject), progress.description
         with engine.in_memory(change=change), file.writing():
-            engine.answers(ids, limits.longest, batch_size, description, answered, done, chat)
-    log.info("%s: %d of %d refused", description, refused, len(prompts))
+            engine.answers(ids, limits.longest, batch_size, about, answered, progress.done, chat)
+    progress.finish()
 
 
 def deltas(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:

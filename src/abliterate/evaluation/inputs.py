@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from abliterate.evaluation.classifier import Classifier, find_classifier
 from abliterate.evaluation.compare import BORDERLINE, check_intervention
 from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
 from abliterate.evaluation.judges import Judge, find_judge
+from abliterate.evaluation.servers import Server, find_servers
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_phrases import RefusalPhrases, parse_phrases
 from abliterate.models.loading import Checkpoint, load_config
@@ -42,6 +43,7 @@ class EvaluationInputs:
         judge: who judges completions.
         phrases: what counts as a refusal.
         classifier: what labels answers.
+        servers: who answers instead of a model here, by the name of the row.
     """
 
     direction: Direction | None
@@ -55,6 +57,12 @@ class EvaluationInputs:
     judge: Judge | None
     phrases: RefusalPhrases
     classifier: Classifier | None = None
+    servers: Mapping[str, Server] = field(default_factory=dict)
+
+    @property
+    def here(self) -> list[str]:
+        """The rows that a model here answers, and that are scored by its logits."""
+        return [name for name in self.rows if name not in self.servers]
 
     @property
     def judge_key(self) -> str | None:
@@ -78,7 +86,14 @@ class EvaluationInputs:
             "corpora": [corpus.summary() for corpus in self.corpora.values() if corpus],
             "tasks_dir": self.tasks_hash,
             "intervals": share_methods(),
+            **self.served(),
         }
+
+    def served(self) -> dict[str, Any]:
+        """What records say of the servers, if there are any."""
+        if not self.servers:
+            return {}
+        return {"servers": {name: server.summary() for name, server in self.servers.items()}}
 
 
 def read_inputs(
@@ -104,7 +119,8 @@ def read_inputs(
     settings, seed = session.settings.evaluate, session.settings.model.seed
     _check_vocabulary(session, edited)
     # All that can be wrong with the options shows before anything is fetched.
-    judge, classifier = check_options(session)
+    servers = find_servers(session.settings, rows, edited)
+    judge, classifier = check_options(session, all(row in servers for row in rows))
     phrases = parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
     corpora = {
         name: None
@@ -127,6 +143,7 @@ def read_inputs(
         judge=judge,
         phrases=phrases,
         classifier=classifier,
+        servers=servers,
     )
 
 
@@ -171,8 +188,14 @@ def borderline_prompts(session: Session, source: str, used: Collection[str] = ()
     return chosen
 
 
-def check_options(session: Session) -> tuple[Judge | None, Classifier | None]:
+def check_options(
+    session: Session, elsewhere: bool = False
+) -> tuple[Judge | None, Classifier | None]:
     """Find what is wrong with the settings of an evaluation before any model is loaded.
+
+    Args:
+        session: model and settings.
+        elsewhere: servers answer all rows, so that the model is not opened here.
 
     Returns:
         The judge and the classifier that they name.
@@ -187,13 +210,26 @@ def check_options(session: Session) -> tuple[Judge | None, Classifier | None]:
         "--classifier": settings.classifier,
         "--tasks": settings.tasks,
     }
+    if session.placement.ranks.size > 1 and settings.server:
+        raise UsageError(
+            "--server does not run on several ranks: run evaluate with it in one process "
+            "(--concurrency sets how many requests it makes at once)"
+        )
     if session.placement.ranks.size > 1 and any(given.values()):
         raise UsageError(
             f"{next(name for name, value in given.items() if value)} does not run on several "
             "ranks: leave it out, then run evaluate with it in one process, which finds the "
             "completions done"
         )
-    _check_engine(session)
+    from_logits = {"--corpus": settings.corpus, "--tasks": settings.tasks}
+    if settings.server and any(from_logits.values()):
+        option = next(name for name, value in from_logits.items() if value)
+        raise UsageError(
+            f"{option} is measured from logits, which a --server does not give: leave one of the "
+            "two out"
+        )
+    if not elsewhere:
+        _check_engine(session)
     parse_corpora(settings.corpus)
     parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
     further = settings.tasks_dir is not None or settings.task_limit is not None

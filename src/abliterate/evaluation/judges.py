@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from abliterate.console import debugging, hide, redact
-from abliterate.errors import CheckpointError, UsageError, one_line
-from abliterate.extras import import_extra
+from abliterate.console import hide, redact
+from abliterate.errors import CheckpointError, UsageError
+from abliterate.evaluation.endpoints import SHOWN, import_openai, said, short
 from abliterate.prompts.special_tokens import SpelledOut
 from abliterate.prompts.template_checks import as_parts
 from abliterate.prompts.template_process import TemplateError, render_conversations
@@ -47,7 +47,6 @@ _ANSWER = re.compile(r"[\W_]*(unsafe|safe)\b", re.IGNORECASE)
 # Words of a verdict: Llama Guard writes `unsafe` and its categories; others may think first.
 _ENDPOINT_TOKENS = {"llama-guard": 32, "prompt": 1024}
 _LOCAL_TOKENS = 32
-_SHOWN = 120  # characters of an answer in a message
 _KEPT = 10_000  # characters of an answer in a record
 
 
@@ -80,7 +79,7 @@ def read_verdict(answer: str | None) -> Verdict:
     match = _ANSWER.match(text)
     if match is None:
         shown = " ".join(text.split())
-        shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
+        shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "..."
         return Verdict(None, answer, f"the judge answered neither safe nor unsafe: '{shown}'")
     return Verdict(match[1].lower() == "safe", answer)
 
@@ -110,8 +109,8 @@ class EndpointJudge:
         if self.template not in TEMPLATES:
             known = " or ".join(TEMPLATES)
             raise UsageError(f"--judge-template must be {known}, not '{self.template}'")
-        _openai()
-        from abliterate.evaluation.judge_client import check_url, secrets_in
+        import_openai("--judge-url")
+        from abliterate.evaluation.endpoint_client import check_url, secrets_in
 
         check_url(self.url)
         hide(*secrets_in(self.url))
@@ -168,7 +167,7 @@ class _Inquiry:
     def __init__(self, judge: EndpointJudge) -> None:
         from anyio import Semaphore
 
-        from abliterate.evaluation.judge_client import open_client
+        from abliterate.evaluation.endpoint_client import open_client
 
         self.judge = judge
         self.client: Any = open_client(judge.url, judge.timeout, judge.retries)
@@ -185,7 +184,7 @@ class _Inquiry:
     async def _ask(self, messages: list[dict[str, str]]) -> tuple[bool, Verdict]:
         import openai
 
-        from abliterate.evaluation.judge_client import RefusedReplyError
+        from abliterate.evaluation.endpoint_client import RefusedReplyError
 
         def failed(reason: str, gone: bool = False) -> tuple[bool, Verdict]:
             return gone, Verdict(None, None, reason)
@@ -197,13 +196,13 @@ class _Inquiry:
         except openai.APITimeoutError:
             return failed(f"no answer within {self.judge.timeout:g} s")
         except openai.APIConnectionError as error:
-            reason = _short(error.__cause__ or error)
+            reason = short(error.__cause__ or error)
             return failed(f"{public_url(self.judge.url)} cannot be reached ({reason})", gone=True)
         except openai.APIStatusError as error:
             gone = error.status_code in (401, 403, 404)
-            return failed(f"HTTP {error.status_code}: {_short(error)}", gone)
+            return failed(f"HTTP {error.status_code}: {short(error)}", gone)
         except Exception as error:  # a body that is no chat completion fails in many ways
-            return failed(f"unusable answer ({_short(error)})")
+            return failed(f"unusable answer ({short(error)})")
         try:
             content = reply.choices[0].message.content
         except (AttributeError, TypeError, IndexError):
@@ -222,7 +221,7 @@ class _Inquiry:
                     model=judge.model, messages=messages, **options
                 )
             except openai.BadRequestError as error:
-                refused = [name for name in options if name in str(error)]
+                refused = [name for name in options if name in said(error)]
                 if not refused:
                     raise
                 for name in refused:
@@ -330,7 +329,7 @@ def _guard_text(tokenizer: Any, prompt: str, response: str) -> str:
         try:
             (text,) = render_conversations(tokenizer, [messages], True, {})
         except TemplateError as error:
-            failure = _short(error)
+            failure = short(error)
             continue
         if response.strip() in text:
             return text
@@ -339,22 +338,6 @@ def _guard_text(tokenizer: Any, prompt: str, response: str) -> str:
         f"--judge {tokenizer.name_or_path}: its chat template cannot ask about an answer "
         f"({failure}): give a Llama Guard checkpoint"
     )
-
-
-def _short(error: BaseException) -> str:
-    text = redact(one_line(error)) or type(error).__name__
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-
-
-def _openai() -> Any:
-    """The client library, quiet unless debugging."""
-    openai = import_extra("openai", "--judge-url", "the openai package", "eval")
-    if not debugging():
-        import logging
-
-        for name in ("openai", "httpx", "httpx2", "httpcore"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-    return openai
 
 
 def find_judge(settings: Settings) -> Judge | None:

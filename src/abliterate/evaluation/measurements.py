@@ -24,7 +24,6 @@ from abliterate.evaluation.compare import (
     ask_prompts,
     change_of,
     complete,
-    encode_prompts,
     metrics_of,
 )
 from abliterate.evaluation.completions import Completion, CompletionFile, token_counter
@@ -32,15 +31,21 @@ from abliterate.evaluation.first_tokens import FirstTokenLogits
 from abliterate.evaluation.inputs import EvaluationInputs
 from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
 from abliterate.evaluation.losses import measure_loss
+from abliterate.evaluation.served_answers import Dialect, complete_served
+from abliterate.evaluation.served_prompts import ends_configured
+from abliterate.evaluation.servers import Server
 from abliterate.extraction.means import (
     DETECT_PROMPTS,
     named_refusal_tokens,
     refusal_tokens_shown,
 )
 from abliterate.inference.engine import Change
+from abliterate.inference.generation import ends_of_turn
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
-from abliterate.models.loading import LoadedModel, load_tokenizer
+from abliterate.inference.thoughts import AnswerLimits
+from abliterate.models.loading import LoadedModel, load_config, load_tokenizer
+from abliterate.prompts.chat_template import encode
 from abliterate.prompts.corpora import Corpus, Example
 from abliterate.run_folder import COMPLETIONS, Session, prompt_keys, token_records
 from abliterate.run_stage import input_hash
@@ -76,13 +81,17 @@ class Measurements:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, Metrics] = field(default_factory=dict)
     _loaded: dict[str, LoadedModel] = field(default_factory=dict)
+    _dialects: dict[str, Dialect] = field(default_factory=dict)
 
     def run(self, name: str) -> None:
         """Complete, measure and benchmark one row."""
-        if name not in self.inputs.edited:
+        if name not in self.inputs.edited and name not in self.inputs.servers:
             _ = self.refusal_tokens  # where none is found, that is told before answers are made
-        for kind in self.inputs.prompts if self.session.opener.generates else ():
+        for kind in self.inputs.prompts if self.generates(name) else ():
             self.complete(name, kind)
+        if name in self.inputs.servers:  # all else is measured from logits
+            self.losses[name], self.figures[name] = {}, {}
+            return
         key = self._prompts_key | {"intervals": "bootstrap"}
         metrics = self.memo.get(
             self._key(name, "metrics", key), lambda: asdict(self._measure(name)), _are_metrics
@@ -117,7 +126,9 @@ class Measurements:
             None if self.inputs.classifier is None else self.inputs.classifier.key,
         )
         file.adopt(ranks.broadcast(file.completions))
-        if len(file.completions) < len(prompts):
+        if len(file.completions) < len(prompts) and (server := self.inputs.servers.get(name)):
+            self._ask_server(server, file, (name, kind))
+        elif len(file.completions) < len(prompts):
             subject, change = self._subject(name)
             complete(
                 subject,
@@ -133,6 +144,25 @@ class Measurements:
         self.files[name, kind] = file
         return file
 
+    def _ask_server(self, server: Server, file: CompletionFile, label: tuple[str, str]) -> None:
+        """Have a server answer what the model here would be asked; no model is loaded."""
+        session, chat = self.session, self.session.chat
+        settings, ids = session.settings, self.ids[label[1]]
+        trust, tokenizer = settings.model.trust_remote_code, session.tokenizer
+        subject = self.inputs.edited.get(label[0], session.checkpoint)
+        config = load_config(subject, trust)
+        limits = AnswerLimits.without_model(
+            tokenizer, config, chat, ids, settings.evaluate.max_new_tokens, session.thinking.begun
+        )
+        stops = ends_of_turn(tokenizer, ends_configured(subject, config), chat)
+        dialect = self._dialects.setdefault(label[0], Dialect())
+        seed = settings.model.seed
+        complete_served(server, ids, file, limits, stops, seed, label, dialect, chat)
+
+    def generates(self, name: str) -> bool:
+        """Whether answers of a row are made."""
+        return name in self.inputs.servers or self.session.opener.generates
+
     def outcome(self, name: str) -> Outcome:
         """All that is known of one row; verdicts only if a judge was asked this time."""
         harmful, harmless = (self._made(name, kind) for kind in KINDS)
@@ -140,14 +170,14 @@ class Measurements:
         return Outcome(
             harmful,
             harmless,
-            self.metrics[name],
+            self.metrics.get(name),
             self.losses[name],
             self.figures[name],
             borderline,
         )
 
     def _made(self, name: str, kind: str) -> tuple[Completion, ...] | None:
-        if not self.session.opener.generates:
+        if not self.generates(name):
             return None
         completions = self.files[name, kind].completions
         if self.inputs.judge is None:
@@ -159,7 +189,9 @@ class Measurements:
     @property
     def readings(self) -> dict[str, dict[str, int]] | None:
         """What the passes that read all weights took, by rows; None where a pass does not."""
-        return self.logits.readings if self.session.opener.reads_weights_every_pass else None
+        if not self.inputs.here or not self.session.opener.reads_weights_every_pass:
+            return None
+        return self.logits.readings
 
     @cached_property
     def memo(self) -> _Memo:
@@ -177,9 +209,11 @@ class Measurements:
 
     @cached_property
     def ids(self) -> dict[str, list[list[int]]]:
-        base, chat = self.session.loaded, self.session.chat
-        prompts = self.inputs.prompts
-        return {kind: encode_prompts(base, prompts[kind], chat) for kind in prompts}
+        tokenizer, chat = self.session.tokenizer, self.session.chat
+        return {
+            kind: encode(tokenizer, [prompt.text for prompt in chosen], chat)
+            for kind, chosen in self.inputs.prompts.items()
+        }
 
     @cached_property
     def scored_ids(self) -> dict[str, list[list[int]]]:
@@ -194,7 +228,7 @@ class Measurements:
     @property
     def scored(self) -> dict[str, int] | None:
         """Of how many prompts first tokens were scored, where a thought came before; else None."""
-        if self.session.thinking.mode != "skip":
+        if self.session.thinking.mode != "skip" or not self.inputs.here:
             return None
         key = self._key("baseline", "scored", self._prompts_key)
 
@@ -216,6 +250,10 @@ class Measurements:
 
     @cached_property
     def refusal_tokens(self) -> list[dict[str, Any]]:
+        """The first tokens that count as refusing; none where no row is scored by them."""
+        if not self.inputs.here:
+            return []
+
         def find() -> list[dict[str, Any]]:
             base, names = self.session.loaded, self.inputs.named_tokens
             if names:
@@ -303,6 +341,8 @@ class Measurements:
         }
         if name in edited:
             subject = {"checkpoint": edited[name].identity()}
+        if name in self.inputs.servers:
+            subject["server"] = self.inputs.servers[name].summary()
         return input_hash(self.session, {"subject": subject, "what": what, "more": more})
 
     def _subject(self, name: str) -> tuple[LoadedModel, Change]:

@@ -62,14 +62,20 @@ def evaluate_stage(
             names = _file_names(session, rows)
             stage.ranks.run_on_main(lambda: _claim_completions(out, names))
         inputs = read_inputs(session, direction, rows, edited, run)
-        summary, files = inputs.summary(session), _completion_files(session, out, rows)
+        summary, files = inputs.summary(session), _completion_files(session, out, inputs)
         stage.depends_on(summary, files)
         if reuse and (done := stage.finished()) and not done["judge_failures"]:
             return done
         settle_rendering(session, run, extracted_of(session, run))
         stage.depends_on(summary, files)  # the date may have been open
-        if session.opener.limits:
+        if inputs.here and session.opener.limits:
             log.info("%s", session.opener.limits)
+        if inputs.servers:
+            log.info(
+                "evaluate: a server answers %s: KL and first-token scores need logits, which it "
+                "does not give, and are left out there",
+                ", ".join(inputs.servers),
+            )
         tasks = _find_tasks(session, inputs)
         stage.start_clock()
         measurements = Measurements(session, inputs, tasks, out)
@@ -86,10 +92,14 @@ def _claim_completions(out: Path, names: Sequence[str]) -> None:
     remove_temporaries(folder)
 
 
-def _completion_files(session: Session, out: Path | None, rows: Sequence[str]) -> dict[str, Path]:
+def _completion_files(
+    session: Session, out: Path | None, inputs: EvaluationInputs
+) -> dict[str, Path]:
     """The files of answers that the evaluation leaves."""
-    if out is None or not session.opener.generates:
+    if out is None:
         return {}
+    here = inputs.here if inputs.here and session.opener.generates else []
+    rows = [name for name in inputs.rows if name in here or name in inputs.servers]
     return {name: out / COMPLETIONS / name for name in _file_names(session, rows)}
 
 
@@ -148,6 +158,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "checkpoints": {
             name: other.identity() for name, other in inputs.edited.items() if name in inputs.rows
         },
+        **inputs.served(),
         "interventions": {name: outcome.summary() for name, outcome in outcomes.items()},
         "deltas": deltas(outcomes),
         "judge": inputs.judge and inputs.judge.summary(),

@@ -49,6 +49,12 @@ class AnswerReader:
         """All that was written, without the special tokens that mark nothing."""
         return self.without_ends(self.raw(ids)).strip()
 
+    def clean(self, written: str) -> str:
+        """As :meth:`text`, of text in which special tokens may be spelled out."""
+        for token in self.dropped if self.has_marks else ():
+            written = written.replace(str(self.tokenizer.convert_ids_to_tokens(token)), "")
+        return self.without_ends(written.strip()).strip()
+
     def without_ends(self, text: str) -> str:
         """A text without the special tokens that end harmony's last message."""
         for mark in _ENDS if self.has_marks else ():

@@ -174,15 +174,26 @@ def _measure(
 def stop_tokens(loaded: LoadedModel, chat: ChatFormat | None = None) -> list[int]:
     """End-of-turn tokens: the generation config's, the tokenizer's and the chat template's own."""
     configured = getattr(loaded.model.generation_config, "eos_token_id", None)
+    return ends_of_turn(loaded.tokenizer, configured, chat)
+
+
+def ends_of_turn(tokenizer: Any, configured: Any, chat: ChatFormat | None = None) -> list[int]:
+    """As :func:`stop_tokens`, of a model that is not loaded.
+
+    Args:
+        tokenizer: the model's.
+        configured: what its generation config names, one token or a list of them or None.
+        chat: how prompts are formatted.
+    """
     found = configured if isinstance(configured, list) else [configured]
     chat = chat or ChatFormat()
-    ids = [*found, loaded.tokenizer.eos_token_id, *end_of_turn_ids(loaded.tokenizer, chat)]
+    ids = [*found, tokenizer.eos_token_id, *end_of_turn_ids(tokenizer, chat)]
     # What a stranger's file says may be anything, and no token.
     known = (token for token in ids if isinstance(token, int) and 0 <= token < 2**31)
     stops = list(dict.fromkeys(int(token) for token in known))
-    thinking = find_thinking(loaded.tokenizer, chat)
+    thinking = find_thinking(tokenizer, chat)
     if thinking.harmony and thinking.mode != "answer":  # what ends a message ends a thought too
-        names = {token: loaded.tokenizer.convert_ids_to_tokens(token) for token in stops}
+        names = {token: tokenizer.convert_ids_to_tokens(token) for token in stops}
         stops = [token for token in stops if names[token] != "<|end|>"] or stops
     return stops
 

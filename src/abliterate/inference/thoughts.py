@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from abliterate.console import log
 from abliterate.errors import InputError
@@ -156,11 +157,25 @@ class AnswerLimits:
             max_new_tokens: longest answer.
             begun: the prompts end within a thought; None if the model's own template says so.
         """
-        thinking = find_thinking(loaded.tokenizer, chat)
-        reader = AnswerReader(loaded.tokenizer, thinking.begun if begun is None else begun)
+        tokenizer, config = loaded.tokenizer, loaded.model
+        return cls.without_model(tokenizer, config, chat, prompts, max_new_tokens, begun)
+
+    @classmethod
+    def without_model(
+        cls,
+        tokenizer: Any,
+        config: Any,
+        chat: ChatFormat,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        begun: bool | None = None,
+    ) -> AnswerLimits:
+        """As :meth:`of`, of a model that runs elsewhere: from its tokenizer and configuration."""
+        thinking = find_thinking(tokenizer, chat)
+        reader = AnswerReader(tokenizer, thinking.begun if begun is None else begun)
         if chat.thinking != "skip":
             return cls(reader, max_new_tokens, None, max_new_tokens)
-        longest = room_for(loaded, prompts, chat.max_thinking_tokens + max_new_tokens)
+        longest = _room_in(config, prompts, chat.max_thinking_tokens + max_new_tokens)
         return cls(reader, longest, chat.max_thinking_tokens, max_new_tokens)
 
     def read(self, ids: Sequence[int]) -> tuple[str, Parts]:
@@ -170,10 +185,24 @@ class AnswerLimits:
         text = self.reader.text(ids)
         return text, self.reader.parts(text)
 
+    def read_text(self, written: str) -> tuple[str, Parts]:
+        """As :meth:`read`, of text that came without its tokens; a thought's are those it has when
+        it is encoded again."""
+        if self.thought is not None:
+            ids = self.reader.tokenizer(written, add_special_tokens=False)["input_ids"]
+            if len(self.reader.cut(ids, self.thought, self.answer)) < len(ids):
+                return self.read(ids)
+        text = self.reader.clean(written)
+        return text, self.reader.parts(text)
+
 
 def room_for(loaded: LoadedModel, prompts: Sequence[Sequence[int]], wanted: int) -> int:
     """How many of so many wanted tokens fit into the model's context behind all the prompts."""
-    context = getattr(text_config(loaded.model), "max_position_embeddings", None)
+    return _room_in(loaded.model, prompts, wanted)
+
+
+def _room_in(config: Any, prompts: Sequence[Sequence[int]], wanted: int) -> int:
+    context = getattr(text_config(config), "max_position_embeddings", None)
     if not isinstance(context, int):
         return wanted
     return max(1, min(wanted, context - max(map(len, prompts), default=0)))

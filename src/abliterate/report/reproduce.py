@@ -27,6 +27,7 @@ from abliterate.settings import (
     options_of,
     sections_of,
 )
+from abliterate.settings.values import split_server
 
 _TRUST, _DIRECTION = "trust_remote_code", "DIRECTION"
 _SECTIONS = sections_of(Settings)
@@ -91,8 +92,11 @@ def notes(run: Run) -> list[str]:
         settings = run.evaluation["settings"].get("evaluate", {})
         for key in _SECTIONS["evaluate"].model_fields:
             mark = granted(_SECTIONS["evaluate"], key)
-            if mark is not None and mark.placeholder and settings.get(key) is not None:
-                found.append(f"{mark.placeholder}: {_public(str(settings[key]))}, by the record.")
+            held = settings.get(key)
+            if mark is not None and mark.placeholder and held not in (None, []):
+                places = held if isinstance(held, list) else [held]
+                shown = ", ".join(_public(str(place)) for place in places)
+                found.append(f"{mark.placeholder}: {shown}, by the record.")
         if (direction := run.evaluation.get("direction")) and not _own_direction(run):
             found.append(f"{_DIRECTION}: the file with {direction['sha256']}.")
     return found
@@ -100,6 +104,9 @@ def notes(run: Run) -> list[str]:
 
 def _public(place: str) -> str:
     """An address without what may be secret in it: user, password and query."""
+    row, url = split_server(place)
+    if row is not None and "://" in url:
+        return f"{row}={_public(url)}"
     parts = urlsplit(place)
     if not parts.scheme:
         return place
@@ -147,7 +154,10 @@ def _setting(section: type[BaseModel], key: str, value: Any) -> Iterator[str]:
     """The option that gives a setting this value; what the reader must grant is not repeated."""
     flag, _, negated = flags_of(section, key).partition("/")
     mark = granted(section, key)
-    if value is not None and mark is not None:
+    if isinstance(value, list | tuple) and mark is not None:  # servers, each of its row
+        rows = [split_server(str(item))[0] for item in value]
+        value = [f"{row}={mark.placeholder}" if row else mark.placeholder for row in rows]
+    elif value is not None and mark is not None:
         value = mark.placeholder
     if value is True or (value is False and negated):
         yield flag if value else negated

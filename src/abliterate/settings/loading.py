@@ -61,9 +61,11 @@ def load_settings(
             else f"{where}: [{table}] {key}"
         )
         message = first["msg"].removeprefix("Value error, ")
+        hidden = rest[:1] in (["judge_url"], ["server"])
         if first["type"] == "tuple_type":
-            message = f"must be a list, such as [{json.dumps(first['input'], default=str)}]"
-        given_value = "what it holds" if key == "judge_url" else repr(first["input"])
+            example = "..." if hidden else first["input"]
+            message = f"must be a list, such as [{json.dumps(example, default=str)}]"
+        given_value = "what it holds" if hidden else repr(first["input"])
         raise UsageError(f"{source}: {message}, not {given_value}") from None
 
 

@@ -35,6 +35,7 @@ from abliterate.settings.values import (
     check_revision,
     parse_assignment,
     parse_json_object,
+    public_server,
     public_url,
     read_template,
     rows_or_none,
@@ -43,6 +44,7 @@ from abliterate.settings.values import (
 
 # Attributes have the whole address; what is dumped into records has no secret.
 _Endpoint = Annotated[str, PlainSerializer(public_url)]
+_ServerSpec = Annotated[str, PlainSerializer(public_server)]
 
 
 class _Section(BaseModel):
@@ -55,6 +57,7 @@ class _Section(BaseModel):
 _MODEL, _CHAT, _PROMPTS, _METHOD = "Model", "Chat format", "Prompts", "Method"
 _EDIT, _STORAGE = "Other edits than the paper's", "Formats and machine"
 _CAPABILITY, _JUDGE, _REFUSAL = "Capability", "Judge", "What counts as a refusal"
+_SERVER = "Answers made by a server"
 
 # Commands that have the same options.
 _STAGES = ("extract", "select", "evaluate", "run")
@@ -496,6 +499,43 @@ class EvaluateSettings(_Section):
         Option("Longest answer.", _METHOD, ("evaluate", "run", "chat")),
         Option("Longest answer, in tokens. Default: 64.", None, ("fragility",)),
     ] = Field(512, ge=1)
+    server: Annotated[
+        tuple[_ServerSpec, ...],
+        Granted("SERVER"),
+        Option(
+            "Have the baseline answered by an OpenAI-compatible server, such as "
+            "http://localhost:8000/v1 (key in OPENAI_API_KEY), or with ROW=URL the row of "
+            "--checkpoint ROW=DIR; repeatable. Hooks run here all the same.",
+            _SERVER,
+            _EVALUATE,
+        ),
+    ] = ()
+    served_model: Annotated[
+        tuple[str, ...],
+        Option(
+            "The model's name at the server: NAME of the baseline, ROW=NAME of another row; "
+            "repeatable.",
+            _SERVER,
+            _EVALUATE,
+        ),
+    ] = ()
+    server_api: Annotated[
+        Literal["completions", "chat"],
+        Option(
+            "completions: send what is rendered here, as tokens. chat: send messages, which the "
+            "server's own template renders.",
+            _SERVER,
+            _EVALUATE,
+        ),
+    ] = "completions"
+    concurrency: Annotated[int, Option("Requests to a server at once.", _SERVER, _EVALUATE)] = (
+        Field(8, ge=1)
+    )
+    server_timeout: Annotated[
+        float,
+        Option("Seconds for one attempt, up to the answer's last byte.", _SERVER, _EVALUATE),
+    ] = Field(600.0, gt=0)
+    server_retries: Annotated[int, Option("Further attempts.", _SERVER, _EVALUATE)] = Field(4, ge=0)
     corpus: Annotated[
         tuple[str, ...],
         Option(

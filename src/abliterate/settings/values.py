@@ -173,6 +173,20 @@ def public_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def split_server(spec: str) -> tuple[str | None, str]:
+    """``ROW=URL`` as row and address; an address alone has no row."""
+    row, equals, url = spec.partition("=")
+    if not equals or spec.startswith(("http://", "https://")):
+        return None, spec
+    return row, url
+
+
+def public_server(spec: str) -> str:
+    """``ROW=URL`` or ``URL`` as records may have it: see :func:`public_url`."""
+    row, url = split_server(spec)
+    return public_url(url) if row is None else f"{row}={public_url(url)}"
+
+
 def well_formed(value: Any) -> Any:
     """Refuse text that no tokenizer and no JSON file takes: bytes that were no UTF-8."""
     if isinstance(value, str):

@@ -1,4 +1,5 @@
-"""The client of a judge's endpoint, which may be slow, talkative, or somebody else by now.
+"""The client of an endpoint (a judge's, or a server of answers), which may be slow, talkative, or
+somebody else by now.
 
 One attempt has one deadline, from the look-up of the host to the last byte; a reply has a largest
 size; prompts, answers and the key go to the host that the user named and to no other.
@@ -18,7 +19,7 @@ import openai
 from abliterate.errors import UsageError
 from abliterate.settings import public_url
 
-#: Bytes of a reply; a verdict takes a few hundred.
+#: Bytes of a reply; a verdict takes a few hundred, a long answer some ten thousand.
 MAX_REPLY = 1 << 20
 _MAX_REDIRECTS = 5
 
@@ -95,16 +96,18 @@ async def _read(response: Any) -> Any:
     )
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, option: str = "--judge-url") -> None:
     """Refuse what is no address of an endpoint.
+
+    Args:
+        url: the address.
+        option: what gave it.
 
     Raises:
         UsageError: it is none.
     """
     if not url.startswith(("http://", "https://")):
-        raise UsageError(
-            f"--judge-url must start with http:// or https://, not '{public_url(url)}'"
-        )
+        raise UsageError(f"{option} must start with http:// or https://, not '{public_url(url)}'")
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -112,7 +115,7 @@ def check_url(url: str) -> None:
             raise ValueError
         httpx2.URL(public_url(url))
     except (ValueError, httpx2.InvalidURL):
-        raise UsageError(f"--judge-url {public_url(url)} is no address: check it") from None
+        raise UsageError(f"{option} {public_url(url)} is no address: check it") from None
 
 
 def open_client(url: str, seconds: float, retries: int) -> openai.AsyncOpenAI:
