@@ -318,3 +318,93 @@ def test_save_directions_needs_a_base_and_a_name_of_its_own(
     save_file({"x": torch.zeros(2)}, path)
     error = fails("audit", base, "--base", base, "--save-directions", path, code=2)
     assert "no earlier output" in error
+
+
+def _adapter_of(cli: Cli, base: Path, out: Path, *options: str) -> Path:
+    path = out.parent / "direction.safetensors"
+    save_file({"direction": ONE}, path)
+    edit = ("orthogonalize", base, "--direction", path, "-o", out, "-q", *options)
+    assert cli(*edit).code == 0
+    return out
+
+
+def test_an_adapter_is_judged_as_what_it_makes_of_its_base(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    base, matrices = bases["gemma2"]
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    adapter = _adapter_of(cli, base, tmp_path / "adapter", "--as-lora", "--scale", "0.5")
+    merged = _adapter_of(cli, base, tmp_path / "merged", "--scale", "0.5")
+    found = {}
+    for folder in (adapter, merged):
+        (folder / "abliterate.json").unlink()
+        saved = tmp_path / f"{folder.name}.safetensors"
+        result = cli("audit", folder, "--base", base, "--json", "-o", saved)
+        assert result.code == 7, result.err
+        found[folder] = result.json, load_file(saved)["direction"]
+    one, other = found[adapter][0], found[merged][0]
+    assert set(one["base"]["projected"]) == {m.name for m in matrices}
+    assert one["base"]["form"]["kinds"] == ["one direction", "partial"]
+    for mine, theirs in zip(one["base"]["tensors"], other["base"]["tensors"], strict=True):
+        assert mine["name"] == theirs["name"]
+        assert mine["scale"] == pytest.approx(theirs["scale"], abs=1e-4)
+    assert abs(float(found[adapter][1] @ ONE)) > 0.9999
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_a_lora_of_peft_is_scaled_as_peft_does(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    """alpha / r, or alpha / sqrt(r): a rank-4 LoRA that removes 0.3 of the direction of two."""
+    base, matrices = bases["llama"]
+    weights = load_file(base / "model.safetensors")
+    for stabilised, alpha in ((False, 8.0), (True, 4.0)):
+        adapter = tmp_path / str(stabilised)
+        adapter.mkdir()
+        factors = {}
+        chosen = [m.name for m in matrices if m.name.endswith("o_proj.weight")][:2]
+        for name in chosen:
+            up = torch.zeros(WIDTH, 4)
+            up[:, 1] = -0.15 * ONE
+            down = torch.zeros(4, weights[name].shape[1])
+            down[1] = ONE.float() @ weights[name]
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            factors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        save_file(factors, adapter / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": alpha, "use_rslora": stabilised}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        result = cli("audit", adapter, "--base", base, "--json")
+        assert result.code == 7
+        scales = {t["name"]: t["scale"] for t in result.json["base"]["tensors"] if t["projected"]}
+        assert scales == pytest.approx(dict.fromkeys(chosen, 0.3), abs=1e-4)
+
+
+def test_adapters_that_cannot_be_merged_are_one_line(
+    fails: Callable[..., str], bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    base, _ = bases["llama"]
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    stem = "base_model.model.model.layers.0.self_attn.o_proj"
+    factors = {
+        f"{stem}.lora_A.weight": torch.zeros(1, 9),
+        f"{stem}.lora_B.weight": torch.ones(9, 1),
+    }
+
+    def write(changes: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+        save_file(tensors, adapter / "adapter_model.safetensors")
+
+    for changes, tensors, told in (
+        ({"use_dora": True}, factors, "use_dora"),
+        ({"peft_type": "IA3"}, factors, "IA3"),
+        ({"alpha_pattern": {"(a+)+b": 2}}, factors, "pattern"),
+        ({"lora_alpha": "x"}, factors, "no configuration"),
+        ({}, factors, "[9, 9]"),
+        ({}, {"base_model.model.nowhere.lora_A.weight": torch.zeros(1, 9)}, "nowhere"),
+        ({}, {f"{stem}.lora_A.weight": torch.zeros(1, 64)}, "do not fit each other"),
+        ({}, {f"{stem}.other": torch.zeros(1, 64)}, "no factor of a LoRA"),
+    ):
+        write(changes, tensors)
+        assert told in fails("audit", adapter, "--base", base, code=4)

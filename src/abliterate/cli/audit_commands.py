@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from abliterate.cli import options as opt
 from abliterate.console import print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from abliterate.models.loading import Checkpoint
+    from abliterate.run_records import HubSource
 
 #: Exit codes by verdict.
 EXIT_CODES = {"clean": 0, "edited": 7, "undecided": 8}
@@ -66,11 +73,9 @@ def audit(
 
     Exit code 0 if it is clean, 7 if it was edited, 8 if that cannot be told.
     """  # fmt: skip
-    from abliterate.checkpoints.checkpoint import find_checkpoint
-    from abliterate.cli.commands import find_recorded
     from abliterate.direction import Direction, find_direction, load_direction, save_direction
     from abliterate.errors import UsageError
-    from abliterate.run_records import source_of_direction, source_of_edit
+    from abliterate.run_records import source_of_direction
     from abliterate.settings import load_settings
     from abliterate.storage.artifacts import check_writable, finite
     from abliterate.storage.ownership import claim_file, has_metadata
@@ -101,10 +106,6 @@ def audit(
             "audit --save-directions",
         )
     sources = [None if direction is None else source_of_direction(direction)]
-    target = find_checkpoint(checkpoint, given["model"]["revision"])
-    other = None
-    if base is not None:
-        other = find_recorded(base, None, [source_of_edit(target.folder), *sources])
     from abliterate.auditing.direction_sets import save_direction_set
     from abliterate.auditing.report import audit as judge
     from abliterate.models.loading import pick_device
@@ -112,21 +113,46 @@ def audit(
 
     place = linear_algebra_device(pick_device(device))
     known = None if direction is None else load_direction(direction)
-    found = judge(target, other, known, place)
-    document = finite(found.document())
-    document["direction"] = None
-    if output is not None and found.direction is not None:
-        save_direction(output, Direction(found.direction), target.name, target.revision)
-        document["direction"] = str(output)
-    document["directions"] = None
-    if save_directions is not None and found.comparison is not None and found.comparison.form:
-        save_direction_set(save_directions, found.comparison.form, target)
-        document["directions"] = str(save_directions)
+    with ExitStack() as temporary:
+        target, other = _open(checkpoint, base, given["model"]["revision"], sources, temporary)
+        found = judge(target, other, known, place)
+        document = finite(found.document())
+        document["direction"] = None
+        if output is not None and found.direction is not None:
+            save_direction(output, Direction(found.direction), target.name, target.revision)
+            document["direction"] = str(output)
+        document["directions"] = None
+        if save_directions is not None and found.comparison is not None and found.comparison.form:
+            save_direction_set(save_directions, found.comparison.form, target)
+            document["directions"] = str(save_directions)
     if as_json:
         print_json(document)
     else:
         _show(checkpoint, document, found.direction is not None, tensors)
     return EXIT_CODES[found.verdict]
+
+
+def _open(
+    name: str,
+    base: str | None,
+    revision: str | None,
+    sources: Sequence[HubSource | None],
+    temporary: ExitStack,
+) -> tuple[Checkpoint, Checkpoint | None]:
+    """The checkpoint and its base; an adapter is merged into a copy of that, for as long."""
+    from abliterate.auditing.adapters import is_adapter_folder, merge_adapter
+    from abliterate.checkpoints.checkpoint import find_checkpoint
+    from abliterate.cli.commands import find_recorded
+    from abliterate.run_records import source_of_edit
+
+    folder = Path(name).expanduser()
+    if base is None or not is_adapter_folder(folder):
+        target = find_checkpoint(name, revision)
+        known = [source_of_edit(target.folder), *sources]
+        return target, None if base is None else find_recorded(base, None, known)
+    other = find_recorded(base, None, [source_of_edit(folder), *sources])
+    room = Path(temporary.enter_context(TemporaryDirectory(prefix="abliterate-merged-")))
+    return merge_adapter(folder, name, other, room), other
 
 
 def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: bool) -> None:
