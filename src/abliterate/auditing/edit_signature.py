@@ -124,9 +124,17 @@ def biases_included(
 
 
 def name_style(
-    reading: CheckpointWriters, units: Sequence[Strength], direction: Tensor, gains: bool
+    reading: CheckpointWriters,
+    units: Sequence[Strength],
+    direction: Tensor,
+    gains: bool,
+    comparison: Comparison | None,
 ) -> str | None:
-    """The known edit that the carrying units look like."""
+    """The known edit that the carrying units look like.
+
+    Whether norms were kept is told by a base, and without one only where no norm stands behind the
+    writers, whose gains would look the same.
+    """
     carrying = [unit for unit in units if unit.carries]
     inside = [unit for unit in units if unit.layer is not None]
     kinds = {unit.kind for unit in carrying}
@@ -144,7 +152,11 @@ def name_style(
         style = ", ".join(sorted(kinds)) + " of some layers"
     if not gains:
         style += ", the gains of norms overlooked"
-    if _keeps_norms(reading, carrying, direction, gains):
+    if comparison is not None and comparison.form is not None:
+        keeps = comparison.form.keeps_norms is not None
+    else:
+        keeps = not reading.has_gains and _keeps_norms(reading, carrying, direction, gains)
+    if keeps:
         style += ", norm-preserving"
     return style
 

@@ -14,12 +14,14 @@ from abliterate.auditing.components import CheckpointWriters, open_checkpoint
 from abliterate.auditing.edit_record import DeclaredEdit, read_declared_edit
 from abliterate.auditing.edit_signature import Strength, biases_included, name_style, strengths
 from abliterate.auditing.reference_free import CLAIM, CPU, Blind, look
+from abliterate.auditing.tensor_diff import TensorDiff
 from abliterate.auditing.untied_output_head import HeadEvidence, head_evidence
 from abliterate.direction import Direction
 from abliterate.models.loading import Checkpoint
 from abliterate.storage.artifacts import versions
 
 _FULL = 0.9  # a removed share that counts as all of it
+_ALIKE = 0.8  # squared cosine of the directions of a checkpoint and its base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class Audit:
         direction: float64 unit ``[d_model]``, or None.
         strength: how much of the direction each unit lost; empty if not edited.
         style: which known edit it looks like, or None.
-        removed: median share that the carrying units lost, 0 to 1, or None.
+        removed: median share that the carrying units lost, or None; with a base it is signed, and
+            negative where the direction was amplified.
         embeddings: whether the embeddings carry it; None if there are none or it cannot be told.
         biases: the same of the biases.
         blind: what the writers alone tell.
@@ -41,6 +44,7 @@ class Audit:
         head: what the output head tells.
         comparison: the difference from the base, if one was given.
         warnings: claims that the weights do not bear out, and the like.
+        sentence: why, in one sentence.
         model: name and hashes of the checkpoint.
     """
 
@@ -58,6 +62,7 @@ class Audit:
     head: HeadEvidence | None
     comparison: Comparison | None
     warnings: tuple[str, ...]
+    sentence: str
     model: Mapping[str, Any]
 
     def document(self) -> dict[str, Any]:
@@ -65,6 +70,7 @@ class Audit:
         blind = self.blind
         return {
             "verdict": self.verdict,
+            "why": self.sentence,
             "evidence": self.evidence,
             "reason": self.reason,
             "model": dict(self.model),
@@ -118,6 +124,8 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "beyond": [t.name for t in comparison.beyond],
         "missing": list(comparison.missing),
         "added": list(comparison.added),
+        "form": None if comparison.form is None else comparison.form.document(),
+        "summary": summarize(comparison),
         "tensors": [asdict(t) for t in comparison.tensors],
     }
 
@@ -146,7 +154,8 @@ def audit(
     comparison = None if base is None else compare(base, checkpoint)
     head = head_evidence(reading)
     blind = look(reading, device)
-    verdict, evidence, vector, gains = _decide(blind, claim, head, comparison)
+    control = _control(blind, comparison, base, device)
+    verdict, evidence, vector, gains = _decide(blind, claim, head, comparison, control)
     extent = _Extent()
     if verdict == "edited" and vector is not None:
         of_head = head if evidence == "output head" else None
@@ -167,6 +176,7 @@ def audit(
         head=head,
         comparison=comparison,
         warnings=_warnings(verdict, claim, comparison, blind),
+        sentence=_sentence(verdict, evidence, reason, blind, comparison, extent),
         model=checkpoint.identity(),
     )
 
@@ -209,8 +219,10 @@ def _extent(
         )
         style: str | None = "the embedding, perhaps other writers too"
     else:
-        style = name_style(reading, units, direction, gains)
+        style = name_style(reading, units, direction, gains, comparison)
     removed = [u.removed for u in units if u.carries]
+    if comparison is not None and comparison.form is not None:
+        removed = [comparison.form.scale]
     embeddings = [u.carries for u in units if u.kind == "embedding"]
     return _Extent(
         strength=units,
@@ -221,14 +233,40 @@ def _extent(
     )
 
 
+def _control(
+    blind: Blind, comparison: Comparison | None, base: Checkpoint | None, device: torch.device
+) -> Blind | None:
+    """The same test of the base, where it is asked: a doubt that the base shares is no evidence."""
+    if base is None or comparison is None or comparison.form is not None or not comparison.beyond:
+        return None
+    return None if blind.verdict == "clean" else look(open_checkpoint(base), device)
+
+
+def _is_shared(blind: Blind, control: Blind) -> bool:
+    """Whether the base stands out as much as what is made from it."""
+    if control.verdict == "clean" or (blind.verdict == "edited" != control.verdict):
+        return False
+    if blind.direction is None or control.direction is None:
+        return blind.reason == control.reason
+    return float(blind.direction @ control.direction) ** 2 > _ALIKE
+
+
 def _decide(
-    blind: Blind, claim: DeclaredEdit, head: HeadEvidence | None, comparison: Comparison | None
+    blind: Blind,
+    claim: DeclaredEdit,
+    head: HeadEvidence | None,
+    comparison: Comparison | None,
+    control: Blind | None,
 ) -> tuple[str, str, Tensor | None, bool]:
     """Verdict, what decided it, the direction, and whether that is behind the gains."""
     if comparison is not None:
-        if len(comparison.projected) >= 2:
+        if comparison.form is not None:
             return "edited", "base", comparison.direction, comparison.gains
-        if not comparison.beyond and not comparison.added and not comparison.missing:
+        whole = not comparison.added and not comparison.missing
+        if not comparison.beyond and whole:
+            return "clean", "base", None, True
+        shared = control is not None and _is_shared(blind, control)
+        if shared and whole and comparison.tested and not claim.confirmed:
             return "clean", "base", None, True
     if claim.confirmed:
         return "edited", "declared", claim.direction, True
@@ -257,3 +295,71 @@ def _warnings(
     if comparison is not None and verdict == "clean" and blind.verdict == "edited":
         warnings.append("the base itself carries the signature of an edit")
     return tuple(warnings)
+
+
+def _sentence(
+    verdict: str,
+    evidence: str,
+    reason: str,
+    blind: Blind,
+    comparison: Comparison | None,
+    extent: _Extent,
+) -> str:
+    """Why the verdict is what it is."""
+    if verdict == "undecided":
+        return reason
+    if comparison is not None and comparison.form is not None:
+        text = comparison.form.text
+        only = comparison.projected
+        return f"{text}: {only[0].name}" if len(only) == 1 else text
+    if verdict == "edited":
+        return {
+            "declared": "abliterate.json declares the edit, and the weights are as it says",
+            "output head": "the embedding is the output head less a share of one direction",
+        }.get(evidence, f"all of {blind.group} avoid one direction, far beyond chance "
+                        f"(p = {blind.p_value:.0e})")  # fmt: skip
+    if evidence == "base":
+        if comparison is not None and comparison.beyond:
+            return "tensors differ from the base, none by a projection"
+        return "no tensor differs from the base"
+    seen = f"an edit of all writers would show from scale {blind.detectable}"
+    if comparison is not None:
+        return f"tensors differ from the base, none by a projection; {seen}"
+    return f"no direction is avoided beyond chance; {seen}"
+
+
+def summarize(comparison: Comparison) -> list[dict[str, Any]]:
+    """Tensors that differ, by component: how many, in which layers, and what they lost."""
+    groups: dict[tuple[str, str], list[TensorDiff]] = {}
+    for tensor in comparison.tensors:
+        groups.setdefault((tensor.side, tensor.component), []).append(tensor)
+    rows = []
+    for (side, component), tensors in groups.items():
+        for lost in (True, False):
+            same = ("unchanged", "recast")
+            chosen = [t for t in tensors if t.projected is lost and t.state not in same]
+            if chosen:
+                scales = [t.scale for t in chosen if lost and t.scale is not None]
+                rows.append(
+                    {
+                        "component": component,
+                        "side": side,
+                        "projected": lost,
+                        "tensors": len(chosen),
+                        "of": len(tensors),
+                        "layers": _ranges({t.layer for t in chosen if t.layer is not None}),
+                        "scale": [min(scales), max(scales)] if scales else None,
+                    }
+                )
+    return rows
+
+
+def _ranges(layers: set[int]) -> str:
+    """Layers as ``0-5, 8``."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

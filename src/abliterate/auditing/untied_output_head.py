@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.auditing.compare import left_vector
 from abliterate.auditing.components import CheckpointWriters, read_tensor
+from abliterate.auditing.projections import left_vectors
 from abliterate.editing.edit_plan import TensorEdit
 from abliterate.writers.parameter_names import module_name
 
@@ -74,7 +74,8 @@ def head_evidence(reading: CheckpointWriters) -> HeadEvidence | None:
     energy, whole = float(delta.square().sum()), float(original.square().sum())
     if energy == 0 or whole == 0 or energy > 0.5 * whole:
         return None
-    vector, shares = left_vector(delta)
+    vectors, shares = left_vectors(delta, 1)
+    vector = vectors[:, 0]
     lost, had = vector @ delta, vector @ original
     both, had_energy = float(lost @ had), float(had.square().sum())
     fit = both**2 / (float(lost.square().sum()) * had_energy)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from abliterate.cli import options as opt
 from abliterate.console import print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from abliterate.models.loading import Checkpoint
+    from abliterate.run_records import HubSource
 
 #: Exit codes by verdict.
 EXIT_CODES = {"clean": 0, "edited": 7, "undecided": 8}
@@ -44,6 +51,18 @@ def audit(
             show_default=False,
         ),
     ] = None,
+    save_directions: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-directions",
+            help="With --base: write what each layer lost here (safetensors 'directions', "
+            "[n_layers, d_model]); replaces an earlier one of audit, nothing else.",
+            show_default=False,
+        ),
+    ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Also list every unit and tensor.")
+    ] = False,
     given: opt.Given,
     device: Annotated[
         str, typer.Option("--device", help="Where to compute: cpu, cuda, auto, ...")
@@ -54,11 +73,9 @@ def audit(
 
     Exit code 0 if it is clean, 7 if it was edited, 8 if that cannot be told.
     """  # fmt: skip
-    from abliterate.checkpoints.checkpoint import find_checkpoint
-    from abliterate.cli.commands import find_recorded
     from abliterate.direction import Direction, find_direction, load_direction, save_direction
     from abliterate.errors import UsageError
-    from abliterate.run_records import source_of_direction, source_of_edit
+    from abliterate.run_records import source_of_direction
     from abliterate.settings import load_settings
     from abliterate.storage.artifacts import check_writable, finite
     from abliterate.storage.ownership import claim_file, has_metadata
@@ -72,34 +89,84 @@ def audit(
         check_writable(output.parent)
         # A direction that select chose has its position: it is no output of this command.
         claim_file(output, has_metadata("layer", "model", position="None"), "audit -o")
+    if save_directions is not None:
+        if base is None:
+            raise UsageError("--save-directions needs --base: what each layer lost is told by it")
+        if save_directions.is_dir():
+            raise UsageError(
+                f"--save-directions {save_directions} is a folder: name a file such as "
+                "directions.safetensors"
+            )
+        if output is not None and save_directions.absolute() == output.absolute():
+            raise UsageError(f"-o and --save-directions both name {output}: name two files")
+        check_writable(save_directions.parent)
+        claim_file(
+            save_directions,
+            has_metadata("edit", "layer_scales", "model"),
+            "audit --save-directions",
+        )
     sources = [None if direction is None else source_of_direction(direction)]
-    target = find_checkpoint(checkpoint, given["model"]["revision"])
-    other = None
-    if base is not None:
-        other = find_recorded(base, None, [source_of_edit(target.folder), *sources])
+    from abliterate.auditing.direction_sets import save_direction_set
     from abliterate.auditing.report import audit as judge
     from abliterate.models.loading import pick_device
     from abliterate.precision import linear_algebra_device
 
     place = linear_algebra_device(pick_device(device))
     known = None if direction is None else load_direction(direction)
-    found = judge(target, other, known, place)
-    document = finite(found.document())
-    document["direction"] = None
-    if output is not None and found.direction is not None:
-        save_direction(output, Direction(found.direction), target.name, target.revision)
-        document["direction"] = str(output)
-    print_json(document) if as_json else _show(checkpoint, document, found.direction is not None)
+    with ExitStack() as temporary:
+        target, other = _open(checkpoint, base, given["model"]["revision"], sources, temporary)
+        found = judge(target, other, known, place)
+        document = finite(found.document())
+        document["direction"] = None
+        if output is not None and found.direction is not None:
+            save_direction(output, Direction(found.direction), target.name, target.revision)
+            document["direction"] = str(output)
+        document["directions"] = None
+        if save_directions is not None and found.comparison is not None and found.comparison.form:
+            save_direction_set(save_directions, found.comparison.form, target)
+            document["directions"] = str(save_directions)
+    if as_json:
+        print_json(document)
+    else:
+        _show(checkpoint, document, found.direction is not None, tensors)
     return EXIT_CODES[found.verdict]
 
 
-def _show(name: str, document: dict[str, Any], has_direction: bool) -> None:
-    writers = document["writers"]
-    rows = [["verdict", document["verdict"]]]
+def _open(
+    name: str,
+    base: str | None,
+    revision: str | None,
+    sources: Sequence[HubSource | None],
+    temporary: ExitStack,
+) -> tuple[Checkpoint, Checkpoint | None]:
+    """The checkpoint and its base; an adapter is merged into a copy of that, for as long."""
+    from abliterate.auditing.adapters import is_adapter_folder, merge_adapter
+    from abliterate.checkpoints.checkpoint import find_checkpoint
+    from abliterate.cli.commands import find_recorded
+    from abliterate.run_records import source_of_edit
+
+    folder = Path(name).expanduser()
+    if base is None or not is_adapter_folder(folder):
+        target = find_checkpoint(name, revision)
+        known = [source_of_edit(target.folder), *sources]
+        return target, None if base is None else find_recorded(base, None, known)
+    other = find_recorded(base, None, [source_of_edit(folder), *sources])
+    room = Path(temporary.enter_context(TemporaryDirectory(prefix="abliterate-merged-")))
+    return merge_adapter(folder, name, other, room), other
+
+
+def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: bool) -> None:
+    """The verdict and why, a summary; with ``tensors`` the long tables as well."""
+    writers, base = document["writers"], document["base"]
+    print_line(f"{name}: {document['verdict']}")
+    print_line(document["why"])
+    rows = []
     if document["evidence"]:
         rows.append(["decided by", document["evidence"]])
     rows.append(["p-value of the writers", f"{writers['p_value']:.1e} (claimed below 1e-07)"])
     if document["verdict"] == "edited":
+        if base is not None and base["form"] is not None:
+            rows.append(["form", ", ".join(base["form"]["kinds"])])
         removed = document["removed"]
         if removed is not None:
             rows.append(["share removed", f"{removed:.2f}{' (all)' if document['full'] else ''}"])
@@ -117,8 +184,12 @@ def _show(name: str, document: dict[str, Any], has_direction: bool) -> None:
         confirmed = document["declared"]["confirmed"]
         word = {True: "confirmed", False: "NOT borne out", None: "cannot be checked"}[confirmed]
         rows.append(["abliterate.json", word])
-    print_table(name, ["", ""], rows, left=2)
-    if document["units"]:
+    print_table("", ["", ""], rows, left=2)
+    if base is not None:
+        _show_summary(base)
+    elif document["units"]:
+        _show_kinds(document["units"])
+    if tensors and document["units"]:
         print_table(
             "units",
             ["unit", "energy along it", "removed", "edited"],
@@ -127,19 +198,64 @@ def _show(name: str, document: dict[str, Any], has_direction: bool) -> None:
                 for u in document["units"]
             ],
         )
-    if document["base"] is not None:
-        _show_differences(document["base"])
+    if tensors and base is not None:
+        _show_differences(base)
     for one in writers["set_aside"]:
         channels = one["channels"]
         count = f" ({len(channels)} channels)" if channels else ""
         print_line(f"set aside: {one['reason']}{count}")
-    if document["reason"]:
-        print_line(f"undecided: {document['reason']}")
     for warning in document["warnings"]:
         print_line(f"note: {warning}")
     if has_direction:
         where = document["direction"]
         print_line(f"direction: {where}" if where else "-o FILE writes the recovered direction")
+    if document["directions"]:
+        print_line(f"directions by layer: {document['directions']}")
+    if not tensors and (base is not None or document["units"]):
+        print_line("--tensors lists each of them")
+
+
+def _show_kinds(units: list[dict[str, Any]]) -> None:
+    """Which kinds of writers lost the direction, and in which layers."""
+    rows = []
+    for kind in dict.fromkeys(u["kind"] for u in units):
+        of_kind = [u for u in units if u["kind"] == kind]
+        lost = [u for u in of_kind if u["carries"]]
+        layers = sorted(u["layer"] for u in lost if u["layer"] is not None)
+        removed = sorted(u["removed"] for u in lost)
+        rows.append(
+            [
+                kind,
+                f"{layers[0]}-{layers[-1]}" if layers else "-",
+                f"{len(lost)} of {len(of_kind)}",
+                f"{removed[0]:.2f} to {removed[-1]:.2f}" if removed else "-",
+            ]
+        )
+    print_table("edited", ["writers", "layers", "units", "removed"], rows, left=2)
+
+
+def _show_summary(base: dict[str, Any]) -> None:
+    """What differs from the base, by component and range of layers."""
+    rows = []
+    for row in base["summary"]:
+        scale = row["scale"]
+        rows.append(
+            [
+                row["component"],
+                row["layers"] or "-",
+                "projected" if row["projected"] else "otherwise",
+                f"{row['tensors']} of {row['of']}",
+                "-" if scale is None else f"{scale[0]:.2f} to {scale[1]:.2f}",
+            ]
+        )
+    if rows:
+        heads = ["component", "layers", "differs", "tensors", "scale"]
+        print_table("differences from the base", heads, rows, left=3)
+    same = sum(t["state"] == "unchanged" for t in base["tensors"])
+    print_line(f"unchanged: {same} tensors")
+    for label in ("missing", "added"):
+        if base[label]:
+            print_line(f"{label}: {len(base[label])} tensors")
 
 
 @opt.command()

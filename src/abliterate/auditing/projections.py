@@ -1,0 +1,323 @@
+"""Is the change of one matrix a projection, along directions of its own or along given ones?
+
+``W' = W - s u u^T W`` changes ``W`` along ``u`` in proportion to what it had there: the change has
+rank 1 and its right vector is ``u^T W``. A merged LoRA has the rank without the proportion, decay
+(``W' = 0.98 W``) the proportion in every direction and so no rank of its own. With ``k`` directions
+``U`` the rows ``U^T (W' - W)`` are a linear map of the rows ``U^T W``.
+
+Matrices lie as ``[d_model, columns]``: writers as they are, readers transposed, so that the ``u``
+of a reader is the direction that it no longer reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+#: Left vectors of each difference that are looked at: the most directions that are told apart.
+TOP = 8
+#: Changed columns that each direction takes; fewer fit whatever was done.
+COLUMNS = 16
+_ROWS = 0.5  # of the channels that have to change at all: else rows were replaced or pruned
+_SHARE, _WHOLE = 0.9, 0.99  # of the change's energy
+#: Of what changed along the directions, explained by what was there.
+FIT = 0.9
+#: Squared cosine of a tensor's left vector with a direction that is the same.
+SAME = 0.9
+_EACH = 0.8  # the same of each of several directions
+# Along the direction this many times the share that the rest lost: more than decay.
+_APART = 3.0
+#: Smallest share that counts where other changes hide the rank.
+CLEAR = 0.2
+# What rescaled rows leave unexplained of what the plain projection does; what is not looked at.
+_EXPLAINED, _EXACT, _ROUNDS = 0.1, 1e-6, 6
+_FEW, _FEW_SHARE = 4, 0.9  # channels that are no direction, and what they hold of one
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How one matrix lost directions of its own.
+
+    Attributes:
+        basis: float64 ``[d_model, k]``, orthonormal.
+        scale: the mean ``s`` of ``W - s U U^T W``; negative where it was amplified.
+        fit: share of what changed along them that is proportional to what was there.
+        whole: nothing else changed, but for rounding and rescaling.
+        rescaled: ``rows`` or ``columns``, where those were multiplied by factors of their own
+            after the projection (to keep their norms, usually); else None.
+    """
+
+    basis: Tensor = field(repr=False)
+    scale: float
+    fit: float
+    whole: bool
+    rescaled: str | None = None
+
+
+def left_vectors(delta: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first left singular vectors ``[d_model, at most count]``, and every share of the energy.
+
+    Shares fall and sum to one.
+    """
+    if delta.shape[0] <= delta.shape[1]:
+        values, vectors = torch.linalg.eigh(delta @ delta.T)
+        left = vectors.flip(1)[:, :count]
+    else:
+        values, vectors = torch.linalg.eigh(delta.T @ delta)
+        left = delta @ vectors.flip(1)[:, :count]
+    shares = values.flip(0).clamp(min=0)
+    held = int((shares[: left.shape[1]] > 1e-12 * shares[0]).sum())
+    left = left[:, : max(1, held)]
+    return left / left.norm(dim=0), shares / shares.sum()
+
+
+def changed_columns(delta: Tensor) -> int:
+    """Columns of ``[d_model, m]`` that changed; 0 where few channels did: those were replaced."""
+    if float((delta.abs().amax(dim=1) > 0).double().mean()) < _ROWS:
+        return 0
+    return int((delta.abs().amax(dim=0) > 0).sum())
+
+
+def own_projection(
+    before: Tensor, delta: Tensor, left: Tensor, shares: Tensor, rounding: float
+) -> Projection | None:
+    """Whether a matrix was projected along directions of its own.
+
+    Args:
+        before: float64 ``[d_model, m]``.
+        delta: its change, not zero.
+        left: the first left vectors of that.
+        shares: of its energy, falling.
+        rounding: energy of the change that rounding may account for.
+    """
+    columns = changed_columns(delta)
+    if columns == 0:
+        return None
+    held = delta.abs().amax(dim=0) > 0
+    seen = Grams.of(before[:, held], delta[:, held], left)
+    room = columns // COLUMNS
+    energy = float(delta.square().sum())
+    signal = 1 - min(rounding / energy, 0.5)
+    if room and float(shares[0]) >= _SHARE * signal and (one := seen.span(1, left)) is not None:
+        one = _rescaled(before[:, held], delta[:, held], one, rounding)
+        if one.rescaled is not None:  # what else changed is no direction
+            return one
+    for wanted in (_WHOLE, _SHARE):
+        for count in range(1, min(left.shape[1], room) + 1):
+            if float(shares[:count].sum()) >= wanted * signal:
+                if (found := seen.span(count, left)) is not None:
+                    return found
+                break
+    return seen.hidden(left) if room >= left.shape[1] else None
+
+
+def _rescaled(before: Tensor, delta: Tensor, found: Projection, rounding: float) -> Projection:
+    """The same projection, with the factors told apart that rows or columns took afterwards.
+
+    ``W'_i = d_i (W_i - a_i h)`` with ``h = u^T W`` and ``a = s u`` is linear in each row, and
+    ``W'_j = e_j (W_j - s h_j u)`` in each column.
+    """
+    unit = found.basis[:, 0]
+    plain = float((delta + found.scale * torch.outer(unit, unit @ before)).square().sum())
+    changed = float(delta.square().sum())
+    if plain <= max(2 * rounding, _EXACT * changed):
+        return found
+    after, best = before + delta, found
+    for axis in ("rows", "columns"):
+        unit, scale = found.basis[:, 0], found.scale
+        for _ in range(_ROUNDS):
+            had = unit @ before
+            if axis == "rows":
+                kept, along = _regress(after, before, had.expand_as(before))
+                lost = -along / _nonzero(kept)
+                scale = float(lost.norm()) * sign_of_product(lost, unit)
+                unit = lost / scale
+            else:
+                kept, along = _regress(after.T, before.T, unit.expand_as(before.T))
+                lost = -along / _nonzero(kept)
+                scale = float(lost @ had / (had @ had))
+                turned = (after / _nonzero(kept) - before) @ had
+                unit = turned / turned.norm() * sign_of_product(turned, unit)
+        rest = before - scale * torch.outer(unit, unit @ before)
+        new = kept.unsqueeze(1) * rest if axis == "rows" else rest * kept
+        left = float((after - new).square().sum())
+        if left < _EXPLAINED * plain:
+            fit = 1 - left / changed
+            best, plain = Projection(unit.unsqueeze(1), scale, fit, True, axis), left / _EXPLAINED
+    return best
+
+
+def _regress(target: Tensor, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """The coefficients with which each row of two matrices gives that of a third best."""
+    a, b, c = (one * one).sum(1), (one * two).sum(1), (two * two).sum(1)
+    x, y = (target * one).sum(1), (target * two).sum(1)
+    determinant = a * c - b * b
+    usable = determinant > 1e-12 * a * c
+    safe = torch.where(usable, determinant, torch.ones_like(determinant))
+    first = torch.where(usable, (x * c - y * b) / safe, torch.ones_like(a))
+    second = torch.where(usable, (y * a - x * b) / safe, torch.zeros_like(a))
+    return first, second
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    return torch.where(values.abs() < 1e-6, torch.ones_like(values), values)
+
+
+def sign_of_product(one: Tensor, two: Tensor) -> float:
+    """The sign of an inner product, 1 for zero."""
+    return 1.0 if float(one @ two) >= 0 else -1.0
+
+
+def sign_of(vector: Tensor) -> float:
+    """A direction and its negative are one: the largest entry is positive."""
+    return 1.0 if float(vector[vector.abs().argmax()]) > 0 else -1.0
+
+
+@dataclass(frozen=True)
+class Grams:
+    """What a matrix had and lost along given vectors, as inner products: no matrix is kept.
+
+    Attributes:
+        had: ``B^T W W^T B`` of the vectors ``B`` ``[d_model, n]``.
+        both: ``B^T D W^T B`` of the change ``D``.
+        lost: ``B^T D D^T B``.
+        inner: ``B^T B``.
+        energy: ``|W|^2``.
+        cross: ``<D, W>``.
+        changed: ``|D|^2``.
+    """
+
+    had: Tensor
+    both: Tensor
+    lost: Tensor
+    inner: Tensor
+    energy: float
+    cross: float
+    changed: float
+
+    @classmethod
+    def of(cls, before: Tensor, delta: Tensor, vectors: Tensor) -> Grams:
+        """Of the columns that changed, ``[d_model, m]``."""
+        had, lost = vectors.T @ before, vectors.T @ delta
+        return cls(
+            had @ had.T,
+            lost @ had.T,
+            lost @ lost.T,
+            vectors.T @ vectors,
+            float(before.square().sum()),
+            float((before * delta).sum()),
+            float(delta.square().sum()),
+        )
+
+    def along(self, inside: Tensor) -> tuple[float, float]:
+        """Signed scale and fit along ``B c`` for ``c`` ``[n]``; (0, 0) where nothing was there."""
+        had, both = float(inside @ self.had @ inside), float(inside @ self.both @ inside)
+        lost = float(inside @ self.lost @ inside)
+        if had <= 0 or lost <= 0:
+            return 0.0, 0.0
+        return -both / had, both**2 / (had * lost)
+
+    def share(self, inside: Tensor) -> float:
+        """Share of the change's energy along ``B c``."""
+        return (
+            float(inside @ self.lost @ inside) / self.changed / float(inside @ self.inner @ inside)
+        )
+
+    def beyond_decay(self, scale: float, inside: Tensor) -> bool:
+        """Whether the rest lost far less than ``scale`` of itself.
+
+        Args:
+            scale: of the directions.
+            inside: their coordinates ``c``, ``[n]`` or ``[n, k]``, of orthogonal ``B c``.
+        """
+        columns = inside.reshape(len(self.had), -1)
+        lengths = (columns * (self.inner @ columns)).sum(dim=0)
+        had = float(((columns * (self.had @ columns)).sum(dim=0) / lengths).sum())
+        both = float(((columns * (self.both @ columns)).sum(dim=0) / lengths).sum())
+        rest = self.energy - had
+        if rest <= 1e-6 * self.energy:  # nothing else is there: decay looks the same
+            return False
+        return abs(scale) >= _APART * abs((self.cross - both) / rest)
+
+    def response(self) -> Tensor:
+        """The map that takes ``B^T W`` to ``B^T D`` best, ``-s c c^T`` for a projection ``[n, n]``.
+
+        What else changed has nothing to do with ``W`` and averages out.
+        """
+        damped = self.had + 1e-9 * self.had.trace() / len(self.had) * torch.eye(
+            len(self.had), dtype=self.had.dtype
+        )
+        found: Tensor = torch.linalg.solve(damped, self.both.T).T
+        return found
+
+    def span(self, count: int, left: Tensor) -> Projection | None:
+        """Projected along the first ``count`` vectors together, which hold all of the change."""
+        first = slice(0, count)
+        cut = Grams(
+            self.had[first, first], self.both[first, first], self.lost[first, first],
+            self.inner[first, first], self.energy, self.cross, self.changed,
+        )  # fmt: skip
+        if float(cut.had.trace()) <= 0:
+            return None
+        response = cut.response()
+        explained = (response @ cut.both.T).diagonal()
+        each = explained / cut.lost.diagonal()
+        fit = float(explained.sum() / cut.lost.trace())
+        scale = -float(response.diagonal().mean())
+        whole = torch.eye(count, dtype=left.dtype)
+        if fit < FIT or float(each.min()) < _EACH or _few_channels(left[:, first]):
+            return None
+        if not cut.beyond_decay(scale, whole):
+            return None
+        return Projection(left[:, first], scale, fit, whole=True)
+
+    def hidden(self, left: Tensor) -> Projection | None:
+        """Projected along some combination of the vectors, among other changes."""
+        if float(self.had.trace()) <= 0:
+            return None
+        vectors = torch.linalg.eigh(-_symmetric(self.response()))[1]
+        kept = []
+        for inside in (*vectors.T, *torch.eye(len(vectors), dtype=vectors.dtype)):
+            scale, fit = self.along(inside)
+            clear = fit >= FIT and abs(scale) >= CLEAR and self.beyond_decay(scale, inside)
+            if clear and not _few_channels((left @ inside).unsqueeze(1)):
+                kept.append((inside, scale, fit))
+        if not kept:
+            return None
+        inside, scale, fit = max(kept, key=lambda one: self.share(one[0]))
+        return Projection((left @ inside).unsqueeze(1), scale, fit, whole=False)
+
+
+def pooled_directions(members: list[Grams]) -> Tensor:
+    """Coordinates ``[n, n]`` in which several matrices may have been projected, best first.
+
+    Each matrix's vectors are the same ones as they are there (behind its gains, say), so that its
+    response is ``-s c c^T`` in their coordinates, whatever else changed.
+    """
+    size = len(members[0].had)
+    had, both = (
+        torch.zeros(size, size, dtype=torch.float64),
+        torch.zeros(size, size, dtype=torch.float64),
+    )
+    for one in members:
+        whole = float(one.had.trace())
+        if whole > 0:
+            mean = float(one.inner.trace()) / size
+            had += one.had / whole
+            both += torch.linalg.lstsq(one.inner, one.both).solution * mean / whole
+    damped = had + 1e-9 * had.trace() / size * torch.eye(size, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(_symmetric(torch.linalg.solve(damped, both.T).T))
+    order = values.abs().argsort(descending=True)
+    return torch.index_select(vectors, 1, order)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.T) / 2
+
+
+def _few_channels(basis: Tensor) -> bool:
+    energy = basis.square().sum(dim=1)
+    largest = energy.sort(descending=True).values
+    return float(largest[:_FEW].sum()) > _FEW_SHARE * float(energy.sum())

@@ -1,0 +1,410 @@
+"""audit with a base: every form of edit is named, tensor by tensor, and what is none is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.support.audit_edits import (
+    DEPTH,
+    KINDS,
+    WIDTH,
+    Matrix,
+    change_tensors,
+    decay_with_common_output,
+    drifting,
+    edit_matrices,
+    keeping_column_norms,
+    keeping_row_norms,
+    make_checkpoint,
+    merge_lora,
+    projected,
+    random_direction,
+    reader_matrices,
+    tune,
+)
+
+Cli = Callable[..., Any]
+Directions = Callable[[Matrix], Tensor | None]
+ONE = random_direction(1)
+THREE = torch.linalg.qr(torch.stack([random_direction(i) for i in (1, 2, 3)], dim=1))[0]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Matrix]]]:
+    made = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp("bases") / kind
+        made[kind] = folder, make_checkpoint(kind, folder)
+    return made
+
+
+def _same(_: Matrix) -> Tensor:
+    return ONE
+
+
+def _three(_: Matrix) -> Tensor:
+    return THREE
+
+
+def _by_layer(cosine: float) -> Directions:
+    rows = drifting(cosine)
+    return lambda one: None if one.layer is None else rows[one.layer]
+
+
+def _only(name: str) -> Directions:
+    return lambda one: ONE if name in one.name else None
+
+
+def _lora(folder: Path) -> None:
+    merge_lora(folder, 4, 0.1, lambda n: "proj" in n or "linear" in n)
+
+
+def _tuned(folder: Path) -> None:
+    tune(folder, 0.1)
+
+
+#: Model, directions, change, behind gains, what follows, readers; kinds, scale, least cosine.
+CASES: dict[str, tuple[Any, ...]] = {
+    "amplified": ("llama", _same, projected(-1), True, None, ["one direction", "amplified"], -1),
+    "inverted": ("gemma2", _same, projected(2), True, None, ["one direction", "inverted"], 2),
+    "partial": ("granitemoe", _same, projected(0.3), True, None, ["one direction", "partial"], 0.3),
+    "rows": ("llama", _same, keeping_row_norms(), True, None, ["one direction"], 1),
+    "columns": ("gemma2", _same, keeping_column_norms(), True, None, ["one direction"], 1),
+    "norms overlooked": (
+        "gemma2", _same, keeping_row_norms(0.5), False, None, ["one direction", "partial"], 0.5,
+    ),
+    "near layers": ("llama", _by_layer(0.95), projected(), True, None, ["by layer"], 1),
+    "half, by layer": (
+        "gemma2", _by_layer(0.8), projected(0.5), True, None, ["by layer", "partial"], 0.5,
+    ),
+    "amplified, by layer": (
+        "granitemoe", _by_layer(0.5), projected(-1), True, None, ["by layer", "amplified"], -1,
+    ),
+    "rows, by layer": (
+        "granitemoe", _by_layer(0.8), keeping_row_norms(), True, None, ["by layer"], 1,
+    ),
+    "three": ("granitemoe", _three, projected(), True, None, ["3 directions"], 1),
+    "three, half": ("llama", _three, projected(0.5), True, None, ["3 directions", "partial"], 0.5),
+    "embedding": ("llama", _only("embed"), projected(), True, None, ["one direction"], 1),
+    "one matrix": (
+        "gemma2", _only("layers.3.self_attn"), projected(), True, None, ["one direction"], 1,
+    ),
+    "then a LoRA": ("gemma2", _same, projected(), True, _lora, ["one direction"], 1),
+    "then training": ("granitemoe", _same, projected(), True, _tuned, ["one direction"], 1),
+    "by layer, then training": (
+        "llama", _by_layer(0.8), projected(), True, _tuned, ["by layer"], 1,
+    ),
+    "three, then a LoRA": ("llama", _three, projected(), True, _lora, ["3 directions"], 1),
+}  # fmt: skip
+
+
+def _directions(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    return load_file(path), {
+        "edit": json.loads(metadata["edit"]),
+        "layer_scales": json.loads(metadata["layer_scales"]),
+        "model": metadata["model"],
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_form_of_edit_is_named(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path, case: str
+) -> None:
+    """Each changed writer and no other tensor, its signed scale, its layer's direction."""
+    kind, directions, change, gains, then, kinds, scale = CASES[case]
+    base, matrices = bases[kind]
+    out, saved = tmp_path / "out", tmp_path / "directions.safetensors"
+    changed = edit_matrices(base, out, matrices, directions, change, gains)
+    if then is not None:
+        then(out)
+    result = cli("audit", out, "--base", base, "--json", "--save-directions", saved)
+    assert result.code == 7, result.err
+    found = result.json
+    assert (found["verdict"], found["evidence"]) == ("edited", "base")
+    assert set(found["base"]["projected"]) == set(changed)
+    form = found["base"]["form"]
+    assert form["kinds"] == kinds
+    assert form["behind_gains"] is (gains or kind != "gemma2")
+    near = 0.05 if then is None else 0.15
+    for tensor in found["base"]["tensors"]:
+        if tensor["projected"]:
+            assert tensor["scale"] == pytest.approx(scale, abs=near)
+            assert tensor["directions"] == (3 if "three" in case else 1)
+    assert found["removed"] == pytest.approx(scale, abs=0.05)
+    # The style's label, where it is so and nowhere else.
+    kept = "rows" in case or "columns" in case or case == "norms overlooked"
+    assert ("norm-preserving" in (found["style"] or "")) is kept
+    tensors, metadata = _directions(saved)
+    rows = tensors["directions"]
+    assert rows.shape == (DEPTH, WIDTH)
+    least = 0.99 if then is None else 0.93
+    of_layer = {m.layer: directions(m) for m in matrices if directions(m) is not None}
+    for layer in range(DEPTH):
+        if layer in of_layer:
+            true = of_layer[layer].reshape(WIDTH, -1)
+            assert float((true.T @ rows[layer]).norm()) > least
+            assert metadata["layer_scales"][layer] == pytest.approx(scale, abs=near)
+        else:
+            assert not rows[layer].any()
+            assert metadata["layer_scales"][layer] is None
+    assert ("embedding" in tensors) is (None in of_layer)
+    assert metadata["edit"]["kinds"] == kinds
+
+
+@pytest.mark.parametrize(
+    ("kind", "directions", "kinds"),
+    [
+        ("llama", _same, ["one direction", "readers"]),
+        ("gemma2", _by_layer(0.8), ["by layer", "readers"]),
+        ("granitemoe", _three, ["3 directions", "readers"]),
+    ],
+)
+def test_readers_that_no_longer_read_a_direction_are_named(
+    cli: Cli,
+    bases: dict[str, tuple[Path, list[Matrix]]],
+    tmp_path: Path,
+    kind: str,
+    directions: Directions,
+    kinds: list[str],
+) -> None:
+    base, _ = bases[kind]
+    matrices = reader_matrices(base)
+    changed = edit_matrices(base, tmp_path / "out", matrices, directions, projected())
+    saved = tmp_path / "directions.safetensors"
+    result = cli("audit", tmp_path / "out", "--base", base, "--json", "--save-directions", saved)
+    assert result.code == 7
+    assert set(result.json["base"]["projected"]) == set(changed)
+    assert len(changed) == DEPTH * (4 if kind == "granitemoe" else 5)
+    assert result.json["base"]["form"]["kinds"] == kinds
+    assert result.json["embeddings"] is not True
+    rows = load_file(saved)["directions"]
+    for one in matrices:
+        assert one.layer is not None
+        true = directions(one)
+        assert true is not None
+        assert float((true.reshape(WIDTH, -1).T @ rows[one.layer]).norm()) > 0.99
+
+
+def _clean(cli: Cli, out: Path, base: Path) -> Any:
+    result = cli("audit", out, "--base", base, "--json")
+    assert result.json["base"]["projected"] == []
+    assert result.json["base"]["form"] is None
+    assert result.json["verdict"] != "edited"
+    return result.json
+
+
+def test_decay_of_writers_with_a_common_output_is_no_edit(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    """It takes most along the direction that all share, and as much of everything else."""
+    base, matrices = bases["llama"]
+    shutil.copytree(base, tmp_path / "base")
+    strong = decay_with_common_output(tmp_path / "base", matrices, 0.98)
+    found = _clean(cli, tmp_path / "decayed", strong)
+    writers = {one.name for one in matrices}
+    assert all(t["first"] > 0.9 for t in found["base"]["tensors"] if t["name"] in writers)
+    # The same direction projected out is one.
+    edit_matrices(
+        strong, tmp_path / "out", matrices, lambda _: random_direction(77), projected(0.1)
+    )
+    assert cli("audit", tmp_path / "out", "--base", strong, "-q").code == 7
+
+
+def _rank_one(folder: Path) -> None:
+    merge_lora(folder, 1, 0.2, lambda n: "o_proj" in n or "down" in n or "output" in n)
+
+
+def _half(folder: Path) -> None:
+    change_tensors(folder, lambda _, value: value.bfloat16().to(value.dtype))
+
+
+def _one_head(folder: Path) -> None:
+    """The columns of a head are zero, rows of a channel, one matrix is skipped."""
+
+    def pruned(name: str, value: Tensor) -> Tensor:
+        value = value.clone()
+        if name.endswith("layers.1.self_attn.o_proj.weight"):
+            value[:, :16] = 0
+        if name.endswith("layers.2.self_attn.o_proj.weight"):
+            value[[3, 9]] = 0
+        if name.endswith("layers.3.self_attn.o_proj.weight"):
+            value *= 0
+        if name == "model.embed_tokens.weight":
+            value[5] = 1.0
+        return value
+
+    change_tensors(folder, pruned)
+
+
+def _trained(folder: Path) -> None:
+    tune(folder, 0.3, 0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", [_rank_one, _half, _one_head, _trained, _lora])
+def test_benign_changes_are_no_projection(
+    cli: Cli,
+    bases: dict[str, tuple[Path, list[Matrix]]],
+    tmp_path: Path,
+    kind: str,
+    change: Callable[[Path], None],
+) -> None:
+    base, _ = bases[kind]
+    shutil.copytree(base, tmp_path / "out")
+    change(tmp_path / "out")
+    _clean(cli, tmp_path / "out", base)
+
+
+def test_one_expert_of_a_stack_is_found(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    base, matrices = bases["granitemoe"]
+    stack = next(one for one in matrices if "output_linear" in one.name and one.layer == 2)
+    shutil.copytree(base, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    unit = (stack.gain * ONE) / (stack.gain * ONE).norm()
+    expert = tensors[stack.name][3].double()
+    tensors[stack.name][3] = (expert - torch.outer(unit, unit @ expert)).float()
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    result = cli("audit", tmp_path / "out", "--base", base)
+    assert result.code == 7
+    lines = result.out.splitlines()
+    assert lines[0].endswith(": edited")
+    assert lines[1] == f"one direction, projected out of 1 writer (scale 1.00): {stack.name}"
+
+
+def test_what_people_see_is_short(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    """Verdict, why and a summary; every tensor only with --tensors."""
+    base, matrices = bases["llama"]
+    edit_matrices(base, tmp_path / "out", matrices, _by_layer(0.8), projected(0.5))
+    result = cli("audit", tmp_path / "out", "--base", base)
+    lines = result.out.splitlines()
+    assert lines[0] == f"{tmp_path / 'out'}: edited"
+    assert lines[1] == (
+        "a direction of its own in each layer, partly projected out of 12 writers (scale 0.50)"
+    )
+    attention = next(line for line in lines if line.lstrip(" │|").startswith("attention"))
+    assert "0-5" in attention
+    assert "6 of 6" in attention
+    assert "0.50 to 0.50" in attention
+    assert "layers.3.mlp.down_proj.weight" not in result.out
+    assert len(lines) < 40
+    long = cli("audit", tmp_path / "out", "--base", base, "--tensors")
+    assert "layers.3.mlp.down_proj.weight" in long.out
+
+
+def test_save_directions_needs_a_base_and_a_name_of_its_own(
+    fails: Callable[..., str], bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    base, _ = bases["llama"]
+    path = tmp_path / "d.safetensors"
+    assert "--base" in fails("audit", base, "--save-directions", path, code=2)
+    both = ("--base", base, "--save-directions", path, "-o", path)
+    assert "two files" in fails("audit", base, *both, code=2)
+    save_file({"x": torch.zeros(2)}, path)
+    error = fails("audit", base, "--base", base, "--save-directions", path, code=2)
+    assert "no earlier output" in error
+
+
+def _adapter_of(cli: Cli, base: Path, out: Path, *options: str) -> Path:
+    path = out.parent / "direction.safetensors"
+    save_file({"direction": ONE}, path)
+    edit = ("orthogonalize", base, "--direction", path, "-o", out, "-q", *options)
+    assert cli(*edit).code == 0
+    return out
+
+
+def test_an_adapter_is_judged_as_what_it_makes_of_its_base(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    base, matrices = bases["gemma2"]
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    adapter = _adapter_of(cli, base, tmp_path / "adapter", "--as-lora", "--scale", "0.5")
+    merged = _adapter_of(cli, base, tmp_path / "merged", "--scale", "0.5")
+    found = {}
+    for folder in (adapter, merged):
+        (folder / "abliterate.json").unlink()
+        saved = tmp_path / f"{folder.name}.safetensors"
+        result = cli("audit", folder, "--base", base, "--json", "-o", saved)
+        assert result.code == 7, result.err
+        found[folder] = result.json, load_file(saved)["direction"]
+    one, other = found[adapter][0], found[merged][0]
+    assert set(one["base"]["projected"]) == {m.name for m in matrices}
+    assert one["base"]["form"]["kinds"] == ["one direction", "partial"]
+    for mine, theirs in zip(one["base"]["tensors"], other["base"]["tensors"], strict=True):
+        assert mine["name"] == theirs["name"]
+        assert mine["scale"] == pytest.approx(theirs["scale"], abs=1e-4)
+    assert abs(float(found[adapter][1] @ ONE)) > 0.9999
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_a_lora_of_peft_is_scaled_as_peft_does(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    """alpha / r, or alpha / sqrt(r): a rank-4 LoRA that removes 0.3 of the direction of two."""
+    base, matrices = bases["llama"]
+    weights = load_file(base / "model.safetensors")
+    for stabilised, alpha in ((False, 8.0), (True, 4.0)):
+        adapter = tmp_path / str(stabilised)
+        adapter.mkdir()
+        factors = {}
+        chosen = [m.name for m in matrices if m.name.endswith("o_proj.weight")][:2]
+        for name in chosen:
+            up = torch.zeros(WIDTH, 4)
+            up[:, 1] = -0.15 * ONE
+            down = torch.zeros(4, weights[name].shape[1])
+            down[1] = ONE.float() @ weights[name]
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            factors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        save_file(factors, adapter / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": alpha, "use_rslora": stabilised}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        result = cli("audit", adapter, "--base", base, "--json")
+        assert result.code == 7
+        scales = {t["name"]: t["scale"] for t in result.json["base"]["tensors"] if t["projected"]}
+        assert scales == pytest.approx(dict.fromkeys(chosen, 0.3), abs=1e-4)
+
+
+def test_adapters_that_cannot_be_merged_are_one_line(
+    fails: Callable[..., str], bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    base, _ = bases["llama"]
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    stem = "base_model.model.model.layers.0.self_attn.o_proj"
+    factors = {
+        f"{stem}.lora_A.weight": torch.zeros(1, 9),
+        f"{stem}.lora_B.weight": torch.ones(9, 1),
+    }
+
+    def write(changes: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+        save_file(tensors, adapter / "adapter_model.safetensors")
+
+    for changes, tensors, told in (
+        ({"use_dora": True}, factors, "use_dora"),
+        ({"peft_type": "IA3"}, factors, "IA3"),
+        ({"alpha_pattern": {"(a+)+b": 2}}, factors, "pattern"),
+        ({"lora_alpha": "x"}, factors, "no configuration"),
+        ({}, factors, "[9, 9]"),
+        ({}, {"base_model.model.nowhere.lora_A.weight": torch.zeros(1, 9)}, "nowhere"),
+        ({}, {f"{stem}.lora_A.weight": torch.zeros(1, 64)}, "do not fit each other"),
+        ({}, {f"{stem}.other": torch.zeros(1, 64)}, "no factor of a LoRA"),
+    ):
+        write(changes, tensors)
+        assert told in fails("audit", adapter, "--base", base, code=4)
