@@ -93,6 +93,20 @@ def test_a_vector_acts_behind_the_block_before_its_layer(tiny, cli, run: Path) -
         assert not torch.allclose(model(ids).logits, expected, atol=1e-2)
 
 
+def test_steering_vectors_adds_it_where_add_does(tiny, cli, run: Path) -> None:
+    library = pytest.importorskip("steering_vectors")
+    held = load_file(_export(cli, run, "steering-vectors"))
+    steering = library.SteeringVector({int(name.split(".")[1]): r for name, r in held.items()})
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        with add(model, load_direction(run).vector, LAYER, 0.7):
+            expected = model(ids).logits
+        with steering.apply(model, multiplier=0.7):
+            assert torch.allclose(model(ids).logits, expected, atol=1e-4)
+        assert not torch.allclose(model(ids).logits, expected, atol=1e-2)
+
+
 def test_npz_says_where_it_acts(cli, run: Path) -> None:
     with np.load(_export(cli, run, "npz"), allow_pickle=False) as file:
         assert str(file["hook_point"]) == "resid_pre"

@@ -103,6 +103,8 @@ def test_verify_accepts_every_format_with_every_option(
     save_file({"direction": vector}, direction, {"layer": "2", "position": "-1"})
     refused = dict[str, str]()
     for label, options in OPTIONS.items():
+        if label in ("share", "skip") and not name.startswith("qwen2 "):
+            continue  # nothing is tied there: it would be the plain edit again
         out = tmp_path / label
         base = ("--direction", direction)
         made = cli("orthogonalize", source, *base, "-o", out, *options, *choice, "--json")
