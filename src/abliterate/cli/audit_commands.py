@@ -106,15 +106,15 @@ def audit(
             "audit --save-directions",
         )
     sources = [None if direction is None else source_of_direction(direction)]
-    from abliterate.auditing.direction_sets import save_direction_set
-    from abliterate.auditing.report import audit as judge
-    from abliterate.models.loading import pick_device
-    from abliterate.precision import linear_algebra_device
-
-    place = linear_algebra_device(pick_device(device))
-    known = None if direction is None else load_direction(direction)
     with ExitStack() as temporary:
         target, other = _open(checkpoint, base, given["model"]["revision"], sources, temporary)
+        from abliterate.auditing.direction_sets import save_direction_set
+        from abliterate.auditing.report import audit as judge
+        from abliterate.models.loading import pick_device
+        from abliterate.precision import linear_algebra_device
+
+        place = linear_algebra_device(pick_device(device))
+        known = None if direction is None else load_direction(direction)
         found = judge(target, other, known, place)
         document = finite(found.document())
         document["direction"] = None
