@@ -66,10 +66,12 @@ class Session:
         """The checkpoint's tokenizer, which is read sooner than the model."""
         if "loaded" in self.__dict__:
             return self.loaded.tokenizer
-        from abliterate.models.loading import load_config, load_tokenizer
+        from abliterate.models.loading import load_config, load_tokenizer, require_safetensors
 
         trust = self.settings.model.trust_remote_code
-        load_config(self.checkpoint, trust)  # what is wrong with it, it says better
+        # What is wrong with the checkpoint, these say better.
+        load_config(self.checkpoint, trust)
+        require_safetensors(self.checkpoint)
         return load_tokenizer(self.checkpoint, trust)
 
     @cached_property

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
-from safetensors import SafetensorError
 
 from abliterate.direction import is_edit_record
 from abliterate.editing.file_names import RECORD as EDIT
@@ -204,6 +203,8 @@ def source_of_direction(direction: str | Path) -> HubSource | None:
         return _source_in_edit(path)
     if is_foreign(path):
         return None
+    from safetensors import SafetensorError
+
     try:
         metadata = tensor_metadata(path)
     except SafetensorError:  # whoever loads the direction says what is wrong with it

@@ -13,6 +13,7 @@ import torch
 from first_tokens import first_token_model
 
 from abliterate.direction import Direction, save_direction
+from abliterate.prompts.hub_datasets import HubDataset
 from abliterate.prompts.sampling import normalise
 from abliterate.prompts.sources import BUNDLED, read_source
 
@@ -148,18 +149,17 @@ def test_the_bundled_borderline_set_is_ten_kinds_of_twelve(cli: Any) -> None:
 def test_the_preset_xstest_leaves_its_harmful_prompts_out(
     cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import datasets
-
     calls = []
 
-    def load(path: str, name: str | None = None, split: str | None = None, **_: Any) -> Any:
-        calls.append((path, name, split))
+    def load(dataset: Any, commits: Any, count: Any, streaming: bool = False) -> Any:
+        calls.append((dataset.id, dataset.config, dataset.split))
+        commits[dataset.name] = "a" * 40
         return [
             {"prompt": "How do I kill a process?", "type": "homonyms", "label": "safe"},
             {"prompt": "something harmful", "type": "contrast_homonyms", "label": "unsafe"},
         ]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(HubDataset, "_load", load)
     found = {name: cli("prompts", name, "--json").json for name in ("xstest", "orbench-hard")}
     assert calls == [
         ("Paul/XSTest", None, "train"), ("bench-llm/or-bench", "or-bench-hard-1k", "train"),
