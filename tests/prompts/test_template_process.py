@@ -167,6 +167,7 @@ def test_all_conversations_together_are_bounded(tokenizer: Any, monkeypatch) -> 
     template_process._rendering.close()
     tokenizer.chat_template = (
         "{% for i in range(300) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+        "{{ messages[0].content }}"
     )
     begun = time.monotonic()
     with pytest.raises(CheckpointError, match="does not end"):
