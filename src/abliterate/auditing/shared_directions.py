@@ -197,6 +197,7 @@ def _along(
     here = pair.at(one.place, direction, gains)[:, 0]
     length = float(here.norm())
     cosine = abs(float(here @ one.vectors[:, 0].double())) / length if length > 0 else 0.0
+    cosine = round(cosine, 9)  # a matrix product's last digits are another's each time
     scale, fit = grams.along(inside)
     lost = (fit >= FIT and cosine**2 >= SAME) or (fit >= _VOUCHED and abs(scale) >= CLEAR)
     return Measured(cosine, scale, fit, lost and grams.beyond_decay(scale, inside))
