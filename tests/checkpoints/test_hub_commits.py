@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Commands, serving
-from hub_server import Branches, Hub, hub_server
+from commands import Commands
+from hub_server import Branches, Hub, commands_beside_hub
 from safetensors.torch import load_file, save_file
 
 A, B = "a" * 40, "b" * 40
@@ -22,17 +22,8 @@ SHORT = ("--n-test", "2", "--max-new-tokens", "2", "-q")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[tuple[Hub, Commands, Path]]:
     cache = tmp_path_factory.mktemp("home")
-    with hub_server() as hub:
-        environment = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(cache),
-            "HF_HUB_CACHE": str(cache / "hub"),
-            "HF_DATASETS_CACHE": str(cache / "datasets"),
-            "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "*",
-        }
-        with serving(environment, "datasets", "abliterate.analysis.fragility") as run:
-            yield hub, run, cache
+    with commands_beside_hub(cache, "datasets", "abliterate.analysis.fragility") as (hub, run):
+        yield hub, run, cache
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Commands, serving
-from hub_server import Fault, Hub, hub_server
+from commands import Commands
+from hub_server import Fault, Hub, commands_beside_hub
 from safetensors.torch import save_file
 
 from abliterate.hub.patience import retry_after
@@ -26,17 +26,8 @@ AT_ONCE = {"Retry-After": "0"}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[tuple[Hub, Commands, Path]]:
     cache = tmp_path_factory.mktemp("home")
-    with hub_server() as hub:
-        environment = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(cache),
-            "HF_HUB_CACHE": str(cache / "hub"),
-            "HF_DATASETS_CACHE": str(cache / "datasets"),
-            "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "*",
-        }
-        with serving(environment, "datasets") as run:
-            yield hub, run, cache
+    with commands_beside_hub(cache, "datasets") as (hub, run):
+        yield hub, run, cache
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Commands, failure, serving
-from hub_server import COMMIT, Hub, hub_server
+from commands import Commands, failure
+from hub_server import COMMIT, Hub, commands_beside_hub
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -29,16 +29,8 @@ def direction(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory) -> Iterator[tuple[Hub, Commands, Path]]:
     cache = tmp_path_factory.mktemp("home")
-    with hub_server() as hub:
-        environment = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(cache),
-            "HF_HUB_CACHE": str(cache / "hub"),
-            "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "*",
-        }
-        with serving(environment) as run:
-            yield hub, run, cache / "hub"
+    with commands_beside_hub(cache) as (hub, run):
+        yield hub, run, cache / "hub"
 
 
 @pytest.fixture

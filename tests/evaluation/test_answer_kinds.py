@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_thoughts import _scripted
+from thinking_models import scripted
+from transformers import AutoTokenizer
 
 PROSE = (
     "Bread needs flour, water, salt and yeast. Mix them in a bowl until no flour is left, cover "
@@ -141,7 +142,8 @@ def test_evaluate_counts_late_refusals_and_broken_answers(
     script: str, cli: Any, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     text, expected = SCRIPTS[script]
-    model = _scripted(tmp_path / "model", text.strip(), tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    model = scripted(tmp_path / "model", tokenizer, "", text.strip())
     prompts = []
     for kind in ("harmful", "harmless"):
         path = tmp_path / f"{kind}.txt"
@@ -161,9 +163,7 @@ def test_evaluate_counts_late_refusals_and_broken_answers(
     )
     assert line["response"] == text.strip()
     if script == "later":
-        from transformers import AutoTokenizer
-
-        tokens = AutoTokenizer.from_pretrained(tokenizer_dir)("Well, here we go:")["input_ids"]
+        tokens = tokenizer("Well, here we go:")["input_ids"]
         assert line["refused_at"] == part["refused_later_at"] == len(tokens)
         assert f"harmful 3 (median at {len(tokens)})" in " ".join(result.out.split())
         # The same command again has nothing to complete, and counts the same.

@@ -219,7 +219,7 @@ def test_progress_counts_refusals_as_they_come(
     kinds = ["harmful", "harmless"]
     monkeypatch.setattr(abliterate.inference.generation, "progress_bar", progress_bar)
     # Every second answer counts as a refusal, whatever this random model says.
-    monkeypatch.setattr(RefusalPhrases, "refuses", lambda self, text: len(shown) % 2 == 1)
+    monkeypatch.setattr(RefusalPhrases, "verdict", lambda self, parts: len(shown) % 2 == 1)
     result = cli("evaluate", tiny("llama"), *SMALL, *prompts, "--json")
     assert result.code == 0, result.err
     assert kinds == []

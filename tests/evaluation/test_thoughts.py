@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from judge_server import endpoint
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from thinking_models import scripted
+from transformers import AutoTokenizer
 
 SAID = {
     "I\u2019m sorry, but I can\u2019t help with that.": True,
@@ -113,42 +113,14 @@ SCRIPTS = {
 }
 
 
-def _scripted(folder: Path, script: str, tokenizer_dir: Path) -> Path:
-    """A model that says ``script``, then ends its turn, whatever the prompt.
-
-    Zero weights but one-hot position embeddings, which the head maps to the script's tokens: for
-    prompts of one length, which all of these are.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    tokenizer.save_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "p0"}], add_generation_prompt=True, return_dict=False
-    )
-    ids = [*tokenizer(script)["input_ids"], tokenizer.eos_token_id]
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=128, n_embd=128, n_layer=2, n_head=2,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.transformer.ln_f.weight.fill_(1.0)
-        model.transformer.wpe.weight.copy_(torch.eye(128))
-        for step, token in enumerate(ids):
-            model.lm_head.weight[token, len(prompt) - 1 + step] = 1.0
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("script", "refused"), [("refuses", True), ("complies", False), ("unfinished", None)]
 )
 def test_evaluate_scores_what_follows_the_thought(
     script: str, refused: bool | None, cli: Any, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    model = _scripted(tmp_path / "model", SCRIPTS[script], tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    model = scripted(tmp_path / "model", tokenizer, "", SCRIPTS[script])
     prompts = []
     for kind in ("harmful", "harmless"):
         path = tmp_path / f"{kind}.txt"

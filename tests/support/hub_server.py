@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from commands import Commands, serving
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -254,3 +256,24 @@ def hub_server() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+@contextmanager
+def commands_beside_hub(cache: Path, *modules: str) -> Iterator[tuple[Hub, Commands]]:
+    """A hub, and commands that know no other and keep what they fetch below ``cache``.
+
+    Args:
+        cache: a folder.
+        modules: what the commands' server imports beforehand.
+    """
+    with hub_server() as hub:
+        environment = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(cache),
+            "HF_HUB_CACHE": str(cache / "hub"),
+            "HF_DATASETS_CACHE": str(cache / "datasets"),
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "*",
+        }
+        with serving(environment, *modules) as run:
+            yield hub, run

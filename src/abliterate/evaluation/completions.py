@@ -252,10 +252,8 @@ def scored(
         count_tokens: how many tokens a text has.
     """
     by_marks = split_thought(response)
-    if told is None or told == by_marks:
-        parts, refused, told = by_marks, phrases.refuses(response), None
-    else:
-        parts, refused = told, phrases.verdict(told)
+    told = None if told == by_marks else told
+    parts = by_marks if told is None else told
     answer = parts.answer
     place = None if answer is None else phrases.first_in(answer)
     before = None if answer is None or place is None else answer[:place].strip()
@@ -263,7 +261,7 @@ def scored(
         prompt.text,
         prompt.category,
         response,
-        refused,
+        phrases.verdict(parts),
         told=told,
         broken=None if answer is None else flaw_of(answer),
         refused_at=None if before is None else count_tokens(before),

@@ -44,7 +44,7 @@ from abliterate.inference.generation import ends_of_turn
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
 from abliterate.inference.thoughts import AnswerLimits
-from abliterate.models.loading import LoadedModel, load_config, load_tokenizer
+from abliterate.models.loading import LoadedModel, load_config
 from abliterate.prompts.chat_template import encode
 from abliterate.prompts.corpora import Corpus, Example
 from abliterate.run_folder import COMPLETIONS, Session, prompt_keys, token_records
@@ -122,7 +122,7 @@ class Measurements:
             self._key(name, "completions", key),
             self.inputs.judge_key,
             self.inputs.phrases,
-            token_counter(lambda: self._tokenizer),
+            token_counter(lambda: self.session.tokenizer),
             None if self.inputs.classifier is None else self.inputs.classifier.key,
         )
         file.adopt(ranks.broadcast(file.completions))
@@ -200,12 +200,6 @@ class Measurements:
         memo = _Memo(self.out / COMPLETIONS / MEASURED if self.out and kept else None)
         memo.known = ranks.broadcast(memo.known)
         return memo
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        """What counts the tokens of answers: loaded without the model, which may not be needed."""
-        trust = self.session.settings.model.trust_remote_code
-        return load_tokenizer(self.session.checkpoint, trust)
 
     @cached_property
     def ids(self) -> dict[str, list[list[int]]]:
