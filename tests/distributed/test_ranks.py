@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from launching import HOOKED, Ended, accelerate_launch, check_close, each_rank, torchrun
 from safetensors.torch import load_file
+from warm_python import Running
 
 from abliterate.cli.app import main
 from abliterate.resources import demo_model_dir
@@ -104,7 +104,7 @@ def test_torchrun_runs_the_whole_pipeline(tmp_path: Path) -> None:
 def test_accelerate_launch_splits_uneven_prompts(tiny_run: Any, tmp_path: Path) -> None:
     model, one = tiny_run
     args = ("extract", model, "-o", tmp_path / "run", "--n-train", "10", *RAW)
-    done = accelerate_launch(3, "abliterate", *args)
+    done = accelerate_launch(3, "-m", "abliterate", *args)
     assert done.code == 0, done.err[-2000:]
     assert done.out.count("next: abliterate select") == 1
     same_means(tmp_path / "run", one)
@@ -121,9 +121,8 @@ def test_a_killed_rank_ends_torchrun_and_select_goes_on(tiny_run: Any, tmp_path:
     for name in ("extract.json", "directions.safetensors"):
         (run / name).write_bytes((one / name).read_bytes())
     args = ("select", run, "--n-val", "9", "--no-filter", *LOOSE)
-    done = torchrun(
-        3, "--log-dir", logs, "--redirects", "3", HOOKED, *args, env={"FAULT": "2 3 kill"}
-    )
+    kept = ("--log-dir", logs, "--redirects", "3")
+    done = torchrun(3, HOOKED, *args, env={"FAULT": "2 3 kill"}, options=kept)
     assert done.code != 0
     for rank in (0, 1):
         (log,) = logs.glob(f"*/attempt_0/{rank}/stderr.log")
@@ -151,8 +150,8 @@ def test_a_stalled_rank_ends_all_within_the_timeout(tiny_run: Any, tmp_path: Pat
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
 
-    def free_once_rank_0_has_given_up(processes: list[BaseProcess]) -> None:
-        processes[0].join(timeout=300)
+    def free_once_rank_0_has_given_up(processes: list[Running]) -> None:
+        processes[0].wait(300)
         os.open(pipe, os.O_RDWR)  # never blocks; open until this process ends
 
     zero, one = each_rank(

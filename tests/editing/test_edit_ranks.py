@@ -48,9 +48,10 @@ def test_ranks_split_the_shards(
 ) -> None:
     args, env = (*command, "-o", tmp_path / "out", "--json"), {"HF_HOME": str(tmp_path / "home")}
     if launcher == "torchrun":
-        done = torchrun(2, "-m", "abliterate", *args, env=env)
+        # The one that starts its ranks as a user's launcher does, each importing all by itself.
+        done = torchrun(2, "-m", "abliterate", *args, env=env, cold=True)
     else:
-        done = accelerate_launch(2, "abliterate", *args, env=env)
+        done = accelerate_launch(2, "-m", "abliterate", *args, env=env)
     assert done.code == 0, done.err[-2000:]
     assert json.loads(done.out)["tensors"]  # rank 0 alone speaks
     assert tree(tmp_path / "out") == expected

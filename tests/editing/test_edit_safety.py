@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from warm_python import warm_python
 
 from abliterate.editing import auxiliary_files
 from abliterate.editing.workspace import Workspace
@@ -73,15 +73,9 @@ def test_kills_at_random_moments_lose_no_byte(
             "kills": 60,
             "seed": 3 + replacing,
         }
-        done = subprocess.run(
-            [sys.executable, HERE / "killing.py", json.dumps(job)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        report = json.loads(done.stdout)
+        done = warm_python().run(HERE / "killing.py", json.dumps(job), timeout=900)
+        assert done.code == 0, done.err[-2000:]
+        report = done.json
         assert report["errors"] == []
         assert report["kills"] >= 60
         assert report["resumed"] >= 6  # kills that left finished shards behind

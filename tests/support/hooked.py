@@ -4,8 +4,6 @@
 of ``select``, a batch of answers of ``evaluate``, a shard that ``orthogonalize`` is about to write;
 ``finish`` is when it has written its first), rank RANK is killed (``kill``), raises (``raise``) or
 waits until somebody opens the named pipe PATH (``wait:PATH``).
-
-A process of its own, or :func:`run_forked` in one that was forked where all is imported already.
 """
 
 from __future__ import annotations
@@ -16,8 +14,6 @@ import signal
 import sys
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from abliterate.cli.app import main
 from abliterate.editing import orthogonalize
@@ -67,16 +63,6 @@ def install() -> None:
     CandidateSearch._induce = faulty(CandidateSearch._induce, int(call), what)  # type: ignore[method-assign]
     _Decoder.run = faulty(_Decoder.run, int(call), what)  # type: ignore[method-assign]
     orthogonalize.write_shards = faulty(orthogonalize.write_shards, int(call), what)
-
-
-def run_forked(arguments: list[str], env: dict[str, str], out: str, err: str) -> None:
-    """The command line with its output in two files, as the whole life of a forked process."""
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    install()
-    sys.exit(main(arguments))
 
 
 if __name__ == "__main__":

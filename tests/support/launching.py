@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
-from multiprocessing import forkserver
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import hooked
 from torch.distributed import TCPStore
+from warm_python import Ended, Running, warm_python
 
 HOOKED = str(Path(__file__).with_name("hooked.py"))
 _LONG = 300
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a process ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
 
 def check_close(ours: Any, theirs: Any, tolerance: float = 1e-3) -> None:
@@ -59,98 +37,64 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def torchrun(ranks: int, *args: str | Path, env: Mapping[str, str] | None = None) -> Ended:
-    """``torchrun --standalone`` (no fixed port); ``args`` start with its own options."""
+def torchrun(
+    ranks: int,
+    *args: str | Path,
+    env: Mapping[str, str] | None = None,
+    options: tuple[str | Path, ...] = (),
+    cold: bool = False,
+) -> Ended:
+    """``torchrun --standalone`` (no fixed port) of what ``python *args`` runs.
+
+    Args:
+        ranks: how many.
+        args: ``-m MODULE`` or a file, and its arguments.
+        env: variables beside the present ones.
+        options: further ones of torchrun.
+        cold: the ranks are Pythons of their own, which import all that they need; else they have
+            it, and the launcher starts small programs that stand for them.
+    """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-    return _end(_start((*launcher, *map(str, args)), env or {}))
+    program = args if cold else ("--no-python", *warm_python().command(*args))
+    return warm_python().run(*launcher, *options, *program, env=env, timeout=_LONG)
 
 
 def accelerate_launch(ranks: int, *args: str | Path, env: Mapping[str, str] | None = None) -> Ended:
-    """``accelerate launch`` of a module."""
+    """``accelerate launch`` of what ``python *args`` runs, by such programs."""
     options = ("--num_processes", str(ranks), "--num_machines", "1", "--mixed_precision", "no",
                "--main_process_port", free_port(), "--dynamo_backend", "no")  # fmt: skip
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", *options, "--module")
-    return _end(_start((*launcher, *map(str, args)), env or {}))
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", *options, "--no_python")
+    program = warm_python().command(*args)
+    return warm_python().run(*launcher, *program, env=env, timeout=_LONG)
 
 
 def each_rank(
     ranks: int,
     *args: str | Path,
     env: Mapping[str, str] | None = None,
-    meanwhile: Callable[[list[BaseProcess]], None] | None = None,
+    meanwhile: Callable[[list[Running]], None] | None = None,
 ) -> list[Ended]:
     """The ranks without a launcher, over a store of this process's own (no fixed port).
 
-    They are forked by a process that has imported all there is to import. No agent is there to end
-    them, so that each must come to its own end. ``meanwhile`` gets the processes when all are
-    started.
+    No agent is there to end them, so that each must come to its own end. ``meanwhile`` gets the
+    processes when all are started.
     """
     store = TCPStore(
         "localhost", 0, is_master=True, timeout=timedelta(seconds=_LONG), wait_for_workers=False
     )
-    with tempfile.TemporaryDirectory() as folder:
-        files = [(f"{folder}/{rank}.out", f"{folder}/{rank}.err") for rank in range(ranks)]
-        processes: list[BaseProcess] = []
-        for rank in range(ranks):
-            variables = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                **(env or {}),
-            }
-            arguments = (list(map(str, args)), variables, *files[rank])
-            processes.append(_forks().Process(target=hooked.run_forked, args=arguments))
-            processes[-1].start()
-        if meanwhile is not None:
-            meanwhile(processes)
-        return [_joined(*each) for each in zip(processes, files, strict=True)]
-
-
-@cache
-def _forks() -> multiprocessing.context.ForkServerContext:
-    """Forks of one process that has the libraries."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hooked"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where it is to find them
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-    return context
-
-
-def _joined(process: BaseProcess, files: tuple[str, str]) -> Ended:
-    process.join(_LONG)
-    if process.exitcode is None:
-        process.kill()
-        raise TimeoutError(f"{process.name} has not ended after {_LONG} s")
-    # A rank that was killed at once has written nothing.
-    texts = [path.read_text() if path.exists() else "" for path in map(Path, files)]
-    return Ended(process.exitcode, *texts)
-
-
-def _start(command: tuple[str, ...], env: Mapping[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )
-
-
-def _end(process: subprocess.Popen[str]) -> Ended:
-    try:
-        out, err = process.communicate(timeout=_LONG)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return Ended(process.returncode, out, err)
+    begun = []
+    for rank in range(ranks):
+        variables = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            **(env or {}),
+        }
+        begun.append(warm_python().begin(HOOKED, *args, env=variables))
+    if meanwhile is not None:
+        meanwhile([each.running for each in begun])
+    return [each.end(_LONG) for each in begun]
