@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # The README's second command: lint, types, the floors of the house and the whole test suite.
 # Arguments go to pytest. --lowest, first: the suite alone, with the lowest versions that
-# pyproject.toml allows.
-lowest=no
+# pyproject.toml allows. --real, first: the pipeline on a real model alone (docs/real-model.md),
+# which fetches 93 MB and takes many minutes.
+lowest=no real=no
 if [ "${1:-}" = --lowest ]; then lowest=yes; shift; fi
+if [ "${1:-}" = --real ]; then real=yes; shift; fi
 source "$(dirname "$0")/setup.sh"
+if [ "$real" = yes ]; then # one process, with all cores
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || echo 2)}"
+    exec $venv/bin/python -m pytest tests/real/check_real_model.py -s "$@"
+fi
 # The report is tested in a real browser. Without one its tests say that they were skipped.
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
     echo "installing Debian's chromium for the report's tests ..." >&2

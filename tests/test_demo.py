@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,13 +86,21 @@ def test_the_winner_passes_the_papers_thresholds_unchanged(demo) -> None:
     assert len(tokens) >= 4
 
 
-def test_the_demo_ends_with_a_table_and_harmless_examples(demo) -> None:
-    _, out = demo
-    assert "Refusals on test prompts" in out
+def test_the_demo_shows_rates_an_answer_of_each_kind_and_what_to_do_next(demo) -> None:
+    run, out = demo
     for row in ("baseline", "ablate", "add", "orthogonalized"):
-        assert row in out
-    assert "Harmful prompts refused:" in out
+        assert f" {row}: " in out
+    answers = re.findall(r"^  (before|after): +(.+)$", out, re.MULTILINE)
+    assert [when for when, _ in answers] == ["before", "after"] * 2
+    assert [is_refusal(text) for _, text in answers] == [True, False, False, False]
+    assert f"report: {run.relative_to(run.parents[1]) / 'report.html'}" in out
+    assert "<html" in (run / "report.html").read_text()[:500]
+    assert "abliterate run Qwen/" in out
     assert "\x1b" not in out
+
+
+def test_the_demo_fits_100_columns(demo) -> None:
+    assert max(map(len, demo[1].splitlines())) <= 100
 
 
 def test_the_edited_checkpoint_loads_plainly_and_equals_ablation(demo) -> None:

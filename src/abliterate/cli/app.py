@@ -193,13 +193,11 @@ def demo(
     as_json: opt.Json = False,
 ) -> None:
     """Run the whole pipeline on the bundled model and show what changed."""
-    from abliterate.cli.tables import show_examples, show_run
+    from abliterate.cli.demo_output import show_demo, write_demo_report
     from abliterate.pipeline.run import run_pipeline
     from abliterate.resources import config_dir, demo_model_dir
 
     settings = load_settings(config_dir() / "demo.toml")
     record = run_pipeline(open_session(str(demo_model_dir()), settings), output)
-    if as_json:
-        return print_json(record)
-    show_run(record, output)
-    return show_examples(output)
+    report = write_demo_report(output)
+    print_json(record) if as_json else show_demo(record, output, report)

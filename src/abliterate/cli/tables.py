@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -13,11 +13,9 @@ from typing import Any
 from abliterate.cli.evaluation_tables import show_evaluation
 from abliterate.cli.selection_tables import show_certainty
 from abliterate.console import print_command, print_line, print_table
-from abliterate.evaluation.completions import read_lines
-from abliterate.metrics.intervals import wilson
 from abliterate.prompts.sampling import split_pool
 from abliterate.prompts.sources import read_source
-from abliterate.run_folder import COMPLETIONS, EDITED, MODEL
+from abliterate.run_folder import MODEL
 from abliterate.selection.candidate_filters import Thresholds
 from abliterate.selection.score_table import choose_again as choose_among
 from abliterate.selection.score_table import read_scores, score_record
@@ -222,32 +220,3 @@ def show_run(record: Mapping[str, Any], run: Path) -> None:
         f"direction {before:.1e} -> {after:.1e})"
     )
     print_line(f"hash of all that decides this result: {record['hash']}")
-
-
-def show_examples(run: Path, count: int = 3) -> None:
-    """Answers to harmless prompts before and after, and what became of the harmful ones."""
-    before = _completions(run, "baseline", "harmless")
-    after = {c["prompt"]: c["response"] for c in _completions(run, EDITED, "harmless")}
-    rows = [[c["prompt"], c["response"], after[c["prompt"]]] for c in before[:count]]
-    print_table("Harmless prompts", ["prompt", "before", "after"], rows, left=3)
-    before_after = [
-        _refusals([c["refused"] for c in _completions(run, name, "harmful")])
-        for name in ("baseline", EDITED)
-    ]
-    print_line(f"Harmful prompts refused: {before_after[0]} before, {before_after[1]} after.")
-
-
-def _refusals(verdicts: Sequence[bool | None]) -> str:
-    """How many answers refuse; a thought that has not ended is none, and stands apart."""
-    known = [bool(verdict) for verdict in verdicts if verdict is not None]
-    unfinished = len(verdicts) - len(known)
-    apart = f" + {unfinished} unfinished" if unfinished else ""
-    if not known:
-        return f"no answer{apart}"
-    low, high = wilson(sum(known), len(known))
-    return f"{sum(known)} of {len(known)}{apart} (95% interval {low:.0%}-{high:.0%})"
-
-
-def _completions(run: Path, name: str, kind: str) -> list[dict[str, Any]]:
-
-    return read_lines(run / COMPLETIONS / f"{name}-{kind}.jsonl")
