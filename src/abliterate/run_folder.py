@@ -33,7 +33,7 @@ EXTRACT, DIRECTIONS = "extract.json", "directions.safetensors"
 ACTIVATIONS = "activations.safetensors"
 SELECTION, EVALUATION, COMPLETIONS = "selection.json", "evaluation.json", "completions"
 SCORES = "scores.safetensors"
-INSPECT, TRACE = "inspect.json", "trace.json"
+INSPECT, TRACE, FRAGILITY = "inspect.json", "trace.json", "fragility.json"
 MODEL, RUN = "model", "run.json"
 # What the evaluation of ``run`` calls the checkpoint in ``model/``.
 EDITED = "orthogonalized"
