@@ -306,8 +306,10 @@ def _choose(
     )
     if known is not None:
         log.info("all scores that the choice needs are there: the model is not opened")
+        scores.take_computed()
         return known
     _check_refusal_tokens(session, extraction, run)
+    scores.compare_dtype()
     return select(
         session.loaded,
         extraction,

@@ -403,6 +403,20 @@ def layer_rows(inspect: Document) -> list[list[str]]:
     return rows
 
 
+def computed_line(record: Document | None) -> str:
+    """How a stage computed: dtype, device, attention, batches, threads; empty for an older one."""
+    held = (record or {}).get("computed_with") or {}
+    if "dtype" not in held:
+        return ""
+    batches = (record or {}).get("batches") or {}
+    most = "".join(f", up to {count} {name.replace('_', ' ')}" for name, count in batches.items())
+    words = [str(held[name]) for name in ("dtype", "device", "attention") if held.get(name)]
+    small = held.get("quantization") or {}
+    words += [f"{small['method']} {small.get('bits')} bit"] if small.get("method") else []
+    asked = f"--batch-size {held.get('batch_size')}{most}"
+    return f"{', '.join(words)}, {asked}, {held.get('threads')} threads"
+
+
 def provenance(run: Run) -> list[tuple[str, str]]:
     """Where the numbers come from: model, hashes, seeds, versions, prompts."""
     rows: list[tuple[str, str]] = [("model", run.model)]
@@ -442,6 +456,17 @@ def provenance(run: Run) -> list[tuple[str, str]]:
             whole = part in run.stale and not run.stale[part].rows
             mark = f" ({STALE})" if whole else ""
             rows.append((name + mark, f"seed {record['seed']}, {spent}, inputs {record['inputs']}"))
+    rows += [
+        (f"computed, {name}", line)
+        for name, record in (
+            ("extract", run.extract),
+            ("select", run.selection),
+            ("evaluate", run.evaluation),
+            ("inspect", run.inspect),
+            ("trace", run.trace),
+        )
+        if (line := computed_line(record))
+    ]
     if first:
         made = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
         rows.append(("versions", made))
