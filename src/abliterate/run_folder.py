@@ -33,7 +33,7 @@ EXTRACT, DIRECTIONS = "extract.json", "directions.safetensors"
 ACTIVATIONS = "activations.safetensors"
 SELECTION, EVALUATION, COMPLETIONS = "selection.json", "evaluation.json", "completions"
 SCORES = "scores.safetensors"
-INSPECT, TRACE = "inspect.json", "trace.json"
+INSPECT, TRACE, FRAGILITY = "inspect.json", "trace.json", "fragility.json"
 MODEL, RUN = "model", "run.json"
 # What the evaluation of ``run`` calls the checkpoint in ``model/``.
 EDITED = "orthogonalized"
@@ -48,15 +48,18 @@ class Session:
         settings: of the stages.
         commits: of hub data sets, by ``org/name[@revision]`` as a source names them: those that
             the run's records name, and those that were looked up since. Records list them all.
+        computed: how the model computes, once it has been loaded, as :meth:`how_computed` says.
     """
 
     checkpoint: Checkpoint
     settings: Settings
     commits: dict[str, str] = field(default_factory=dict)
+    computed: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def loaded(self) -> LoadedModel:
         loaded = self.load(self.checkpoint)
+        self.computed.update(computes(loaded))
         if "thinking" not in self.__dict__:
             self.__dict__["thinking"] = self._find_thinking(loaded.tokenizer)
         return loaded
@@ -120,7 +123,31 @@ class Session:
         with where.ranks.fail_together():
             loaded = self.opener.open(checkpoint)
         log.info("%s", engine_of(loaded).opened(where))
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        self.compare_dtype(dtype, checkpoint)
+        if checkpoint != self.checkpoint and dtype != self.computed.get("dtype", dtype):
+            self.computed["checkpoint_dtype"] = dtype
         return loaded
+
+    def expect_dtype(self, dtype: object) -> None:
+        """From now on a model that is loaded in another dtype than extract's is told of."""
+        if isinstance(dtype, str):
+            self.__dict__["extract_dtype"] = dtype
+            if (known := self.computed.get("dtype")) is not None:
+                self.compare_dtype(known)
+
+    def compare_dtype(self, dtype: str, checkpoint: Checkpoint | None = None) -> None:
+        """Say so where it is not extract's dtype in which a model computes, or has computed."""
+        before = self.__dict__.get("extract_dtype")
+        if before is not None and dtype != before:
+            log.warning(
+                "%s runs in %s, extract ran in %s: figures of the two differ "
+                "(docs/reproducibility.md); give --dtype %s to stay with extract's",
+                (checkpoint or self.checkpoint).name,
+                dtype,
+                before,
+                before,
+            )
 
     def load_in_memory(self) -> LoadedModel:
         """The model in memory, for what needs it there, whatever the settings say.
@@ -139,6 +166,7 @@ class Session:
         if (loaded := self.__dict__.pop("loaded", None)) is not None:
             from abliterate.inference.in_memory import engine_of
 
+            self.computed.update(batches_of(loaded))
             engine_of(loaded).close()
             del loaded
             gc.collect()
@@ -146,6 +174,26 @@ class Session:
 
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def how_computed(self) -> dict[str, Any]:
+        """What records say of how the model has computed: nothing if it was not loaded.
+
+        Returns:
+            ``dtype``, ``device``, ``attention`` and ``quantization``, as they were resolved, and
+            ``batches``: the most ``rows`` and ``tokens`` that shared a forward pass since
+            :meth:`begin_stage`, and the most ``answer_rows`` that were answered at once.
+        """
+        if "loaded" in self.__dict__:
+            self.computed.update(batches_of(self.loaded))
+        return dict(self.computed)
+
+    def begin_stage(self) -> None:
+        """Count the batches anew."""
+        self.computed.pop("batches", None)
+        if "loaded" in self.__dict__:
+            from abliterate.inference.token_batches import forget_batches
+
+            forget_batches(self.loaded.model)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -225,6 +273,23 @@ class Session:
                 if (value := getattr(model, name)) != ModelSettings.model_fields[name].default
             },
         }
+
+
+def computes(loaded: LoadedModel) -> dict[str, Any]:
+    """How a model computes, by what was loaded: dtype, device, attention, quantization."""
+    from abliterate.inference.in_memory import engine_of
+    from abliterate.models.quantized_loading import how_it_computes
+
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "device": engine_of(loaded).devices, **how_it_computes(loaded.model)}
+
+
+def batches_of(loaded: LoadedModel) -> dict[str, Any]:
+    """The largest batches that it has run, if it counts any."""
+    from abliterate.inference.token_batches import batches_record
+
+    found = batches_record(loaded.model)
+    return {} if found is None else {"batches": found}
 
 
 def prompt_sources(settings: Settings, harmful: str | None, harmless: str | None) -> dict[str, str]:

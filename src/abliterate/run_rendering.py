@@ -59,6 +59,7 @@ def settle_rendering(
             session.set_date(today)
         if run is not None and extracted is not None:
             _check_same(session, run, extracted)
+            session.expect_dtype(extracted.get("dtype"))
         own = not several and extracted is None  # given here, and not by a record
         if own and asks is False and session.settings.chat.date is not None:
             raise UsageError(

@@ -83,6 +83,7 @@ class OpenStage:
     outputs: Mapping[str, Path] | None = None
 
     def __post_init__(self) -> None:
+        self.session.begin_stage()
         self.start_clock()
 
     @property
@@ -145,7 +146,13 @@ class OpenStage:
         if {"chat", "extract"} <= sections and (done := self.session.thinking.summary()):
             made["thinking"] = done
         made |= {"seed": settings.model.seed, "versions": versions(), "seconds": seconds}
-        made["computed_with"] = _computed_with(settings.model.batch_size, self.ranks.size)
+        computed = self.session.how_computed()
+        # Of these a resumed stage has seen a part alone: they decide nothing.
+        batches = computed.pop("batches", None)
+        made["computed_with"] = computed_with(settings.model.batch_size, self.ranks.size)
+        made["computed_with"] |= computed
+        if batches is not None:
+            made["batches"] = batches
         if self.session.commits:
             made["datasets"] = dict(sorted(self.session.commits.items()))
         if self.inputs is not None:
@@ -156,7 +163,7 @@ class OpenStage:
         return made
 
 
-def _computed_with(batch_size: int | str, ranks: int) -> dict[str, Any]:
+def computed_with(batch_size: int | str, ranks: int) -> dict[str, Any]:
     """What changes the last bits of a result, and nothing else of it."""
     import torch
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from abliterate.cli.app import main
 from abliterate.prompts.sampling import load_prompts
 from abliterate.resources import demo_model_dir
+from abliterate.storage.artifacts import hash_file
 
 EVIL = '<script>window.pwned=1</script><img src="https://example.org/x.png" onerror="pwned=2">'
 BREAKOUT = "</script></textarea><svg onload=pwned=3><!-- <script> ${pwned} {{ 7*7 }} %{x} &lt;"
@@ -47,4 +48,8 @@ def make_run(place: Path) -> Path:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         lines[0]["response"] = f"{path.stem} says {EVIL}{BREAKOUT}"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # Answers that are not those of the record would be stale.
+    record = json.loads((folder / "evaluation.json").read_text())
+    record["outputs"] = {n: hash_file(folder / "completions" / n) for n in record["outputs"]}
+    (folder / "evaluation.json").write_text(json.dumps(record))
     return folder

@@ -31,12 +31,13 @@ from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import unit_direction
 from abliterate.models.loading import LoadedModel
 from abliterate.precision import widened, widest
-from abliterate.prompts.sampling import load_prompts
+from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.suffixes import Marked, Marker, Span
 from abliterate.run_folder import TRACE, Session
 from abliterate.run_records import read_used, used_prompts
 from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
+from abliterate.run_staleness import hash_prompts
 
 TRACE_STAGE = Stage("trace", TRACE, sections=frozenset({"model", "chat"}), reads_only=True)
 CONDITIONS = ("harmful", "harmless", "suffix", "random")
@@ -92,6 +93,7 @@ def trace_stage(session: Session, run: Path, request: TraceRequest) -> dict[str,
             {
                 "direction": direction.summary(),
                 "prompts": sources,
+                "made_from": _made_from(run, texts, request),
                 "request": asdict(request),
                 "suffix": _suffix_record(request.suffix, prompts.get("suffix", [])),
                 "cosines": {kind: _curve(one.cosines) for kind, one in seen.items()},
@@ -135,6 +137,17 @@ def _prompts(
         texts[kind] = [prompt.text for prompt in chosen]
         sources[kind] = {"source": source, "n": len(chosen)}
     return texts, sources
+
+
+def _made_from(
+    run: Path, texts: Mapping[str, Sequence[str]], request: TraceRequest
+) -> dict[str, Any]:
+    """The hashes of the prompts, and of those that the run had used where they were left out."""
+    keys = {kind: [prompt_key(text) for text in chosen] for kind, chosen in texts.items()}
+    made: dict[str, Any] = {"prompts": hash_prompts(keys)}
+    if request.harmful is None or request.harmless is None:
+        made["used_prompts"] = hash_prompts(used_prompts(read_used(run)))
+    return made
 
 
 def _suffix_record(suffix: str | None, prompts: Sequence[Marked]) -> dict[str, Any] | None:

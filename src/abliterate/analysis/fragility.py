@@ -29,13 +29,14 @@ from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrase
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt
+from abliterate.run_folder import FRAGILITY as FRAGILITY
 from abliterate.run_folder import Session, prompt_keys, prompt_sources, token_records
 from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
 from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
+from abliterate.run_staleness import hash_prompts
 from abliterate.storage.artifacts import hash_file
 
-FRAGILITY = "fragility.json"
 FRAGILITY_STAGE = Stage("fragility", FRAGILITY, reads_only=True)
 
 
@@ -223,6 +224,10 @@ def fragility_stage(
                 "n_prompts": {kind: len(chosen) for kind, chosen in prompts.items()},
                 "intervals": share_methods(),
                 "prompts": prompt_keys(prompts),
+                "made_from": {
+                    "prompts": hash_prompts(prompt_keys(prompts)),
+                    "used_prompts": hash_prompts(used_prompts(records)),
+                },
                 "max_new_tokens": max_new_tokens,
                 "refusal_phrases": phrases.summary(),
                 "refusal_tokens": token_records(loaded.tokenizer, tokens),

@@ -87,6 +87,7 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
         return stage.finish(
             {
                 "direction": materials.direction.summary(),
+                "made_from": _made_from(run, materials),
                 "position": materials.position,
                 "cosines": _cosines(materials),
                 "bootstrap": bootstrap,
@@ -128,6 +129,15 @@ def _materials(run: Path, extracted: Mapping[str, Any], position: int | None) ->
         )
         raise UsageError(f"--position {chosen}: {run} holds {', '.join(map(str, kept))}{hint}")
     return Materials(extraction, direction, activations, chosen)
+
+
+def _made_from(run: Path, materials: Materials) -> dict[str, Any]:
+    made = {"candidates": hash_file(run / DIRECTIONS)}
+    return (
+        made
+        if materials.activations is None
+        else made | {"activations": hash_file(run / ACTIVATIONS)}
+    )
 
 
 def _layers(materials: Materials) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.commands import later_session
+from abliterate.cli.stale_parts import say_stale
 from abliterate.console import print_json, print_line
 from abliterate.errors import UsageError
 
@@ -43,6 +44,7 @@ def inspect(
         record = inspect_stage(session, run, position)
     with believing(run / INSPECT, "inspect"):  # it may be the one that was there
         print_json(record) if as_json else show_inspection(record, run)
+    say_stale(run, "selection", "inspect")
 
 
 @opt.command()
@@ -96,6 +98,7 @@ def trace(
 
     record = trace_stage(session, run, request)
     print_json(record) if as_json else show_trace(record, run)
+    say_stale(run, "selection", "trace")
 
 
 @opt.command()
@@ -130,6 +133,7 @@ def report(
     as_json: opt.Json = False,
 ) -> None:
     """Write one self-contained page of everything that a run folder holds."""
+    from abliterate.cli.stale_parts import tell_stale
     from abliterate.report import build_report, read_run, write_pngs
     from abliterate.storage.artifacts import check_writable, write_atomically
     from abliterate.storage.ownership import claim_file, is_page
@@ -145,6 +149,7 @@ def report(
     pictures = [] if png is None else write_pngs(page.figures, png)
     content = page.html.encode()
     write_atomically(path, content)
+    stale = tell_stale(held, edited)
     if as_json:
         return print_json(
             {
@@ -153,6 +158,7 @@ def report(
                 "sections": list(page.sections),
                 "figures": list(page.figures),
                 "png": [str(picture) for picture in pictures],
+                "stale": stale,
             }
         )
     print_line(f"wrote {path} ({len(content) / 1e6:.1f} MB; {', '.join(page.sections)})")

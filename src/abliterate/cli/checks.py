@@ -61,10 +61,13 @@ def verify(
     from abliterate.offload import OpenOptions, choose_opener
     from abliterate.prompts.chat_template import encode_somehow
     from abliterate.prompts.sampling import load_prompts
+    from abliterate.run_folder import batches_of, computes
+    from abliterate.run_stage import computed_with
+    from abliterate.storage.artifacts import versions
     from abliterate.verification import leak_bound, measure_leak
     from abliterate.verification import verify as check
 
-    result = check(checkpoint, vector, base, trust)
+    result, made = check(checkpoint, vector, base, trust), dict[str, Any]()
     if forward:
         options = OpenOptions(
             model["device"] or "auto",
@@ -84,8 +87,12 @@ def verify(
             leak=measure_leak(loaded, vector, encode_somehow(loaded.tokenizer, texts)),
             leak_bound=leak_bound(read_shards(checkpoint.folder)),
         )
+        made = {
+            "computed_with": computed_with("auto", 1) | computes(loaded) | batches_of(loaded),
+            "versions": versions(),
+        }
     if as_json:
-        print_json({"passed": result.passed} | asdict(result))
+        print_json({"passed": result.passed} | asdict(result) | made)
     else:
         _show_verification(edited, result, base is not None)
     return 0 if result.passed else 6

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from abliterate.cli import options as opt
+from abliterate.cli.stale_parts import say_stale, say_stale_table, saying_stale
 from abliterate.console import log, print_json
 from abliterate.errors import InputError, UsageError
 from abliterate.settings import Settings, load_settings, parse_layers
@@ -36,8 +37,9 @@ def extract(
     session = open_session(model, settings)
     from abliterate.pipeline.stages import extract_stage
 
-    record = extract_stage(session, output)
-    print_json(record) if as_json else show_extraction(record, output)
+    with saying_stale(output):
+        record = extract_stage(session, output)
+        print_json(record) if as_json else show_extraction(record, output)
 
 
 @opt.command()
@@ -70,6 +72,7 @@ def select(
         from abliterate.cli.selection_tables import showing_front
         from abliterate.cli.tables import choose_again, show_choice
 
+        say_stale_table(scores)
         with showing_front():
             choice = choose_again(scores, n_layers, load_settings(config, given))
         return print_json(choice) if as_json else show_choice(choice)
@@ -80,9 +83,9 @@ def select(
     session = later_session(run, model, config, given)
     from abliterate.pipeline.stages import select_stage
 
-    with showing_front():
+    with saying_stale(run), showing_front():
         record = select_stage(session, run)
-    return print_json(record) if as_json else show_selection(record, run)
+        return print_json(record) if as_json else show_selection(record, run)
 
 
 @opt.command()
@@ -126,6 +129,8 @@ def orthogonalize(
 
         record = orthogonalize_stage(session, vector, output)
     print_json(record) if as_json else show_edit(record, output)
+    if Path(direction).is_dir():
+        say_stale(Path(direction), "selection", "evaluation")
 
 
 @opt.command(last=("filter",))
@@ -145,7 +150,7 @@ def run(
     session = _begun_session(output, model, settings)
     from abliterate.pipeline.run import run_pipeline
 
-    with showing_front():
+    with saying_stale(output, failed_only=True), showing_front():
         record = run_pipeline(session, output)
     # Of stages that were up to date it holds what lies there.
     with believing(output, "run"):

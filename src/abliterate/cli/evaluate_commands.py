@@ -10,6 +10,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.commands import later_session, open_session
+from abliterate.cli.stale_parts import say_stale
 from abliterate.console import print_json
 from abliterate.errors import UsageError
 from abliterate.settings import load_settings
@@ -84,6 +85,8 @@ def evaluate(
 
     record = evaluate_stage(session, vector, names, edited, run, output or run)
     print_json(record) if as_json else show_evaluation(record)
+    if (shown := output or run) is not None:
+        say_stale(shown, "selection", "evaluation")
 
 
 def name_checkpoints(specs: list[str]) -> dict[str, str]:

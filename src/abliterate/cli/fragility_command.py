@@ -10,6 +10,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.commands import later_session
+from abliterate.cli.stale_parts import say_stale
 from abliterate.console import print_json, print_line, print_table
 from abliterate.errors import UsageError
 
@@ -61,6 +62,7 @@ def fragility(
     from abliterate.analysis.fragility import FRAGILITY, fragility_stage
 
     record = fragility_stage(session, run, out, steps, chosen.n_test or 32, longest)
+    say_stale(run, "selection")
     written = [out / FRAGILITY, *(draw(record, out, image or ()) if picture else [])]
     if as_json:
         return print_json(record)

@@ -44,6 +44,7 @@ class EvaluationInputs:
         phrases: what counts as a refusal.
         classifier: what labels answers.
         servers: who answers instead of a model here, by the name of the row.
+        used: keys of the prompts that the run has used, by kind; None without a run folder.
     """
 
     direction: Direction | None
@@ -58,6 +59,7 @@ class EvaluationInputs:
     phrases: RefusalPhrases
     classifier: Classifier | None = None
     servers: Mapping[str, Server] = field(default_factory=dict)
+    used: Mapping[str, Sequence[str]] | None = None
 
     @property
     def here(self) -> list[str]:
@@ -144,6 +146,7 @@ def read_inputs(
         phrases=phrases,
         classifier=classifier,
         servers=servers,
+        used=None if run is None else used_prompts(records),
     )
 
 

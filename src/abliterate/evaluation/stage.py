@@ -19,9 +19,10 @@ from abliterate.evaluation.measurements import MEASURED, Measurements, is_memo
 from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
 from abliterate.models.loading import Checkpoint
-from abliterate.run_folder import COMPLETIONS, EVALUATION, Session
+from abliterate.run_folder import COMPLETIONS, EVALUATION, Session, prompt_keys
 from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
+from abliterate.run_staleness import hash_prompts
 from abliterate.storage.guarded_files import check_folder, remove_temporaries
 from abliterate.storage.ownership import claim
 
@@ -157,6 +158,10 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "direction": inputs.direction and inputs.direction.summary(),
         "checkpoints": {
             name: other.identity() for name, other in inputs.edited.items() if name in inputs.rows
+        },
+        "made_from": {
+            "prompts": hash_prompts(prompt_keys(inputs.prompts)),
+            **({} if inputs.used is None else {"used_prompts": hash_prompts(inputs.used)}),
         },
         **inputs.served(),
         "interventions": {name: outcome.summary() for name, outcome in outcomes.items()},

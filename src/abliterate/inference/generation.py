@@ -27,7 +27,7 @@ from abliterate.inference.forward import (
     left_pad,
     padding_token,
 )
-from abliterate.inference.token_batches import TokenBudget, attempt, group_rows
+from abliterate.inference.token_batches import TokenBudget, attempt, group_rows, note_answers
 from abliterate.models.library_versions import cache_name
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
@@ -145,6 +145,7 @@ def greedy_answers(
             )
             if not budget.try_batch(partial(decoder.run, batch, keep), len(rows), tokens, too_long):
                 planned = plan([row for group in [*planned, rows] for row in group])
+            note_answers(model, budget)
     return answers
 
 

@@ -52,6 +52,7 @@ class TokenBudget:
     Attributes:
         tokens: the budget, ignored where ``rows`` is given.
         largest: tokens of the largest batch that ran.
+        largest_rows: rows of the batch with the most of them.
         rows: rows per forward pass if the user fixed them, else None.
         overhead: what a batch costs beyond its tokens, in tokens.
     """
@@ -66,7 +67,7 @@ class TokenBudget:
     ) -> None:
         self.device = device
         self.rows = parse_batch_size(batch_size)
-        self.largest = 0
+        self.largest = self.largest_rows = 0
         on_cpu = device.type == "cpu"
         self.tokens = _cpu_tokens() if on_cpu else _START_ACCELERATOR
         self.overhead = _OVERHEAD.get(device.type, _OVERHEAD_ACCELERATOR)
@@ -153,6 +154,7 @@ class TokenBudget:
             self._room = self._room or meter.free()
         if attempt(run):
             self.largest = max(self.largest, tokens)
+            self.largest_rows = max(self.largest_rows, rows)
             if meter is not None:
                 self._learn(meter.stop() / tokens)
             return True
@@ -175,17 +177,38 @@ def _cpu_tokens() -> int:
 
 
 _largest: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+_ran: WeakKeyDictionary[PreTrainedModel, dict[str, int]] = WeakKeyDictionary()
 
 
 def note_budget(model: PreTrainedModel, budget: TokenBudget) -> None:
-    """Remember the largest batch that a model ran, for records."""
+    """Remember the largest batches that a model ran, for records."""
+    held = _ran.setdefault(model, {"rows": 0, "tokens": 0})
+    held["rows"] = max(held["rows"], budget.largest_rows)
+    held["tokens"] = max(held["tokens"], budget.largest)
     if budget.rows is None and budget.device.type != "cpu":
         _largest[model] = max(_largest.get(model, 0), budget.largest)
+
+
+def note_answers(model: PreTrainedModel, budget: TokenBudget) -> None:
+    """The same of batches of answers, whose budget is another one."""
+    held = _ran.setdefault(model, {"rows": 0, "tokens": 0})
+    held["answer_rows"] = max(held.get("answer_rows", 0), budget.largest_rows)
 
 
 def budget_record(model: PreTrainedModel) -> dict[str, int]:
     """What records say of batches on an accelerator, whose memory decides on them."""
     return {"batch_tokens": _largest[model]} if _largest.get(model) else {}
+
+
+def batches_record(model: PreTrainedModel) -> dict[str, int] | None:
+    """The most rows and the most padded tokens that shared a batch since :func:`forget_batches`;
+    None if no batch was counted."""
+    return dict(_ran[model]) if model in _ran else None
+
+
+def forget_batches(model: PreTrainedModel) -> None:
+    """Count anew: another stage begins."""
+    _ran.pop(model, None)
 
 
 def parse_batch_size(batch_size: int | str) -> int | None:

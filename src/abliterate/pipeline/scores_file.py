@@ -18,6 +18,9 @@ from abliterate.selection.prompt_scores import (
     save_scores,
 )
 
+# What the file says of how its scores were computed.
+COMPUTED = ("dtype", "device", "attention")
+
 
 class ScoresFile:
     """``RUN/scores.safetensors``.
@@ -61,7 +64,33 @@ class ScoresFile:
 
     def save(self, table: PromptScores) -> None:
         if self._is_main:
-            save_scores(self._path, table, self._inputs, self._kl_on, self.offload())
+            save_scores(
+                self._path, table, self._inputs, self._kl_on, self.offload(), self._computed()
+            )
+
+    def _computed(self) -> dict[str, str]:
+        """How the model computes: whoever does not open it records that of the scores."""
+        held = self._session.how_computed()
+        return {name: held[name] for name in COMPUTED if isinstance(held.get(name), str)}
+
+    def take_computed(self) -> None:
+        """All scores are kept ones: the session has computed as they were computed."""
+        kept = {name: text for name, text in self.found.computed.items() if name in COMPUTED}
+        self._session.computed.update(kept)
+        if "dtype" in kept:
+            self._session.compare_dtype(kept["dtype"])
+
+    def compare_dtype(self) -> None:
+        """Say so where kept scores were computed in another dtype than the ones to come."""
+        before, now = self.found.computed.get("dtype"), self._session.how_computed().get("dtype")
+        if None not in (before, now) and before != now and self.table.n_touched:
+            log.warning(
+                "the scores that %s holds were computed in %s, the others will be in %s: remove "
+                "the file to have all computed alike",
+                self._path,
+                before,
+                now,
+            )
 
     def offload(self) -> Any:
         """How the model was streamed, now or when the scores were made."""

@@ -50,6 +50,7 @@ from abliterate.run_folder import (
 from abliterate.run_records import read_extract, used_prompts
 from abliterate.run_rendering import describe_rendering, settle_rendering, take_date
 from abliterate.run_stage import Stage
+from abliterate.run_staleness import hash_prompts
 from abliterate.selection.score_table import score_record
 from abliterate.selection.search import Selection, Thresholds, choose_from_kept, select
 from abliterate.storage.artifacts import (
@@ -174,6 +175,7 @@ def _extract_record(
             for kind, flags in used.items()
         },
         "prompts": prompt_keys(prompts),
+        "made_from": {"prompts": hash_prompts(prompt_keys(prompts))},
         "rendering": describe_rendering(session),
     }
     if result.stability is not None:
@@ -267,7 +269,8 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         stage.start_clock()
         result = _choose(session, run, extraction, prompts, scores)
         record = stage.finish(
-            _select_record(session, extracted, prompts, result, scores.offload()),
+            _select_record(session, extracted, prompts, result, scores.offload())
+            | {"made_from": _scored_from(scored_on["directions"], prompts)},
             lambda: _write_direction(session, run, extracted, extraction, result),
         )
     try:
@@ -303,8 +306,10 @@ def _choose(
     )
     if known is not None:
         log.info("all scores that the choice needs are there: the model is not opened")
+        scores.take_computed()
         return known
     _check_refusal_tokens(session, extraction, run)
+    scores.compare_dtype()
     return select(
         session.loaded,
         extraction,
@@ -353,6 +358,10 @@ def _select_record(
         },
         "prompts": prompt_keys(prompts),
     }
+
+
+def _scored_from(candidates: Any, prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, Any]:
+    return {"candidates": candidates, "prompts": hash_prompts(prompt_keys(prompts))}
 
 
 def _how_scored(session: Session, extracted: Mapping[str, Any]) -> dict[str, Any]:

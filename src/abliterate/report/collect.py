@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from abliterate.run_folder import (
     COMPLETIONS,
     EVALUATION,
     EXTRACT,
+    FRAGILITY,
     INSPECT,
     MODEL,
     SELECTION,
     TRACE,
 )
+from abliterate.run_staleness import Stale, find_stale
 from abliterate.storage.artifacts import is_plain_name, read_record
 from abliterate.storage.json_text import parse_json
 
@@ -48,6 +50,8 @@ class Run:
     Attributes:
         folder: the run folder.
         edit_folder: where the edited checkpoint's record was found.
+        fragility: the record of fragility.
+        stale: the parts that are of something else than the folder holds now.
     """
 
     folder: Path
@@ -58,6 +62,20 @@ class Run:
     evaluation: Document | None = None
     edit: Document | None = None
     edit_folder: Path | None = None
+    fragility: Document | None = None
+    stale: Mapping[str, Stale] = field(default_factory=dict)
+
+    def current(self, part: str) -> Document | None:
+        """The record of a part; None where it is stale or missing."""
+        found: Document | None = getattr(self, part)
+        held = self.stale.get(part)
+        return found if held is None or held.rows else None
+
+    @property
+    def stale_rows(self) -> tuple[str, ...]:
+        """The rows of the evaluation that alone are stale."""
+        held = self.stale.get("evaluation")
+        return () if held is None else held.rows
 
     @property
     def model(self) -> str:
@@ -82,7 +100,7 @@ def read_run(folder: Path, edited: Path | None = None) -> Run:
         raise InputError(
             f"{folder} is no run folder: run `{command('extract', 'MODEL', '-o', folder)}`"
         )
-    for name in (EXTRACT, SELECTION, INSPECT, TRACE, EVALUATION):
+    for name in (EXTRACT, SELECTION, INSPECT, TRACE, EVALUATION, FRAGILITY):
         _stay_inside(folder / name, folder)
     extracted = _record(folder / EXTRACT, "extract MODEL -o RUN")
     selection = _record(folder / SELECTION, "select RUN")
@@ -100,7 +118,8 @@ def read_run(folder: Path, edited: Path | None = None) -> Run:
             f"`{command('extract', 'MODEL', '-o', folder)}` first"
         )
     found = (extracted, selection, inspected, traced, evaluation, edit)
-    return Run(folder, *found, place if edit else None)
+    fragility = _record(folder / FRAGILITY, "fragility RUN")
+    return Run(folder, *found, place if edit else None, fragility, find_stale(folder, edited))
 
 
 def _check_names(path: Path, evaluation: Document | None) -> None:

@@ -13,6 +13,8 @@ from abliterate.run_records import recorded_stability
 from abliterate.selection.certainty import often_first
 
 DASH = "\u2013"
+# What is put behind the name of whatever is stale.
+STALE = "stale"
 
 
 @dataclass(frozen=True)
@@ -39,26 +41,40 @@ def percent(value: Any, span: Sequence[float] | None = None) -> str:
     return text if not span else f"{text} [{span[0]:.1%}, {span[1]:.1%}]"
 
 
+def marked(run: Run) -> Document | None:
+    """The evaluation, with a mark on the names of the rows that alone are stale."""
+    if run.evaluation is None or not run.stale_rows:
+        return run.evaluation
+    changed = {}
+    for key in ("interventions", "deltas"):
+        held = run.evaluation.get(key) or {}
+        changed[key] = {mark_row(run, name): value for name, value in held.items()}
+    return {**run.evaluation, **changed}
+
+
+def mark_row(run: Run, name: str) -> str:
+    """The name of an evaluation's row as it is shown."""
+    return f"{name} ({STALE})" if name in run.stale_rows else name
+
+
 def tokens_of(run: Run) -> dict[int, str]:
-    """The template's token at each position."""
-    held = run.extract["positions"] if run.extract else []
+    """The template's token at each position; of a stale selection's candidates nothing is known."""
+    held = run.extract["positions"] if run.extract and "selection" not in run.stale else []
     return {int(entry["position"]): str(entry["token"]) for entry in held}
 
 
 def cards(run: Run) -> list[Card]:
-    """The numbers that come first."""
+    """The numbers that come first, of what is current alone."""
     found = [*_direction_cards(run)]
-    if run.evaluation:
-        found[1:1] = _refusal_cards(run.evaluation)
-    if run.edit:
-        before, after = (
-            max(float(t[key]) for t in run.edit["tensors"]) for key in ("before", "after")
-        )
+    if evaluation := run.current("evaluation"):
+        found[1:1] = _refusal_cards(evaluation)
+    if edit := run.current("edit"):
+        before, after = (max(float(t[key]) for t in edit["tensors"]) for key in ("before", "after"))
         found.append(
             Card(
                 "Largest share along the direction",
                 f"{before:.2g} → {after:.2g}",
-                f"of {len(run.edit['tensors'])} edited tensors, before and after",
+                f"of {len(edit['tensors'])} edited tensors, before and after",
             )
         )
     return found
@@ -68,6 +84,8 @@ def _direction_cards(run: Run) -> list[Card]:
     winner = run.selection["winner"] if run.selection else None
     if not run.selection:
         return []
+    if "selection" in run.stale:
+        return [Card("Direction", "stale", run.stale["selection"].why)]
     if winner is None:
         return [Card("Direction", "none", "no candidate passes the filters")]
     token = tokens_of(run).get(winner["position"])
@@ -385,6 +403,20 @@ def layer_rows(inspect: Document) -> list[list[str]]:
     return rows
 
 
+def computed_line(record: Document | None) -> str:
+    """How a stage computed: dtype, device, attention, batches, threads; empty for an older one."""
+    held = (record or {}).get("computed_with") or {}
+    if "dtype" not in held:
+        return ""
+    batches = (record or {}).get("batches") or {}
+    most = "".join(f", up to {count} {name.replace('_', ' ')}" for name, count in batches.items())
+    words = [str(held[name]) for name in ("dtype", "device", "attention") if held.get(name)]
+    small = held.get("quantization") or {}
+    words += [f"{small['method']} {small.get('bits')} bit"] if small.get("method") else []
+    asked = f"--batch-size {held.get('batch_size')}{most}"
+    return f"{', '.join(words)}, {asked}, {held.get('threads')} threads"
+
+
 def provenance(run: Run) -> list[tuple[str, str]]:
     """Where the numbers come from: model, hashes, seeds, versions, prompts."""
     rows: list[tuple[str, str]] = [("model", run.model)]
@@ -395,7 +427,8 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         rows += [
             (f"file {name}", str(digest)) for name, digest in identity.get("files", {}).items()
         ]
-    direction = (run.evaluation or run.inspect or run.edit or {}).get("direction")
+    parts = (run.current(part) for part in ("evaluation", "inspect", "edit"))
+    direction = next((part for part in parts if part), {}).get("direction")
     if direction:
         rows.append(("direction", str(direction["sha256"])))
     if run.extract:
@@ -417,9 +450,23 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         ("inspect", run.inspect),
         ("trace", run.trace),
     ):
+        part = {"select": "selection", "evaluate": "evaluation"}.get(name, name)
         if record:
             spent = f"{number(record['seconds'], '.1f')} s"
-            rows.append((name, f"seed {record['seed']}, {spent}, inputs {record['inputs']}"))
+            whole = part in run.stale and not run.stale[part].rows
+            mark = f" ({STALE})" if whole else ""
+            rows.append((name + mark, f"seed {record['seed']}, {spent}, inputs {record['inputs']}"))
+    rows += [
+        (f"computed, {name}", line)
+        for name, record in (
+            ("extract", run.extract),
+            ("select", run.selection),
+            ("evaluate", run.evaluation),
+            ("inspect", run.inspect),
+            ("trace", run.trace),
+        )
+        if (line := computed_line(record))
+    ]
     if first:
         made = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
         rows.append(("versions", made))

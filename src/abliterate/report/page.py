@@ -22,9 +22,9 @@ from markupsafe import Markup
 from abliterate.errors import InputError
 from abliterate.report import facts, geometry_figures, outcome_figures, selection_figures
 from abliterate.report.collect import Completions, Run, read_completions
-from abliterate.report.reproduce import commands, notes
+from abliterate.report.reproduce import commands, notes, renewals
 from abliterate.report.selection_figures import METRICS, Table
-from abliterate.report.style import plotly
+from abliterate.report.style import mark_stale, plotly
 from abliterate.selection.certainty import sentences
 from abliterate.storage.artifacts import OTHER_THINGS, versions
 from abliterate.storage.ownership import GENERATOR
@@ -65,9 +65,9 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         "run": run,
         "cards": _part("selection.json", lambda: facts.cards(run)),
         "outcomes": run.evaluation
-        and _part("evaluation.json", lambda: facts.outcome_table(run.evaluation or {})),
+        and _part("evaluation.json", lambda: facts.outcome_table(facts.marked(run) or {})),
         "candidates": run.selection
-        and _part("selection.json", lambda: facts.candidate_rows(_table(run), run.extract)),
+        and _part("selection.json", lambda: facts.candidate_rows(_table(run), _own_extract(run))),
         "resamples": run.selection
         and _part("selection.json", lambda: facts.resample_rows(run.selection or {})),
         "certainty": run.selection
@@ -81,6 +81,10 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         "slider": _slider(run),
         "provenance": _part("extract.json", lambda: facts.provenance(run)),
         "commands": _part("a record", lambda: commands(run, edited)),
+        "renewals": _part("a record", lambda: renewals(run, edited)),
+        "columns": [facts.mark_row(run, name) for name in completions.interventions]
+        if completions
+        else [],
         "notes": _part("a record", lambda: notes(run)),
         "versions": versions(),
         "number": facts.number,
@@ -108,6 +112,11 @@ def _part(file: str, make: Callable[[], Any]) -> Any:
         ) from None
 
 
+def _own_extract(run: Run) -> Mapping[str, Any] | None:
+    """The extraction whose candidates were scored, if it is the one that is there."""
+    return None if "selection" in run.stale else run.extract
+
+
 def _table(run: Run) -> Table:
     assert run.selection is not None
     return Table(run.selection, facts.tokens_of(run))
@@ -116,8 +125,13 @@ def _table(run: Run) -> Table:
 def make_figures(run: Run) -> Figures:
     """Every figure that the records allow, by name, in the order of the page."""
     found: Figures = {}
-    if run.evaluation is not None:
-        evaluation = run.evaluation
+    drawn_of: dict[str, str] = {}
+
+    def are_of(part: str) -> None:
+        """The figures that are new are this part's."""
+        drawn_of.update({name: part for name in found if name not in drawn_of})
+
+    if (evaluation := facts.marked(run)) is not None:
         found["refusals"] = _part("evaluation.json", lambda: outcome_figures.refusals(evaluation))
         found["categories"] = _part(
             "evaluation.json", lambda: outcome_figures.categories(evaluation)
@@ -125,6 +139,7 @@ def make_figures(run: Run) -> Figures:
         found["borderline_categories"] = _part(
             "evaluation.json", lambda: outcome_figures.categories(evaluation, "borderline")
         )
+    are_of("evaluation")
     if run.selection is not None:
         table = _part("selection.json", lambda: _table(run))
         for name, draw in (
@@ -134,6 +149,7 @@ def make_figures(run: Run) -> Figures:
             for metric in METRICS:
                 key = f"{metric.key.partition('_')[0]}_{name}"
                 found[key] = _part("selection.json", partial(draw, table, metric))
+    are_of("selection")
     if run.inspect is not None:
         inspect = run.inspect
         drawn: dict[str, Callable[[Any], Any]] = {"cosines": geometry_figures.cosines}
@@ -146,13 +162,21 @@ def make_figures(run: Run) -> Figures:
             }
         for key, make in drawn.items():
             found[key] = _part("inspect.json", partial(make, inspect))
+    are_of("inspect")
     if run.trace is not None:
         trace = run.trace
         found["trace"] = _part("trace.json", lambda: geometry_figures.trace_curves(trace))
+    are_of("trace")
     if run.edit is not None:
         edit = run.edit
         found["leaks"] = _part("abliterate.json", lambda: outcome_figures.leaks(edit))
-    return {name: made for name, made in found.items() if made is not None}
+    are_of("edit")
+    kept = {name: made for name, made in found.items() if made is not None}
+    for name, made in kept.items():
+        held = run.stale.get(drawn_of[name])
+        if held is not None and not held.rows:
+            mark_stale(made)
+    return kept
 
 
 def _slider(run: Run) -> dict[str, Any] | None:
@@ -171,7 +195,7 @@ def _payload(run: Run, figures: Figures, completions: Completions | None) -> dic
         payload["projections"] = run.inspect["projections"]
         payload["geometry"] = {row["layer"]: row["geometry"] for row in run.inspect["layers"]}
     if completions is not None:
-        payload["interventions"] = completions.interventions
+        payload["interventions"] = [facts.mark_row(run, n) for n in completions.interventions]
         payload["label"] = ((run.evaluation or {}).get("classifier") or {}).get("label")
         payload["rows"] = [
             {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel
 
 from abliterate.direction import FILE_NAME
+from abliterate.editing.file_names import RECORD
 from abliterate.report.collect import Document, Run
 from abliterate.settings import (
     Settings,
@@ -28,9 +30,14 @@ from abliterate.settings import (
     sections_of,
 )
 from abliterate.settings.values import split_server
+from abliterate.storage.artifacts import read_record
 
 _TRUST, _DIRECTION = "trust_remote_code", "DIRECTION"
 _SECTIONS = sections_of(Settings)
+# What a selection that chose nothing says of the options that admit a candidate.
+_ADMITS = re.compile(
+    r"(--kl-threshold|--induce-threshold|--prune-layers)[ =](-?[\d.]+(?:e[-+]?\d+)?)"
+)
 
 
 def commands(run: Run, edited: Path | None = None) -> list[str]:
@@ -40,32 +47,89 @@ def commands(run: Run, edited: Path | None = None) -> list[str]:
         run: the records.
         edited: the edited checkpoint's folder, if it is no part of the run folder.
     """
+    report = ["report", _argument(run.folder)]
+    report += [] if edited is None else ["--edited", _argument(edited)]
+    done = [*_by_part(run, edited).values(), report]
+    return [shlex.join(["abliterate", *command]) for command in done]
+
+
+def renewals(run: Run, edited: Path | None = None) -> dict[str, list[str]]:
+    """By stale part of a run, the commands that make it anew of what the folder holds now.
+
+    Args:
+        run: the records, and which of them are stale.
+        edited: as for :func:`commands`.
+    """
+    made = _by_part(run, edited, renew=True)
+    chosen = run.selection is None or run.selection.get("winner", True) is not None
+    again = [] if chosen or "selection" in run.stale else [_admitting(run, made["selection"])]
+    found: dict[str, list[str]] = {}
+    for part in run.stale:
+        first = again if part not in ("extract", "selection") else []
+        own = made.get(part, _fragility(run))
+        edits = [_edit_again(run, place) for place in run.stale[part].edits]
+        found[part] = [shlex.join(["abliterate", *command]) for command in (*first, *edits, own)]
+    return found
+
+
+def _by_part(run: Run, edited: Path | None, renew: bool = False) -> dict[str, list[str]]:
+    """The words of each part's command; to renew it, of the direction that the folder holds now."""
     folder = _argument(run.folder)
-    done: list[list[str]] = []
+    done: dict[str, list[str]] = {}
     base: Mapping[str, Any] = {}
     if run.extract is not None:
         base = run.extract["settings"]
         own = _changed("extract", base, {}, ("model", "chat", "extract"))
-        done.append(["extract", *_model(run.extract), "-o", folder, *own])
+        done["extract"] = ["extract", *_model(run.extract), "-o", folder, *own]
     if run.selection is not None:
         own = _later("select", run.selection, base)
         own += _changed("select", run.selection["settings"], {}, ("select",))
-        done.append(["select", folder, *own])
+        done["selection"] = ["select", folder, *own]
     if run.edit is not None:
         place = _argument(edited or run.edit_folder or "")
-        source = _model(run.edit, "source")
-        done.append(
-            ["orthogonalize", *source, "--direction", folder, "-o", place, *_edit(run.edit)]
-        )
+        words = ["orthogonalize", *_model(run.edit, "source"), "--direction", folder, "-o", place]
+        done["edit"] = [*words, *_edit(run.edit), *(["--overwrite"] if renew else [])]
     if run.evaluation is not None:
-        done.append(_evaluate(run, run.evaluation, base))
+        done["evaluation"] = _evaluate(run, run.evaluation, base, renew)
     if run.inspect is not None:
         position = f"--position={run.inspect['position']}"
-        done.append(["inspect", folder, *_later("inspect", run.inspect, base), position])
+        done["inspect"] = ["inspect", folder, *_later("inspect", run.inspect, base), position]
     if run.trace is not None:
-        done.append(_trace(run.trace, folder, base))
-    done.append(["report", folder, *([] if edited is None else ["--edited", _argument(edited)])])
-    return [shlex.join(["abliterate", *command]) for command in done]
+        done["trace"] = _trace(run.trace, folder, base)
+    return done
+
+
+def _edit_again(run: Run, place: Path) -> list[str]:
+    """The command of the checkpoint there, along the direction that the run holds now."""
+    record, folder = read_record(place / RECORD, "orthogonalize"), _argument(run.folder)
+    words = ["orthogonalize", *_model(record, "source"), "--direction", folder]
+    return [*words, "-o", _argument(place), *_edit(record), "--overwrite"]
+
+
+def _fragility(run: Run) -> list[str]:
+    """Its record holds no settings, but how many steps and prompts there were."""
+    record, command = run.fragility or {}, ["fragility", _argument(run.folder)]
+    counts, points = record.get("n_prompts"), record.get("points")
+    held = {
+        "--steps": len(points) if isinstance(points, list) else None,
+        "--n-test": counts.get("harmful") if isinstance(counts, Mapping) else None,
+        "--max-new-tokens": record.get("max_new_tokens"),
+    }
+    usual = {"--steps": 11, "--n-test": 32, "--max-new-tokens": 64}
+    for flag, value in held.items():
+        if isinstance(value, int) and value != usual[flag]:
+            command += _option(flag, value)
+    return command
+
+
+def _admitting(run: Run, command: list[str]) -> list[str]:
+    """The command of a select that chose nothing, with what admits the first of its front."""
+    front = (run.selection or {}).get("front") or [{}]
+    options: list[str] = []
+    for miss in front[0].get("fails") or ():
+        if (found := _ADMITS.fullmatch(str(miss.get("option")))) is not None:
+            options += [f"{found[1]}={found[2]}"]
+    return [*command, *options]
 
 
 def notes(run: Run) -> list[str]:
@@ -219,9 +283,12 @@ def _own_direction(run: Run) -> bool:
     return selected is None or selected == run.evaluation["direction"].get("sha256")
 
 
-def _evaluate(run: Run, record: Document, base: Mapping[str, Any]) -> list[str]:
+def _evaluate(
+    run: Run, record: Document, base: Mapping[str, Any], renew: bool = False
+) -> list[str]:
     command, folder = ["evaluate", *_model(record)], _argument(run.folder)
-    if record.get("direction") and _own_direction(run):
+    own = bool(record.get("direction")) and (renew or _own_direction(run))
+    if own:
         command += ["--direction", folder]
     else:
         base = {}
@@ -239,7 +306,7 @@ def _evaluate(run: Run, record: Document, base: Mapping[str, Any]) -> list[str]:
         place = str(places.get(name, {}).get("id") or run.edit_folder or name)
         command += _option("--checkpoint", _named(name, place))
     command += _later("evaluate", record, base)
-    command += _projected(record) if record.get("direction") and _own_direction(run) else []
+    command += _projected(record) if own else []
     return command + _changed("evaluate", record["settings"], {}, ("evaluate",))
 
 

@@ -72,6 +72,22 @@ def figure(title: str, x: str, y: str, height: int = 360) -> Any:
     return made
 
 
+def mark_stale(made: Any) -> None:
+    """A mark across a figure that is of something else than the run holds now."""
+    made.update_layout(title={"text": f"STALE: {made.layout.title.text}"})
+    made.add_annotation(
+        text="STALE",
+        xref="paper",
+        yref="paper",
+        x=0.5,
+        y=0.5,
+        showarrow=False,
+        textangle=-20,
+        opacity=0.35,
+        font={"size": 54, "color": "#a8320a"},
+    )
+
+
 def layer_axis(made: Any, n_layers: int) -> None:
     """Whole layers on the x axis, with some air at the ends."""
     step = max(1, math.ceil(n_layers / 16))

@@ -7,8 +7,8 @@ from it and need no model for what it holds (``RUN/scores.safetensors``).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,12 @@ def measured(values: Tensor) -> Tensor:
 
 
 def save_scores(
-    path: Path, scores: PromptScores, inputs: str, kl_on: str, offload: Any = None
+    path: Path,
+    scores: PromptScores,
+    inputs: str,
+    kl_on: str,
+    offload: Any = None,
+    computed: Mapping[str, str] | None = None,
 ) -> None:
     """Keep a table, atomically.
 
@@ -114,6 +119,7 @@ def save_scores(
         inputs: the hash of all that the scores depend on, but for where KL was measured.
         kl_on: where it was.
         offload: what the record of ``select`` says of how the model was streamed.
+        computed: how it computed: dtype, device, attention.
     """
     write_tensors(
         path,
@@ -122,6 +128,7 @@ def save_scores(
             "inputs": inputs,
             "kl_on": kl_on,
             "offload": json.dumps(offload),
+            "computed": json.dumps(dict(computed or {})),
             "abliterate": versions()["abliterate"],
         },
     )
@@ -135,11 +142,13 @@ class KeptScores:
         scores: the table, or None if it is no use.
         problem: why it is none; also where only its KL is no use.
         offload: as it was given to :func:`save_scores`.
+        computed: likewise.
     """
 
     scores: PromptScores | None = None
     problem: str | None = None
     offload: Any = None
+    computed: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_scores(path: Path, empty: PromptScores, inputs: str, kl_on: str) -> KeptScores:
@@ -166,6 +175,7 @@ def load_scores(path: Path, empty: PromptScores, inputs: str, kl_on: str) -> Kep
         names = [f.name for f in fields(empty)]
         tensors = read_tensors(path, *names)
         offload = json.loads(metadata.get("offload", "null"))
+        computed = _texts(json.loads(metadata.get("computed", "{}")))
     except (InputError, SafetensorError, OSError, ValueError, RecursionError):
         return KeptScores(problem="cannot be read")
     found = PromptScores(**tensors)
@@ -174,8 +184,10 @@ def load_scores(path: Path, empty: PromptScores, inputs: str, kl_on: str) -> Kep
     offload = offload if _is_summary(offload) else None
     if metadata.get("kl_on") != kl_on:
         found.forget_kl()
-        return KeptScores(found, "holds KL of another --kl-on, which is measured again", offload)
-    return KeptScores(found, None, offload)
+        return KeptScores(
+            found, "holds KL of another --kl-on, which is measured again", offload, computed
+        )
+    return KeptScores(found, None, offload, computed)
 
 
 def _are_scores(found: PromptScores) -> bool:
@@ -186,6 +198,12 @@ def _are_scores(found: PromptScores) -> bool:
     beyond = [bool((t[t.isfinite()].abs() > MAX_REFUSAL_SCORE + 1e-6).any()) for t in refusal]
     # A floor above zero would reject what passes.
     return not any(beyond) and not bool((found.kl_floor > 0).any())
+
+
+def _texts(value: Any) -> dict[str, str]:
+    """What a stranger's file says of how a model has computed: short texts by name, or nothing."""
+    held = value if isinstance(value, dict) else {}
+    return {name: text for name, text in held.items() if isinstance(text, str) and len(text) <= 100}
 
 
 def _is_summary(value: Any) -> bool:
