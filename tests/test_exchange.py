@@ -152,7 +152,7 @@ def _broken(folder: Path) -> dict[str, Path]:
     np.savez(files["none.npz"], other=np.ones(48))
     np.savez(files["wide.npz"], direction=np.ones((2, 48)))
     files["torn.npz"].write_bytes(files["none.npz"].read_bytes()[:60])
-    both = {f"layer_activations.{layer}": np.ones(48, np.float32) for layer in (3, 4)}
+    both = {f"layer_activations.{n}": np.ones(45 + n, np.float32) for n in (2, 3)}
     save_arrays(both, files["two.safetensors"])
     one = {"layer_activations.3": np.ones(48, np.float32)}
     save_arrays(one, files["sub.safetensors"], {"layer_type": "mlp"})
@@ -189,4 +189,7 @@ def test_control_vectors_of_strangers_are_refused(tiny, fails, run: Path, cli, t
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert "vectors of 2 layers" in fails("verify", tiny("llama"), "--direction", several, code=3)
+    result = cli("verify", tiny("llama"), "--direction", several, "--json")  # of layers 2 and 3
+    assert result.code == 6, result.err
+    layers = {writer["name"].split(".")[2] for writer in result.json["writers"]}
+    assert layers == {"weight", "2", "3"}

@@ -1,4 +1,8 @@
-"""A selected direction as an artifact: the vector and where it was taken from."""
+"""A selected direction as an artifact: the vector and where it was taken from.
+
+The same places may hold a direction set (``abliterate.direction_set``): :func:`load_directions`
+reads either, :func:`load_direction` refuses a set.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abliterate.direction_set import (
+    DIRECTIONS,
+    DirectionSet,
+    interpolated,
+    parse_interpolation,
+    recorded_set,
+    set_of_foreign,
+    set_of_means,
+    set_of_tensors,
+)
 from abliterate.errors import AbliterateError, InputError, UsageError
 from abliterate.exchange import (
     SUFFIXES,
+    ForeignVectors,
     check_format,
     encode,
     is_foreign,
     read_foreign,
     steering_layers,
 )
+from abliterate.settings import parse_layers
 from abliterate.storage.artifacts import (
     hash_file,
+    hash_text,
     read_record,
     read_tensors,
     tensor_metadata,
@@ -94,13 +111,28 @@ def is_edit_record(source: str | Path) -> bool:
     return Path(source).suffix.lower() == ".json"
 
 
-def find_direction(source: str | Path) -> Path:
+def find_direction(source: str | Path, position: int | None = None) -> Path:
     """The file of a run folder's direction, or the file itself; imports no torch.
+
+    Args:
+        source: the folder or file.
+        position: the means of this position are meant, which a run folder holds.
 
     Raises:
         InputError: there is none.
+        UsageError: means are meant, and it is no run folder.
     """
     path = Path(source)
+    if position is not None:
+        if not path.is_dir():
+            raise UsageError(
+                f"--position {position} takes the means that a run folder holds: give the folder "
+                f"of extract as --direction, not {source}"
+            )
+        path = path / MEANS_NAME
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: run `abliterate extract` first")
+        return path
     if path.is_dir():
         path = path / FILE_NAME
         if not path.is_file():
@@ -111,7 +143,9 @@ def find_direction(source: str | Path) -> Path:
     return path
 
 
-def load_direction(source: str | Path, project_harmless: bool = False) -> Direction:
+def load_direction(
+    source: str | Path, project_harmless: bool = False, winner: bool = False
+) -> Direction:
     """Read a run folder's direction, a safetensors file with a tensor ``direction``, or the one
     that the record of an edit holds.
 
@@ -119,15 +153,89 @@ def load_direction(source: str | Path, project_harmless: bool = False) -> Direct
         source: the folder or file.
         project_harmless: remove what the direction has along the mean harmless activation of its
             position and layer, which the run folder holds; nothing where that was done before.
+        winner: of a set that ``select --per-layer`` wrote, the one direction that it chose.
 
     Raises:
         InputError: there is none, it is not one vector of numbers, or nothing is left of it.
+        UsageError: it is a direction set.
     """
     path = find_direction(source)
-    direction = _read_direction(path)
-    if project_harmless and not direction.project_harmless:
-        return _projected(direction, path)
-    return direction
+    found = _read(path, winner)
+    if isinstance(found, DirectionSet):
+        raise UsageError(
+            f"{path} holds a direction for each layer, and this needs one for all: give a file "
+            "that holds one, or run select without --per-layer"
+        )
+    if project_harmless and not found.project_harmless:
+        return _projected(found, path)
+    return found
+
+
+def load_directions(
+    source: str | Path,
+    project_harmless: bool = False,
+    position: int | None = None,
+    interpolate: str | None = None,
+) -> Direction | DirectionSet:
+    """Read what :func:`load_direction` reads, or a direction set.
+
+    Args:
+        source: the folder or file.
+        project_harmless: as for :func:`load_direction`, for each layer of a set.
+        position: take the differences of the run folder's means at this position.
+        interpolate: ``linear`` or ``spherical``: fill the layers between those that have a
+            direction, or (``linear:4,10``) between these.
+
+    Raises:
+        InputError: there is none, or nothing is left of it.
+        UsageError: the run folder has no such position, or there is nothing to interpolate.
+    """
+    path = find_direction(source, position)
+    if position is not None:
+        found: Direction | DirectionSet = _of_means(path, position, project_harmless)
+    else:
+        found = _read(path)
+        if project_harmless and not found.project_harmless:
+            if isinstance(found, DirectionSet):
+                found = _projected_set(found, path)
+            else:
+                found = _projected(found, path)
+    if interpolate is None:
+        return found
+    kind, layers = parse_interpolation(interpolate)
+    chosen = parse_layers(layers, "--interpolate")
+    if not isinstance(found, DirectionSet):
+        raise UsageError(
+            f"--interpolate needs a direction for each of several layers, and {path} holds one for "
+            "all"
+        )
+    return interpolated(found, kind, None if chosen is None else sorted(chosen))
+
+
+def _of_means(path: Path, position: int, project_harmless: bool) -> DirectionSet:
+    """The differences of a run folder's means at one position.
+
+    Raises:
+        InputError: the file holds no means.
+        UsageError: it holds none at that position.
+    """
+    means = read_tensors(path, "mean_harmful", "mean_harmless")
+    try:
+        positions = json.loads(tensor_metadata(path)["positions"])
+        held = [int(one) for one in positions]
+        harmful, harmless = (mean[list(range(len(held)))] for mean in means.values())
+        if harmful.ndim != 3 or harmful.shape != harmless.shape:
+            raise ValueError
+    except (LookupError, TypeError, ValueError):
+        raise InputError(
+            f"{path} does not hold means by position and layer: run extract again"
+        ) from None
+    if position not in held:
+        raise UsageError(
+            f"--position {position}: {path} holds positions {', '.join(map(str, held))}"
+        )
+    row, sha256 = held.index(position), hash_file(path)
+    return set_of_means(harmful[row], harmless[row], position, sha256, project_harmless)
 
 
 def _projected(direction: Direction, path: Path) -> Direction:
@@ -161,19 +269,45 @@ def _projected(direction: Direction, path: Path) -> Direction:
     return replace(direction, vector=vector, project_harmless=True)
 
 
-def _read_direction(path: Path) -> Direction:
+def _projected_set(directions: DirectionSet, path: Path) -> DirectionSet:
+    """Each direction less what it has along the mean harmless activation of where it was taken.
+
+    Raises:
+        InputError: where one was taken is not known, or nothing is left of it.
+    """
+    rows = directions.vectors.clone()
+    for layer in directions.layers:
+        candidate = directions.candidates[layer]
+        if candidate is None:
+            raise InputError(
+                f"{path} does not say where its direction of layer {layer} was taken, which "
+                "--project-harmless needs: give the run folder of select --per-layer, or --position"
+            )
+        rows[layer] = _projected(Direction(rows[layer], *candidate), path).vector
+    sha256 = hash_text(str(directions.sha256), "project_harmless")
+    return replace(directions, vectors=rows, sha256=sha256, project_harmless=True)
+
+
+def _read(path: Path, winner: bool = False) -> Direction | DirectionSet:
     if is_edit_record(path):
-        return recorded_direction(read_record(path, "orthogonalize"), path)
+        record = read_record(path, "orthogonalize")
+        return recorded_set(record, path) or recorded_direction(record, path)
     if is_foreign(path):
         return _foreign(path)
     tensors = read_tensors(path)
+    if DIRECTIONS in tensors and not (winner and "direction" in tensors):
+        return set_of_tensors(tensors, tensor_metadata(path), path, hash_file(path))
     if "direction" not in tensors and steering_layers(list(tensors)):
         return _foreign(path)
+    if "direction" not in tensors and "mean_harmful" in tensors:
+        raise InputError(
+            f"{path} holds the means of extract: give its folder as --direction, with --position"
+        )
     vector = read_tensors(path, "direction")["direction"]
     if vector.ndim != 1 or not vector.is_floating_point():
         raise InputError(
             f"{path}: tensor 'direction' must be one vector of floats, not "
-            f"{list(vector.shape)} {vector.dtype}"
+            f"{list(vector.shape)} {vector.dtype} (a set is called 'directions')"
         )
     metadata = tensor_metadata(path)
 
@@ -192,11 +326,13 @@ def _read_direction(path: Path) -> Direction:
     )
 
 
-def _foreign(path: Path) -> Direction:
-    """The direction in a file of another program."""
+def _foreign(path: Path) -> Direction | DirectionSet:
+    """What a file of another program holds."""
     import torch
 
     found = read_foreign(path)
+    if isinstance(found, ForeignVectors):
+        return set_of_foreign(found, hash_file(path))
     return Direction(
         torch.from_numpy(found.values), found.position, found.layer, sha256=hash_file(path)
     )
@@ -243,7 +379,8 @@ def export_direction(
 def _is_exported(path: Path) -> bool:
     """Whether a file is one that holds nothing but a direction."""
     try:
-        _read_direction(path)
+        if isinstance(_read(path), DirectionSet):
+            return False
     except AbliterateError:
         return False
     return path.suffix != ".safetensors" or bool(steering_layers(list(read_tensors(path))))

@@ -33,6 +33,7 @@ _ARCHITECTURE = "controlvector"
 _GGUF_VECTOR, _STEERING_VECTOR = "direction.", "layer_activations."
 # The widest and deepest models' have some megabytes: more is no file of vectors.
 _LARGEST = 256 << 20
+_MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,23 @@ class ForeignVector:
     values: NDArray[np.float64]
     layer: int | None
     position: int | None = None
+
+
+@dataclass(frozen=True)
+class ForeignVectors:
+    """Vectors of several layers out of another program's file.
+
+    Attributes:
+        by_layer: float64 ``[d_model]`` by the block that it enters.
+        listed: the file lists its layers one by one: it does not say how many the model has.
+    """
+
+    by_layer: dict[int, NDArray[np.float64]]
+    listed: bool
+
+    @property
+    def width(self) -> int:
+        return len(next(iter(self.by_layer.values())))
 
 
 def encode(
@@ -124,11 +142,14 @@ def is_foreign(path: Path) -> bool:
     return path.suffix.lower() in (".gguf", ".npz")
 
 
-def read_foreign(path: Path) -> ForeignVector:
-    """The vector in a ``.gguf`` or ``.npz`` file, or in a safetensors file of steering-vectors.
+def read_foreign(path: Path) -> ForeignVector | ForeignVectors:
+    """What a ``.gguf`` or ``.npz`` file holds, or a safetensors file of steering-vectors.
+
+    One vector, or vectors of several layers; an npz file has these as ``directions``
+    ``[n_layers, d_model]``.
 
     Raises:
-        InputError: it cannot be read, or does not hold exactly one vector.
+        InputError: it cannot be read, or holds no vector.
         UsageError: the package that reads it is not installed.
     """
     if path.stat().st_size > _LARGEST:
@@ -137,7 +158,7 @@ def read_foreign(path: Path) -> ForeignVector:
         if path.suffix.lower() == ".npz":
             return _read_npz(path)
         read = _read_gguf if path.suffix.lower() == ".gguf" else _read_steering_vector
-        return _the_one(path, read(path))
+        return _by_entered_block(path, read(path))
     except (OSError, ValueError, LookupError, TypeError, EOFError, ArithmeticError,
             MemoryError, zipfile.BadZipFile) as error:  # fmt: skip
         raise InputError(
@@ -154,13 +175,26 @@ def steering_layers(names: list[str]) -> list[str]:
     ]
 
 
-def _the_one(path: Path, by_block: dict[int, NDArray[Any]]) -> ForeignVector:
-    """The only vector, by the block whose output it belongs to."""
-    if len(by_block) != 1:
-        held = f"vectors of {len(by_block)} layers" if by_block else "no vector"
-        raise InputError(f"{path} holds {held}: give a file that holds one direction")
-    ((block, vector),) = by_block.items()
-    return ForeignVector(_checked(path, vector), block + 1)
+def _by_entered_block(
+    path: Path, by_block: dict[int, NDArray[Any]]
+) -> ForeignVector | ForeignVectors:
+    """The vectors, each by the block whose output it belongs to in the file."""
+    if not by_block:
+        raise InputError(f"{path} holds no vector: give a file that holds a direction")
+    found = {block + 1: _checked(path, vector) for block, vector in sorted(by_block.items())}
+    if len(found) == 1:
+        ((layer, values),) = found.items()
+        return ForeignVector(values, layer)
+    return _several(path, found, listed=True)
+
+
+def _several(path: Path, found: dict[int, NDArray[np.float64]], listed: bool) -> ForeignVectors:
+    widths = {len(values) for values in found.values()}
+    if len(widths) > 1 or 0 in widths:
+        raise InputError(f"{path} holds vectors of different sizes: {sorted(widths)}")
+    if max(found) > _MOST_LAYERS:
+        raise InputError(f"{path} names layer {max(found)}: no model has so many")
+    return ForeignVectors(found, listed)
 
 
 def _checked(path: Path, vector: NDArray[Any]) -> NDArray[np.float64]:
@@ -173,16 +207,26 @@ def _checked(path: Path, vector: NDArray[Any]) -> NDArray[np.float64]:
     return np.array(vector, dtype=np.float64)
 
 
-def _read_npz(path: Path) -> ForeignVector:
+def _read_npz(path: Path) -> ForeignVector | ForeignVectors:
     import numpy as np
 
     with np.load(path, allow_pickle=False) as file:
-        if not isinstance(file, np.lib.npyio.NpzFile) or "direction" not in file.files:
-            raise InputError(f"{path} has no array 'direction'")
+        held = file.files if isinstance(file, np.lib.npyio.NpzFile) else []
+        if "direction" not in held and "directions" not in held:
+            raise InputError(f"{path} has no array 'direction' and none 'directions'")
         if sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > _LARGEST:
             raise InputError(f"{path} holds no direction: it unpacks to more than any has")
+        if "directions" in held:
+            rows = file["directions"]
+            if rows.ndim != 2 or not len(rows) or not np.issubdtype(rows.dtype, np.floating):
+                raise InputError(
+                    f"{path}: 'directions' must be [n_layers, d_model] floats, not "
+                    f"{list(rows.shape)} {rows.dtype}"
+                )
+            found = {layer: _checked(path, row) for layer, row in enumerate(rows)}
+            return _several(path, found, listed=False)
         numbers = {
-            name: int(file[name]) if name in file.files else None for name in ("layer", "position")
+            name: int(file[name]) if name in held else None for name in ("layer", "position")
         }
         return ForeignVector(_checked(path, file["direction"]), **numbers)
 

@@ -113,9 +113,10 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "device_map": ("auto", '{"": "cpu"}', "{}", "[]", "1", '{"x": "cpu"}', '{"": "cuda:9"}',
                    '{"": "disk"}', '{"": null}', "balanced", "sequential"),
     "direction": ("{run}", "{vector}", "{zero}", "{nan}", "{short}", "{matrix}",
-                  "{edited}/abliterate.json", "{edited}/config.json"),
+                  "{set}", "{edited}/abliterate.json", "{edited}/config.json"),
     "dtype": ("auto", "float32", "bfloat16", "float16", "float64", "int8", "float8_e4m3fn"),
     "gpu_memory": ("0", "1", "80GB", "-1", "nan", "1e400GB"),
+    "interpolate": ("linear", "spherical", "linear:0,2", "spherical:9", "linear:", "linear:3-1"),
     "image": ("gif", "PNG"),
     "intervention": ("baseline", "ablate", "add", "subtract", "checkpoint"),
     "judge": ("{model}", "{missing}", "{empty}"),
@@ -127,6 +128,7 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "memory": ("0", "1", "80GB", "-1", "nan", "1e400GB"),
     "norm_preserve": ("rows", "columns", "True", "cells"),
     "to": ("gguf", "npz", "steering-vectors", "onnx"),
+    "position": ("-1", "-5", "-999"),
     "positions": ("last", "post-instruction", "-1", "-1,-1", "-999", "0", "-1,-2", "1", "-9" * 20),
     "png": ("{mine}", "{file}"),
     "response_prefix": ("I", " ", "\n"),
@@ -271,6 +273,8 @@ def world(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
     places["config"].write_text("[evaluate]\nn_test = 2\n")
     vectors = {"vector": torch.randn(48), "zero": torch.zeros(48), "short": torch.ones(7),
                "nan": torch.full((48,), float("nan")), "matrix": torch.ones(2, 48)}  # fmt: skip
+    places["set"] = folder / "set.safetensors"
+    save_file({"directions": torch.randn(4, 48)}, places["set"])
     for name, vector in vectors.items():
         places[name] = folder / f"{name}.safetensors"
         save_file({"direction": vector}, places[name], {"layer": "99"})

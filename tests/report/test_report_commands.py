@@ -40,7 +40,7 @@ EVERY: dict[str, dict[str, Any]] = {
         "harmful": "harmbench", "harmless": "alpaca", "n_val": 8, "filter": False,
         "kl_threshold": 1e9, "induce_threshold": -1e9, "prune_layers": 0.0,
         "search": "exhaustive", "all_layers": True, "kl_on": "response:4",
-        "project_harmless": True,
+        "project_harmless": True, "position": -2, "interpolate": "spherical:4,10",
     },
     "orthogonalize": {
         "overwrite": True, "allow_leak": 0.25, "layers": "10-25", "components": "mlp,attention",
@@ -159,7 +159,8 @@ def test_commands_of_a_run_with_every_option_are_read_as_they_were_given() -> No
     select = parsed["select"]
     assert _given(select, "model") == machine
     assert _given(select, "chat") == {}
-    assert _given(select, "select") == EVERY["select"]
+    used_later = ("position", "interpolate")  # of what the direction is used for
+    assert _given(select, "select") == _expected("select", *used_later)
     edit = parsed["orthogonalize"]
     assert (edit["model"], edit["revision"], edit["output"]) == (
         "org/model", "abc123", Path("./-out"),

@@ -1,13 +1,17 @@
-"""What each layer lost, as a file: one direction and one scale for every decoder block."""
+"""What each layer lost, as a file: one direction and one scale for every decoder block.
+
+It is a direction set (``abliterate.direction_set``), which ``--direction`` takes.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from abliterate import direction_set
 from abliterate.auditing.edit_form import EditForm
 from abliterate.models.loading import Checkpoint
-from abliterate.storage.artifacts import finite, write_tensors
+from abliterate.storage.artifacts import finite
 
 
 def save_direction_set(path: Path, form: EditForm, checkpoint: Checkpoint) -> None:
@@ -23,9 +27,6 @@ def save_direction_set(path: Path, form: EditForm, checkpoint: Checkpoint) -> No
         form: of the edit.
         checkpoint: the edited one.
     """
-    tensors = {"directions": form.directions}
-    if form.outside is not None:
-        tensors["embedding"] = form.outside
     document = finite(form.document())
     scales = document.pop("layer_scales")
     metadata = {
@@ -35,4 +36,5 @@ def save_direction_set(path: Path, form: EditForm, checkpoint: Checkpoint) -> No
     }
     if checkpoint.revision is not None:
         metadata["revision"] = checkpoint.revision
-    write_tensors(path, tensors, metadata)
+    found = direction_set.DirectionSet(form.directions, form.outside)
+    direction_set.save_direction_set(path, found, metadata)

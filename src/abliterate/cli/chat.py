@@ -289,11 +289,11 @@ def chat(
         raise UsageError(f"{wanted} needs --direction")
     settings = load_settings(config, given)
     from abliterate.cli.commands import open_session
-    from abliterate.direction import find_direction, load_direction
+    from abliterate.direction import find_direction, load_directions
     from abliterate.run_records import source_of_direction
 
     if direction is not None:
-        find_direction(direction)
+        find_direction(direction, settings.select.position)
         settings = load_settings(config, given, _format_of(Path(direction)))
     sources = [] if direction is None else [source_of_direction(direction)]
     session = open_session(model, settings, sources=sources)
@@ -302,8 +302,9 @@ def chat(
 
     settle_rendering(session, several=True)
     decoding = Decoding(settings.evaluate.max_new_tokens, temperature, settings.model.seed)
-    projects = settings.select.project_harmless
-    vector = None if direction is None else load_direction(direction, projects)
+    made, vector = settings.select, None
+    if direction is not None:
+        vector = load_directions(direction, made.project_harmless, made.position, made.interpolate)
 
     def conversation() -> Conversation:
         return Conversation(session.load_in_memory(), vector, session.chat, decoding)

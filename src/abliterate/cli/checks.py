@@ -43,7 +43,7 @@ def verify(
 
     from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.cli.commands import find_recorded
-    from abliterate.direction import find_direction, load_direction
+    from abliterate.direction import find_direction, load_directions
     from abliterate.run_records import source_of_direction, source_of_edit
     from abliterate.settings import load_settings
 
@@ -51,20 +51,24 @@ def verify(
     model, prompts = given["model"], given["extract"]
     trust = bool(model["trust_remote_code"])
     checkpoint = find_checkpoint(edited, need="copy")
-    find_direction(direction)
+    chosen = given["select"]
+    find_direction(direction, chosen["position"])
     base = None
     if source is not None:
         records = [source_of_edit(checkpoint.folder), source_of_direction(direction)]
         base = find_recorded(source, model["revision"], records, trust, need="copy")
-    vector = load_direction(direction, bool(given["select"]["project_harmless"]))
+    vector = load_directions(
+        direction, bool(chosen["project_harmless"]), chosen["position"], chosen["interpolate"]
+    )
     from abliterate.checkpoints.shards import read_shards
+    from abliterate.inference.in_memory import engine_of
     from abliterate.offload import OpenOptions, choose_opener
     from abliterate.prompts.chat_template import encode_somehow
     from abliterate.prompts.sampling import load_prompts
     from abliterate.run_folder import batches_of, computes
     from abliterate.run_stage import computed_with
     from abliterate.storage.artifacts import versions
-    from abliterate.verification import leak_bound, measure_leak
+    from abliterate.verification import hook_distance, hooks_of, leak_bound, measure_leak
     from abliterate.verification import verify as check
 
     result, made = check(checkpoint, vector, base, trust), dict[str, Any]()
@@ -76,16 +80,24 @@ def verify(
             model["offload"],
             model["activation_memory"],
         )
-        loaded = choose_opener(checkpoint, options).open(checkpoint)
         texts = [
             prompt.text
             for kind in (prompts["harmful"] or "harmful", prompts["harmless"] or "harmless")
             for prompt in load_prompts(kind, "test", n_prompts, option="--n-prompts")
         ]
+        opener, hooks = choose_opener(checkpoint, options), None
+        if base is not None:  # one model in memory at a time
+            original = opener.open(base)
+            hooks = hooks_of(original, vector, encode_somehow(original.tokenizer, texts))
+            engine_of(original).close()
+            del original
+        loaded = opener.open(checkpoint)
+        ids = encode_somehow(loaded.tokenizer, texts)
         result = replace(
             result,
-            leak=measure_leak(loaded, vector, encode_somehow(loaded.tokenizer, texts)),
+            leak=measure_leak(loaded, vector, ids),
             leak_bound=leak_bound(read_shards(checkpoint.folder)),
+            distance=hooks and hook_distance(hooks, loaded, ids),
         )
         made = {
             "computed_with": computed_with("auto", 1) | computes(loaded) | batches_of(loaded),
@@ -102,9 +114,10 @@ def _show_verification(edited: str, result: Any, compared: bool) -> None:
     dirty = [writer for writer in result.writers if writer.fails]
     worst = max((writer.residual for writer in result.writers), default=0.0)
     checked = "writers edited as declared" if compared else "writers clean"
+    which = "its layer's direction" if result.by_layer else "the direction"
     rows = [
         [checked, f"{len(result.writers) - len(dirty)} of {len(result.writers)}"],
-        ["largest share along the direction", f"{worst:.1e}"],
+        [f"largest share along {which}", f"{worst:.1e}"],
     ]
     rows += [
         [f"other tensors {label}", str(len(getattr(result, label)))]
@@ -112,6 +125,14 @@ def _show_verification(edited: str, result: Any, compared: bool) -> None:
     ]
     if result.leak is not None:
         rows.append(["leak on prompts", f"{result.leak:.1e} (bound {result.leak_bound:.0e})"])
+    if (distance := result.distance) is not None:
+        rows.append(
+            [
+                "logits, edit against hooks",
+                f"{distance.logits:.2g} apart (ablation moves them by {distance.moved:.2g}; KL "
+                f"{distance.kl:.2g})",
+            ]
+        )
     print_table(edited, ["check", "result"], rows)
     for sentence in result.files[:20]:
         print_line(f"wrong: {sentence}")

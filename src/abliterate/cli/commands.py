@@ -106,10 +106,11 @@ def orthogonalize(
     """
     settings = load_settings(config, given)
     from abliterate.cli.tables import show_edit
-    from abliterate.direction import find_direction, is_edit_record, load_direction
+    from abliterate.direction import find_direction, is_edit_record, load_directions
 
     parse_layers(settings.orthogonalize.layers)
-    path = find_direction(direction)
+    chosen = settings.select
+    path = find_direction(direction, chosen.position)
     from abliterate.run_records import source_of_direction
 
     session = open_session(
@@ -120,11 +121,18 @@ def orthogonalize(
         sources=[source_of_direction(direction)],
     )
     if is_edit_record(path):
+        if chosen.interpolate is not None:
+            raise UsageError(
+                f"--interpolate is not what {path} records, whose edit is repeated as it was: "
+                "leave the option out, or give a run folder or a file as --direction"
+            )
         from abliterate.pipeline.stages import replay_stage
 
         record = replay_stage(session, path, output)
     else:
-        vector = load_direction(direction, settings.select.project_harmless)
+        vector = load_directions(
+            direction, chosen.project_harmless, chosen.position, chosen.interpolate
+        )
         from abliterate.pipeline.stages import orthogonalize_stage
 
         record = orthogonalize_stage(session, vector, output)

@@ -58,14 +58,14 @@ def evaluate(
     """
     from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.cli.evaluation_tables import show_evaluation
-    from abliterate.direction import find_direction, load_direction
+    from abliterate.direction import Direction, find_direction, load_directions
     from abliterate.evaluation.intervention_names import check_name
     from abliterate.run_records import source_of_direction
 
     for name in intervention or ():
         check_name(name, direction, checkpoint or ())
     if direction is not None:
-        find_direction(direction)
+        find_direction(direction, load_settings(config, given).select.position)
     named = name_checkpoints(checkpoint or [])
     run = Path(direction) if direction and Path(direction).is_dir() else None
     session = (
@@ -77,9 +77,13 @@ def evaluate(
         if run is None
         else later_session(run, model, config, given)
     )
-    projects = session.settings.select.project_harmless
-    vector = None if direction is None else load_direction(direction, projects)
-    names = intervention or (["baseline", "ablate", "add"] if vector else ["baseline"])
+    made = session.settings.select
+    vector = None
+    if direction is not None:
+        vector = load_directions(direction, made.project_harmless, made.position, made.interpolate)
+    # A set is ablated alone: no one layer's vector is the one to add.
+    usual = ["baseline", "ablate", *(["add"] if isinstance(vector, Direction) else [])]
+    names = intervention or (usual if vector else ["baseline"])
     edited = {name: find_checkpoint(folder) for name, folder in named.items()}
     from abliterate.evaluation.stage import evaluate_stage
 

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.console import log
+from abliterate.direction_set import DirectionSet
 from abliterate.editing.located_writers import locate_writers
 from abliterate.editing.tied_embeddings import untied_copies
 from abliterate.errors import PlanError, UnsupportedArchitectureError
 from abliterate.inference.interventions import unit_direction
+from abliterate.inference.layer_directions import LayerUnits, layer_units
 from abliterate.models.loading import Checkpoint
-from abliterate.writers import Proof, Writer, stream_width
+from abliterate.writers import Proof, Writer, is_post_norm, stream_width
 from abliterate.writers.discovery import orthonormal, writer_direction
 from abliterate.writers.disk_tensors import DiskTensor
 from abliterate.writers.tensor_slices import Ranges
@@ -38,6 +40,7 @@ class TensorEdit:
         region: the box to edit, or None for the whole tensor; whole along ``axis``.
         stored_as: the source's tensor that it is made from, where that has another name: a tied
             embedding of which the source holds the output head alone.
+        weight: what the edit's scale is multiplied by here.
     """
 
     name: str
@@ -47,6 +50,7 @@ class TensorEdit:
     layer: int | None
     region: Ranges | None = None
     stored_as: str | None = None
+    weight: float = 1.0
 
     @property
     def source(self) -> str:
@@ -70,6 +74,12 @@ class EditPlan:
         untied: the configuration has to say that embedding and head are not tied, though nothing
             is added: the files hold both, and they differ.
         config: the configuration of the plain model, as the library reads it.
+        directions: the set that the edit goes along, as it fits the model; None for one direction.
+        n_layers: decoder blocks of the model.
+        undirected: tensors on disk that write to the stream in layers for which the set holds no
+            direction: they stay as they are.
+        post_norm: what layers write passes a norm before it is added to the stream, so that the
+            logits of the edited model are not those of ablation's hooks.
         untouched: tensors on disk that the language model does not load (vision towers, multi-token
             prediction heads).
         leak: largest ``|h . r| / ||h||`` that the same edit leaves on a shrunken random copy.
@@ -86,11 +96,15 @@ class EditPlan:
     heads: tuple[TensorEdit, ...] = ()
     untied: bool = False
     config: Any = None
+    directions: DirectionSet | None = None
+    n_layers: int = 0
+    undirected: tuple[str, ...] = ()
+    post_norm: bool = False
 
 
 def make_plan(
     checkpoint: Checkpoint,
-    direction: Tensor,
+    direction: Tensor | DirectionSet,
     trust_remote_code: bool = False,
     allow_leak: float | None = None,
 ) -> EditPlan:
@@ -98,7 +112,8 @@ def make_plan(
 
     Args:
         checkpoint: the source.
-        direction: ``[d_model]``, of any length but zero.
+        direction: ``[d_model]``, of any length but zero; or one for each block, of which each
+            writer takes its own block's.
         trust_remote_code: the architecture's code lies in the checkpoint, and may run.
         allow_leak: accept an architecture that no edit makes exact, if what remains of a random
             direction on a shrunken copy is at most this.
@@ -110,13 +125,24 @@ def make_plan(
     """
     located = locate_writers(checkpoint, trust_remote_code)
     _require_exact(located.config, located.proof, allow_leak)
-    unit = unit_direction(direction, stream_width(located.model, located.plan))
+    n_layers, width = len(located.plan.blocks), stream_width(located.model, located.plan)
+    units: Tensor | LayerUnits
+    if isinstance(direction, DirectionSet):
+        direction = direction.fit(n_layers, width)
+        units = layer_units(located.model, located.plan, direction)
+    else:
+        units = unit_direction(direction, width)
     writers: dict[str, list[Writer]] = {}
     for writer in located.plan.writers:
         writers.setdefault(writer.parameter, []).append(writer)
     edits, heads, tied, head_only = [], [], set[str](), dict[str, str]()
+    undirected = list[str]()
     for tensor in located.disk.tensors:
         if tensor.parameter not in writers:
+            continue
+        unit = units if isinstance(units, Tensor) else units.of_module(tensor.parameter)
+        if unit is None:
+            undirected.append(tensor.name)
             continue
         edit = _tensor_edit(tensor, writers[tensor.parameter], unit, located.gains)
         if located.is_second(tensor):
@@ -148,6 +174,10 @@ def make_plan(
         tied=frozenset(tied),
         heads=tuple(heads),
         config=located.config,
+        directions=direction if isinstance(direction, DirectionSet) else None,
+        n_layers=n_layers,
+        undirected=tuple(undirected),
+        post_norm=is_post_norm(located.model, located.plan),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from abliterate.direction_set import DirectionSet
 from abliterate.editing.edit_plan import TensorEdit
 from abliterate.editing.edited_tensor import EditedTensor
 from abliterate.editing.file_names import CARD, RECORD
@@ -60,9 +61,7 @@ def edit_record(plan: OutputPlan, edited: Sequence[EditedTensor], files: Path) -
     return {
         "source": plan.source.identity(),
         "direction": plan.direction.summary(),
-        "vector": _unit_list(plan.direction.vector),
-        # As it was given, to the last bit: the edit can be repeated from its record.
-        "unnormalised": plan.direction.vector.double().tolist(),
+        **_values(plan),
         "options": plan.options.summary(),
         "promise": promise(full, plan.edit.plan.edits, plan.options),
         "untied": plan.untied,
@@ -76,6 +75,17 @@ def edit_record(plan: OutputPlan, edited: Sequence[EditedTensor], files: Path) -
         "files": file_list(files, RECORD, CARD),
         "versions": versions(),
     }
+
+
+def _values(plan: OutputPlan) -> dict[str, Any]:
+    """The direction, or that of each layer."""
+    if isinstance(plan.direction, DirectionSet):
+        fitted = plan.edit.full.directions
+        assert fitted is not None
+        return fitted.document()
+    vector = plan.direction.vector
+    # As it was given, to the last bit: the edit can be repeated from its record.
+    return {"vector": _unit_list(vector), "unnormalised": vector.double().tolist()}
 
 
 def _unit_list(vector: Tensor) -> list[float]:

@@ -77,7 +77,7 @@ def write_adapter(
     for edit in edits:
         down, part = _coefficients(edit, shards)
         module = f"base_model.model.{edit.name.removesuffix('.weight')}"
-        up = (-scale * edit.basis.T).to(torch.float32)
+        up = (-scale * edit.weight * edit.basis.T).to(torch.float32)
         # What is added to the weights is their product, no entry of which is larger than this.
         largest = up.abs().double().amax(0) @ down.abs().double().amax(1)
         if not bool(largest < torch.finfo(torch.float32).max):

@@ -43,6 +43,10 @@ class EditStrength:
     scale: float = 1.0
     keep_norms: Norms | None = None
 
+    def times(self, weight: float) -> EditStrength:
+        """The same with the scale multiplied."""
+        return EditStrength(self.scale * weight, self.keep_norms)
+
 
 @dataclass(frozen=True)
 class DirectionEnergy:

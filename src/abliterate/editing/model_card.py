@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from abliterate.console import safe
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet
 from abliterate.editing.edited_tensor import EditedTensor
 from abliterate.models.loading import Checkpoint
 from abliterate.storage.artifacts import write_atomically
@@ -24,7 +25,7 @@ _ADDED = """\
 the one direction of its residual stream that mediates refusal (Arditi et al. 2024,
 [arXiv 2406.11717](https://arxiv.org/abs/2406.11717)) added as a bias.
 
-- Direction: source layer {layer}, position {position}, sha256 {sha256}
+{directions}
 - Changed: {count} ({kinds}); the full list is in `abliterate.json`
 - {rest}
 {limits}
@@ -32,31 +33,42 @@ Made with [abliterate](https://pypi.org/project/abliterate/).
 """
 
 _TEXT = """\
-# {name}, with its refusal direction removed
+# {name}, with its refusal direction{plural} removed
 
-**Safety refusals were removed from this model.** It is {base} with one direction of its residual
-stream, the one that mediates refusal (Arditi et al. 2024,
-[arXiv 2406.11717](https://arxiv.org/abs/2406.11717)), projected out of every matrix that writes to
-the stream. It answers requests that the original declines. Whoever deploys it is responsible for
-the safeguards that the original brought along.
+**Safety refusals were removed from this model.** It is {base} with {what} It answers
+requests that the original declines. Whoever deploys it is responsible for the safeguards that the
+original brought along.
 
-- Direction: source layer {layer}, position {position}, sha256 {sha256}
+{directions}
 - Edited tensors: {count} ({kinds}); the full list is in `abliterate.json`
 - {rest}
 {limits}
 Made with [abliterate](https://pypi.org/project/abliterate/).
 """
 
+# What stands in the place of one direction where each layer has its own.
+_ONE = """one direction of its residual
+stream, the one that mediates refusal (Arditi et al. 2024,
+[arXiv 2406.11717](https://arxiv.org/abs/2406.11717)), projected out of every matrix that writes to
+the stream."""
+_SET = """a direction of its own for each
+layer (after Arditi et al. 2024, [arXiv 2406.11717](https://arxiv.org/abs/2406.11717)) projected out
+of the matrices by which that layer writes to the residual stream. No layer writes along its own
+direction; other layers may, so the stream as a whole is free of none of them."""
+_ONE_LINE = "- Direction: source layer {layer}, position {position}, sha256 {sha256}"
+_SET_LINE = "- Directions: {count} of {n_layers} layers, sha256 {sha256}; embeddings: {outside}"
+
 
 def write_model_card(
     path: Path,
     base: Checkpoint,
-    direction: Direction,
+    direction: Direction | DirectionSet,
     edited: Sequence[EditedTensor],
     *,
     limits: Sequence[str] = (),
     adapter: bool = False,
     added: float | None = None,
+    directions: DirectionSet | None = None,
 ) -> None:
     """Write ``README.md``; licence and languages are taken over from the source's card.
 
@@ -68,6 +80,7 @@ def write_model_card(
         limits: what the edit does not promise, a sentence each.
         adapter: it is a PEFT adapter.
         added: the coefficient, if the direction was added instead.
+        directions: the set that was removed, as it fits the model, if each layer lost its own.
     """
     name = base.folder.name if base.revision is None else base.name
     inherited = _inherited(base.folder / "README.md")
@@ -90,13 +103,26 @@ def write_model_card(
         limits="".join(f"- Limit: {markdown(limit)}.\n" for limit in limits),
         name=markdown(name),
         base=code(name) + ("" if base.revision is None else f" at commit {code(base.revision)}"),
-        layer=direction.layer,
-        position=direction.position,
-        sha256=code(str(direction.sha256)),
+        plural="" if directions is None else "s",
+        what=_ONE if directions is None else _SET,
+        directions=_taken_from(direction, directions),
         count=len(edited),
         kinds=", ".join(f"{count} {markdown(kind)}" for kind, count in kinds.items()),
     )
     write_atomically(path, f"---\n{data.to_yaml()}\n---\n\n{text}".encode())
+
+
+def _taken_from(direction: Direction | DirectionSet, fitted: DirectionSet | None) -> str:
+    """The card's line on what was removed."""
+    sha256 = code(str(direction.sha256))
+    if isinstance(direction, Direction):
+        return _ONE_LINE.format(layer=direction.layer, position=direction.position, sha256=sha256)
+    held = fitted or direction
+    own = "left alone" if not held.outside.any() else "the first of these"
+    outside = own if held.embedding is None or own == "left alone" else "one of their own"
+    return _SET_LINE.format(
+        count=len(held.layers), n_layers=len(held.vectors), sha256=sha256, outside=outside
+    )
 
 
 def markdown(text: str) -> str:

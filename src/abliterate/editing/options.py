@@ -195,6 +195,15 @@ def apply_options(plan: EditPlan, options: EditOptions) -> EditPlan:
     return replace(plan, edits=edits, copies=copies, untied=untied)
 
 
+def _undirected_layers(plan: EditPlan) -> str:
+    """Layers for which the set holds no direction."""
+    assert plan.directions is not None
+    there = plan.directions.layers
+    missing = [str(layer) for layer in range(plan.n_layers) if layer not in there]
+    missing += [] if plan.directions.outside.any() else ["embeddings"]
+    return ", ".join(missing)
+
+
 def tied_matrices_agree(plan: EditPlan) -> bool:
     """Whether an output head that is stored beside its tied embedding holds the same bytes.
 
@@ -224,6 +233,16 @@ def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -
             "limits": [f"{options.add:g} times the direction is added, nothing is removed"],
         }
     less = []
+    if plan.directions is not None:
+        less.append(
+            "each layer lost its own direction alone: what other layers write along it is still in "
+            "the stream"
+        )
+    if plan.undirected:
+        less.append(
+            f"{len(plan.undirected)} writers are as they were: the set holds no direction for "
+            f"their layers ({_undirected_layers(plan)})"
+        )
     done = {(edit.source, edit.region) for edit in edits}
     kept = sum((edit.source, edit.region) not in done for edit in plan.edits)
     if kept:
@@ -251,6 +270,7 @@ def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -
     return {
         "tensors_orthogonal": clean and options.scale == 1,
         "stream_orthogonal": not less,
+        **({} if plan.directions is None else {"by_layer": True}),
         "remaining_share": 1 - options.scale,
         "limits": less,
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 from abliterate.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from abliterate.console import log, progress_bar
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet
 from abliterate.distributed.rank_group import RankGroup, join_ranks
 from abliterate.editing.auxiliary_files import (
     check_space,
@@ -63,7 +64,7 @@ _ENTRY_BYTES, _NUMBER_BYTES, _TEXT_BYTES = 1024, 64, 64 << 10
 
 def orthogonalize(
     model: Checkpoint | str,
-    direction: Direction | Tensor,
+    direction: Direction | DirectionSet | Tensor,
     out: str | Path,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -77,7 +78,8 @@ def orthogonalize(
 
     Args:
         model: the source checkpoint, a folder or a hub id; read block by block.
-        direction: what to remove.
+        direction: what to remove: one direction, or one for each block (a set, or a tensor
+            ``[n_layers, d_model]``).
         out: the folder to make; until it is complete it grows in ``<out>.partial``.
         overwrite: replace ``out`` if it exists.
         trust_remote_code: the architecture's code lies in the checkpoint, and may run.
@@ -102,7 +104,7 @@ def orthogonalize(
     if isinstance(model, str):
         model = find_checkpoint(model, leave_shards=low_disk, need="copy")
     if isinstance(direction, Tensor):
-        direction = Direction(direction)
+        direction = DirectionSet(direction) if direction.ndim == 2 else Direction(direction)
     if model.remote is not None:
         _check_low_disk(options)
     ranks, source = join_ranks(), model
@@ -250,12 +252,18 @@ def _check_space(plan: OutputPlan, workspace: Workspace, extra_bytes: int) -> No
     report = (
         _TEXT_BYTES
         + _ENTRY_BYTES * len(plan.edit.plan.edits)
-        + _NUMBER_BYTES * plan.direction.vector.numel()
+        + _NUMBER_BYTES * _numbers(plan.direction)
     )
     there = [workspace.files / name for name in workspace.finished]
     there += [path for path in workspace.fetched.glob("*.safetensors") if path.is_file()]
     present = sum(bytes_on_disk(path) for path in there)
     check_space(workspace.out, [*plan.sizes, report, extra_bytes], present)
+
+
+def _numbers(direction: Direction | DirectionSet) -> int:
+    """How many the record holds."""
+    held = direction.vectors if isinstance(direction, DirectionSet) else direction.vector
+    return held.numel()
 
 
 def publish(plan: OutputPlan, workspace: Workspace, overwrite: bool, ranks: RankGroup) -> None:
@@ -306,6 +314,7 @@ def _write_other_files(plan: OutputPlan, workspace: Workspace) -> None:
         limits=record["promise"]["limits"],
         adapter=plan.options.as_lora,
         added=plan.options.add,
+        directions=plan.edit.full.directions,
     )
 
 

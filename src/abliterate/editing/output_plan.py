@@ -15,6 +15,7 @@ from abliterate.checkpoints.config_sizes import CONFIG
 from abliterate.checkpoints.safetensors_header import FileStamp
 from abliterate.checkpoints.shards import INDEX
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet
 from abliterate.editing.auxiliary_files import AuxiliaryFiles, find_auxiliary_files
 from abliterate.editing.file_names import CARD, RECORD
 from abliterate.editing.lora import check_targets
@@ -47,7 +48,7 @@ class OutputPlan:
     """
 
     source: Checkpoint
-    direction: Direction
+    direction: Direction | DirectionSet
     options: EditOptions
     edit: PlannedEdit
     context: EditContext
@@ -56,6 +57,12 @@ class OutputPlan:
     auxiliary: AuxiliaryFiles
     beside: WeightsBeside
     stamps: Mapping[Path, FileStamp]
+
+    @property
+    def _values(self) -> Any:
+        if isinstance(self.direction, DirectionSet):
+            return self.direction.document()
+        return self.direction.vector.tolist()
 
     @property
     def untied(self) -> list[str]:
@@ -74,7 +81,10 @@ class OutputPlan:
     def inputs(self) -> str:
         """A hash of all that the result depends on."""
         edits = [
-            [e.name, e.axis, e.kind, e.layer, e.region, hash_text(repr(e.basis.tolist()))]
+            [
+                *(e.name, e.axis, e.kind, e.layer, e.region, hash_text(repr(e.basis.tolist()))),
+                *([e.weight] if e.weight != 1 else []),
+            ]
             for e in self.edit.plan.edits
         ]
         return hash_json(
@@ -85,7 +95,7 @@ class OutputPlan:
                     name: hash_text(str(layout.header), str(layout.tensors))
                     for name, layout in self.layouts.items()
                 },
-                "direction": [self.direction.summary(), self.direction.vector.tolist()],
+                "direction": [self.direction.summary(), self._values],
                 "edits": edits,
                 "options": self.options.summary(),
                 "documents": self.documents,
@@ -102,7 +112,7 @@ def stamp_documents(source: Checkpoint) -> dict[Path, FileStamp]:
 
 def plan_output(
     source: Checkpoint,
-    direction: Direction,
+    direction: Direction | DirectionSet,
     options: EditOptions,
     *,
     edit: PlannedEdit,

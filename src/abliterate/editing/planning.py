@@ -18,12 +18,14 @@ from abliterate.checkpoints.quantized_formats import (
     read_config,
 )
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet
 from abliterate.editing.baked_addition import plan_addition
 from abliterate.editing.edit_plan import EditPlan, make_plan
 from abliterate.editing.edited_tensor import EditedTensor
 from abliterate.editing.options import EditOptions, apply_options, tied_matrices_agree
 from abliterate.editing.shard_layout import TensorChanges
 from abliterate.editing.tensor_changes import plan_changes, resolve_edits, untie_document
+from abliterate.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class PlannedEdit:
 
 def plan_edit(
     source: Checkpoint,
-    direction: Direction,
+    direction: Direction | DirectionSet,
     options: EditOptions,
     trust_remote_code: bool = False,
     allow_leak: float | None = None,
@@ -70,10 +72,16 @@ def plan_edit(
     """
     config = read_config(source.folder)
     check_method(source.folder, config)
-    full = make_plan(source, direction.vector, trust_remote_code, allow_leak)
+    if options.add is not None and isinstance(direction, DirectionSet):
+        raise UsageError(
+            "--add needs one direction, and a set holds one for each layer: give one direction, or "
+            "leave --add out"
+        )
+    along = direction if isinstance(direction, DirectionSet) else direction.vector
+    full = make_plan(source, along, trust_remote_code, allow_leak)
     quantized = find_quantized(full.shards, config)
     full = replace(full, edits=resolve_edits(full.edits, full.shards, quantized))
-    if options.add is not None:
+    if options.add is not None and isinstance(direction, Direction):
         return _plan_added(full, quantized, direction, options.add, config)
     plan = apply_options(full, options)
     changes, new_config = plan_changes(plan, quantized, options.quantized, config)

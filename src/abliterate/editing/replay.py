@@ -10,6 +10,7 @@ from typing import Any
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.console import log
 from abliterate.direction import Direction, recorded_direction
+from abliterate.direction_set import DirectionSet, recorded_set
 from abliterate.editing.options import EditOptions, edit_options
 from abliterate.editing.recorded_options import recorded_options
 from abliterate.errors import CheckpointError, UsageError
@@ -45,7 +46,7 @@ class RecordedEdit:
     """
 
     path: Path
-    direction: Direction
+    direction: Direction | DirectionSet
     options: EditOptions
     source: Mapping[str, Any]
     device: str
@@ -59,7 +60,8 @@ def read_recorded_edit(path: Path) -> RecordedEdit:
         InputError: it is no record of an edit.
     """
     record = read_record(path, "orthogonalize")
-    direction, options = recorded_direction(record, path), recorded_options(record, path)
+    direction = recorded_set(record, path) or recorded_direction(record, path)
+    options = recorded_options(record, path)
     source, made_by = record.get("source"), record.get("versions")
     return RecordedEdit(
         path,

@@ -203,7 +203,7 @@ class _Shard:
                 yield from _MatrixEdit(
                     index=index,
                     basis=edit.basis,
-                    strength=self.context.strength,
+                    strength=self.context.strength.times(edit.weight),
                     matrix=matrix,
                     matrix_slice=matrix_slice,
                     tensor=tensor,
@@ -218,8 +218,10 @@ class _Shard:
         """A quantized tensor that becomes a plain one, with its edit if it has one."""
         assert tensor.replaces is not None
         stored = self.context.quantized[tensor.replaces]
+        strength = self.context.strength
         if edits:
             index, axis, basis = edits[0][0], edits[0][1].axis, edits[0][1].basis
+            strength = strength.times(edits[0][1].weight)
         else:
             index, axis = _NO_EDIT, len(stored.shape) - 2
             basis = torch.zeros(0, stored.shape[axis], dtype=torch.float64)
@@ -228,7 +230,7 @@ class _Shard:
             yield from _MatrixEdit(
                 index=index,
                 basis=basis,
-                strength=self.context.strength,
+                strength=strength,
                 matrix=matrix,
                 matrix_slice=matrix_slice,
                 tensor=tensor,

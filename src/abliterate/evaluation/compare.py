@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.completions import (
     Completion,
@@ -105,23 +106,32 @@ class Outcome:
         }
 
 
-def change_of(name: str, direction: Direction | None) -> Change:
+def change_of(name: str, direction: Direction | DirectionSet | None) -> Change:
     """What an intervention, checked, does to the model."""
     if direction is None or name == "baseline":
         return None
+    if isinstance(direction, DirectionSet):
+        return direction, None
     if name == "ablate":
         return direction.vector, None
     return (direction.vector if name == "add" else -direction.vector), direction.layer
 
 
-def check_intervention(name: str, direction: Direction | None) -> None:
+def check_intervention(name: str, direction: Direction | DirectionSet | None) -> None:
     """Refuse what is no ``baseline``, ``ablate``, ``add`` or ``subtract``.
 
     Raises:
-        UsageError: the name is unknown, or it needs a direction or a source layer it lacks.
+        UsageError: the name is unknown, or it needs a direction or a source layer it lacks, or one
+            direction where there is a set.
     """
     check_name(name, direction)
-    if name in ("add", "subtract") and direction is not None and direction.layer is None:
+    if name in ("add", "subtract") and isinstance(direction, DirectionSet):
+        raise UsageError(
+            f"--intervention {name} needs one direction, and a set holds one for each layer: give "
+            "one direction, or --intervention ablate"
+        )
+    single = direction if isinstance(direction, Direction) else None
+    if name in ("add", "subtract") and single is not None and single.layer is None:
         raise UsageError(f"--intervention {name} needs a direction file that records its layer")
 
 
@@ -130,7 +140,7 @@ def evaluate(
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     refusal_tokens: Sequence[int],
-    direction: Direction | None = None,
+    direction: Direction | DirectionSet | None = None,
     interventions: Sequence[str] = ("baseline", "ablate", "add"),
     edited: Mapping[str, LoadedModel] | None = None,
     chat: ChatFormat | None = None,

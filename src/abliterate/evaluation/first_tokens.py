@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet
 from abliterate.evaluation.compare import KINDS, change_of
 from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of
@@ -27,7 +28,7 @@ class FirstTokenLogits:
         self,
         load: Callable[[str], LoadedModel],
         interventions: Sequence[str],
-        direction: Direction | None,
+        direction: Direction | DirectionSet | None,
         ids: Mapping[str, Sequence[Sequence[int]]],
         batch_size: int | str,
     ) -> None:

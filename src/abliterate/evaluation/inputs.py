@@ -9,6 +9,7 @@ from typing import Any
 
 from abliterate.console import log
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.classifier import Classifier, find_classifier
 from abliterate.evaluation.compare import BORDERLINE, check_intervention
@@ -47,7 +48,7 @@ class EvaluationInputs:
         used: keys of the prompts that the run has used, by kind; None without a run folder.
     """
 
-    direction: Direction | None
+    direction: Direction | DirectionSet | None
     edited: Mapping[str, Checkpoint]
     rows: Sequence[str]
     prompts: Mapping[str, tuple[Prompt, ...]]
@@ -100,7 +101,7 @@ class EvaluationInputs:
 
 def read_inputs(
     session: Session,
-    direction: Direction | None,
+    direction: Direction | DirectionSet | None,
     rows: Sequence[str],
     edited: Mapping[str, Checkpoint],
     run: Path | None,
@@ -258,7 +259,9 @@ def _check_engine(session: Session) -> None:
 
 
 def order_rows(
-    interventions: Sequence[str], edited: Mapping[str, Checkpoint], direction: Direction | None
+    interventions: Sequence[str],
+    edited: Mapping[str, Checkpoint],
+    direction: Direction | DirectionSet | None,
 ) -> list[str]:
     """The names of the rows, each once, checked.
 

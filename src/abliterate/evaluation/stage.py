@@ -8,6 +8,7 @@ from typing import Any
 
 from abliterate.console import log
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet
 from abliterate.errors import InterruptedWorkError
 from abliterate.evaluation.classifier import classify_files
 from abliterate.evaluation.compare import BORDERLINE, KINDS, deltas
@@ -33,7 +34,7 @@ EVALUATE_STAGE = Stage(
 
 def evaluate_stage(
     session: Session,
-    direction: Direction | None,
+    direction: Direction | DirectionSet | None,
     interventions: Sequence[str],
     edited: Mapping[str, Checkpoint],
     run: Path | None,

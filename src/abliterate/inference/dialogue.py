@@ -11,13 +11,14 @@ import torch
 from transformers import GenerationConfig
 
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
 from abliterate.inference.answer_stream import AnswerStream, Heard, no_words
 from abliterate.inference.answer_text import AnswerReader
 from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.forward import padding_token
 from abliterate.inference.generation import stop_tokens
-from abliterate.inference.interventions import ablate, add, unit_direction
+from abliterate.inference.interventions import ablate, ablation_units, add, unit_direction
 from abliterate.metrics.answers import Parts
 from abliterate.models.embedding_rows import require_token
 from abliterate.models.loading import LoadedModel
@@ -74,7 +75,7 @@ class Conversation:
     """
 
     loaded: LoadedModel
-    direction: Direction | None
+    direction: Direction | DirectionSet | None
     chat: ChatFormat = field(default_factory=ChatFormat)
     decoding: Decoding = field(default_factory=Decoding)
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -137,7 +138,13 @@ class Conversation:
             if direction is None:
                 raise UsageError("there is no direction to steer along: pass --direction")
             if steering.kind == "ablate":
-                context = ablate(model, direction.vector)
+                along = direction if isinstance(direction, DirectionSet) else direction.vector
+                context = ablate(model, along)
+            elif isinstance(direction, DirectionSet):
+                raise UsageError(
+                    "a direction set is ablated, not added: no one layer's direction is the one to "
+                    "add; give one direction"
+                )
             elif direction.layer is None:
                 raise UsageError(
                     "the direction does not record its layer, which adding it needs: use one that "
@@ -161,6 +168,9 @@ class Conversation:
         if self.direction is None:
             return
         model = self.loaded.model
+        if isinstance(self.direction, DirectionSet):
+            ablation_units(model, self.direction)
+            return
         unit_direction(self.direction.vector, stream_width(model, find_writers(model)))
         layer, count = self.direction.layer, len(decoder_blocks(model))
         if layer is not None and not 0 <= layer < count:

@@ -17,14 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.checkpoints.checkpoint import Checkpoint
+from abliterate.direction_set import DirectionSet
 from abliterate.models.device_placement import Placement
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat
 
 Prompts = Sequence[Sequence[int]]
 # None is the model as it is, else a direction ``[d_model]`` with the block at whose input it is
-# added (as it is), or None to ablate it.
-Change = tuple[Tensor, int | None] | None
+# added (as it is), or None to ablate it; a set is ablated.
+Change = tuple[Tensor, int | None] | tuple[DirectionSet, None] | None
 # Called with row and token ids of an answer; gives what is shown beside the bar.
 OnAnswer = Callable[[int, list[int]], str | None]
 
@@ -125,8 +126,11 @@ class Engine(Protocol):
     ) -> ActivationReader:
         """What gives ``resid_pre`` at ``positions``, with last-token logits."""
 
-    def leak(self, direction: Tensor, prompts: Prompts) -> float:
+    def leak(self, direction: Tensor | DirectionSet, prompts: Prompts) -> float:
         """Largest ``|h[l, t] . r| / ||h[l, t]||`` over block boundaries, prompts and tokens.
+
+        Of a set: the largest share of a term that is added to the stream along its own layer's
+        direction (:func:`abliterate.inference.layer_directions.watching_shares`).
 
         Raises:
             CheckpointError: the embedding has no row for a token.

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.console import progress
+from abliterate.direction_set import DirectionSet
 from abliterate.inference.engine import (
     ActivationReader,
     BatchActivations,
@@ -31,6 +32,7 @@ from abliterate.inference.forward import (
 )
 from abliterate.inference.generation import greedy_answers
 from abliterate.inference.interventions import ablate, add
+from abliterate.inference.layer_directions import layer_units, leak_by_layer
 from abliterate.models.device_placement import Placement, devices
 from abliterate.models.embedding_rows import require_token
 from abliterate.models.loading import LoadedModel
@@ -94,16 +96,24 @@ class InMemoryEngine:
     ) -> ActivationReader:
         return InMemoryReader(self.loaded.model, prompts, positions, batch_size)
 
-    def leak(self, direction: Tensor, prompts: Prompts) -> float:
+    def leak(self, direction: Tensor | DirectionSet, prompts: Prompts) -> float:
         model = self.loaded.model
-        blocks = find_writers(model).blocks
+        plan = find_writers(model)
+        units = None
+        if isinstance(direction, DirectionSet):
+            units = layer_units(model, plan, direction)
         for ids in prompts:
             require_token(model, max(ids, default=0), "the prompts")
         device = model.get_input_embeddings().weight.device
-        return max(
-            leak(model, direction, torch.tensor([ids], device=device), blocks)
-            for ids in progress(prompts, "verify: prompts", total=len(prompts))
-        )
+
+        def leak_on(ids: Sequence[int]) -> float:
+            batch = torch.tensor([ids], device=device)
+            if isinstance(direction, DirectionSet):
+                assert units is not None
+                return leak_by_layer(model, units, batch)
+            return leak(model, direction, batch, plan.blocks)
+
+        return max(leak_on(ids) for ids in progress(prompts, "verify: prompts", total=len(prompts)))
 
     def candidates_at_once(self, tokens: int) -> int:
         return 1 << 20  # they run one after the other
@@ -228,4 +238,6 @@ def under(model: PreTrainedModel, change: Change) -> AbstractContextManager[None
     if change is None:
         return nullcontext()
     vector, layer = change
-    return ablate(model, vector) if layer is None else add(model, vector, layer)
+    if isinstance(vector, DirectionSet) or layer is None:
+        return ablate(model, vector)
+    return add(model, vector, layer)

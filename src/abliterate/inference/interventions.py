@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
 from abliterate.inference.forward import block_input
+from abliterate.inference.layer_directions import LayerUnits, check_sites, layer_units
 from abliterate.writers import HookPoint, decoder_blocks, find_writers, stream_width
 
 
@@ -60,23 +62,44 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def ablation_units(model: PreTrainedModel, direction: Tensor | DirectionSet) -> Tensor | LayerUnits:
+    """What ``ablate`` projects out: the unit direction, or that of each layer.
+
+    Raises:
+        InputError: the direction does not fit.
+        UnsupportedArchitectureError: the model's writers are not known, or a set cannot be ablated.
+    """
+    plan = find_writers(model)
+    if isinstance(direction, Tensor) and direction.ndim == 2:
+        direction = DirectionSet(direction)
+    if isinstance(direction, DirectionSet):
+        check_sites(model, plan)
+        return layer_units(model, plan, direction)
+    return unit_direction(direction, stream_width(model, plan))
+
+
 @contextmanager
-def ablate(model: PreTrainedModel, direction: Tensor, scale: float = 1.0) -> Iterator[None]:
+def ablate(
+    model: PreTrainedModel, direction: Tensor | DirectionSet, scale: float = 1.0
+) -> Iterator[None]:
     """Within the context, no component of ``model`` writes along ``direction``.
 
     Args:
         model: any supported causal language model.
-        direction: ``[d_model]``, of any length but zero.
+        direction: ``[d_model]``, of any length but zero; or one for each block, a set or
+            ``[n_layers, d_model]``: what block ``l`` writes loses row ``l``, what is written before
+            the first block loses the first.
         scale: ``s`` of ``c <- c - s (c . r) r``, 0 to 1: 1 removes all, 0.5 half of it.
 
     Raises:
         InputError: the direction does not fit.
         UnsupportedArchitectureError: the model's writers are not known, or it is to lose a part
-            of the direction where the stream itself is projected, block after block.
+            of the direction, or one for each layer, where the stream itself is projected, block
+            after block.
         UsageError: the scale is not between 0 and 1.
     """
     plan = find_writers(model)
-    unit = unit_direction(direction, stream_width(model, plan))
+    units = ablation_units(model, direction)
     if not _is_number(scale) or not 0 <= scale <= 1:
         raise UsageError(f"the share to ablate must lie between 0 and 1, not {scale}")
     if scale not in (0, 1) and any(site.at == "input" for site in plan.sites):
@@ -85,45 +108,60 @@ def ablate(model: PreTrainedModel, direction: Tensor, scale: float = 1.0) -> Ite
             "only the whole direction can be ablated"
         )
     # c - (c . u) u with u = sqrt(s) r is c - s (c . r) r.
-    with ablate_at(model, unit * math.sqrt(scale), plan.sites if scale else ()):
+    share = math.sqrt(scale)
+    shortened = units.scaled(share) if isinstance(units, LayerUnits) else units * share
+    with ablate_at(model, shortened, plan.sites if scale else ()):
         yield
+
+
+Units = Tensor | LayerUnits
 
 
 @contextmanager
 def ablate_at(
-    model: PreTrainedModel, units: Tensor | Callable[[], Tensor | None], sites: Sequence[HookPoint]
+    model: PreTrainedModel, units: Units | Callable[[], Units | None], sites: Sequence[HookPoint]
 ) -> Iterator[None]:
     """Project unit directions out of what passes ``sites``.
 
     Args:
         model: the model.
-        units: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each; or what
-            gives those of the batch that is running, None to leave it alone.
+        units: ``[d_model]`` for all rows of a batch, ``[batch, d_model]``, one for each, or one for
+            each layer; or what gives those of the batch that is running, None to leave it alone.
         sites: the sites of ``find_writers(model)``.
     """
     # Moved once for each device: the hooks then stay there and in the dtype of their modules.
-    moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
     if isinstance(units, Tensor):
         width = units.shape[-1]
     else:
         width = stream_width(model, find_writers(model))
 
-    def ablated(value: Tensor, inplace: bool = False) -> Tensor:
-        key = value.device, value.dtype
-        if not isinstance(units, Tensor):
-            now = units()
-            return value if now is None else project_out(value, now.to(*key), inplace)
-        if key not in moved:
-            moved[key] = units.to(*key)
-        return project_out(value, moved[key], inplace)
+    def projecting(site: HookPoint) -> Callable[[Tensor, bool], Tensor]:
+        place = "" if isinstance(units, Tensor) else site.module
+
+        def ablated(value: Tensor, inplace: bool = False) -> Tensor:
+            key = place, value.device, value.dtype
+            if key in moved:
+                return project_out(value, moved[key], inplace)
+            now = units() if callable(units) else units
+            if isinstance(now, LayerUnits):
+                now = now.of_module(site.module)
+            if now is None:
+                return value
+            here = now.to(value.device, value.dtype)
+            if not callable(units):
+                moved[key] = here
+            return project_out(value, here, inplace)
+
+        return ablated
 
     with ExitStack() as stack:
         for site in sites:
             module = model.get_submodule(site.module)
             if site.at == "output":
-                handle = module.register_forward_hook(_output_hook(ablated, site.index))
+                handle = module.register_forward_hook(_output_hook(projecting(site), site.index))
             else:
-                hook = _input_hook(ablated, width)
+                hook = _input_hook(projecting(site), width)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield

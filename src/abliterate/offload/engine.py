@@ -10,6 +10,7 @@ from typing import ClassVar, NoReturn
 import torch
 from torch import Tensor
 
+from abliterate.direction_set import DirectionSet
 from abliterate.errors import UsageError
 from abliterate.inference.candidate_batches import FastPathFlags
 from abliterate.inference.engine import (
@@ -76,7 +77,7 @@ class OffloadedEngine:
     ) -> ActivationReader:
         return OffloadedReader(self.offloaded, prompts, positions, batch_size)
 
-    def leak(self, direction: Tensor, prompts: Prompts) -> float:
+    def leak(self, direction: Tensor | DirectionSet, prompts: Prompts) -> float:
         return leak_of(self.offloaded, direction, prompts)
 
     @cached_property

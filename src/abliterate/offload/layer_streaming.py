@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from abliterate.console import progress_bar
 from abliterate.inference.forward import block_input
+from abliterate.inference.layer_directions import LayerUnits
 from abliterate.models.device_placement import to_device
 from abliterate.offload.activation_store import Activations
 from abliterate.offload.activation_swap import Lot, Parked, parking
@@ -42,7 +43,8 @@ class BatchRun:
         start: the first block that computes; what is before hands on what it gets.
         change: sees the stream that enters each block and returns what is to enter instead.
         see: sees each block's index, input and output.
-        units: directions that hooks project out of it, ``[d_model]`` or ``[batch, d_model]``.
+        units: directions that hooks project out of it: ``[d_model]``, ``[batch, d_model]`` or one
+            for each layer.
     """
 
     call: Callable[[], Any]
@@ -52,7 +54,7 @@ class BatchRun:
     start: int = 0
     change: Callable[[int, Tensor], Tensor] | None = None
     see: Callable[[int, Tensor, Any], None] | None = None
-    units: Tensor | None = None
+    units: Tensor | LayerUnits | None = None
 
     @property
     def rows(self) -> int:

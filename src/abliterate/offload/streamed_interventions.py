@@ -9,19 +9,26 @@ from functools import partial
 
 from torch import Tensor
 
+from abliterate.direction_set import DirectionSet
+from abliterate.inference.engine import Change
 from abliterate.inference.forward import Batch, last_logits, left_pad
 from abliterate.inference.interventions import (
+    Units,
     ablate_at,
+    ablation_units,
     check_direction,
     per_row,
     unit_direction,
 )
+from abliterate.inference.layer_directions import LayerUnits, layer_units, watching_shares
 from abliterate.offload.layer_streaming import BatchRun, OffloadedModel
 from abliterate.offload.weight_passes import Rows, batches, flow, retry, streaming_budget
 from abliterate.precision import widest
 from abliterate.writers import find_writers
 from abliterate.writers.op_trace import elements_of
 from abliterate.writers.residual_stream import largest, ratio
+
+_VERIFY = "verify: prompts"
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Intervention:
 def changed_job(
     stream: OffloadedModel,
     batch: Batch,
-    change: Intervention | None,
+    change: Intervention | LayerUnits | None,
     use: Callable[[Tensor], None],
     entering: Callable[[], Tensor] | None = None,
 ) -> BatchRun:
@@ -57,7 +64,7 @@ def changed_job(
         entering: gives the unmodified stream that enters the block where vectors are added; the
             blocks before it are then left out.
     """
-    n = 1 if change is None else len(change)
+    n = len(change) if isinstance(change, Intervention) else 1
     several = Batch(
         batch.rows * n,
         batch.input_ids.repeat(n, 1),
@@ -72,6 +79,9 @@ def changed_job(
         (rows, tokens),
     )
     if change is None:
+        return job
+    if isinstance(change, LayerUnits):
+        job.units = change
         return job
     layer = change.layer
     one_each = change.vectors.repeat_interleave(len(batch.rows), 0) if n > 1 else change.vectors[0]
@@ -97,7 +107,7 @@ def changed_job(
 def logits_under(
     stream: OffloadedModel,
     prompts: Sequence[Sequence[int]],
-    changes: Mapping[str, tuple[Tensor, int | None] | None],
+    changes: Mapping[str, Change],
     batch_size: int | str = "auto",
     description: str = "stream",
 ) -> dict[str, Tensor]:
@@ -107,7 +117,7 @@ def logits_under(
         stream: the model.
         prompts: token ids.
         changes: by name, None for the model as it is, or a direction ``[d_model]`` with the layer
-            at which it is added (as it is) or None to ablate it.
+            at which it is added (as it is) or None to ablate it; a set is ablated.
         batch_size: prompts per batch, or ``auto``.
         description: shown beside the progress bar.
 
@@ -118,12 +128,17 @@ def logits_under(
         InputError: a direction does not fit the model.
     """
     found: dict[str, Tensor] = {}
-    ready: dict[str, Intervention | None] = {}
+    ready: dict[str, Intervention | LayerUnits | None] = {}
     for name, given in changes.items():
         if given is None:
             ready[name] = None
             continue
         vector, layer = given
+        if isinstance(vector, DirectionSet):
+            units = ablation_units(stream.model, vector)
+            assert isinstance(units, LayerUnits)
+            ready[name] = LayerUnits(units.rows.to(stream.device), units.blocks)
+            continue
         check = unit_direction if layer is None else check_direction
         ready[name] = Intervention(check(vector, stream.width)[None], layer)
     budget = streaming_budget(stream, batch_size)
@@ -151,7 +166,7 @@ def logits_under(
 def ablating(stream: OffloadedModel) -> AbstractContextManager[None]:
     """Within the context, each job's ``units`` are projected out of what its pass writes."""
 
-    def units() -> Tensor | None:
+    def units() -> Units | None:
         return None if stream.current is None else stream.current.units
 
     return ablate_at(stream.model, units, find_writers(stream.model).sites)
@@ -159,18 +174,25 @@ def ablating(stream: OffloadedModel) -> AbstractContextManager[None]:
 
 def leak_of(
     stream: OffloadedModel,
-    direction: Tensor,
+    direction: Tensor | DirectionSet,
     prompts: Sequence[Sequence[int]],
     batch_size: int | str = "auto",
 ) -> float:
     """Largest ``|h[l, t] . r| / ||h[l, t]||`` over block boundaries, prompts and tokens.
 
+    Of a set, as :meth:`abliterate.inference.engine.Engine.leak` says.
+
     Args:
         stream: the model.
-        direction: ``[d_model]``.
+        direction: ``[d_model]``, or a set.
         prompts: token ids.
         batch_size: prompts per batch, or ``auto``; those of one length share one.
     """
+    if isinstance(direction, DirectionSet):
+        units = layer_units(stream.model, find_writers(stream.model), direction)
+        with watching_shares(stream.model, units) as shares:
+            flow(stream, prompts, _passing(stream, prompts), batch_size, _VERIFY, mix=False)
+        return largest(shares) if shares else 0.0
     unit = unit_direction(direction, stream.width).to(stream.device, widest(stream.device))
     seen: list[Tensor] = []
 
@@ -178,10 +200,20 @@ def leak_of(
         after = [t for t in elements_of(output) if t is not None and t.shape == hidden.shape]
         seen.extend(ratio(tensor, unit) for tensor in (hidden, *after[:1]))
 
+    flow(stream, prompts, _passing(stream, prompts, see), batch_size, _VERIFY, mix=False)
+    return largest(seen) if seen else 0.0
+
+
+def _passing(
+    stream: OffloadedModel,
+    prompts: Sequence[Sequence[int]],
+    see: Callable[[int, Tensor, object], None] | None = None,
+) -> Callable[[Rows], BatchRun]:
+    """Jobs that run prompts for what is seen on the way."""
+
     def job(rows: Rows) -> BatchRun:
         batch = left_pad(stream.model, prompts, rows)
         shape = (len(rows), batch.input_ids.shape[1])
         return BatchRun(partial(last_logits, stream.model, batch), lambda _: None, shape, see=see)
 
-    flow(stream, prompts, job, batch_size, "verify: prompts", mix=False)
-    return largest(seen) if seen else 0.0
+    return job

@@ -12,6 +12,7 @@ from typing import Any
 
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, save_direction
+from abliterate.direction_set import DirectionSet
 from abliterate.editing.file_names import RECORD
 from abliterate.editing.options import EditOptions, edit_options
 from abliterate.editing.orthogonalize import orthogonalize
@@ -400,7 +401,7 @@ def _check_refusal_tokens(session: Session, extraction: Extraction, run: Path) -
 
 
 def orthogonalize_stage(
-    session: Session, direction: Direction, out: Path, reuse: bool = False
+    session: Session, direction: Direction | DirectionSet, out: Path, reuse: bool = False
 ) -> dict[str, Any]:
     """Write the edited checkpoint; returns its record ``abliterate.json``."""
     settings = session.settings
@@ -431,7 +432,11 @@ def replay_stage(session: Session, record: Path, out: Path) -> dict[str, Any]:
 
 
 def _edit(
-    session: Session, direction: Direction, options: EditOptions, out: Path, overwrite: bool = False
+    session: Session,
+    direction: Direction | DirectionSet,
+    options: EditOptions,
+    out: Path,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     settings = session.settings
     orthogonalize(

@@ -85,8 +85,8 @@ def parse_memory(text: str, option: str) -> int:
         raise UsageError(f"{option} {error}, not '{text}'") from None
 
 
-def parse_layers(text: str | None) -> frozenset[int] | None:
-    """The layers that ``10-25`` or ``3,5-7`` names.
+def parse_layers(text: str | None, option: str = "--layers") -> frozenset[int] | None:
+    """The layers that ``10-25`` or ``3,5-7`` names, as ``option`` was given them.
 
     Raises:
         UsageError: it names none.
@@ -98,7 +98,7 @@ def parse_layers(text: str | None) -> frozenset[int] | None:
         ends = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
         first, last = (int(end or ends[1]) for end in ends.groups()) if ends else (1, 0)
         if last < first:
-            raise UsageError(f"--layers must be such as 10-25 or 3,5-7, not '{text}'")
+            raise UsageError(f"{option} must be such as 10-25 or 3,5-7, not '{text}'")
         layers.update(range(first, last + 1))
     return frozenset(layers)
 

@@ -41,6 +41,7 @@ WITH_CHECKPOINT = (
 )
 EXTRACT, SELECT = ("extract", "run"), ("select", "run")
 EDITING, EVALUATE, SCORE = ("orthogonalize",), ("evaluate",), ("evaluate", "score")
+DIRECTED = ("orthogonalize", "evaluate", "verify", "chat")  # what --direction may be made into
 SCORED = ("evaluate", "run", "score", "fragility")
 
 # Help texts of settings that more than one section has.

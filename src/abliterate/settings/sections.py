@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
 )
@@ -24,6 +25,7 @@ from abliterate.settings.evaluate_section import EvaluateSettings
 from abliterate.settings.marks import Granted, Option, Recorded
 from abliterate.settings.model_sections import ChatSettings, ModelSettings
 from abliterate.settings.section import (
+    DIRECTED,
     EDIT,
     EDITING,
     EXTRACT,
@@ -38,6 +40,7 @@ from abliterate.settings.section import (
     Section,
 )
 from abliterate.settings.values import (
+    check_interpolation,
     rows_or_none,
 )
 
@@ -150,9 +153,28 @@ class SelectSettings(Section):
             "Remove from the run folder's direction what it has along the mean harmless "
             "activation, if select has not.",
             METHOD,
-            ("orthogonalize", "evaluate", "verify", "chat"),
+            DIRECTED,
         ),
     ] = False
+    position: Annotated[
+        int | None,
+        Option(
+            "Instead of the run folder's direction a set: the difference of its means at this "
+            "position, such as -1, for each layer.",
+            METHOD,
+            DIRECTED,
+        ),
+    ] = Field(None, lt=0)
+    interpolate: Annotated[
+        str | None,
+        AfterValidator(check_interpolation),
+        Option(
+            "linear or spherical: of a set, fill the layers between those that have a direction; "
+            "linear:4,10-12: between these.",
+            METHOD,
+            DIRECTED,
+        ),
+    ] = None
 
 
 class OrthogonalizeSettings(Section):

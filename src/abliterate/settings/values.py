@@ -208,3 +208,10 @@ def rows_or_none(value: Any) -> Any:
     if isinstance(value, bool):
         return "rows" if value else None
     return value
+
+
+def check_interpolation(value: str | None) -> str | None:
+    """``linear`` or ``spherical``, with layers behind a colon or without."""
+    if value is not None and not re.fullmatch(r"(linear|spherical)(:[0-9,\- ]+)?", value):
+        raise ValueError("must be linear or spherical, or with layers such as linear:4,10-12")
+    return value

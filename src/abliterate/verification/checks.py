@@ -15,12 +15,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
 from abliterate.checkpoints.safetensors_header import DTYPES, TensorEntry
 from abliterate.checkpoints.shards import ShardSet, read_shards, same_bytes
 from abliterate.console import progress
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet
 from abliterate.editing.edit_plan import TensorEdit, make_plan
 from abliterate.editing.file_names import RECORD
 from abliterate.editing.matrix_orthogonalization import EditStrength
@@ -35,9 +37,11 @@ from abliterate.verification.declared_edit import (
     ExpectedTensor,
     check_files,
     declared_edit,
+    plan_notes,
     tied_sentence,
 )
 from abliterate.verification.edit_check import WriterCheck, check_writer
+from abliterate.verification.hook_distance import HookDistance
 from abliterate.verification.stored_values import (
     Box,
     StoredValues,
@@ -66,7 +70,9 @@ class Verification:
         leak_bound: what it may be at most.
         limits: why the edit, by its own record, is less than the paper's (``--scale``, ...).
         files: what is wrong with the files beside the weights, a sentence each.
-        notes: what could not be checked.
+        notes: what could not be checked, and what the edit is not.
+        by_layer: each writer was held against its own layer's direction.
+        distance: of the logits of the edit and of ablation's hooks, or None if it was not measured.
     """
 
     writers: tuple[WriterCheck, ...]
@@ -78,6 +84,8 @@ class Verification:
     limits: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    by_layer: bool = False
+    distance: HookDistance | None = None
 
     @property
     def passed(self) -> bool:
@@ -94,7 +102,7 @@ class Verification:
 
 def verify(
     edited: Checkpoint,
-    direction: Direction,
+    direction: Direction | DirectionSet,
     source: Checkpoint | None = None,
     trust_remote_code: bool = False,
 ) -> Verification:
@@ -102,7 +110,7 @@ def verify(
 
     Args:
         edited: the checkpoint.
-        direction: what it should not be able to write along.
+        direction: what it should not be able to write along; of a set, no block along its own.
         source: what it was made from: every edited tensor must be the source's less the direction,
             by the options that the checkpoint's record names, and all else the source's bytes.
         trust_remote_code: the architecture's code lies in the checkpoint, and may run.
@@ -115,7 +123,7 @@ def verify(
     if source is not None:
         return _against_source(edited, direction, source, trust_remote_code)
     # What remains on an architecture that cannot be made exact is for the stream to show.
-    plan = make_plan(edited, direction.vector, trust_remote_code, allow_leak=math.inf)
+    plan = make_plan(edited, _along(direction), trust_remote_code, allow_leak=math.inf)
     quantized = find_quantized(plan.shards, read_config(edited.folder))
     edits = resolve_edits(plan.edits, plan.shards, quantized)
     with ExitStack() as stack:
@@ -134,7 +142,17 @@ def verify(
         for head in plan.heads
         if edit.name in plan.tied and not tied_matrices_agree(plan)
     ]
-    return Verification(checks, limits=_declared_limits(edited), files=tuple(wrong))
+    return Verification(
+        checks,
+        limits=_declared_limits(edited),
+        files=tuple(wrong),
+        notes=tuple(plan_notes(plan)),
+        by_layer=plan.directions is not None,
+    )
+
+
+def _along(direction: Direction | DirectionSet) -> Tensor | DirectionSet:
+    return direction if isinstance(direction, DirectionSet) else direction.vector
 
 
 def _values(
@@ -154,7 +172,10 @@ def _declared_limits(edited: Checkpoint) -> tuple[str, ...]:
 
 
 def _against_source(
-    edited: Checkpoint, direction: Direction, source: Checkpoint, trust_remote_code: bool
+    edited: Checkpoint,
+    direction: Direction | DirectionSet,
+    source: Checkpoint,
+    trust_remote_code: bool,
 ) -> Verification:
     shards = read_shards(edited.folder)
     declared = declared_edit(edited, shards, source, direction, trust_remote_code)
@@ -193,6 +214,7 @@ def _against_source(
         limits=declared.limits,
         files=(*declared.conflicts, *check_files(edited, source, declared, shards)),
         notes=declared.notes,
+        by_layer=declared.planned.full.directions is not None,
     )
 
 
@@ -209,7 +231,8 @@ def _computed(
         expected.name, axis, torch.zeros(0, source.shape[axis]).double(), "other", None
     )
     for edit in expected.edits or (nothing,):
-        yield replace(check_writer(edit, edited, source, recipe), name=expected.name)
+        own = recipe.times(edit.weight)
+        yield replace(check_writer(edit, edited, source, own), name=expected.name)
 
 
 def _same_outside(
@@ -242,19 +265,20 @@ def _same_constant(mine: TensorEntry, content: bytes, files: Files) -> bool:
 
 
 def measure_leak(
-    loaded: LoadedModel, direction: Direction, prompts: Sequence[Sequence[int]]
+    loaded: LoadedModel, direction: Direction | DirectionSet, prompts: Sequence[Sequence[int]]
 ) -> float:
     """Largest ``|h[l, t] . r| / ||h[l, t]||`` over block boundaries, prompts and tokens.
 
     Args:
         loaded: the edited model, best in float32.
-        direction: what the stream should be orthogonal to.
+        direction: what the stream should be orthogonal to; of a set, what each layer adds to it to
+            that layer's own.
         prompts: token ids.
 
     Raises:
         CheckpointError: the embedding has no row for a token.
     """
-    return engine_of(loaded).leak(direction.vector, prompts)
+    return engine_of(loaded).leak(_along(direction), prompts)
 
 
 def leak_bound(plan_shards: ShardSet) -> float:

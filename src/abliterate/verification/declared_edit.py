@@ -19,15 +19,16 @@ from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, 
 from abliterate.checkpoints.safetensors_header import TensorEntry
 from abliterate.checkpoints.shards import ShardSet, same_bytes
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet, recorded_set
 from abliterate.editing.auxiliary_files import find_auxiliary_files
-from abliterate.editing.edit_plan import TensorEdit
+from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.editing.file_names import CARD, RECORD
 from abliterate.editing.options import EditOptions, promise
 from abliterate.editing.planning import PlannedEdit, plan_edit
 from abliterate.editing.recorded_options import recorded_options
 from abliterate.editing.tied_embeddings import tied_tensors
 from abliterate.editing.weights_beside import weights_beside
-from abliterate.errors import CheckpointError, UsageError
+from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.storage.artifacts import read_record
 from abliterate.storage.json_text import parse_json
@@ -93,7 +94,7 @@ def declared_edit(
     edited: Checkpoint,
     shards: ShardSet,
     source: Checkpoint,
-    direction: Direction,
+    direction: Direction | DirectionSet,
     trust_remote_code: bool = False,
 ) -> DeclaredEdit:
     """What ``edited`` has to hold if it is what it says of itself.
@@ -131,6 +132,7 @@ def declared_edit(
             f"{options.quantized or 'none'}); files that a loader writes anew were compared by "
             "what they say, and missing or further files were not held against it"
         )
+    notes += plan_notes(planned.full)
     less = promise(planned.full, planned.plan.edits, options)["limits"]
     tensors = _expected(planned)
     return DeclaredEdit(
@@ -138,10 +140,13 @@ def declared_edit(
     )
 
 
-def _read_record(path: Path, direction: Direction) -> tuple[EditOptions, list[str]]:
+def _read_record(path: Path, direction: Direction | DirectionSet) -> tuple[EditOptions, list[str]]:
     record = read_record(path, "orthogonalize")
     options = recorded_options(record, path)
-    vector, conflicts = record.get("vector"), []
+    vector, conflicts = record.get("vector"), list[str]()
+    held = recorded_set(record, path)
+    if isinstance(direction, DirectionSet) or held is not None:
+        return options, _other_set(direction, held)
     if isinstance(vector, list) and all(isinstance(v, int | float) for v in vector):
         mine = direction.vector.double()
         theirs = torch.tensor(vector, dtype=torch.float64)
@@ -152,6 +157,51 @@ def _read_record(path: Path, direction: Direction) -> tuple[EditOptions, list[st
                 f"{RECORD} records another direction than the one given (cosine {cosine:.3f})"
             )
     return options, conflicts
+
+
+def _other_set(direction: Direction | DirectionSet, recorded: DirectionSet | None) -> list[str]:
+    """In what the set that was given is not the recorded one."""
+    if not isinstance(direction, DirectionSet):
+        return [f"{RECORD} records a direction for each layer, and one for all was given"]
+    if recorded is None:
+        return [f"{RECORD} records one direction for all layers, and a set was given"]
+    try:
+        mine = direction.units(*recorded.vectors.shape)
+        theirs = recorded.units(*recorded.vectors.shape)
+    except InputError as error:
+        return [f"{RECORD} records another direction set than the one given: {error}"]
+    cosines = (mine * theirs).sum(dim=1)
+    both = mine.any(dim=1) & theirs.any(dim=1)
+    alike = (both & (cosines.abs() > 1 - 1e-9)) | ~(mine.any(dim=1) | theirs.any(dim=1))
+    names = ["the embeddings", *(f"layer {layer}" for layer in range(len(mine) - 1))]
+    return [
+        f"{RECORD} records another direction for {names[row]} than the one given (cosine "
+        f"{float(cosines[row]):.3f})"
+        for row in (~alike).nonzero()[:, 0].tolist()
+    ]
+
+
+def plan_notes(plan: EditPlan) -> list[str]:
+    """What holds of the edit however it was made."""
+    notes = []
+    if plan.directions is not None:
+        notes.append(
+            "each writer was held against its own layer's direction; the stream as a whole is not "
+            "promised to be free of any"
+        )
+    if plan.undirected:
+        notes.append(
+            f"{len(plan.undirected)} writers of layers without a direction were not looked at, "
+            f"such as {plan.undirected[0]}"
+        )
+    if plan.post_norm:
+        notes.append(
+            "what layers write passes a norm before it is added (post-norm): nothing is written "
+            "along the direction, but the logits are not those of ablation's hooks, since the "
+            "norm's scale changes with what enters it (--source with --forward measures how far "
+            "they are apart)"
+        )
+    return notes
 
 
 def _guess(shards: ShardSet, source: Checkpoint) -> EditOptions:

@@ -14,7 +14,7 @@ from abliterate.checkpoints.quantized_formats import plain_config
 from abliterate.errors import PlanError, UnsupportedArchitectureError
 from abliterate.writers.discovery import DiscoveryError, discover
 from abliterate.writers.parameter_names import module_name
-from abliterate.writers.plan import Gain, HookPoint, Obstacle, Writer, WriterPlan
+from abliterate.writers.plan import Gain, HookPoint, Obstacle, Writer, WriterPlan, block_of
 from abliterate.writers.proof import Proof, prove, prove_in_place
 from abliterate.writers.tiny_model import ShrinkError
 
@@ -25,8 +25,10 @@ __all__ = [
     "Proof",
     "Writer",
     "WriterPlan",
+    "block_of",
     "decoder_blocks",
     "find_writers",
+    "is_post_norm",
     "proof_of",
     "prove_in_place",
     "stream_width",
@@ -116,6 +118,22 @@ def _quantized_width(model: PreTrainedModel, writer: Writer) -> int | None:
     if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
         return None
     return int(parameter.shape[writer.axis]) if parameter.itemsize >= 2 else None
+
+
+def is_post_norm(model: PreTrainedModel, plan: WriterPlan) -> bool:
+    """Whether a norm stands between a writer and the stream (Gemma 2, OLMo 2).
+
+    The edit takes a direction out of what enters the norm, whose scale then is another one; hooks
+    take it out behind the norm. A gain of another kind (LayerScale) is the same in both.
+    """
+
+    def is_norm(gain: Gain) -> bool:
+        if gain.parameter is None or gain.centred:
+            return gain.centred
+        module = model.get_submodule(gain.parameter.rpartition(".")[0])
+        return "norm" in type(module).__name__.lower()
+
+    return any(is_norm(gain) for writer in plan.writers for gain in writer.gains)
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:

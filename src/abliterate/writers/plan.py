@@ -9,6 +9,7 @@ is orthogonal to ``r``; so each writer carries the gains that turn ``r`` into it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -80,6 +81,17 @@ class Writer:
     bias: bool = False
     gains: tuple[Gain, ...] = ()
     part: tuple[int, int] | None = None
+
+
+def block_of(name: str, blocks: Sequence[str]) -> int | None:
+    """The decoder block that a module or parameter belongs to, by its place in ``blocks``.
+
+    ``resid_pre`` of that layer enters it. None for what lies outside of them.
+    """
+    for layer, block in enumerate(blocks):
+        if name == block or name.startswith(block + "."):
+            return layer
+    return None
 
 
 @dataclass(frozen=True)

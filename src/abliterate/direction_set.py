@@ -1,0 +1,385 @@
+"""A direction set as an artifact: one direction for each decoder block.
+
+Row ``l`` was found in (or is meant for) ``resid_pre[l]``, what enters block ``l``. Ablation and the
+edit use it for what block ``l`` itself writes; what is written before the first block (embeddings)
+takes the first direction that there is, or one of its own. docs/direction-sets.md says why.
+
+In a safetensors file: ``directions`` ``[n_layers, d_model]``, a zero row where a layer has none;
+``embedding`` ``[d_model]`` where it has one of its own (zero: none, it is left alone; likewise
+where ``audit --save-directions`` wrote the file, with ``edit`` in its metadata, and there is no
+such tensor). The metadata may hold ``candidates``: JSON, ``[position, layer]`` or null for each
+row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abliterate.console import log
+from abliterate.errors import InputError, UsageError
+from abliterate.exchange import ForeignVectors
+from abliterate.storage.artifacts import hash_text, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DIRECTIONS, EMBEDDING = "directions", "embedding"
+Candidate = tuple[int, int] | None
+# Of a difference of two means this share of them is rounding, not a direction.
+_NOTHING = 1e-9
+# Between vectors that point this much against each other there is no way halfway.
+_OPPOSITE = -1 + 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionSet:
+    """One direction for each decoder block, on the host; none needs to have length one.
+
+    Attributes:
+        vectors: float64 ``[n_layers, d_model]``; a zero row where a layer has none.
+        embedding: ``[d_model]``, of what writes to the stream before the first block, zero if that
+            is left alone; None for the first row that is not zero.
+        candidates: position and layer that each row was taken from, as far as that is known.
+        sha256: hash of the file it was read from, and of what was done to it then.
+        project_harmless: what each had along the mean harmless activation was removed.
+        interpolate: how rows between others were made (``linear`` or ``spherical``), or None.
+        listed: its layers are listed one by one, so that it does not say how many the model has.
+    """
+
+    vectors: Tensor
+    embedding: Tensor | None = None
+    candidates: tuple[Candidate, ...] = ()
+    sha256: str | None = None
+    project_harmless: bool = False
+    interpolate: str | None = None
+    listed: bool = field(default=False)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have a direction."""
+        return [layer for layer, there in enumerate(self.vectors.any(dim=1).tolist()) if there]
+
+    @property
+    def outside(self) -> Tensor:
+        """The direction of what is written before the first block, zero if there is none."""
+        if self.embedding is not None:
+            return self.embedding
+        layers = self.layers
+        return self.vectors[layers[0]] if layers else self.vectors.new_zeros(self.width)
+
+    @property
+    def width(self) -> int:
+        return int(self.vectors.shape[1])
+
+    def at(self, layer: int | None) -> Tensor | None:
+        """The direction ``[d_model]`` of a block, or of what is before them; None: it has none."""
+        vector = self.outside if layer is None else self.vectors[layer]
+        return vector if bool(vector.any()) else None
+
+    def fit(self, n_layers: int, d_model: int) -> DirectionSet:
+        """The set for a model, checked.
+
+        Raises:
+            InputError: it is another model's, empty or not finite.
+        """
+        if self.vectors.ndim != 2 or not self.vectors.is_floating_point():
+            raise InputError(
+                f"the directions must be [n_layers, d_model] floats, not "
+                f"{list(self.vectors.shape)} {self.vectors.dtype}"
+            )
+        rows, width = self.vectors.shape
+        if self.listed and n_layers == rows - 1:
+            # Behind the last block: other programs count the block whose output it is.
+            log.warning("the direction behind the last block enters no block: it is left out")
+            return self._first(n_layers).fit(n_layers, d_model)
+        if width != d_model or not (rows == n_layers or (self.listed and rows < n_layers)):
+            held = f"layers up to {rows - 1}" if self.listed else f"{rows} layers"
+            raise InputError(
+                f"the direction set is for {held} of width {width}, the model has {n_layers} of "
+                f"width {d_model}: it was made for another model"
+            )
+        if self.embedding is not None and tuple(self.embedding.shape) != (d_model,):
+            raise InputError(
+                f"the embedding's direction has shape {list(self.embedding.shape)}, the model "
+                f"needs [{d_model}]"
+            )
+        wide = self.vectors.detach().cpu().double()
+        own = None if self.embedding is None else self.embedding.detach().cpu().double()
+        if not bool(wide.isfinite().all()) or not (own is None or bool(own.isfinite().all())):
+            raise InputError("the direction set holds NaN or infinity")
+        if rows < n_layers:
+            after = wide[-1:] if self.interpolate else wide.new_zeros(1, width)
+            wide = _concatenated(wide, after.expand(n_layers - rows, -1))
+        candidates = (*self.candidates, *[None] * (n_layers - len(self.candidates)))
+        fitted = replace(
+            self, vectors=wide, embedding=own, candidates=candidates[:n_layers], listed=False
+        )
+        if not fitted.layers:
+            raise InputError("the direction set holds no direction: every row is zero")
+        return fitted
+
+    def _first(self, n_layers: int) -> DirectionSet:
+        return replace(self, vectors=self.vectors[:n_layers], candidates=self.candidates[:n_layers])
+
+    def units(self, n_layers: int, d_model: int) -> Tensor:
+        """Unit rows ``[1 + n_layers, d_model]``, that of the embedding first; zero: none.
+
+        Raises:
+            InputError: as :meth:`fit`.
+        """
+        fitted = self.fit(n_layers, d_model)
+        rows = _concatenated(fitted.outside[None], fitted.vectors)
+        # Of entries whose squares would vanish or overflow, too.
+        largest = rows.abs().amax(dim=1, keepdim=True)
+        rows = rows / largest.masked_fill(largest == 0, 1.0)
+        norms = rows.norm(dim=1, keepdim=True)
+        units: Tensor = rows / norms.masked_fill(norms == 0, 1.0)
+        return units
+
+    def summary(self) -> dict[str, Any]:
+        """What other artifacts record of it; the keys of one direction are there, and empty."""
+        return {
+            "sha256": self.sha256,
+            "position": None,
+            "layer": None,
+            "norm": None,
+            "layers": len(self.vectors),
+            "candidates": [held and list(held) for held in self.candidates],
+            **({"project_harmless": True} if self.project_harmless else {}),
+            **({"interpolate": self.interpolate} if self.interpolate else {}),
+        }
+
+    def document(self) -> dict[str, Any]:
+        """Its values for JSON: a list of numbers for each layer, null where it has none."""
+        return {
+            "vectors": [row.tolist() if bool(row.any()) else None for row in self.vectors.double()],
+            "embedding_vector": (
+                None if self.embedding is None else self.embedding.double().tolist()
+            ),
+        }
+
+
+def _concatenated(*parts: Tensor) -> Tensor:
+    import torch
+
+    return torch.cat([part.double() for part in parts])
+
+
+def set_of_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path, sha256: str
+) -> DirectionSet:
+    """The set that a safetensors file holds.
+
+    Raises:
+        InputError: its tensors are none.
+    """
+    vectors, embedding = tensors[DIRECTIONS], tensors.get(EMBEDDING)
+    if embedding is None and "edit" in metadata and vectors.ndim == 2:
+        # What audit found: an embedding that lost nothing is to lose nothing.
+        embedding = vectors.new_zeros(vectors.shape[1])
+    for name, tensor, ndim in ((DIRECTIONS, vectors, 2), (EMBEDDING, embedding, 1)):
+        if tensor is not None and (tensor.ndim != ndim or not tensor.is_floating_point()):
+            shape = "[n_layers, d_model]" if ndim == 2 else "[d_model]"
+            raise InputError(
+                f"{path}: tensor '{name}' must be {shape} floats, not {list(tensor.shape)} "
+                f"{tensor.dtype}"
+            )
+    return DirectionSet(
+        vectors.double(),
+        None if embedding is None else embedding.double(),
+        _candidates(metadata.get("candidates"), len(vectors)),
+        sha256,
+        metadata.get("project_harmless") == "true",
+    )
+
+
+def _candidates(text: str | None, count: int) -> tuple[Candidate, ...]:
+    """Those that a file names; none where it names no such thing."""
+    try:
+        held = json.loads(text or "[]")
+        found = tuple(None if one is None else (int(one[0]), int(one[1])) for one in held)
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return (None,) * count
+    return found if len(found) == count else (None,) * count
+
+
+def set_of_foreign(found: ForeignVectors, sha256: str) -> DirectionSet:
+    """The set in a file of another program."""
+    import torch
+
+    rows = torch.zeros(1 + max(found.by_layer), found.width, dtype=torch.float64)
+    for layer, values in found.by_layer.items():
+        rows[layer] = torch.from_numpy(values)
+    return DirectionSet(rows, candidates=(None,) * len(rows), sha256=sha256, listed=found.listed)
+
+
+def set_of_means(
+    mean_harmful: Tensor,
+    mean_harmless: Tensor,
+    position: int,
+    sha256: str,
+    project_harmless: bool = False,
+) -> DirectionSet:
+    """The differences of means at one position, a direction for each layer.
+
+    Args:
+        mean_harmful: ``[n_layers, d_model]``.
+        mean_harmless: the same.
+        position: counted from the prompt's end.
+        sha256: of the file of means.
+        project_harmless: remove what each has along the mean harmless activation.
+    """
+    from abliterate.metrics.geometry import without_component
+
+    harmful, harmless = mean_harmful.double(), mean_harmless.double()
+    vectors = harmful - harmless
+    if project_harmless:
+        vectors = without_component(vectors, harmless)
+    # A token of the template has the same embedding in every prompt.
+    scale = harmful.norm(dim=1) + harmless.norm(dim=1)
+    vectors = vectors.masked_fill((vectors.norm(dim=1) <= _NOTHING * scale)[:, None], 0.0)
+    there = vectors.any(dim=1).tolist()
+    return DirectionSet(
+        vectors,
+        candidates=tuple((position, layer) if here else None for layer, here in enumerate(there)),
+        sha256=hash_text(sha256, f"position {position}", str(project_harmless)),
+        project_harmless=project_harmless,
+    )
+
+
+def parse_interpolation(text: str) -> tuple[str, str | None]:
+    """``linear`` or ``spherical``, and the layers behind a colon, if any."""
+    kind, _, layers = text.partition(":")
+    return kind, layers or None
+
+
+def interpolated(directions: DirectionSet, kind: str, chosen: Sequence[int] | None) -> DirectionSet:
+    """Unit vectors for every layer, from those of some.
+
+    Between two layers that have one the vectors turn from the first to the second: ``linear``
+    mixes them by the distance and normalises, ``spherical`` turns by equal angles. Before the first
+    and behind the last they stay.
+
+    Args:
+        directions: the set.
+        kind: ``linear`` or ``spherical``.
+        chosen: the layers whose vectors count; None for all that have one.
+
+    Raises:
+        InputError: two neighbours point in opposite directions.
+        UsageError: a chosen layer has no direction.
+    """
+    held = directions.layers
+    layers = held if chosen is None else sorted(set(chosen))
+    for layer in layers:
+        if layer not in held:
+            raise UsageError(
+                f"--interpolate: layer {layer} has no direction of its own in the set (those that "
+                f"have: {', '.join(map(str, held)) or 'none'})"
+            )
+    if not layers:
+        raise InputError("the direction set holds no direction: every row is zero")
+    rows = directions.vectors.double()
+    units = {layer: rows[layer] / rows[layer].norm() for layer in layers}
+    made = [_between(units, layer, kind) for layer in range(len(rows))]
+    candidates = directions.candidates or (None,) * len(rows)
+    return replace(
+        directions,
+        vectors=_concatenated(*(vector[None] for vector in made)),
+        candidates=tuple(c if layer in layers else None for layer, c in enumerate(candidates)),
+        sha256=hash_text(str(directions.sha256), kind, str(layers)),
+        interpolate=kind,
+    )
+
+
+def _between(units: Mapping[int, Tensor], layer: int, kind: str) -> Tensor:
+    below = max((one for one in units if one <= layer), default=None)
+    above = min((one for one in units if one >= layer), default=None)
+    if below is None or above is None or below == above:
+        nearest = above if below is None else below
+        assert nearest is not None
+        return units[nearest]
+    a, b = units[below], units[above]
+    share, cosine = (layer - below) / (above - below), float((a @ b).clamp(-1, 1))
+    if cosine <= _OPPOSITE:
+        raise InputError(
+            f"the directions of layers {below} and {above} are opposite: --interpolate finds "
+            "nothing between them; choose other layers"
+        )
+    if kind == "spherical":
+        # Stable where the two are nearly the same: what b has beside a, by the angle.
+        beside = b - cosine * a
+        length = float(beside.norm())
+        if length > 1e-12:
+            angle = math.atan2(length, cosine) * share
+            mixed = math.cos(angle) * a + math.sin(angle) * beside / length
+        else:
+            mixed = a
+    else:
+        mixed = (1 - share) * a + share * b
+    made: Tensor = mixed / mixed.norm()
+    return made
+
+
+def recorded_set(record: Mapping[str, Any], path: Path) -> DirectionSet | None:
+    """The set that the record of an edit holds, as the edit used it; None if it holds none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    import torch
+
+    rows, own, of_it = (record.get(key) for key in ("vectors", "embedding_vector", "direction"))
+    if rows is None:
+        return None
+    wrong = InputError(f"{path} holds no direction set that could be read: make the edit again")
+    if not isinstance(rows, list) or not isinstance(of_it, Mapping):
+        raise wrong
+    width = next((len(row) for row in rows if isinstance(row, list)), 0)
+    try:
+        vectors = torch.tensor(
+            [[0.0] * width if row is None else row for row in rows], dtype=torch.float64
+        )
+        embedding = None if own is None else torch.tensor(own, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise wrong from None
+    if vectors.ndim != 2 or not width or not (embedding is None or embedding.ndim == 1):
+        raise wrong
+    sha256, kind = of_it.get("sha256"), of_it.get("interpolate")
+    return DirectionSet(
+        vectors,
+        embedding,
+        _candidates(json.dumps(of_it.get("candidates")), len(rows)),
+        sha256 if isinstance(sha256, str) else None,
+        of_it.get("project_harmless") is True,
+        kind if kind in ("linear", "spherical") else None,
+    )
+
+
+def save_direction_set(
+    path: Path,
+    directions: DirectionSet,
+    metadata: Mapping[str, str],
+    winner: Tensor | None = None,
+) -> None:
+    """Write a set; every program of this tool that writes one does it here.
+
+    Args:
+        path: the file.
+        directions: the set.
+        metadata: what else to say of it.
+        winner: the one direction that was chosen, kept beside the set as ``direction``.
+    """
+    tensors = {DIRECTIONS: directions.vectors}
+    if directions.embedding is not None:
+        tensors[EMBEDDING] = directions.embedding
+    if winner is not None:
+        tensors["direction"] = winner
+    more = {"candidates": json.dumps([held and list(held) for held in directions.candidates])}
+    more |= {"project_harmless": "true"} if directions.project_harmless else {}
+    write_tensors(path, tensors, {**more, **metadata})
