@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures.zoo import tiny_model
-from quantized_models import make_fp8, save_gpt_oss
+from quantized_models import SCALED, make_fp8, make_scaled, save_gpt_oss
 from safetensors.torch import load_file, save_file
 
 BLOCK = 16
@@ -59,6 +59,8 @@ def make(tiny, tokenizer_dir: Path, tmp_path_factory) -> Callable[[str], Path]:
             shutil.copytree(tiny(kind, form == "shards", dtype), folder)
         if kind == "qwen3_next":
             _with_draft_head(folder)
+        if form in SCALED:
+            make_scaled(folder, form)
         scales = {"F32": torch.float32, "BF16": torch.bfloat16, "E8M0": torch.float8_e8m0fnu}
         if form in scales:
             make_fp8(
@@ -84,7 +86,13 @@ def _width(source: Path) -> int:
 
 
 _PLAIN = ("llama float32", "llama float16", "qwen2 shards", "mixtral bfloat16")
-_QUANTIZED = ("llama F32", "qwen2 BF16", "llama E8M0", "gpt-oss mxfp4", "qwen3_next BF16")
+_QUANTIZED = (
+    *("llama F32", "qwen2 BF16", "llama E8M0", "gpt-oss mxfp4", "qwen3_next BF16"),
+    *("llama fp8-tensor", "llama W8A16-fp8-channel", "llama W8A16-int8-packed"),
+    "llama W8A16-int8-groups",
+)
+# What of the options meets the scales, which is all that the formats of SCALED have of their own.
+_OF_SCALES = {"--requantize": ("plain", "columns"), "--dequantize": ("plain",)}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +113,8 @@ def test_verify_accepts_every_format_with_every_option(
     for label, options in OPTIONS.items():
         if label in ("share", "skip") and not name.startswith("qwen2 "):
             continue  # nothing is tied there: it would be the plain edit again
+        if name.partition(" ")[2] in SCALED and label not in _OF_SCALES[choice[0]]:
+            continue
         out = tmp_path / label
         base = ("--direction", direction)
         made = cli("orthogonalize", source, *base, "-o", out, *options, *choice, "--json")

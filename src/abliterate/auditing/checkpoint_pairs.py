@@ -15,7 +15,12 @@ from abliterate.auditing.components import (
     open_checkpoint,
     read_tensor,
 )
-from abliterate.checkpoints.quantized_formats import Quantized, find_quantized, read_config
+from abliterate.checkpoints.quantized_formats import (
+    Quantized,
+    beside,
+    find_quantized,
+    read_config,
+)
 from abliterate.checkpoints.shards import ShardSet, read_shards, same_bytes
 from abliterate.editing.edit_plan import TensorEdit
 from abliterate.models.loading import Checkpoint
@@ -202,7 +207,8 @@ def open_pair(a: Checkpoint, b: Checkpoint) -> CheckpointPair:
     left = reading.located.shards
     right = read_shards(b.folder)
     other = find_quantized(right, read_config(b.folder))
-    hidden = {q.scales.name for q in (*reading.quantized.values(), *other.values())}
+    stored = (*reading.quantized.values(), *other.values())
+    hidden = {entry.name for q in stored for entry in beside(q)}
     parts: dict[str, Part] = {}
     for part in (*(p for u in reading.units for p in u.parts), *reading.biases):
         parts.setdefault(part.edit.name, part)

@@ -128,6 +128,10 @@ class DiskMatrix(Protocol):
     def part(self) -> DiskMatrix:
         """The same for a thread that edits a block of its rows; to be closed after the last."""
 
+    def measuring(self) -> DiskMatrix | None:
+        """The same, to be edited once before without a byte written, where how a number is stored
+        depends on all the others; None where it does not."""
+
     def close(self) -> None:
         """Write what has not been written yet."""
 
@@ -220,6 +224,9 @@ class PlainDiskMatrix:
         if self.target is None or not together:
             return self
         return replace(self, outgoing=Outgoing(self.target))
+
+    def measuring(self) -> DiskMatrix | None:
+        return None
 
     def close(self) -> None:
         if self.outgoing is not None:

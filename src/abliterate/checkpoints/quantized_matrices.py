@@ -1,25 +1,30 @@
 """Matrices of quantized tensors, decoded and encoded again in blocks of rows.
 
-FP8 has a scale for each (usually 128 x 128) block, MXFP4 one for each 32 numbers of a row; both are
-read and written as ``disk_matrix`` has it.
+FP8 and INT8 have a scale for each tensor, row, group of a row or (usually 128 x 128) block, MXFP4
+one for each 32 numbers of a row; all are read and written as ``disk_matrix`` has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from abliterate.checkpoints.disk_matrix import DiskMatrix, MatrixSlice
-from abliterate.checkpoints.quantized_formats import FP4_GROUP, SCALE_TYPES, Quantized
+from abliterate.checkpoints.quantized_formats import (
+    FP4_GROUP,
+    PER_WORD,
+    SCALE_TYPES,
+    Quantized,
+)
 from abliterate.errors import CheckpointError
 from abliterate.storage.file_io import SourceFile, TargetFile
 from abliterate.storage.write_buffers import as_bytes
 
-_FP8, _FP8_MAX = torch.float8_e4m3fn, 448.0
+_FP8, _FP8_MAX, _INT8_MAX = torch.float8_e4m3fn, 448.0, 127.0
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FP4_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
@@ -48,14 +53,14 @@ def open_quantized(
     Raises:
         CheckpointError: only part of the matrix is to be edited.
     """
-    merged = stored.scheme == "mxfp4" and scales_to is None and matrix_slice.rows != stored.shape[1]
-    if (
-        matrix_slice.columns != matrix_slice.stride
-        or matrix_slice.offset % matrix_slice.columns
-        or merged
-    ):
+    rows, step = matrix_slice.rows, stored.block[0]
+    merged = stored.scheme == "mxfp4" and scales_to is None and rows != stored.shape[1]
+    first, between = divmod(matrix_slice.offset, matrix_slice.columns)
+    last = first + rows
+    shared = first % step or (last % step and last != stored.shape[-2])
+    if matrix_slice.columns != matrix_slice.stride or between or merged or shared:
         raise CheckpointError(f"tensor '{stored.values.name}' cannot be edited in part")
-    kind = _Fp8Matrix if stored.scheme == "fp8" else _Fp4Matrix
+    kind = _Fp4Matrix if stored.scheme == "mxfp4" else _ScaledMatrix
     return kind(
         stored=stored,
         matrix_slice=matrix_slice,
@@ -69,7 +74,7 @@ def open_quantized(
 
 @dataclass
 class _BlockMatrix:
-    """What both formats share: scales are held whole, values come and go in blocks of rows.
+    """What all formats share: scales are held whole, values come and go in blocks of rows.
 
     Attributes:
         stored: the tensor.
@@ -104,7 +109,7 @@ class _BlockMatrix:
 
     @property
     def row_step(self) -> int:
-        return self.stored.block[0]
+        return self.stored.row_step
 
     @property
     def _first_row(self) -> int:
@@ -113,6 +118,9 @@ class _BlockMatrix:
 
     def part(self) -> DiskMatrix:
         return self  # it is edited in one
+
+    def measuring(self) -> DiskMatrix | None:
+        return None
 
     def load(self, first: int, last: int) -> Tensor:
         values = self._read_values(first, last)
@@ -153,7 +161,8 @@ class _BlockMatrix:
         if self._scales is None:
             entry, step = self.stored.scales, self.stored.block[0]
             count = -(-self.rows // step)
-            raw = torch.empty(count, entry.shape[-1], dtype=self._scale_type())
+            width = self.stored.grid[1]
+            raw = torch.empty(count, width, dtype=self._scale_type())
             view = as_bytes(raw)
             begin = entry.start + self._first_row // step * (len(view) // max(1, count))
             self.open_source(entry.file).read_into(view, begin)
@@ -188,34 +197,117 @@ class _BlockMatrix:
         raise NotImplementedError
 
 
-class _Fp8Matrix(_BlockMatrix):
-    """float8_e4m3fn with a scale for each (usually 128 x 128) block."""
+@dataclass
+class _ScaledMatrix(_BlockMatrix):
+    """float8_e4m3fn or int8, each number times the scale of its tensor, row, group or block.
+
+    Attributes:
+        largest: of the numbers to store, by magnitude, where all share one scale; measured first.
+    """
+
+    largest: float | None = field(default=None, repr=False)
+
+    @property
+    def max_code(self) -> float:
+        return _FP8_MAX if self.stored.scheme == "fp8" else _INT8_MAX
+
+    def measuring(self) -> DiskMatrix | None:
+        return (
+            _Measuring(self) if self.stored.has_one_scale and self.scales_to is not None else None
+        )
 
     def _scale_type(self) -> torch.dtype:
         return SCALE_TYPES[self.stored.scales.dtype]
 
     def _decode(self, values: Tensor, scales: Tensor) -> Tensor:
-        numbers = values.view(_FP8).to(torch.float32)
+        if self.stored.scheme == "fp8":
+            numbers = values.view(_FP8).to(torch.float32)
+        elif self.stored.is_packed:  # unsigned, in words of four
+            numbers = values[:, : self.columns].to(torch.float32).sub_(128)
+        else:
+            numbers = values.view(torch.int8).to(torch.float32)
         return numbers.mul_(self._spread(scales, numbers))
 
     def _spread(self, scales: Tensor, block: Tensor) -> Tensor:
+        """Scales ``[rows or 1, columns or 1]`` that go with a block."""
         rows, columns = self.stored.block
         spread = scales.to(torch.float32)
-        spread = spread.repeat_interleave(rows, 0)[: len(block)]
-        return spread.repeat_interleave(columns, 1)[:, : block.shape[1]]
+        if len(spread) > 1 and rows > 1:
+            spread = spread.repeat_interleave(rows, 0)[: len(block)]
+        if spread.shape[1] > 1 and columns > 1:
+            spread = spread.repeat_interleave(columns, 1)[:, : block.shape[1]]
+        return spread
 
     def _encode(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        scales = self._new_scales_of(block)
+        # A scale rounded down (bfloat16) would push the largest value past the format's.
+        numbers = (block / self._spread(scales, block)).clamp_(-self.max_code, self.max_code)
+        if self.stored.scheme == "fp8":
+            return numbers.to(_FP8).view(torch.uint8), scales
+        codes = numbers.round_().to(torch.int8)
+        if not self.stored.is_packed:
+            return codes.view(torch.uint8), scales
+        unsigned = codes.to(torch.int16).add_(128).to(torch.uint8)
+        return torch.nn.functional.pad(unsigned, (0, -self.columns % PER_WORD)), scales
+
+    def _new_scales_of(self, block: Tensor) -> Tensor:
         rows, columns = self.stored.block
-        pad = (0, -block.shape[1] % columns, 0, -block.shape[0] % rows)
-        padded = torch.nn.functional.pad(block.abs(), pad)
-        tiles = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
-        scales = tiles.amax((1, 3)).div_(_FP8_MAX).clamp_(min=2.0**-100)
+        if self.stored.has_one_scale:
+            assert self.largest is not None, "the largest number is measured first"
+            largest = block.new_full((1, 1), self.largest)
+        else:
+            pad = (0, -block.shape[1] % columns, 0, -block.shape[0] % rows)
+            padded = torch.nn.functional.pad(block.abs(), pad)
+            tiles = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
+            largest = tiles.amax((1, 3))
+        scales = largest.div_(self.max_code).clamp_(min=2.0**-100)
         if self.stored.power_of_two:
             scales = torch.exp2(torch.ceil(torch.log2(scales)))
-        scales = scales.to(self._scale_type())
-        numbers = block / self._spread(scales, block)
-        # A scale rounded down (bfloat16) would push the largest value past the format's.
-        return numbers.clamp_(-_FP8_MAX, _FP8_MAX).to(_FP8).view(torch.uint8), scales
+        if self._scale_type() == torch.float16:  # never down to nothing
+            scales = scales.add_(2.0**-25).clamp_(min=2.0**-24)
+        return scales.to(self._scale_type())
+
+
+@dataclass
+class _Measuring:
+    """A first look at what will be stored under one scale: nothing is written.
+
+    Attributes:
+        matrix: which learns how large its numbers get.
+        splits: as the matrix has it.
+    """
+
+    matrix: _ScaledMatrix
+    splits: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.matrix.rows
+
+    @property
+    def columns(self) -> int:
+        return self.matrix.columns
+
+    @property
+    def row_step(self) -> int:
+        return self.matrix.row_step
+
+    def load(self, first: int, last: int) -> Tensor:
+        return self.matrix.load(first, last)
+
+    def store(self, first: int, block: Tensor) -> Tensor:
+        largest = float(block.abs().max()) if block.numel() else 0.0
+        self.matrix.largest = max(self.matrix.largest or 0.0, largest)
+        return block
+
+    def part(self) -> DiskMatrix:
+        return self
+
+    def measuring(self) -> DiskMatrix | None:
+        return None
+
+    def close(self) -> None:
+        """Nothing to write."""
 
 
 class _Fp4Matrix(_BlockMatrix):

@@ -41,7 +41,8 @@ class EditOptions:
             direction.
         tied_embeddings: of an embedding that is the output head too: ``untie`` gives the head a
             copy of the original, ``share`` edits both, ``skip`` neither.
-        quantized: what to do with FP8 and MXFP4 tensors: ``requantize``, ``dequantize`` or nothing.
+        quantized: what to do with FP8, INT8 and MXFP4 tensors: ``requantize``, ``dequantize`` or
+            nothing.
         add: bake in the addition of this multiple of the direction instead of its removal.
         as_lora: write a PEFT adapter instead of a checkpoint.
         leave_behind: names or patterns of safetensors files beside the weights that stay behind,

@@ -335,14 +335,16 @@ class _MatrixEdit:
         def run(stop: Event) -> tuple[int, DirectionEnergy] | None:
             matrix, d_model_is_columns = self.matrix.part(), self.matrix_slice.d_model_is_columns
             with naming_tensor(self.entry):
-                energy = project(
-                    matrix,
-                    self.basis,
-                    self.strength,
-                    d_model_is_columns,
-                    rows=(first, last),
-                    stopped=stop.is_set,
-                )
+                for look in (matrix.measuring(), matrix):
+                    if look is not None:
+                        energy = project(
+                            look,
+                            self.basis,
+                            self.strength,
+                            d_model_is_columns,
+                            rows=(first, last),
+                            stopped=stop.is_set,
+                        )
             if not stop.is_set():
                 matrix.close()
                 self.target.begin_writeback(start, end - start)

@@ -7,24 +7,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from abliterate.checkpoints.quantized_formats import Quantized
+from abliterate.checkpoints.compressed_tensors import METHOD
+from abliterate.checkpoints.quantized_formats import Quantized, beside
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
 from abliterate.editing.shard_layout import NewTensor, TensorChanges
 from abliterate.errors import CheckpointError
 
+_PLAIN_MODULES = ("modules_to_not_convert", "ignored_layers")
+
 
 def resolve_edits(
     edits: Sequence[TensorEdit], shards: ShardSet, quantized: Mapping[str, Quantized]
 ) -> tuple[TensorEdit, ...]:
-    """The edits by the tensors on disk: MXFP4 matrices lie there transposed, under two names."""
+    """The edits by the tensors on disk: packed matrices lie there under other names, MXFP4 ones
+    transposed."""
+    by_plain_name = {stored.dense[0]: stored for stored in quantized.values()}
     resolved = []
     for edit in edits:
-        stored = quantized.get(f"{edit.name}_blocks")
+        stored = by_plain_name.get(edit.name)
         if edit.name not in shards.tensors and stored is not None:
-            if edit.region is not None or edit.axis not in (1, 2):
+            if stored.scheme != "mxfp4":
+                edit = replace(edit, name=stored.values.name)
+            elif edit.region is not None or edit.axis not in (1, 2):
                 raise CheckpointError(f"tensor '{edit.name}' cannot be edited in part")
-            edit = replace(edit, name=stored.values.name, axis=3 - edit.axis)
+            else:
+                edit = replace(edit, name=stored.values.name, axis=3 - edit.axis)
         resolved.append(edit)
     counts = Counter(edit.name for edit in resolved)
     for edit in resolved:
@@ -103,12 +111,14 @@ def _scales_beside_values(touched: Sequence[Quantized]) -> TensorChanges:
 
 
 def _dequantized(dense: Sequence[Quantized]) -> TensorChanges:
-    """Each becomes a plain tensor in the place of its values, without scales."""
+    """Each becomes a plain tensor in the place of its values, without scales and what goes with
+    them."""
     replaced = {}
     for stored in dense:
         name, shape = stored.dense
         replaced[stored.values.name] = (name, NewTensor("BF16", shape))
-    return TensorChanges(replaced=replaced, removed={stored.scales.name for stored in dense})
+    removed = {entry.name for stored in dense for entry in beside(stored)}
+    return TensorChanges(replaced=replaced, removed=removed)
 
 
 def _joined(changes: Sequence[TensorChanges]) -> TensorChanges:
@@ -151,8 +161,11 @@ def _dequantized_config(
     settings = config.get("quantization_config")
     if not isinstance(settings, Mapping):
         return config
-    if all_of_them:
+    if all_of_them and not settings.get("kv_cache_scheme"):
         return {key: value for key, value in config.items() if key != "quantization_config"}
-    kept = list(settings.get("modules_to_not_convert") or [])
+    # Where both are there transformers reads the first alone.
+    names = ("ignore",) if settings.get("quant_method") == METHOD else _PLAIN_MODULES
+    key = next((name for name in names if settings.get(name) is not None), names[0])
+    kept = list(settings.get(key) or [])
     kept += [module for module in modules if module not in kept]
-    return {**config, "quantization_config": {**settings, "modules_to_not_convert": kept}}
+    return {**config, "quantization_config": {**settings, key: kept}}

@@ -230,7 +230,7 @@ class OrthogonalizeSettings(Section):
     ] = "untie"
     requantize: Annotated[
         bool,
-        Option("Store edited FP8 and MXFP4 tensors in their format again.", STORAGE, EDITING),
+        Option("Store edited FP8, INT8 and MXFP4 tensors in their format again.", STORAGE, EDITING),
     ] = False
     dequantize: Annotated[bool, Option("Write them as bfloat16.", STORAGE, EDITING)] = False
     add: Annotated[

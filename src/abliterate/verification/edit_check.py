@@ -193,7 +193,7 @@ def _add(
 ) -> None:
     box, values, original, factor = block
     along = values.movedim(edit.axis, -1) @ edit.basis.T
-    spread = edited.spread(values).movedim(edit.axis, -1)
+    spread = edited.spread(values, box).movedim(edit.axis, -1)
     sums.energy += float(values.square().sum())
     sums.along += float(along.square().sum())
     sums.explained += float((spread.square() @ edit.basis.square().T).sum())
@@ -214,7 +214,7 @@ def _add(
         expected, noise = expected * factor, (noise + 32 * unit * expected.abs()) * factor
         expected = torch.where(factor.isnan(), values, expected)
         noise = noise.nan_to_num(0.0)
-    wrong = edited.strays(expected, values, noise)
+    wrong = edited.strays(expected, values, noise, box)
     difference = values - expected
     sums.off += float((difference.movedim(edit.axis, -1) @ edit.basis.T).square().sum())
     of_noise = noise.movedim(edit.axis, -1).square() @ edit.basis.square().T

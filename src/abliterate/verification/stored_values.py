@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -22,9 +23,18 @@ from abliterate.storage.write_buffers import as_bytes
 
 Box = tuple[tuple[int, int], ...]
 
-_FP8_MAX, _FP4_GROUP = 448.0, 32
+_FP8_MAX, _INT8_MAX, _FP4_GROUP = 448.0, 127.0, 32
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_BYTE_TYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E8M0": torch.float8_e8m0fnu}
+_BYTE_TYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+# No right scale is more than this times what its largest number needs: one is rounded up to a power
+# of two, the number to the format's next.
+_LOOSE = 2.2
+_AT_ONCE = 1 << 22  # elements read at a time, to see how large they are
 # What float32 arithmetic on float32 matrices may leave, relative to the same norm.
 _FLOOR = 1e-5
 
@@ -50,13 +60,13 @@ class StoredValues(Protocol):
     def read(self, box: Box) -> Tensor:
         """The numbers of a box."""
 
-    def strays(self, expected: Tensor, stored: Tensor, noise: Tensor) -> Tensor:
+    def strays(self, expected: Tensor, stored: Tensor, noise: Tensor, box: Box) -> Tensor:
         """Where ``stored`` is not ``expected`` rounded to the format; both float64, of one box.
 
         ``noise`` is what the arithmetic before the rounding may have left.
         """
 
-    def spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor, box: Box) -> Tensor:
         """A third of what rounding may add to a sum of independent terms, per term."""
 
 
@@ -82,19 +92,19 @@ class PlainValues:
     def read(self, box: Box) -> Tensor:
         return _read(self.entry, self.files, box, DTYPES[self.entry.dtype])
 
-    def strays(self, expected: Tensor, stored: Tensor, noise: Tensor) -> Tensor:
+    def strays(self, expected: Tensor, stored: Tensor, noise: Tensor, box: Box) -> Tensor:
         format = torch.finfo(DTYPES[self.entry.dtype])
         allowed = expected.abs().add_(noise).mul_(format.eps / 2).add_(noise)
         allowed.add_(format.tiny * format.eps / 2)
         return ~((stored - expected).abs_() <= allowed)
 
-    def spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor, box: Box) -> Tensor:
         return values.abs() * max(torch.finfo(DTYPES[self.entry.dtype]).eps / 2, _FLOOR / 3)
 
 
 @dataclass(frozen=True)
-class Fp8Values:
-    """float8_e4m3fn with a scale for each block."""
+class ScaledValues:
+    """float8_e4m3fn or int8, with a scale for each tensor, row, group or block."""
 
     stored: Quantized
     files: Files
@@ -106,42 +116,102 @@ class Fp8Values:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        return self.stored.block
+        """Scales of whole rows, or of all, are held; boxes need not be whole blocks of those."""
+        return (1, 1) if self._whole_rows else self.stored.block
+
+    @property
+    def _whole_rows(self) -> bool:
+        return self.stored.block[1] == self.shape[1]
+
+    @property
+    def _max_code(self) -> float:
+        return _FP8_MAX if self.stored.scheme == "fp8" else _INT8_MAX
 
     def read(self, box: Box) -> Tensor:
-        values = _read(self.stored.values, self.files, box, torch.float8_e4m3fn).float()
-        steps = self.steps
-        of_scales = tuple((a // n, -(-b // n)) for (a, b), n in zip(box, steps, strict=True))
-        kind = _BYTE_TYPES[self.stored.scales.dtype]
-        scales = _read(self.stored.scales, self.files, of_scales, kind).float()
-        return values.mul_(self._spread_out(scales, values))
+        values = self._codes(box)
+        return values.mul_(self._spread_out(self._stored_scales(box), box))
 
-    def _spread_out(self, scales: Tensor, like: Tensor) -> Tensor:
-        rows, columns = self.steps
-        wide = scales.repeat_interleave(rows, 0)[: len(like)]
-        return wide.repeat_interleave(columns, 1)[:, : like.shape[1]]
+    def _codes(self, box: Box) -> Tensor:
+        entry = self.stored.values
+        if self.stored.scheme == "fp8":
+            return _read(entry, self.files, box, torch.float8_e4m3fn).float()
+        if entry.dtype == "I8":
+            return _read(entry, self.files, box, torch.int8).float()
+        rows, (first, behind) = box  # four to a word, counted from -128
+        words = raw_box(entry, self.files, (rows, (first // 4, -(-behind // 4)))).flatten(1)
+        skip = first % 4
+        return words[:, skip : skip + behind - first].float() - 128
 
-    def strays(self, expected: Tensor, stored: Tensor, noise: Tensor) -> Tensor:
-        allowed = self._half_step(expected).add_(noise)
+    def _stored_scales(self, box: Box) -> Tensor:
+        """``[blocks of rows, blocks of columns]`` of a box."""
+        entry, kind = self.stored.scales, _BYTE_TYPES[self.stored.scales.dtype]
+        if len(entry.shape) < 2:
+            whole = tuple((0, n) for n in entry.shape)
+            return _read(entry, self.files, whole, kind).float().reshape(1, 1)
+        of_scales = tuple(
+            (a // n, -(-b // n)) for (a, b), n in zip(box, self.stored.block, strict=True)
+        )
+        return _read(entry, self.files, of_scales, kind).float()
+
+    def _spread_out(self, scales: Tensor, box: Box) -> Tensor:
+        """Each scale over its block's part of the box, from the box's start."""
+        wide = scales
+        for axis, ((a, b), n) in enumerate(zip(box, self.stored.block, strict=True)):
+            first = a // n * n
+            wide = wide.repeat_interleave(n, axis) if wide.shape[axis] > 1 else wide
+            if wide.shape[axis] > 1:
+                wide = wide.narrow(axis, a - first, b - a)
+        return wide
+
+    def strays(self, expected: Tensor, stored: Tensor, noise: Tensor, box: Box) -> Tensor:
+        allowed = self._half_step(expected, box).add_(noise)
         return ~((stored - expected).abs_() <= allowed)
 
-    def _half_step(self, values: Tensor) -> Tensor:
-        """Three bits behind the leading one; below 2^-6 of the scale, fixed steps of 2^-9."""
-        rows, columns = self.steps
+    def _half_step(self, values: Tensor, box: Box) -> Tensor:
+        """FP8 has three bits behind the leading one, and below 2^-6 of the scale fixed steps of
+        2^-9; INT8 has steps of the scale."""
+        scales = self._spread_out(self._right_scales(values, box).double(), box)
+        if self.stored.scheme == "int8":
+            return (scales * (0.5 * (1 + 2**-7))).expand_as(values).clone()
+        return values.abs().mul_(2.0**-4 * (1 + 2**-7)).add_(scales, alpha=2.0**-10)
+
+    def _right_scales(self, values: Tensor, box: Box) -> Tensor:
+        """The scales that numbers like these need, or hardly larger ones.
+
+        Where a scale serves whole rows, of which a box holds a part, it is the stored one, if that
+        is right for the largest number that it serves.
+        """
+        if self._whole_rows:
+            first, behind = (
+                (a // n, -(-b // n)) for (a, b), n in zip(box, self.stored.block, strict=True)
+            )
+            return self._held_scales[slice(*first), slice(*behind)]
+        rows, columns = self.stored.block
         pad = (0, -values.shape[1] % columns, 0, -values.shape[0] % rows)
         tiles = torch.nn.functional.pad(values.abs(), pad)
         tiles = tiles.view(tiles.shape[0] // rows, rows, tiles.shape[1] // columns, columns)
         # As the scale may be rounded: up to a power of two, or in bfloat16.
-        scales = tiles.amax((1, 3)) / _FP8_MAX * (2 if self.stored.power_of_two else 1 + 2**-7)
-        scales = scales.clamp(min=2.0**-100)
-        return (
-            values.abs()
-            .mul_(2.0**-4 * (1 + 2**-7))
-            .add_(self._spread_out(scales, values), alpha=2.0**-10)
-        )
+        scales = tiles.amax((1, 3)) / self._max_code
+        return scales.mul_(2 if self.stored.power_of_two else 1 + 2**-7).clamp_(min=2.0**-100)
 
-    def spread(self, values: Tensor) -> Tensor:
-        return self._half_step(values)
+    @cached_property
+    def _held_scales(self) -> Tensor:
+        """Stored scales of whole rows, no larger than their largest numbers allow."""
+        whole = tuple((0, n) for n in self.shape)
+        scales, step = self._stored_scales(whole), self.stored.block[0]
+        largest = torch.zeros_like(scales)
+        for box in cut(whole, None, (1, 1), _AT_ONCE):
+            of_rows = self._codes(box).abs().amax(1, keepdim=True)
+            first, behind = box[0][0] // step, -(-box[0][1] // step)
+            pad = (0, 0, box[0][0] - first * step, behind * step - box[0][1])
+            of_blocks = torch.nn.functional.pad(of_rows, pad).view(behind - first, step).amax(1)
+            part = largest[first:behind]
+            torch.maximum(part, of_blocks.unsqueeze(1), out=part)
+        # A code that reaches less far than half of what the format has needs no such scale.
+        return torch.minimum(scales, scales * largest * (_LOOSE / self._max_code))
+
+    def spread(self, values: Tensor, box: Box) -> Tensor:
+        return self._half_step(values, box)
 
 
 @dataclass(frozen=True)
@@ -170,7 +240,7 @@ class Fp4Values:
         values = table[torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()]
         return torch.ldexp(values, scales.int().sub_(127).unsqueeze(-1)).flatten(-2)
 
-    def strays(self, expected: Tensor, stored: Tensor, noise: Tensor) -> Tensor:
+    def strays(self, expected: Tensor, stored: Tensor, noise: Tensor, box: Box) -> Tensor:
         """Groups that are further from what is expected than the format's best two scales are."""
         groups = _groups(expected)
         largest = groups.abs().amax(-1, keepdim=True)
@@ -191,7 +261,7 @@ class Fp4Values:
         error: Tensor = lost.square_().sum(-1)
         return error
 
-    def spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor, box: Box) -> Tensor:
         """By the widths of the steps between neighbouring numbers of a group."""
         groups = _groups(values)
         largest = groups.abs().amax(-1, keepdim=True)
@@ -229,11 +299,12 @@ class Transposed:
     def read(self, box: Box) -> Tensor:
         return self.values.read((*box[:-2], box[-1], box[-2])).mT
 
-    def strays(self, expected: Tensor, stored: Tensor, noise: Tensor) -> Tensor:
-        return self.values.strays(expected.mT, stored.mT, noise.mT).mT
+    def strays(self, expected: Tensor, stored: Tensor, noise: Tensor, box: Box) -> Tensor:
+        swapped = (*box[:-2], box[-1], box[-2])
+        return self.values.strays(expected.mT, stored.mT, noise.mT, swapped).mT
 
-    def spread(self, values: Tensor) -> Tensor:
-        return self.values.spread(values.mT).mT
+    def spread(self, values: Tensor, box: Box) -> Tensor:
+        return self.values.spread(values.mT, (*box[:-2], box[-1], box[-2])).mT
 
 
 def open_values(entry: TensorEntry, stored: Quantized | None, files: Files) -> StoredValues:
@@ -243,9 +314,7 @@ def open_values(entry: TensorEntry, stored: Quantized | None, files: Files) -> S
         CheckpointError: it is stored in a format that is not known as numbers.
     """
     if stored is not None:
-        if stored.scheme == "fp8":
-            return Fp8Values(stored, files)
-        return Fp4Values(stored, files)
+        return Fp4Values(stored, files) if stored.scheme == "mxfp4" else ScaledValues(stored, files)
     if entry.dtype not in DTYPES:
         raise CheckpointError(
             f"tensor '{entry.name}' in {entry.file} is stored as {entry.dtype}, not as floats"
