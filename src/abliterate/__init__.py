@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abliterate import plot
+    from abliterate.api.behaviour import Evaluation, Fragility, evaluate, fragility
     from abliterate.api.checkpoints import (
         Audit,
         Diff,
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
     )
     from abliterate.api.directions import Selection, activations, extract, select
     from abliterate.api.language_model import LanguageModel, load, wrap
+    from abliterate.api.looking import Inspection, ResourcePlan, Trace, inspect, plan, trace
     from abliterate.api.steering import ablate, add, generate
     from abliterate.console import set_progress
     from abliterate.direction import Direction, load_direction
     from abliterate.editing.options import EditOptions
     from abliterate.errors import AbliterateError
-    from abliterate.evaluation.compare import evaluate
     from abliterate.extraction.means import Extraction
     from abliterate.models.loading import Loaded, load_model
     from abliterate.prompts.chat_template import ChatFormat
@@ -54,13 +55,18 @@ _HOME = {
     "Direction": "direction",
     "EditOptions": "editing.options",
     "EditedCheckpoint": "api.checkpoints",
+    "Evaluation": "api.behaviour",
     "Extraction": "extraction.means",
+    "Fragility": "api.behaviour",
+    "Inspection": "api.looking",
     "LanguageModel": "api.language_model",
     "Loaded": "models.loading",
     "OrthogonalizedModel": "api.checkpoints",
     "Prompt": "prompts.sources",
+    "ResourcePlan": "api.looking",
     "Selection": "api.directions",
     "Thresholds": "selection.candidate_filters",
+    "Trace": "api.looking",
     "Verification": "api.checkpoints",
     "WriterTable": "api.checkpoints",
     "ablate": "api.steering",
@@ -68,18 +74,22 @@ _HOME = {
     "add": "api.steering",
     "audit": "api.checkpoints",
     "diff": "api.checkpoints",
-    "evaluate": "evaluation.compare",
+    "evaluate": "api.behaviour",
     "extract": "api.directions",
+    "fragility": "api.behaviour",
     "generate": "api.steering",
+    "inspect": "api.looking",
     "load": "api.language_model",
     "load_direction": "direction",
     "load_model": "models.loading",
     "load_prompts": "prompts.sampling",
     "orthogonalize": "api.checkpoints",
     "orthogonalize_": "api.checkpoints",
+    "plan": "api.looking",
     "plot": "",
     "select": "api.directions",
     "set_progress": "console",
+    "trace": "api.looking",
     "verify": "api.checkpoints",
     "wrap": "api.language_model",
     "writers": "api.checkpoints",
@@ -93,13 +103,18 @@ __all__ = [
     "Direction",
     "EditOptions",
     "EditedCheckpoint",
+    "Evaluation",
     "Extraction",
+    "Fragility",
+    "Inspection",
     "LanguageModel",
     "Loaded",
     "OrthogonalizedModel",
     "Prompt",
+    "ResourcePlan",
     "Selection",
     "Thresholds",
+    "Trace",
     "Verification",
     "WriterTable",
     "__version__",
@@ -110,16 +125,20 @@ __all__ = [
     "diff",
     "evaluate",
     "extract",
+    "fragility",
     "generate",
+    "inspect",
     "load",
     "load_direction",
     "load_model",
     "load_prompts",
     "orthogonalize",
     "orthogonalize_",
+    "plan",
     "plot",
     "select",
     "set_progress",
+    "trace",
     "verify",
     "wrap",
     "writers",

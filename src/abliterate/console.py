@@ -197,6 +197,9 @@ def set_progress(shown: bool) -> None:
     Args:
         shown: whether there are any.
 
+    Source:
+        No part of the paper.
+
     Example:
         >>> ab.set_progress(False)
         >>> ab.set_progress(True)

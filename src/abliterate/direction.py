@@ -157,6 +157,13 @@ def load_direction(source: str | Path, project_harmless: bool = False) -> Direct
 
     Raises:
         InputError: there is none, it is not one vector of numbers, or nothing is left of it.
+
+    Source:
+        Section 2.3: the vector that selection chose.
+
+    Example:
+        >>> ab.load_direction(d.save(tmp / "d.safetensors")).layer == d.layer
+        True
     """
     path = find_direction(source)
     direction = _read_direction(path)

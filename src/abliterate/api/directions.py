@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from abliterate.api.inputs import PromptsLike, as_positions, as_prompts, as_token_names
-from abliterate.api.language_model import ModelLike, as_model
+from abliterate.api.language_model import LanguageModel, ModelLike, as_model
 from abliterate.api.tables import to_frame, to_html
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
@@ -21,6 +21,7 @@ from abliterate.inference.engine import BatchActivations
 from abliterate.inference.interventions import check_layer
 from abliterate.inference.thoughts import ask
 from abliterate.prompts.chat_template import ChatFormat
+from abliterate.prompts.sources import Prompt
 from abliterate.selection import search
 from abliterate.selection.candidate_filters import Score, Thresholds
 from abliterate.selection.resampling import Resamples
@@ -59,8 +60,7 @@ def activations(
         check_layer(layer, lm.n_layers)
     if not isinstance(position, int) or isinstance(position, bool) or position >= 0:
         raise UsageError(f"the position must be a negative number such as -1, not {position!r}")
-    texts = [prompt.text for prompt in chosen]
-    ids = ask(lm.loaded, texts, lm.chat, lm.batch_size, "given").finished("given")
+    ids = texts_as_ids(lm, chosen, "given")
     shortest = min(map(len, ids))
     if shortest < -position:
         raise InputError(
@@ -77,6 +77,12 @@ def activations(
 
     reader.read("", range(len(ids)), keep, "activations")
     return values if layer is None else values[:, 0]
+
+
+def texts_as_ids(lm: LanguageModel, prompts: Sequence[Prompt], kind: str) -> list[list[int]]:
+    """Token ids of prompts up to where the answer begins, behind the model's thought."""
+    texts = [prompt.text for prompt in prompts]
+    return ask(lm.loaded, texts, lm.chat, lm.batch_size, kind).finished(kind)
 
 
 def extract(
@@ -133,7 +139,7 @@ def extract(
         refusal_tokens=as_token_names(refusal_tokens),
         filter=filter,
         chat=chat or lm.chat,
-        batch_size=batch_size or lm.batch_size,
+        batch_size=lm.batch_size if batch_size is None else batch_size,
         seed=seed,
     )
     return replace(found, model=lm.name)
@@ -328,7 +334,7 @@ def select(
         thresholds=thresholds,
         filter=filter,
         chat=chat or lm.chat,
-        batch_size=batch_size or lm.batch_size,
+        batch_size=lm.batch_size if batch_size is None else batch_size,
         search=search,
         all_layers=all_layers,
         kl_on=kl_on,

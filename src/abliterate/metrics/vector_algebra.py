@@ -78,7 +78,7 @@ class VectorAlgebra:
             return NotImplemented
         if factor == 0:
             raise UsageError("a direction cannot be divided by zero")
-        return self * (1 / factor)
+        return self._with(self.vector / factor)
 
     def __add__(self, other: Any) -> Self:
         summed = self.vector.double() + _values_of(other, len(self.vector))
@@ -87,13 +87,16 @@ class VectorAlgebra:
             for name in ("position", "layer", "model")
             if getattr(self, name) != getattr(other, name, None)
         }
-        return replace(self, vector=summed, **shared, **_OF_VALUES)  # type: ignore[type-var]
+        joined: Self = replace(self, vector=summed, **shared, **_OF_VALUES)  # type: ignore[type-var]
+        return joined
 
     def __sub__(self, other: Any) -> Self:
-        return self + -other
+        difference: Self = self + -other
+        return difference
 
     def _with(self, vector: Tensor) -> Self:
-        return replace(self, vector=vector, **_OF_VALUES)  # type: ignore[type-var]
+        moved: Self = replace(self, vector=vector, **_OF_VALUES)  # type: ignore[type-var]
+        return moved
 
     def _facts(self) -> list[str]:
         place = [
