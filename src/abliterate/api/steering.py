@@ -184,6 +184,9 @@ def generate(model: ModelLike, prompts: PromptsLike, max_new_tokens: int = 128) 
         InputError: there are no prompts.
         UsageError: the model is streamed, or the length is below 1.
 
+    Source:
+        Section 3: greedy completions.
+
     Example:
         >>> len(ab.generate(lm, ["Name a colour.", "Name a fruit."], max_new_tokens=8))
         2
