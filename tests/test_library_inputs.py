@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,9 +33,10 @@ def extraction(loaded: Loaded) -> Extraction:
 @pytest.mark.parametrize(
     ("prompts", "kind"),
     [
-        ([], InputError), ((), InputError), (["a text"], UsageError), ("a text", UsageError),
+        ([], InputError), ((), InputError), ("a text", InputError), (None, UsageError),
         (Prompt("alone"), UsageError), ([Prompt("fine"), None], UsageError),
-        ([Prompt(3)], UsageError),
+        (["fine", 3], UsageError), ([Prompt(3)], UsageError), ({"a": 1}, UsageError),
+        (7, UsageError),
     ],
 )  # fmt: skip
 def test_what_are_no_prompts(loaded: Loaded, extraction: Extraction, prompts: Any, kind) -> None:
@@ -47,7 +49,7 @@ def test_what_are_no_prompts(loaded: Loaded, extraction: Extraction, prompts: An
         evaluate,
     ):
         for given in ((prompts, _PROMPTS), (_PROMPTS, prompts)):
-            with pytest.raises(kind, match=r"prompts") as raised:
+            with pytest.raises(kind, match=r"prompt") as raised:
                 call(*given)
             assert "\n" not in str(raised.value)
 
@@ -57,7 +59,8 @@ def test_what_are_no_prompts(loaded: Loaded, extraction: Extraction, prompts: An
     [
         torch.zeros(48), torch.full((48,), _NAN), torch.full((48,), float("inf")),
         torch.ones(47), torch.ones(1, 48), torch.ones(48, 1), torch.tensor(1.0),
-        torch.ones(48, dtype=torch.complex64), [1.0] * 48, None, "r", Direction(torch.ones(48)),
+        torch.ones(48, dtype=torch.complex64), [1.0] * 48, None, Direction(torch.ones(47)),
+        np.zeros(48), np.ones(47), np.ones(48, dtype=complex), np.array(["r"] * 48),
     ],
 )  # fmt: skip
 def test_what_is_no_direction(loaded: Loaded, vector: Any) -> None:
@@ -89,7 +92,7 @@ def test_a_coefficient_that_overflows_the_model(loaded: Loaded) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_new_tokens": 0}, "max-new-tokens"), ({"batch_size": 0}, "batch"),
+        ({"max_new_tokens": 0}, "max_new_tokens"), ({"batch_size": 0}, "batch"),
         ({"batch_size": "many"}, "batch"), ({"interventions": ["bake"]}, "bake"),
         ({"interventions": ["add"]}, "direction"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ import abliterate
 
 def test_public_names_are_functions_and_classes() -> None:
     for name in abliterate.__all__:
-        assert callable(getattr(abliterate, name)), name
+        value = getattr(abliterate, name)
+        assert callable(value) or name in ("__version__", "plot"), name
+    assert set(abliterate.__all__) <= set(dir(abliterate))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", abliterate.__version__)
     with pytest.raises(AttributeError, match="no attribute 'obliterate'"):
         _ = abliterate.obliterate
 

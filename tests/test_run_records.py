@@ -367,5 +367,5 @@ def test_the_revision_of_a_model_is_a_name() -> None:
     for good in ("main", "refs/pr/3", "v1.0", "0" * 40, "größer"):
         assert load_settings(options={"model": {"revision": good}}).model.revision == good
     for bad in ("", "a b", "../x", "a..b", "/x", "-x", "a\nb", "x" * 300):
-        with pytest.raises(UsageError, match="--revision"):
+        with pytest.raises(UsageError, match="revision"):
             load_settings(options={"model": {"revision": bad}})

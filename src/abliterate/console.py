@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import IO, Any, TypeVar
 
+from abliterate.errors import addressed
 from abliterate.storage.artifacts import finite
 from abliterate.storage.guarded_files import naming
 
@@ -141,7 +142,7 @@ def _new_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
 
 def _make_safe(record: logging.LogRecord) -> bool:
     """A filter that also holds where :func:`set_up` was not called, as in a notebook."""
-    record.msg, record.args = _one_line(record.getMessage()), ()
+    record.msg, record.args = _one_line(addressed(record.getMessage())), ()
     return True
 
 
@@ -184,11 +185,41 @@ def debugging() -> bool:
     return log.level == logging.DEBUG
 
 
+_progress = True
+
+
+def set_progress(shown: bool) -> None:
+    """Show progress bars, as it is to begin with, or none from now on.
+
+    Bars are ``tqdm.auto``'s: widgets in a notebook, lines on a terminal. They come after two
+    seconds, and stay off where standard error is neither.
+
+    Args:
+        shown: whether there are any.
+
+    Source:
+        No part of the paper.
+
+    Example:
+        >>> ab.set_progress(False)
+        >>> ab.set_progress(True)
+    """
+    global _progress
+    _progress = bool(shown)
+
+
 def bars_hidden() -> bool:
-    """Whether progress bars stay off: with ``--quiet``, where stderr is no terminal, and on all
-    ranks of a team but the first."""
+    """Whether progress bars stay off: with ``--quiet``, where stderr is neither a terminal nor a
+    notebook's, on all ranks of a team but the first, and when :func:`set_progress` says so."""
     follows = os.environ.get("RANK", "0") != "0"
-    return log.level > logging.INFO or follows or not sys.stderr.isatty()
+    seen = sys.stderr.isatty() or _in_notebook()
+    return not _progress or log.level > logging.INFO or follows or not seen
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel runs this, whose standard error a notebook shows."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+    return getattr(get_ipython(), "kernel", None) is not None
 
 
 def safe_bar(base: Any) -> Any:
@@ -209,7 +240,7 @@ def safe_bar(base: Any) -> Any:
 
 @cache
 def _bar() -> Any:
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     return safe_bar(tqdm)
 

@@ -34,6 +34,7 @@ from abliterate.exchange import (
     read_foreign,
     steering_layers,
 )
+from abliterate.metrics.vector_algebra import VectorAlgebra
 from abliterate.settings import parse_layers
 from abliterate.storage.artifacts import (
     hash_file,
@@ -44,7 +45,7 @@ from abliterate.storage.artifacts import (
     write_atomically,
     write_tensors,
 )
-from abliterate.storage.ownership import claim_file
+from abliterate.storage.ownership import claim_file, has_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +55,11 @@ FILE_NAME = "direction.safetensors"
 MEANS_NAME = "directions.safetensors"
 
 
-@dataclass(frozen=True)
-class Direction:
+@dataclass(frozen=True, repr=False)
+class Direction(VectorAlgebra):
     """An unnormalised difference of means.
+
+    ``-d``, ``d * 0.5``, ``d + other`` and ``d.cosine(other)`` work as they read.
 
     Attributes:
         vector: ``[d_model]``, on the host: what a device holds is fetched.
@@ -64,6 +67,17 @@ class Direction:
         layer: source layer, or None if not recorded.
         sha256: hash of the file it was read from.
         project_harmless: what it had along the mean harmless activation was removed.
+        model: folder or hub id of the model that it was taken from, or None if not recorded.
+
+    Source:
+        Section 2.3.
+
+    Example:
+        >>> d = ex[-1, 5]
+        >>> d.layer, d.position
+        (5, -1)
+        >>> round((-d * 0.5).cosine(d), 6)
+        -1.0
     """
 
     vector: Tensor
@@ -71,6 +85,7 @@ class Direction:
     layer: int | None = None
     sha256: str | None = None
     project_harmless: bool = False
+    model: str | None = None
 
     def __post_init__(self) -> None:
         # What is computed of a direction alone is float64, which not every device has.
@@ -87,6 +102,26 @@ class Direction:
             "norm": float(self.vector.double().norm()),
             **({"project_harmless": True} if self.project_harmless else {}),
         }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the direction to a file that :func:`load_direction` and ``--direction`` read.
+
+        Args:
+            path: a name that ends in ``.safetensors``; an earlier direction there is replaced.
+
+        Returns:
+            The file.
+
+        Raises:
+            InputError: the name is taken by a link.
+            UsageError: the name ends otherwise, or the file there is something else.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise UsageError(f"{path}: a direction is saved as safetensors: end the name so")
+        claim_file(path, has_metadata("position", "layer", "model"), "save")
+        save_direction(path, self, self.model or "unknown")
+        return path
 
 
 def save_direction(
@@ -158,6 +193,13 @@ def load_direction(
     Raises:
         InputError: there is none, it is not one vector of numbers, or nothing is left of it.
         UsageError: it is a direction set.
+
+    Source:
+        Section 2.3: the vector that selection chose.
+
+    Example:
+        >>> ab.load_direction(d.save(tmp / "d.safetensors")).layer == d.layer
+        True
     """
     path = find_direction(source)
     found = _read(path, winner)
@@ -323,6 +365,7 @@ def _read(path: Path, winner: bool = False) -> Direction | DirectionSet:
         number("layer"),
         hash_file(path),
         metadata.get("project_harmless") == "true",
+        metadata.get("model"),
     )
 
 

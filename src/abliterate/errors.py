@@ -1,19 +1,75 @@
 """Typed errors. Each carries the exit code the command line ends with.
 
 The verdicts of ``verify`` (6) and ``audit`` (7 edited, 8 undecided) are exit codes, not errors.
-Every message is one line that names the file, tensor or option at fault and how to mend it.
+Every message is one line that names the file, tensor or setting at fault and how to mend it.
+
+A setting is named once, as its option (``--n-train``). The command line shows it so
+(:func:`speaking_of_options`); whoever calls a function reads the name of its argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+_OPTION = re.compile(r"(?<![\w./=-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?![\w-])")
+# Options whose argument has another name than theirs with underscores.
+_ARGUMENTS = {
+    "checkpoint": "edited",
+    "dequantize": "quantized='dequantize'",
+    "heads": "n_heads",
+    "induce-threshold": "Thresholds(induce=...)",
+    "intervention": "interventions",
+    "kl-threshold": "Thresholds(kl=...)",
+    "no-filter": "filter=False",
+    "no-offload": "offload=False",
+    "output": "out",
+    "prune-layers": "Thresholds(prune_layers=...)",
+    "refusal-token": "refusal_tokens",
+    "requantize": "quantized='requantize'",
+    "template-arg": "template_kwargs",
+}
+# Of other programs, or of no function.
+_NO_ARGUMENTS = frozenset(("debug", "nproc-per-node"))
+_speaks_of_options = False
+
+
+@contextmanager
+def speaking_of_options() -> Iterator[None]:
+    """Within the context messages name settings as options: for the command line."""
+    global _speaks_of_options
+    before, _speaks_of_options = _speaks_of_options, True
+    try:
+        yield
+    finally:
+        _speaks_of_options = before
+
+
+def argument_name(option: str) -> str:
+    """What a function's argument is called that the option ``--OPTION`` sets."""
+    if option in _NO_ARGUMENTS:
+        return f"--{option}"
+    return _ARGUMENTS.get(option, option.replace("-", "_"))
+
+
+def addressed(text: str) -> str:
+    """A message as its reader knows the settings; commands in backticks stay as they are."""
+    if _speaks_of_options:
+        return text
+    parts = text.split("`")
+    parts[::2] = [_OPTION.sub(lambda match: argument_name(match[1]), part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 class AbliterateError(Exception):
     """Base of every error that this package raises on purpose."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return addressed(super().__str__())
 
 
 class UsageError(AbliterateError):

@@ -90,9 +90,9 @@ def test_a_field_more_is_read_from_options_and_toml_and_bounded(tmp_path: Path) 
     assert extract("--config", str(file))["share"] == 0.75
     assert extract("--config", str(file))["sorted"] is False
     assert extract("--config", str(file), "--share", "1")["share"] == 1.0
-    with pytest.raises(UsageError, match=r"^--share: .*less than or equal to 1, not 2"):
+    with pytest.raises(UsageError, match=r"^share: .*less than or equal to 1, not 2"):
         extract("--share", "2")
-    with pytest.raises(UsageError, match=r"^--tag: not valid Unicode text"):
+    with pytest.raises(UsageError, match=r"^tag: not valid Unicode text"):
         load_settings(options={"extract": {"tags": ["\ud83d"]}}, schema=WiderSettings)
     file.write_text("[extract]\nshare = 0\n")
     with pytest.raises(UsageError, match=r"mine.toml: \[extract\] share: .*greater than 0"):

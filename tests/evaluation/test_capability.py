@@ -127,7 +127,7 @@ def test_plain_texts_are_cut_and_batches_do_not_matter(tiny) -> None:
 def test_corpora_and_their_mistakes(corpora, fails, tiny, tmp_path: Path) -> None:
     assert parse_corpora(["own", "pile=x.txt"]) == {"own": "baseline completions", "pile": "x.txt"}
     for wrong in (["pille"], ["own=x"], ["pile="], ["pile", "pile=x"]):
-        with pytest.raises(UsageError, match="--corpus"):
+        with pytest.raises(UsageError, match="corpus"):
             parse_corpora(wrong)
     pairs = read_corpus("alpaca", str(corpora / "alpaca.json"), 10, 0).examples
     assert [example.text for example in pairs] == ["blue is one", "here is something, and more"]

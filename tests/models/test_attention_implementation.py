@@ -79,6 +79,6 @@ def test_what_an_implementation_needs_and_lacks_is_an_error_of_the_option() -> N
     failure = attention_failure("flash_attention_2", said)
     assert failure is not None
     assert failure.exit_code == 2
-    assert "--attn-implementation flash_attention_2 cannot be used here: Flash" in str(failure)
+    assert "attn_implementation flash_attention_2 cannot be used here: Flash" in str(failure)
     assert attention_failure("auto", said) is None
     assert attention_failure("eager", ValueError("no such file")) is None

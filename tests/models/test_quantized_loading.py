@@ -197,11 +197,11 @@ def test_ranks_do_not_divide_quantised_matrices() -> None:
     checkpoint, together = find_checkpoint(MODEL), Placement(tensor_parallel=True)
     config = load_config(checkpoint)
     where = (torch.float32, torch.device("cpu"), together)
-    with pytest.raises(UsageError, match="--load-in 8bit and --tensor-parallel exclude each"):
+    with pytest.raises(UsageError, match="load_in 8bit and tensor_parallel exclude each"):
         quantizer_options("8bit", checkpoint, config, *where)
     assert quantizer_options("none", checkpoint, config, *where) == {}
     config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(CheckpointError, match=r"is quantised \(gptq\), which --tensor-parallel"):
+    with pytest.raises(CheckpointError, match=r"is quantised \(gptq\), which tensor_parallel"):
         quantizer_options("none", checkpoint, config, *where)
 
 

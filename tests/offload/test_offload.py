@@ -309,9 +309,9 @@ def test_answers_are_refused_with_the_option_to_use(tiny) -> None:
     prompts = [abliterate.Prompt(f"Question {n}") for n in range(8)]
     means = torch.randn(2, 1, 4, 48, generator=torch.Generator().manual_seed(0)).double()
     extraction = abliterate.Extraction(means[0], means[1], (-1,), ("x",), (5,))
-    with pytest.raises(UsageError, match="use --kl-on last"):
+    with pytest.raises(UsageError, match="use kl_on last"):
         abliterate.select(loaded, extraction, prompts, prompts, kl_on="response:2")
-    with pytest.raises(UsageError, match="use --no-offload"):
+    with pytest.raises(UsageError, match="use offload=False"):
         abliterate.evaluate(loaded, prompts, prompts, [5], interventions=["baseline"])
     assert loaded.engine.offloaded.passes == 1  # evaluate's baseline
 
@@ -352,9 +352,9 @@ def test_opener_is_chosen_before_anything_is_loaded(tiny, monkeypatch: pytest.Mo
     plain, streamed = (choose_opener(checkpoint, OpenOptions(offload=o)) for o in (None, True))
     assert (plain.generates, streamed.generates) == (True, False)
     plain.require_in_memory("--judge")
-    with pytest.raises(UsageError, match="--judge does not run on a streamed model"):
+    with pytest.raises(UsageError, match="judge does not run on a streamed model"):
         streamed.require_in_memory("--judge")
-    with pytest.raises(UsageError, match="--activation-memory must be a size"):
+    with pytest.raises(UsageError, match="activation_memory must be a size"):
         OpenOptions(activation_memory="lots")
     # What needs the model in memory gets it there even under --offload, if there is room.
     assert in_memory_opener(checkpoint, OpenOptions("cpu", offload=True)).generates

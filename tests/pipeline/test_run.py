@@ -185,7 +185,7 @@ def test_shipped_configurations_are_valid_and_the_papers_is_the_default() -> Non
     assert paper.select.model_copy(update={"harmful": None}) == default.select
     changed = {"harmful": "harmful", "harmless": "harmless"}
     assert paper.extract.model_copy(update=changed) == default.extract
-    with pytest.raises(UsageError, match="--n-train"):
+    with pytest.raises(UsageError, match="n_train"):
         load_settings(options={"extract": {"n_train": -4}})
 
 

@@ -31,6 +31,7 @@ from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import unit_direction
 from abliterate.models.loading import LoadedModel
 from abliterate.precision import widened, widest
+from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.suffixes import Marked, Marker, Span
 from abliterate.run_folder import TRACE, Session
@@ -74,12 +75,11 @@ def trace_stage(session: Session, run: Path, request: TraceRequest) -> dict[str,
         settle_rendering(session, run, extracted_of(session, run))
         stage.start_clock()
         loaded = session.load_in_memory()
-        prompts = _marked_prompts(session, Marker(loaded.tokenizer, session.chat), texts, request)
-        tracer = Tracer(loaded, direction, session.settings.model.batch_size)
-        if request.suffix is not None:
-            tracer.find_heads()
-        seen = {kind: tracer.run(rows, kind) for kind, rows in prompts.items()}
-        for note in tracer.notes:
+        own = session.settings.model
+        found = trace(
+            loaded, direction, texts, request, session.chat, own.batch_size, seed=own.seed
+        )
+        for note in found["notes"]:
             log.info("%s", note)
         stage.depends_on(
             {
@@ -91,26 +91,59 @@ def trace_stage(session: Session, run: Path, request: TraceRequest) -> dict[str,
         )
         return stage.finish(
             {
-                "direction": direction.summary(),
+                "direction": found["direction"],
                 "prompts": sources,
                 "made_from": _made_from(run, texts, request),
                 "request": asdict(request),
-                "suffix": _suffix_record(request.suffix, prompts.get("suffix", [])),
-                "cosines": {kind: _curve(one.cosines) for kind, one in seen.items()},
-                "heads": _head_record(tracer, seen, request.n_heads) if request.suffix else None,
-                "notes": tracer.notes,
             }
+            | found
         )
 
 
+def trace(
+    loaded: LoadedModel,
+    direction: Direction,
+    texts: Mapping[str, Sequence[str]],
+    request: TraceRequest,
+    chat: ChatFormat,
+    batch_size: int | str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Curves and heads of prompts along a direction, as records hold them.
+
+    Args:
+        loaded: the model in memory.
+        direction: along which.
+        texts: ``harmful`` and ``harmless`` prompts.
+        request: the suffix and how many heads are listed.
+        chat: how prompts become conversations.
+        batch_size: prompts per forward pass, or ``auto``.
+        seed: of the random suffixes.
+
+    Raises:
+        UsageError: the suffix does not reach the prompt, or the model is streamed.
+    """
+    prompts = _marked_prompts(Marker(loaded.tokenizer, chat), texts, request, seed)
+    tracer = Tracer(loaded, direction, batch_size)
+    if request.suffix is not None:
+        tracer.find_heads()
+    seen = {kind: tracer.run(rows, kind) for kind, rows in prompts.items()}
+    return {
+        "direction": direction.summary(),
+        "suffix": _suffix_record(request.suffix, prompts.get("suffix", [])),
+        "cosines": {kind: _curve(one.cosines) for kind, one in seen.items()},
+        "heads": _head_record(tracer, seen, request.n_heads) if request.suffix else None,
+        "notes": tracer.notes,
+    }
+
+
 def _marked_prompts(
-    session: Session, marker: Marker, texts: Mapping[str, Sequence[str]], request: TraceRequest
+    marker: Marker, texts: Mapping[str, Sequence[str]], request: TraceRequest, seed: int
 ) -> dict[str, list[Marked]]:
     """Token ids with their spans: both kinds, and harmful ones with the suffix and a random one."""
     prompts = {kind: marker.plain(texts[kind]) for kind in ("harmful", "harmless")}
     if request.suffix is not None:
         prompts["suffix"] = marker.suffixed(texts["harmful"], request.suffix)
-        seed = session.settings.model.seed
         prompts["random"] = marker.randomised(prompts["suffix"], seed)
     return prompts
 

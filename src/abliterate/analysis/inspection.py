@@ -20,6 +20,7 @@ from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import check_direction
 from abliterate.inference.logit_lens import Promoted, extremes, logit_lens
 from abliterate.metrics.geometry import Geometry, measure
+from abliterate.models.loading import LoadedModel
 from abliterate.run_folder import ACTIVATIONS, DIRECTIONS, EXTRACT, INSPECT, Session
 from abliterate.run_records import read_bootstrap, read_extract, recorded_stability
 from abliterate.run_rendering import settle_rendering
@@ -29,6 +30,24 @@ from abliterate.storage.artifacts import hash_file
 INSPECT_STAGE = Stage("inspect", INSPECT, sections=frozenset({"model", "chat"}), reads_only=True)
 # Tokens listed for the selected direction, and for every layer's own.
 _TOKENS, _LAYER_TOKENS = 20, 5
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """``resid_pre`` of both kinds of prompts at one position, ``[n, n_layers, d_model]`` each."""
+
+    harmful: Tensor
+    harmless: Tensor
+    position: int
+
+    @property
+    def layers(self) -> Sequence[int]:
+        return range(self.harmful.shape[1])
+
+    def at(self, layer: int, position: int) -> tuple[Tensor, Tensor]:
+        """Harmful and harmless vectors ``[n, d_model]`` of a layer."""
+        assert position == self.position
+        return self.harmful[:, layer], self.harmless[:, layer]
 
 
 @dataclass(frozen=True)
@@ -44,7 +63,7 @@ class Materials:
 
     extraction: Extraction
     direction: Direction
-    activations: Activations | None
+    activations: Activations | LayerActivations | None
     position: int
 
     @property
@@ -70,10 +89,8 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
         settle_rendering(session, run, extracted)
         materials = _materials(run, extracted, position)
         bootstrap = read_bootstrap(run)
-        geometry, notes = _geometry(materials)
-        lens, problem = _lens(session, materials)
-        notes += problem
-        for note in notes:
+        described = describe(session.load_in_memory(), materials)
+        for note in described["notes"]:
             log.info("%s", note)
         stage.depends_on(
             inspection_inputs(
@@ -84,25 +101,44 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
                 bootstrap,
             )
         )
+        layers = [
+            row | _stability(extracted, materials.position, row["layer"])
+            for row in described["layers"]
+        ]
         return stage.finish(
-            {
-                "direction": materials.direction.summary(),
+            described
+            | {
                 "made_from": _made_from(run, materials),
-                "position": materials.position,
-                "cosines": _cosines(materials),
                 "bootstrap": bootstrap,
-                "layers": [
-                    row
-                    | _stability(extracted, materials.position, row["layer"])
-                    | {"geometry": geometry.get(row["layer"])}
-                    | lens["layers"].get(row["layer"], {})
-                    for row in _layers(materials)
-                ],
-                "lens": lens["direction"],
-                "projections": geometry["projections"],
-                "notes": notes,
+                "layers": layers,
             }
         )
+
+
+def describe(loaded: LoadedModel, materials: Materials) -> dict[str, Any]:
+    """The geometry of candidates and their logit lens, as records hold them.
+
+    Args:
+        loaded: the model in memory.
+        materials: candidates, the selected direction, and activations where they were kept.
+
+    Raises:
+        UsageError: scikit-learn is missing, or the model is streamed.
+    """
+    geometry, notes = _geometry(materials)
+    lens, problem = _lens(loaded, materials)
+    return {
+        "direction": materials.direction.summary(),
+        "position": materials.position,
+        "cosines": _cosines(materials),
+        "layers": [
+            row | {"geometry": geometry.get(row["layer"])} | lens["layers"].get(row["layer"], {})
+            for row in _layers(materials)
+        ],
+        "lens": lens["direction"],
+        "projections": geometry["projections"],
+        "notes": [*notes, *problem],
+    }
 
 
 def _materials(run: Path, extracted: Mapping[str, Any], position: int | None) -> Materials:
@@ -225,9 +261,8 @@ def _rounded(points: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[float(f"{value:.5g}") for value in point] for point in points]
 
 
-def _lens(session: Session, materials: Materials) -> tuple[dict[str, Any], list[str]]:
+def _lens(loaded: LoadedModel, materials: Materials) -> tuple[dict[str, Any], list[str]]:
     """Tokens of the selected direction, and of each layer's candidate that is not zero."""
-    loaded = session.load_in_memory()
     chosen = [
         layer for layer, candidate in enumerate(materials.candidates) if float(candidate.norm()) > 0
     ]

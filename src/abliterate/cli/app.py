@@ -39,7 +39,7 @@ from abliterate.console import (
     stop_output,
 )
 from abliterate.distributed import rank_process
-from abliterate.errors import AbliterateError, one_line
+from abliterate.errors import AbliterateError, one_line, speaking_of_options
 from abliterate.settings import load_settings
 
 #: What typer raises for wrong usage. Its module and name differ between releases (click's own, then
@@ -64,13 +64,14 @@ app = typer.Typer(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; errors become one line on stderr."""
     set_up(quiet=False, debug=False)
-    try:
-        rank_process.begin()
-        code = _run(argv)
-        rank_process.settle()
-    except AbliterateError as error:  # the launcher stopped this rank while it was ending
-        code = _fail(str(error), error.exit_code, error)
-    return rank_process.end(code)
+    with speaking_of_options():
+        try:
+            rank_process.begin()
+            code = _run(argv)
+            rank_process.settle()
+        except AbliterateError as error:  # the launcher stopped this rank while it was ending
+            code = _fail(str(error), error.exit_code, error)
+        return rank_process.end(code)
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -47,47 +47,24 @@ def plan(
     if gpu_memory is not None:
         given_gpu = 0 if gpu_memory.strip() == "0" else parse_memory(gpu_memory, "--gpu-memory")
     checkpoint = find_checkpoint(model, asked["revision"], need="headers")
-    import psutil
-    import torch
+    from abliterate.capacity.resource_plan import plan_resources
 
-    from abliterate.capacity import machine_benchmark, resource_estimate
-    from abliterate.inference.token_batches import attempt
-    from abliterate.models.loading import known_shards, load_config, pick_device
-    from abliterate.offload import free_memory
-
-    trust = bool(asked["trust_remote_code"])
-    config = load_config(checkpoint, trust)
-    here = pick_device("auto")
-    main = free_memory(torch.device("cpu")) if given_memory is None else given_memory
-    gpu = given_gpu
-    if gpu is None:
-        gpu = free_memory(here) if here.type not in ("cpu", "mps") else 0
-    number = resource_estimate.dtype_of(asked["dtype"] or "auto", config, gpu > 0)
-    shards = known_shards(checkpoint)
-    shape = resource_estimate.shape_of(config, number, trust, shards)
-    speed: float | None = None
-    if not gpu or here.type != "cpu":
-        place = here if gpu else torch.device("cpu")
-        found: list[float] = []
-        if attempt(lambda: found.append(machine_benchmark.layer_speed(shape.width, number, place))):
-            speed = found[0]
-    machine = resource_estimate.Machine(
-        main,
-        gpu,
-        machine_benchmark.disk_speed(checkpoint.folder),
-        speed,
-        machine_benchmark.copy_speed(),
-    )
     activations = asked["activation_memory"]
-    work = resource_estimate.Workload(
-        n_train,
-        n_val,
-        tokens,
-        positions,
-        parse_memory(activations, "--activation-memory") if activations else None,
-        psutil.Process().memory_info().rss,
+    document = plan_resources(
+        checkpoint,
+        memory=given_memory,
+        gpu_memory=given_gpu,
+        n_train=n_train,
+        n_val=n_val,
+        tokens=tokens,
+        positions=positions,
+        activation_memory=(
+            parse_memory(activations, "--activation-memory") if activations else None
+        ),
+        dtype=asked["dtype"] or "auto",
+        trust_remote_code=bool(asked["trust_remote_code"]),
     )
-    document = resource_estimate.as_document(model, config, shape, machine, work)
+    document = {**document, "model": model}
     if as_json:
         return print_json(document)
     return _show(document)

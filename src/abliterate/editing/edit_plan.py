@@ -124,7 +124,7 @@ def make_plan(
         UnsupportedArchitectureError: the writers cannot be found or made exact.
     """
     located = locate_writers(checkpoint, trust_remote_code)
-    _require_exact(located.config, located.proof, allow_leak)
+    require_exact(located.config, located.proof, allow_leak)
     n_layers, width = len(located.plan.blocks), stream_width(located.model, located.plan)
     units: Tensor | LayerUnits
     if isinstance(direction, DirectionSet):
@@ -195,7 +195,12 @@ def _tensor_edit(
     )
 
 
-def _require_exact(config: Any, proof: Proof, allow_leak: float | None) -> None:
+def require_exact(config: Any, proof: Proof, allow_leak: float | None) -> None:
+    """Refuse writers that no constant edit makes exact, unless so much of a leak is accepted.
+
+    Raises:
+        UnsupportedArchitectureError: they are none, or more than that would remain.
+    """
     if proof.exact:
         return
     if allow_leak is None or not proof.leak <= allow_leak:

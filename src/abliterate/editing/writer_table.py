@@ -7,13 +7,14 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from abliterate.checkpoints.quantized_formats import plain_config
 from abliterate.checkpoints.shards import INDEX, read_index, weight_files
 from abliterate.editing.config_contradiction import map_matching
 from abliterate.editing.located_writers import prove_writers, read_plain, writer_axes
 from abliterate.editing.tied_embeddings import tied_head
 from abliterate.models.loading import Checkpoint, load_config
 from abliterate.models.model_classes import empty_model
-from abliterate.writers import Writer, plan_for, proof_of, stream_width
+from abliterate.writers import Proof, Writer, WriterPlan, plan_for, proof_of, stream_width
 
 
 def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -46,8 +47,27 @@ def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
         of_parameter = (t for t in disk.tensors if t.parameter == tensor.parameter)
         if tensor.loads_as != head or all(t.loads_as == head for t in of_parameter):
             tensors[tensor.parameter].append(tensor.name)
+    return _table(model, plan, proof, tensors) | {"untouched": list(disk.untouched)}
+
+
+def describe_loaded(model: PreTrainedModel) -> dict[str, Any]:
+    """As :func:`describe_writers`, of a model in memory: without tensors on disk.
+
+    Raises:
+        UnsupportedArchitectureError: the writers cannot be found.
+    """
+    proof = proof_of(plain_config(model.config))
+    plan = plan_for(model, proof.plan, proof.decoder)
+    names: dict[str, list[str]] = {writer.parameter: [] for writer in plan.writers}
+    return _table(model, plan, proof, names) | {"untouched": []}
+
+
+def _table(
+    model: PreTrainedModel, plan: WriterPlan, proof: Proof, tensors: dict[str, list[str]]
+) -> dict[str, Any]:
+    axes = writer_axes(model, plan)
     return {
-        "model_type": config.model_type,
+        "model_type": model.config.model_type,
         "d_model": stream_width(model, plan),
         "exact": proof.exact,
         "reason": proof.reason,
@@ -66,7 +86,6 @@ def describe_writers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
             for name, axis in axes.items()
             if (of_it := [w for w in plan.writers if w.parameter == name])
         ],
-        "untouched": list(disk.untouched),
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.console import log
+from abliterate.direction import Direction
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import InputError
 from abliterate.extraction.group_sums import GroupSums, Stability, assign_groups, stability
@@ -42,7 +43,7 @@ Kept = tuple[bool, ...]
 Keep = Callable[[str, Sequence[int], Tensor], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Extraction:
     """Mean activations at each position and layer.
 
@@ -58,6 +59,9 @@ class Extraction:
         stability: how sure each candidate is, if it was extracted now.
         project_harmless: of the candidates what they have along their mean harmless activation is
             removed.
+        model: folder or hub id of the model.
+
+    ``extraction[position, layer]`` is the candidate there, a :class:`Direction`.
     """
 
     mean_harmful: Tensor
@@ -70,6 +74,30 @@ class Extraction:
     unfinished: Mapping[str, int] = field(default_factory=dict)
     stability: Stability | None = None
     project_harmless: bool = False
+    model: str | None = None
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.mean_harmful.shape))
+        counts = f"{sum(self.kept_harmful)} harmful, {sum(self.kept_harmless)} harmless prompts"
+        return f"Extraction({shape} of positions {list(self.positions)}, layers, d_model; {counts})"
+
+    def __getitem__(self, key: tuple[int, int]) -> Direction:
+        """The candidate at a position (counted from the prompt's end) and a layer.
+
+        Raises:
+            KeyError: there is none there, or the key is no pair; it says which there are.
+        """
+        n_layers = self.mean_harmful.shape[1]
+        try:
+            position, layer = key
+            row, column = self.positions.index(position), range(n_layers).index(layer)
+        except (TypeError, ValueError):
+            raise KeyError(
+                f"[{key!r}] is no candidate: give [position, layer], of positions "
+                f"{list(self.positions)} and layers 0 to {n_layers - 1}"
+            ) from None
+        vector = self.directions[row, column]
+        return Direction(vector, position, layer, None, self.project_harmless, self.model)
 
     @property
     def directions(self) -> Tensor:

@@ -7,7 +7,7 @@ at every token and layer. ``add``: ``h[l] <- h[l] + a * r`` at the input of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -38,8 +38,7 @@ def check_direction(direction: Tensor, width: int) -> Tensor:
     """``direction`` as float64 ``[d_model]``; raises as :func:`unit_direction` does."""
     if not isinstance(direction, Tensor) or direction.is_complex():
         raise InputError(
-            f"the direction must be a tensor of {width} real numbers, not {_named(direction)}: of "
-            "a Direction give its vector"
+            f"the direction must be a tensor of {width} real numbers, not {_named(direction)}"
         )
     if direction.shape != (width,):
         raise InputError(
@@ -80,7 +79,10 @@ def ablation_units(model: PreTrainedModel, direction: Tensor | DirectionSet) -> 
 
 @contextmanager
 def ablate(
-    model: PreTrainedModel, direction: Tensor | DirectionSet, scale: float = 1.0
+    model: PreTrainedModel,
+    direction: Tensor | DirectionSet,
+    scale: float = 1.0,
+    layers: Collection[int] | None = None,
 ) -> Iterator[None]:
     """Within the context, no component of ``model`` writes along ``direction``.
 
@@ -90,31 +92,52 @@ def ablate(
             ``[n_layers, d_model]``: what block ``l`` writes loses row ``l``, what is written before
             the first block loses the first.
         scale: ``s`` of ``c <- c - s (c . r) r``, 0 to 1: 1 removes all, 0.5 half of it.
+        layers: the blocks whose components are ablated; None for all, and for what writes outside
+            the blocks too (embeddings).
 
     Raises:
-        InputError: the direction does not fit.
+        InputError: the direction does not fit, or there is no such layer.
         UnsupportedArchitectureError: the model's writers are not known, or it is to lose a part
-            of the direction, or one for each layer, where the stream itself is projected, block
-            after block.
+            of the direction, one for each layer or in some layers, where the stream itself is
+            projected, block after block.
         UsageError: the scale is not between 0 and 1.
     """
     plan = find_writers(model)
     units = ablation_units(model, direction)
     if not _is_number(scale) or not 0 <= scale <= 1:
         raise UsageError(f"the share to ablate must lie between 0 and 1, not {scale}")
-    if scale not in (0, 1) and any(site.at == "input" for site in plan.sites):
+    sites = plan.sites
+    if layers is not None:
+        chosen = {check_layer(layer, len(plan.blocks)) for layer in layers}
+        sites = tuple(site for site in plan.sites if site.layer in chosen)
+    in_parts = scale not in (0, 1) or layers is not None
+    if in_parts and any(site.at == "input" for site in plan.sites):
         raise UnsupportedArchitectureError(
             f"architecture '{model.config.model_type}' writes terms that are no module's output: "
-            "only the whole direction can be ablated"
+            "only the whole direction can be ablated, in all layers"
         )
     # c - (c . u) u with u = sqrt(s) r is c - s (c . r) r.
     share = math.sqrt(scale)
     shortened = units.scaled(share) if isinstance(units, LayerUnits) else units * share
-    with ablate_at(model, shortened, plan.sites if scale else ()):
+    with ablate_at(model, shortened, sites if scale else ()):
         yield
 
 
 Units = Tensor | LayerUnits
+
+
+def check_layer(layer: Any, n_layers: int) -> int:
+    """``layer``, which must be one of the model's.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < n_layers:
+        unknown = "; the direction does not record its own" if layer is None else ""
+        raise InputError(
+            f"layer {layer!r} does not exist: the model has layers 0 to {n_layers - 1}{unknown}"
+        )
+    return layer
 
 
 @contextmanager
@@ -185,11 +208,7 @@ def add(
     """
     checked = check_direction(direction, stream_width(model, find_writers(model)))
     blocks = decoder_blocks(model)
-    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < len(blocks):
-        unknown = "; the direction does not record its own" if layer is None else ""
-        raise InputError(
-            f"layer {layer!r} does not exist: the model has layers 0 to {len(blocks) - 1}{unknown}"
-        )
+    check_layer(layer, len(blocks))
     if not _is_number(coeff):
         raise UsageError(f"the coefficient must be a finite number, not {coeff!r}")
     vector = coeff * checked

@@ -233,6 +233,13 @@ def load_model(
             quantised in a way that cannot be loaded here.
         UnsupportedArchitectureError: the installed transformers does not know the model type.
         UsageError: device, dtype, ``load_in`` or ``attn_implementation`` cannot be used.
+
+    Source:
+        No part of the paper; :func:`abliterate.load` does the same and more.
+
+    Example:
+        >>> ab.load_model(M, device="cpu").model.config.model_type
+        'llama'
     """
     if isinstance(checkpoint, str):
         checkpoint = find_checkpoint(checkpoint)

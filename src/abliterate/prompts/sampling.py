@@ -84,6 +84,13 @@ def load_prompts(
 
     Raises:
         InputError: the source is unusable or has fewer than ``n`` prompts left.
+
+    Source:
+        Section 2.2 and appendix A.
+
+    Example:
+        >>> len(ab.load_prompts("harmless", "val", 4))
+        4
     """
     source = read_source(spec, commits)
     pool = [

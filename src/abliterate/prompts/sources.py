@@ -70,14 +70,13 @@ def check_prompts(**kinds: Sequence[Prompt]) -> None:
     """
     for kind, prompts in kinds.items():
         if isinstance(prompts, str | Prompt):
-            raise UsageError(f"the {kind} prompts must be a list of Prompt, not {prompts!r:.60}")
+            raise UsageError(f"the {kind} prompts must be a list, not {prompts!r:.60}")
         if not prompts:
             raise InputError(f"there are no {kind} prompts: give at least one")
         for prompt in prompts:
             if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
                 raise UsageError(
-                    f"the {kind} prompts must be Prompt objects, such as Prompt('text'), "
-                    f"not {prompt!r:.60}"
+                    f"the {kind} prompts must be texts or Prompt objects, not {prompt!r:.60}"
                 )
 
 

@@ -1,0 +1,123 @@
+"""What users give for prompts, vectors, positions and checkpoints, as lower floors take it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abliterate.checkpoints.checkpoint import Checkpoint, find_checkpoint
+from abliterate.direction import Direction, load_direction
+from abliterate.errors import InputError, UsageError
+from abliterate.extraction.means import named_refusal_tokens
+from abliterate.models.loading import LoadedModel
+from abliterate.prompts.sampling import load_prompts, split_pool
+from abliterate.prompts.sources import Prompt, PromptSource, check_prompts
+
+# A list of texts or of Prompt objects, or a source: its name (``harmful``, a file, a hub dataset).
+PromptsLike = Iterable[str | Prompt] | PromptSource | str | Path
+# A direction, its vector ``[d_model]`` as tensor or array, or the file or run folder of one.
+DirectionLike = Direction | Tensor | np.ndarray[Any, Any] | str | Path
+
+
+def as_prompts(given: Any, kind: str, split: str = "train") -> list[Prompt]:
+    """Prompts, of a source the split that is drawn from at this stage.
+
+    Raises:
+        InputError: there are none, or the source cannot be used.
+        UsageError: it is neither a list nor a source, or holds something else.
+    """
+    if isinstance(given, str | Path):
+        return load_prompts(str(given), split)
+    if isinstance(given, PromptSource):
+        return split_pool(given, split)
+    if given is None or isinstance(given, dict | Prompt) or not isinstance(given, Iterable):
+        raise UsageError(f"the {kind} prompts must be a list or a source, not {given!r:.60}")
+    prompts = [Prompt(one) if isinstance(one, str) else one for one in given]
+    check_prompts(**{kind: prompts})
+    return prompts
+
+
+def as_vector(given: Any) -> Any:
+    """The vector of a direction as a tensor; what is none is for the model's own check to name."""
+    if isinstance(given, str | Path):
+        given = load_direction(given)
+    if isinstance(given, Direction):
+        return given.vector
+    if isinstance(given, np.ndarray):
+        if given.dtype.kind not in "fiu":
+            raise InputError(f"the direction must hold real numbers, not {given.dtype}")
+        return torch.from_numpy(np.ascontiguousarray(given, dtype=np.float64))
+    return given
+
+
+def as_direction(given: Any) -> Direction:
+    """A direction with whatever is known of where it came from.
+
+    Raises:
+        InputError: it is no vector of finite numbers.
+    """
+    if isinstance(given, str | Path):
+        return load_direction(given)
+    if isinstance(given, Direction):
+        return given
+    vector = as_vector(given)
+    if not isinstance(vector, Tensor) or vector.ndim != 1 or vector.is_complex():
+        raise InputError(
+            f"the direction must be a Direction, a vector [d_model] or a file, not {given!r:.60}"
+        )
+    return Direction(vector.detach().double())
+
+
+def as_positions(given: Any) -> str:
+    """Positions as the settings write them: ``post-instruction``, ``last`` or ``-5,-1``."""
+    if isinstance(given, str):
+        return given
+    if isinstance(given, int):
+        return str(given)
+    try:
+        return ",".join(str(int(position)) for position in given)
+    except (TypeError, ValueError):
+        raise UsageError(
+            "the positions must be 'post-instruction', 'last' or negative numbers, not "
+            f"{given!r:.60}"
+        ) from None
+
+
+def as_token_names(given: Any) -> list[str]:
+    """Refusal tokens as texts: token strings, ids or presets."""
+    if isinstance(given, str | int):
+        return [str(given)]
+    return [str(one) for one in given or ()]
+
+
+def as_token_ids(loaded: LoadedModel, given: Any) -> list[int]:
+    """Ids of refusal tokens, each given as an id or as a token's text.
+
+    Raises:
+        UsageError: one is no single token.
+    """
+    named: list[Any] = [given] if isinstance(given, str | int) else list(given)
+    if all(isinstance(one, str) for one in named):
+        return named_refusal_tokens(loaded, named) if named else []
+    return named
+
+
+def as_checkpoint(given: Any, revision: str | None = None) -> Checkpoint:
+    """A checkpoint on disk, of its folder or hub id.
+
+    Raises:
+        CheckpointError: there is none.
+        UsageError: it is something else, such as a model in memory.
+    """
+    if isinstance(given, Checkpoint):
+        return given
+    if isinstance(given, str | Path):
+        return find_checkpoint(str(given), revision, need="copy")
+    raise UsageError(
+        f"a checkpoint is named by its folder or hub id, not by a {type(given).__name__}"
+    )

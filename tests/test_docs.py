@@ -1,0 +1,44 @@
+"""The documentation builds without a broken link, and its CLI reference has every option."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_site_builds_without_a_broken_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    monkeypatch.chdir(ROOT)
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))
+    pages = {path.parent.name: path.read_text("utf-8") for path in tmp_path.rglob("index.html")}
+    assert 'id="abliterate.api.directions.extract"' in pages["api"]
+    assert "abliterate.api.checkpoints.OrthogonalizedModel.restore" in pages["api"]
+    assert "--refusal-token" in pages["cli"]
+    assert "quickstart.ipynb" in pages["notebook"]
+
+
+def test_the_cli_reference_has_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer.main
+
+    from abliterate.cli.app import app
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import docs_pages
+
+    text = docs_pages.cli_reference()
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        section = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        for parameter in command.params:
+            assert all(f"`{option}`" in section for option in parameter.opts if option[0] == "-")
+    sys.modules.pop("docs_pages", None)
