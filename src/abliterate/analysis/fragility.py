@@ -2,19 +2,16 @@
 
 The direction is removed by and by, ``c <- c - s (c . r) r`` for ``s`` from 0 to 1 in every
 component output (paper, section 2.4, at part strength), and refusal and KL are measured at each
-step. The one number is the mean share of refusals that is lost on the way,
-``F = 1 - integral of rate(s) ds / rate(0)``: 0 where ablation changes nothing, 0.5 where refusals
-fall in proportion, near 1 where the first tenth takes them all.
+step. What is made of the curve is in :mod:`abliterate.analysis.fragility_curve`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from abliterate.analysis.fragility_curve import Point, summarise
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, load_direction
 from abliterate.errors import InputError, UsageError
@@ -23,7 +20,7 @@ from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import ablate
 from abliterate.inference.thinks_first import or_thinks_first
 from abliterate.inference.thoughts import AnswerLimits, ask
-from abliterate.metrics.intervals import share_methods, wilson
+from abliterate.metrics.intervals import bootstrap_settings, share_methods, wilson
 from abliterate.metrics.refusal import kl_divergence, refusal_score
 from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrases
 from abliterate.models.loading import LoadedModel
@@ -37,33 +34,6 @@ from abliterate.storage.artifacts import hash_file
 
 FRAGILITY = "fragility.json"
 FRAGILITY_STAGE = Stage("fragility", FRAGILITY, reads_only=True)
-
-
-@dataclass(frozen=True)
-class Point:
-    """What removing a share of the direction does.
-
-    Attributes:
-        fraction: the share, 0 to 1.
-        bypass_score: mean refusal score of the harmful prompts.
-        refusal_rate: share of harmful prompts whose answer holds a refusal phrase.
-        harmless_refusal_rate: the same of the harmless prompts.
-        kl_divergence: mean last-token KL(baseline || ablated) on the harmless prompts, nats.
-        refusal_rate_ci: Wilson's 95% interval of ``refusal_rate``.
-        harmless_refusal_rate_ci: that of ``harmless_refusal_rate``.
-        no_verdict: harmful prompts whose thought did not end, of which neither is known.
-        harmless_no_verdict: such harmless ones.
-    """
-
-    fraction: float
-    bypass_score: float
-    refusal_rate: float
-    harmless_refusal_rate: float
-    kl_divergence: float
-    refusal_rate_ci: tuple[float, float] | None = None
-    harmless_refusal_rate_ci: tuple[float, float] | None = None
-    no_verdict: int = 0
-    harmless_no_verdict: int = 0
 
 
 def measure(
@@ -111,34 +81,42 @@ def measure(
                     kind: engine.answers(rows, limits.longest, batch_size, description, chat=chat)
                     for kind, rows in prompt_ids.items()
                 }
-            (harmful_refusals, n_harmful), (harmless_refusals, n_harmless) = (
-                _count_refusals(limits, answers[kind], phrases) for kind in ("harmful", "harmless")
+            verdicts = {
+                kind: _verdicts(limits, answers[kind], phrases) for kind in ("harmful", "harmless")
+            }
+            (harmful_refusals, n_harmful), (harmless_refusals, n_harmless) = map(
+                _counted, verdicts.values()
             )
+            scores = refusal_score(logits["harmful"], refusal_tokens).tolist()
+            divergences = kl_divergence(unmodified["harmless"], logits["harmless"]).tolist()
             points.append(
                 Point(
                     fraction,
-                    float(refusal_score(logits["harmful"], refusal_tokens).mean()),
+                    sum(scores) / len(scores),
                     harmful_refusals / n_harmful,
                     harmless_refusals / n_harmless,
-                    float(kl_divergence(unmodified["harmless"], logits["harmless"]).mean()),
+                    sum(divergences) / len(divergences),
                     wilson(harmful_refusals, n_harmful),
                     wilson(harmless_refusals, n_harmless),
                     len(harmful) - n_harmful,
                     len(harmless) - n_harmless,
+                    tuple(scores),
+                    tuple(divergences),
+                    verdicts["harmful"],
                 )
             )
     return points
 
 
-def _count_refusals(
+def _verdicts(
     limits: AnswerLimits, answers: Sequence[Sequence[int]], phrases: RefusalPhrases
-) -> tuple[int, int]:
-    """How many answers, as token ids, hold a refusal phrase, and of how many that is known.
+) -> tuple[bool | None, ...]:
+    """Whether each answer, as token ids, holds a refusal phrase; None for thoughts cut off.
 
     Raises:
-        InputError: of none: every thought was cut off.
+        InputError: all are.
     """
-    verdicts = [phrases.verdict(limits.read(answer)[1]) for answer in answers]
+    verdicts = tuple(phrases.verdict(limits.read(answer)[1]) for answer in answers)
     known = [verdict for verdict in verdicts if verdict is not None]
     if not known:
         raise InputError("no answer comes after the model's thought: raise --max-new-tokens")
@@ -149,36 +127,13 @@ def _count_refusals(
             len(verdicts) - len(known),
             len(verdicts),
         )
+    return verdicts
+
+
+def _counted(verdicts: Sequence[bool | None]) -> tuple[int, int]:
+    """How many are refusals, and of how many that is known."""
+    known = [verdict for verdict in verdicts if verdict is not None]
     return sum(known), len(known)
-
-
-def summarise(points: Sequence[Point]) -> dict[str, float | None]:
-    """The numbers of a curve.
-
-    Returns:
-        ``fragility``: F of this module's docstring, by trapezoids, or None if nothing is refused
-        to begin with; ``half_fraction``: where the refusal rate first falls to half of its start,
-        interpolated, or None; ``kl_at_half``: the KL there; ``remaining``: the share of refusals
-        left once all is removed.
-    """
-    start = points[0].refusal_rate
-    if start == 0:
-        return {"fragility": None, "half_fraction": None, "kl_at_half": None, "remaining": None}
-    pairs = list(pairwise(points))
-    area = sum((b.fraction - a.fraction) * (a.refusal_rate + b.refusal_rate) / 2 for a, b in pairs)
-    half = kl = None
-    for a, b in pairs:
-        if b.refusal_rate <= start / 2 < a.refusal_rate:
-            part = (a.refusal_rate - start / 2) / (a.refusal_rate - b.refusal_rate)
-            half = a.fraction + part * (b.fraction - a.fraction)
-            kl = a.kl_divergence + part * (b.kl_divergence - a.kl_divergence)
-            break
-    return {
-        "fragility": 1 - area / start,
-        "half_fraction": half,
-        "kl_at_half": kl,
-        "remaining": points[-1].refusal_rate / start,
-    }
 
 
 def fragility_stage(
@@ -218,10 +173,20 @@ def fragility_stage(
         return stage.finish(
             {
                 "direction": direction.summary() | {"sha256": hash_file(run / FILE_NAME)},
-                **summarise(points),
-                "points": [asdict(point) for point in points],
+                **summarise(points, session.settings.model.seed),
+                "points": [point.summary(session.settings.model.seed) for point in points],
+                "by_prompt": [
+                    {
+                        "fraction": point.fraction,
+                        "bypass_score": point.bypass_scores,
+                        "kl_divergence": point.divergences,
+                        "refused": point.verdicts,
+                    }
+                    for point in points
+                ],
                 "n_prompts": {kind: len(chosen) for kind, chosen in prompts.items()},
                 "intervals": share_methods(),
+                "bootstrap": bootstrap_settings(session.settings.model.seed),
                 "prompts": prompt_keys(prompts),
                 "max_new_tokens": max_new_tokens,
                 "refusal_phrases": phrases.summary(),

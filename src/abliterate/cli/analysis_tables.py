@@ -93,20 +93,25 @@ def _heads(heads: list[Any], count: int) -> None:
                 f"{parts['harmful']:+.3g}",
                 f"{parts['suffix']:+.3g}",
                 f"{parts['random']:+.3g}",
-                f"{head['change']:+.3g}",
+                f"{head['change']:+.3g}" + _plus_minus(head.get("change_standard_error")),
+                _number((head.get("p_holm") or {}).get("change"), ".2g"),
+                _number((head.get("p_holm") or {}).get("against_random"), ".2g"),
                 _number(looks["harmful"]["instruction"], ".0%"),
                 _number(looks["suffix"]["instruction"], ".0%"),
                 _number(looks["suffix"]["suffix"], ".0%"),
             ]
         )
     print_table(
-        f"Heads whose contribution along the direction changes most with the suffix (n={count})",
+        f"Heads whose contribution along the direction changes most with the suffix (n={count}; "
+        "p: that it does not change, and that it is that of random tokens, Holm over all heads)",
         [
             "head",
             "harmful",
             "+ suffix",
             "+ random",
             "change",
+            "p",
+            "p (random)",
             "attention: instruction",
             "with suffix: instruction",
             "suffix",
@@ -118,3 +123,7 @@ def _heads(heads: list[Any], count: int) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.2g}"

@@ -18,7 +18,7 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
     columns = next(iter(rows.values()))
     counts = ", ".join(f"{kind} n={count}" for kind, count in record["n_prompts"].items())
     print_table(
-        f"Refusals on test prompts ({counts}; 95% intervals), "
+        f"Refusals on test prompts ({counts}; 95% intervals; means ± standard error), "
         "and what changed against the baseline",
         ["intervention", *columns],
         [[name, *cells.values()] for name, cells in rows.items()],
@@ -48,10 +48,10 @@ def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     scored = record.get("n_scored") or {}
     n = {kind: f" (n={scored[kind]})" if kind in scored else "" for kind in _KINDS}
     cells |= {
-        f"{kind} metric{n[kind]}": _with_change(found[kind]["refusal_metric"], None, ".2f")
-        for kind in _KINDS
+        f"{kind} metric{n[kind]}": _mean(found[kind], "refusal_metric", ".2f") for kind in _KINDS
     }
-    cells["harmless KL"] = _with_change(found["kl_divergence"], None, ".4f")
+    cells["harmless KL"] = _mean(found, "kl_divergence", ".4f")
+    cells["exact KL"] = _with_change(found["kl_exact"], None, ".4f")
     for corpus, loss in found["losses"].items():
         for key, title in (("loss", "loss"), ("perplexity", "PPL")):
             less = change.get("losses", {}).get(corpus, {}).get(key)
@@ -158,6 +158,16 @@ def _points(record: Mapping[str, Any], name: str, kind: str, key: str) -> str:
         return ""
     low, high = change[f"{key}_ci"]
     return f" {change[key]:+.0%} ({low:+.0%} to {high:+.0%})"
+
+
+def _mean(part: Mapping[str, Any], key: str, form: str) -> str:
+    """A mean, its standard error and the median of its prompts."""
+    if part[key] is None:
+        return "-"
+    held = part[f"{key}_spread"]
+    error, median = held["standard_error"], held["median"]
+    spread = "" if error is None else f" ± {error:{form}}"
+    return f"{part[key]:{form}}{spread}" + ("" if median is None else f", median {median:{form}}")
 
 
 def _with_change(value: float | None, change: float | None, form: str) -> str:

@@ -11,9 +11,10 @@ from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.classifier import Classifier, find_classifier
-from abliterate.evaluation.compare import BORDERLINE, check_intervention
+from abliterate.evaluation.compare import check_intervention
 from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
 from abliterate.evaluation.judges import Judge, find_judge
+from abliterate.evaluation.outcomes import BORDERLINE
 from abliterate.evaluation.servers import Server, find_servers
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_phrases import RefusalPhrases, parse_phrases

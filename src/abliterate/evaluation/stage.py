@@ -10,12 +10,13 @@ from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InterruptedWorkError
 from abliterate.evaluation.classifier import classify_files
-from abliterate.evaluation.compare import BORDERLINE, KINDS, deltas
 from abliterate.evaluation.completions import MANIFEST, is_completions, is_manifest
 from abliterate.evaluation.inputs import EvaluationInputs, order_rows, read_inputs
 from abliterate.evaluation.judge_completions import failures, judge_files
+from abliterate.evaluation.kept_figures import MEASURED, is_memo
 from abliterate.evaluation.lm_eval_tasks import Tasks, find_tasks
-from abliterate.evaluation.measurements import MEASURED, Measurements, is_memo
+from abliterate.evaluation.measurements import Measurements
+from abliterate.evaluation.outcomes import BORDERLINE, KINDS, deltas
 from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
 from abliterate.models.loading import Checkpoint
@@ -161,6 +162,10 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         **inputs.served(),
         "interventions": {name: outcome.summary() for name, outcome in outcomes.items()},
         "deltas": deltas(outcomes),
+        "by_prompt": {
+            "prompts": measurements.scored_prompts,
+            "interventions": {name: outcome.by_prompt() for name, outcome in outcomes.items()},
+        },
         "judge": inputs.judge and inputs.judge.summary(),
         "classifier": inputs.classifier and inputs.classifier.summary(),
         "judge_failures": failures(completions),

@@ -178,6 +178,8 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
             lambda r: _mean(r, "kl_divergence", ".4f"),
         )
     )
+    if any(finite(r.get("kl_exact")) is not None for r in held):
+        columns.append(("exact KL", lambda r: number(r.get("kl_exact"), ".4f")))
     corpora = dict.fromkeys(name for r in held for name in r.get("losses") or {})
     columns += [(f"loss, {name}", lambda r, c=name: _loss(r, c)) for name in corpora]
     tasks = dict.fromkeys(name for r in held for name in r.get("tasks") or {})
@@ -192,9 +194,17 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
 
 
 def _mean(part: Document, key: str, form: str) -> str:
-    """A mean with its bootstrap interval, where the record has one."""
+    """A mean with its bootstrap interval, standard error, median and largest prompt, where the
+    record has them."""
     text, span = number(part.get(key), form), part.get(f"{key}_ci")
-    return text if not span else f"{text} [{number(span[0], form)}, {number(span[1], form)}]"
+    text = text if not span else f"{text} [{number(span[0], form)}, {number(span[1], form)}]"
+    if not (held := part.get(f"{key}_spread")):
+        return text
+    return (
+        f"{text} ± {number(held['standard_error'], form.lstrip('+'))}, "
+        f"sd {number(held['sd'], form.lstrip('+'))}, "
+        f"median {number(held['median'], form)}, largest {number(held['max'], form)}"
+    )
 
 
 def apart(count: Document) -> str:
@@ -222,8 +232,9 @@ def _rate(now: Document, base: Document | None, change: Document) -> str:
     if base is None or base is now or base["refusal_rate"] is None:
         return text
     text = f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"
-    span = change.get("refusal_score_ci")
-    return text if not span else f"{text} [{span[0]:+.1%}, {span[1]:+.1%}]"
+    span, chance = change.get("refusal_score_ci"), finite(change.get("refusal_score_p"))
+    text = text if not span else f"{text} [{span[0]:+.1%}, {span[1]:+.1%}]"
+    return text if chance is None else f"{text}, p = {chance:.2g}"
 
 
 def _counts(result: Document, kinds: Sequence[str], key: str) -> str:
@@ -250,7 +261,9 @@ def _loss(result: Document, corpus: str) -> str:
     if not held:
         return DASH
     count = f", {held['n_tokens']} tokens" if "n_tokens" in held else ""
-    return f"{number(held['loss'], '.4f')} (ppl {number(held['perplexity'])}{count})"
+    error = finite(held.get("loss_standard_error"))
+    spread = "" if error is None else f" ± {error:.4f}"
+    return f"{number(held['loss'], '.4f')}{spread} (ppl {number(held['perplexity'])}{count})"
 
 
 def _task(result: Document, task: str) -> str:
@@ -352,6 +365,10 @@ def head_rows(trace: Document) -> list[list[str]]:
                 f"{head['layer']}.{head['head']}",
                 *(number(parts[kind], "+.3g") for kind in ("harmful", "suffix", "random")),
                 f"{number(head['change'], '+.3g')} ± {number(head['change_std'], '.2g')}",
+                *(
+                    number((head.get("p_holm") or {}).get(test), ".2g")
+                    for test in ("change", "against_random")
+                ),
                 percent(looks["harmful"]["instruction"]),
                 percent(looks["suffix"]["instruction"]),
                 percent(looks["suffix"]["suffix"]),
