@@ -118,6 +118,14 @@ def test_the_command_writes_numbers_and_a_picture(
     assert record["kl_at_half"] in [point["kl_divergence"] for point in points]
     low, high = record["fragility_ci"]
     assert low <= record["fragility"] <= high
+    # The refusal direction of the demo model is no random one.
+    held = record["controls"]["rows"]["ablate"]
+    assert held["selected"]["harmful_score"] == pytest.approx(points[2]["bypass_score"])
+    assert held["selected"]["kl_divergence"] == pytest.approx(points[2]["kl_divergence"])
+    for family in ("covariance", "isotropic"):
+        place = held["families"][family]["place"]["harmful_score"]
+        assert (place["below"], place["of"]) == (0, 4)
+        assert place["z"] < -2
     from plotly.offline import get_plotlyjs
 
     page = (run / "fragility.html").read_text()
@@ -125,7 +133,7 @@ def test_the_command_writes_numbers_and_a_picture(
     assert 'src="https://' not in page.replace(get_plotlyjs(), "")
     config = tmp_path / "few.toml"
     config.write_text("[evaluate]\nn_test = 2\nmax_new_tokens = 3\n")
-    few = ("--config", config, "--steps", "2", "--no-picture", "--json", "-q")
+    few = ("--config", config, "--steps", "2", "--no-picture", "--json", "-q", "--controls", "0")
     record = cli("fragility", run, *few).json
     assert (len(record["prompts"]["harmful"]), record["max_new_tokens"]) == (2, 3)
     record = cli("fragility", run, *few, "--n-test", "3").json

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -219,3 +221,88 @@ def test_each_prompts_score_kl_and_loss_and_their_means(made) -> None:
     exact, paper = (record["interventions"]["ablate"][k] for k in ("kl_exact", "kl_divergence"))
     assert exact != paper
     assert exact == pytest.approx(paper, rel=0.2)
+
+
+def test_controls_are_other_directions_under_the_same_measure(made) -> None:
+    """Each family recomputed a prompt at a time, from the residual stream and the seeded draws."""
+    run, record, plain = made
+    texts, controls = _texts(run), record["controls"]
+    winner = json.loads((run / "selection.json").read_text())["winner"]
+    layer, tokens = winner["layer"], [token["id"] for token in record["refusal_tokens"]]
+    direction = load_file(run / "direction.safetensors")["direction"].double()
+    means = load_file(run / "directions.safetensors")
+    prompts = record["by_prompt"]["prompts"]
+    assert set(controls["rows"]) == {"ablate", "add"}
+    assert (controls["n"], controls["seed"]) == (4, 0)
+    assert controls["covariance_of"] == {
+        "n_prompts": N_TEST, "layer": layer, "position": -1, "prompts": "harmless test",
+    }  # fmt: skip
+    stream = []
+    for key in prompts["harmless"]:
+        with torch.no_grad():
+            out = plain.model(plain.ids(texts[key]), output_hidden_states=True)
+        stream.append(out.hidden_states[layer][0, -1].double())
+    centred = torch.stack(stream) - torch.stack(stream).mean(0)
+    drawn = {
+        "covariance": _draws("covariance", N_TEST) @ centred,
+        "isotropic": _draws("isotropic", 48),
+    }
+    for name, held in controls["rows"].items():
+        families = held["families"]
+        assert list(families) == ["covariance", "isotropic", *(["layers"] * (name == "ablate"))]
+        vectors = {
+            family: [v * direction.norm() / v.norm() for v in drawn[family][:2]] for family in drawn
+        }
+        if name == "ablate":
+            layers = [member["layer"] for member in families["layers"]["members"]]
+            assert layer not in layers
+            candidates = (means["mean_harmful"] - means["mean_harmless"])[0]
+            vectors["layers"] = [candidates[at] for at in layers]
+        for family, some in vectors.items():
+            for vector, member in zip(some, families[family]["members"], strict=False):
+                cosine = float(vector @ direction / vector.norm() / direction.norm())
+                assert member["cosine"] == pytest.approx(cosine, abs=1e-4)
+                change = name, vector, layer
+                for kind in KINDS:
+                    scores = [
+                        _score(plain.logits(plain.ids(texts[key]), change)[-1], tokens)
+                        for key in prompts[kind]
+                    ]
+                    expected = sum(scores) / N_TEST
+                    assert member[f"{kind}_score"] == pytest.approx(expected, abs=5e-4)
+                divergences = [
+                    _kl(plain.logits(ids)[-1], plain.logits(ids, change)[-1], 1e-6)
+                    for ids in (plain.ids(texts[key]) for key in prompts["harmless"])
+                ]
+                expected = sum(divergences) / N_TEST
+                assert member["kl_divergence"] == pytest.approx(expected, abs=5e-4)
+            place = families[family]["place"]["kl_divergence"]
+            others = [member["kl_divergence"] for member in families[family]["members"]]
+            selected = held["selected"]["kl_divergence"]
+            assert selected == record["interventions"][name]["kl_divergence"]
+            assert place["below"] == sum(other < selected for other in others)
+            sd = statistics.stdev(others)
+            assert place["z"] == pytest.approx((selected - statistics.mean(others)) / sd)
+
+
+def _draws(family: str, size: int) -> Tensor:
+    rng = np.random.default_rng([0, *family.encode()])
+    return torch.from_numpy(rng.standard_normal((4, size)))
+
+
+def test_controls_can_be_fewer_or_left_out(made, cli, tmp_path: Path) -> None:
+    run, _, plain = made
+    model = plain.model.config._name_or_path
+    common = ("evaluate", model, "--direction", run, "--n-test", "2", "--max-new-tokens", "1",
+              "--intervention", "subtract", "--refusal-token", "I")  # fmt: skip
+    shown = cli(*common, "--controls", "2", "-o", tmp_path / "two")
+    assert shown.code == 0, shown.err
+    assert "random, isotropic (2)" in shown.out
+    assert "subtract: the selected direction lies above" in shown.out
+    held = json.loads((tmp_path / "two" / "evaluation.json").read_text())["controls"]
+    assert list(held["rows"]) == ["subtract"]
+    none = cli(*common, "--controls", "0", "-o", tmp_path / "none", "--json")
+    assert none.code == 0, none.err
+    assert none.json["controls"] is None
+    again = cli(*common, "--controls", "2", "-o", tmp_path / "two", "--seed", "0", "--json")
+    assert again.json["controls"] == held  # kept

@@ -50,7 +50,7 @@ EVERY: dict[str, dict[str, Any]] = {
     },
     "evaluate": {
         "harmful": "jailbreakbench", "harmless": "-other.txt", "n_test": 10,
-        "borderline": "xstest",
+        "borderline": "xstest", "controls": 2,
         "server": ("http://me:pass@host:8/v1?key=secret", "-m=https://host/v1"),
         "served_model": ("org/m", "-m=e"), "concurrency": 3, "server_timeout": 9.5,
         "server_retries": 1, "server_api": "chat",

@@ -11,11 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from abliterate.analysis.fragility_curve import Point, summarise
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, load_direction
 from abliterate.errors import InputError, UsageError
 from abliterate.extraction.means import find_refusal_tokens
+from abliterate.extraction.other_layers import other_layers
+from abliterate.inference.control_directions import (
+    FIGURES,
+    LAYERS,
+    Control,
+    activations_at,
+    compared,
+    measure_controls,
+    random_controls,
+)
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import ablate
 from abliterate.inference.thinks_first import or_thinks_first
@@ -27,7 +40,7 @@ from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import Session, prompt_keys, prompt_sources, token_records
-from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
+from abliterate.run_records import read_extract, read_used, used_prompts, used_refusal_tokens
 from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
 from abliterate.storage.artifacts import hash_file
@@ -48,8 +61,15 @@ def measure(
     max_new_tokens: int = 64,
     batch_size: int | str = "auto",
     phrases: RefusalPhrases = ALL,
-) -> list[Point]:
-    """Refusal and KL at each fraction, in the order given.
+    n_controls: int = 0,
+    others: Mapping[int, Tensor] | None = None,
+    seed: int = 0,
+) -> tuple[list[Point], dict[str, Any] | None]:
+    """Refusal and KL at each fraction, in the order given, and of controls at the last of them.
+
+    The controls are ``n_controls`` random directions of each family and ``others``, candidates of
+    other layers, all of each removed: first-token scores and KL, no answers. None without any, or
+    where the last fraction is not 1.
 
     Raises:
         InputError: the direction does not fit.
@@ -105,7 +125,60 @@ def measure(
                     verdicts["harmful"],
                 )
             )
-    return points
+        controls = None
+        if n_controls and fractions[-1] == 1:
+            controls = _controls(
+                loaded,
+                direction,
+                ids,
+                unmodified["harmless"],
+                refusal_tokens,
+                logits,
+                n_controls,
+                others or {},
+                seed,
+                batch_size,
+            )
+    return points, controls
+
+
+def _controls(
+    loaded: LoadedModel,
+    direction: Direction,
+    ids: Mapping[str, Sequence[Sequence[int]]],
+    baseline: Tensor,
+    refusal_tokens: Sequence[int],
+    ablated: Mapping[str, Tensor],
+    count: int,
+    others: Mapping[int, Tensor],
+    seed: int,
+    batch_size: int | str,
+) -> dict[str, Any]:
+    """Where the direction lies among others, of each of which all is removed."""
+    activations, layer, position = activations_at(
+        loaded, ids["harmless"], direction.layer, direction.position, batch_size
+    )
+    controls = random_controls(direction, activations, count, seed)
+    controls += [Control(LAYERS, vector, at) for at, vector in others.items()]
+    vectors = torch.stack([control.vector for control in controls])
+    figures = measure_controls(loaded, ids, baseline, refusal_tokens, vectors, None, batch_size)
+    means = (
+        refusal_score(ablated["harmful"], refusal_tokens).mean(),
+        refusal_score(ablated["harmless"], refusal_tokens).mean(),
+        kl_divergence(baseline, ablated["harmless"]).mean(),
+    )
+    real = dict(zip(FIGURES, map(float, means), strict=True))
+    return {
+        "n": count,
+        "seed": seed,
+        "covariance_of": {
+            "n_prompts": len(activations),
+            "layer": layer,
+            "position": position,
+            "prompts": "harmless test",
+        },
+        "rows": {"ablate": compared(real, controls, figures, direction.vector.double())},
+    }
 
 
 def _verdicts(
@@ -158,7 +231,9 @@ def fragility_stage(
         loaded, batch_size = session.load_in_memory(), session.settings.model.batch_size
         tokens = _refusal_tokens(session, loaded, prompts, records)
         stage.start_clock()
-        points = measure(
+        extracted, wanted = read_extract(run), chosen.controls
+        others = other_layers(run, extracted, direction, wanted) if wanted else {}
+        points, controls = measure(
             loaded,
             direction,
             prompts["harmful"],
@@ -169,6 +244,9 @@ def fragility_stage(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             phrases=phrases,
+            n_controls=wanted,
+            others=others,
+            seed=session.settings.model.seed,
         )
         return stage.finish(
             {
@@ -184,6 +262,7 @@ def fragility_stage(
                     }
                     for point in points
                 ],
+                "controls": controls,
                 "n_prompts": {kind: len(chosen) for kind, chosen in prompts.items()},
                 "intervals": share_methods(),
                 "bootstrap": bootstrap_settings(session.settings.model.seed),

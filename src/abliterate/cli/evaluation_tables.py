@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from abliterate.cli.control_tables import show_controls
 from abliterate.console import print_line, print_table
 
 _KINDS = ("harmful", "harmless")
@@ -23,6 +24,7 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
         ["intervention", *columns],
         [[name, *cells.values()] for name, cells in rows.items()],
     )
+    show_controls(record.get("controls"))
     _show_tasks(results, changes)
     _show_failures(record["judge_failures"])
     for name, server in (record.get("servers") or {}).items():

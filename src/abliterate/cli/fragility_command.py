@@ -10,6 +10,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.commands import later_session
+from abliterate.cli.control_tables import show_controls
 from abliterate.console import print_json, print_line, print_table
 from abliterate.errors import UsageError
 
@@ -95,6 +96,7 @@ def fragility(
                 f"half of the refusals are gone between {record['half_after']:.2f} and {half:.2f}"
                 f"{_interval(record['half_fraction_ci'], '.2f')}"
             )
+    show_controls(record["controls"])
     return print_line(f"written: {', '.join(map(str, written))}")
 
 

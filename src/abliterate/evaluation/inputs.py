@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
@@ -16,6 +18,7 @@ from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, 
 from abliterate.evaluation.judges import Judge, find_judge
 from abliterate.evaluation.outcomes import BORDERLINE
 from abliterate.evaluation.servers import Server, find_servers
+from abliterate.extraction.other_layers import other_layers
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_phrases import RefusalPhrases, parse_phrases
 from abliterate.models.loading import Checkpoint, load_config
@@ -23,8 +26,8 @@ from abliterate.models.model_classes import text_config
 from abliterate.prompts.corpora import Corpus, parse_corpora, read_corpus
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt, is_contrast
-from abliterate.run_folder import Session, prompt_keys, prompt_sources
-from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
+from abliterate.run_folder import EXTRACT, Session, prompt_keys, prompt_sources
+from abliterate.run_records import read_extract, read_used, used_prompts, used_refusal_tokens
 from abliterate.storage.artifacts import hash_file, hash_json, is_plain_name
 
 
@@ -45,6 +48,7 @@ class EvaluationInputs:
         phrases: what counts as a refusal.
         classifier: what labels answers.
         servers: who answers instead of a model here, by the name of the row.
+        other_layers: candidates of other layers that the direction is compared with.
     """
 
     direction: Direction | None
@@ -59,11 +63,18 @@ class EvaluationInputs:
     phrases: RefusalPhrases
     classifier: Classifier | None = None
     servers: Mapping[str, Server] = field(default_factory=dict)
+    other_layers: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def here(self) -> list[str]:
         """The rows that a model here answers, and that are scored by its logits."""
         return [name for name in self.rows if name not in self.servers]
+
+    @property
+    def others_key(self) -> str | None:
+        """The hash of the candidates of other layers, if there are any."""
+        others = {str(layer): vector.tolist() for layer, vector in self.other_layers.items()}
+        return hash_json(others) if others else None
 
     @property
     def judge_key(self) -> str | None:
@@ -87,6 +98,7 @@ class EvaluationInputs:
             "corpora": [corpus.summary() for corpus in self.corpora.values() if corpus],
             "tasks_dir": self.tasks_hash,
             "intervals": share_methods(),
+            "other_layers": self.others_key,
             **self.served(),
         }
 
@@ -145,7 +157,14 @@ def read_inputs(
         phrases=phrases,
         classifier=classifier,
         servers=servers,
+        other_layers=main(lambda: _other_layers(run, direction, settings.controls)),
     )
+
+
+def _other_layers(run: Path | None, direction: Direction | None, count: int) -> dict[int, Tensor]:
+    if run is None or direction is None or not count or not (run / EXTRACT).exists():
+        return {}
+    return other_layers(run, read_extract(run), direction, count)
 
 
 def _test_prompts(

@@ -23,6 +23,8 @@ from abliterate.evaluation.compare import (
     metrics_of,
 )
 from abliterate.evaluation.completions import Completion, CompletionFile, token_counter
+from abliterate.evaluation.controls import CONTROLLED, are_controls, count_of
+from abliterate.evaluation.controls import measure as measure_controls
 from abliterate.evaluation.first_tokens import FirstTokenLogits
 from abliterate.evaluation.inputs import EvaluationInputs
 from abliterate.evaluation.kept_figures import (
@@ -46,6 +48,7 @@ from abliterate.extraction.means import (
     named_refusal_tokens,
     refusal_tokens_shown,
 )
+from abliterate.inference.control_directions import activations_at
 from abliterate.inference.engine import Change
 from abliterate.inference.generation import ends_of_turn
 from abliterate.inference.in_memory import engine_of
@@ -71,6 +74,7 @@ class Measurements:
         losses: by row and corpus.
         figures: lm-eval's, by row and task.
         metrics: from the logits, by row.
+        controls: what directions that mean nothing do, by row.
     """
 
     session: Session
@@ -81,6 +85,7 @@ class Measurements:
     losses: dict[str, dict[str, Loss]] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, Metrics] = field(default_factory=dict)
+    controls: dict[str, Any] = field(default_factory=dict)
     _loaded: dict[str, LoadedModel] = field(default_factory=dict)
     _dialects: dict[str, Dialect] = field(default_factory=dict)
 
@@ -100,6 +105,8 @@ class Measurements:
         held = {figure: tuple(map(as_float, column)) for figure, column in values.items()}
         self.metrics[name] = Metrics(**held, seed=self.session.settings.model.seed)
         _ = self._ended
+        if name in CONTROLLED and self.n_controls:
+            self.controls[name] = self._controls(name)
         self.losses[name] = {corpus: self._loss(name, corpus) for corpus in self.corpora}
         self.figures[name] = {}
         if (tasks := self.tasks) is not None:
@@ -321,6 +328,46 @@ class Measurements:
         return metrics_of(
             seen["harmful"], seen["harmless"], baseline, tokens, checkpoint.name, seed
         )
+
+    @cached_property
+    def n_controls(self) -> int:
+        """How many controls of each random family rows are compared with."""
+        return count_of(self.session, self.inputs.direction)
+
+    @cached_property
+    def _control_activations(self) -> tuple[Tensor, int, int]:
+        direction = self.inputs.direction
+        assert direction is not None
+        base, harmless = self.session.loaded, self.scored_ids["harmless"]
+        return activations_at(base, harmless, direction.layer, direction.position, self._batch_size)
+
+    def _controls(self, name: str) -> dict[str, Any]:
+        inputs, direction, count = self.inputs, self.inputs.direction, self.n_controls
+        assert direction is not None
+        seed = self.session.settings.model.seed
+
+        def find() -> dict[str, Any]:
+            activations, layer, position = self._control_activations
+            found = measure_controls(
+                self.session.loaded,
+                name,
+                direction,
+                inputs.other_layers,
+                activations,
+                count,
+                seed,
+                self.scored_ids,
+                self.baseline,
+                [token["id"] for token in self.refusal_tokens],
+                self.metrics[name],
+                self._batch_size,
+            )
+            of = {"n_prompts": len(activations), "layer": layer, "position": position}
+            return {"controls": found, "activations": of}
+
+        key = self._prompts_key | {"count": count, "seed": seed, "others": inputs.others_key}
+        held: dict[str, Any] = self.memo.get(self._key(name, "controls", key), find, are_controls)
+        return held
 
     def _loss(self, name: str, corpus: str) -> Loss:
         settings = self.session.settings.evaluate

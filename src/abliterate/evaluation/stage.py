@@ -166,6 +166,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
             "prompts": measurements.scored_prompts,
             "interventions": {name: outcome.by_prompt() for name, outcome in outcomes.items()},
         },
+        "controls": _controls(measurements),
         "judge": inputs.judge and inputs.judge.summary(),
         "classifier": inputs.classifier and inputs.classifier.summary(),
         "judge_failures": failures(completions),
@@ -180,4 +181,17 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "broken_answers": flaw_thresholds(),
         "refused_at_unit": "tokens",
         "offload": measurements.readings,
+    }
+
+
+def _controls(measurements: Measurements) -> dict[str, Any] | None:
+    """What directions that mean nothing do, by row; None if there are none."""
+    found = measurements.controls
+    if not found:
+        return None
+    return {
+        "n": measurements.n_controls,
+        "seed": measurements.session.settings.model.seed,
+        "covariance_of": next(iter(found.values()))["activations"] | {"prompts": "harmless test"},
+        "rows": {name: held["controls"] for name, held in found.items()},
     }

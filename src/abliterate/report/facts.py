@@ -13,6 +13,11 @@ from abliterate.run_records import recorded_stability
 from abliterate.selection.certainty import often_first
 
 DASH = "\u2013"
+CONTROLS = {
+    "covariance": "random, covariance of the activations",
+    "isotropic": "random, isotropic",
+    "layers": "candidates of other layers",
+}
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,26 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
             for name, result in results.items()
         ],
     }
+
+
+def control_rows(evaluation: Document) -> list[list[str]]:
+    """What other directions do: the selected one, then each family, for each intervention."""
+    figures = {"harmful_score": "+.2f", "harmless_score": "+.2f", "kl_divergence": ".4f"}
+    rows = []
+    for name, held in ((evaluation.get("controls") or {}).get("rows") or {}).items():
+        selected = held["selected"]
+        rows.append([name, "selected", *(number(selected[f], form) for f, form in figures.items())])
+        for family, of_family in held["families"].items():
+            cells = []
+            for figure, form in figures.items():
+                values = [number(member[figure], form) for member in of_family["members"]]
+                place = of_family["place"][figure]
+                z = "" if finite(place["z"]) is None else f"; selected: z {place['z']:+.1f}"
+                cells.append(
+                    f"{', '.join(values)} (selected is above {place['below']} of {place['of']}{z})"
+                )
+            rows.append([name, CONTROLS[family], *cells])
+    return rows
 
 
 def _mean(part: Document, key: str, form: str) -> str:

@@ -66,6 +66,8 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         "cards": _part("selection.json", lambda: facts.cards(run)),
         "outcomes": run.evaluation
         and _part("evaluation.json", lambda: facts.outcome_table(run.evaluation or {})),
+        "controls": run.evaluation
+        and _part("evaluation.json", lambda: facts.control_rows(run.evaluation or {})),
         "candidates": run.selection
         and _part("selection.json", lambda: facts.candidate_rows(_table(run), run.extract)),
         "resamples": run.selection

@@ -58,6 +58,15 @@ class EvaluateSettings(Section):
             ("evaluate", "run"),
         ),
     ] = None
+    controls: Annotated[
+        int,
+        Option(
+            "Directions of each kind that the selected one is compared with: random ones with the "
+            "covariance of the activations, isotropic ones, those of other layers. 0: none.",
+            METHOD,
+            ("evaluate", "run", "fragility"),
+        ),
+    ] = Field(4, ge=0)
     max_new_tokens: Annotated[
         int,
         Option("Longest answer.", METHOD, ("evaluate", "run", "chat")),
