@@ -39,7 +39,7 @@ from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrase
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt
-from abliterate.run_folder import Session, prompt_keys, prompt_sources, token_records
+from abliterate.run_folder import DIRECTIONS, Session, prompt_keys, prompt_sources, token_records
 from abliterate.run_records import read_extract, read_used, used_prompts, used_refusal_tokens
 from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
@@ -231,8 +231,8 @@ def fragility_stage(
         loaded, batch_size = session.load_in_memory(), session.settings.model.batch_size
         tokens = _refusal_tokens(session, loaded, prompts, records)
         stage.start_clock()
-        extracted, wanted = read_extract(run), chosen.controls
-        others = other_layers(run, extracted, direction, wanted) if wanted else {}
+        means, wanted = run / DIRECTIONS, chosen.controls
+        others = other_layers(means, read_extract(run), direction, wanted) if wanted else {}
         points, controls = measure(
             loaded,
             direction,

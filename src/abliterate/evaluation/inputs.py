@@ -26,7 +26,7 @@ from abliterate.models.model_classes import text_config
 from abliterate.prompts.corpora import Corpus, parse_corpora, read_corpus
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt, is_contrast
-from abliterate.run_folder import EXTRACT, Session, prompt_keys, prompt_sources
+from abliterate.run_folder import DIRECTIONS, EXTRACT, Session, prompt_keys, prompt_sources
 from abliterate.run_records import read_extract, read_used, used_prompts, used_refusal_tokens
 from abliterate.storage.artifacts import hash_file, hash_json, is_plain_name
 
@@ -164,7 +164,7 @@ def read_inputs(
 def _other_layers(run: Path | None, direction: Direction | None, count: int) -> dict[int, Tensor]:
     if run is None or direction is None or not count or not (run / EXTRACT).exists():
         return {}
-    return other_layers(run, read_extract(run), direction, count)
+    return other_layers(run / DIRECTIONS, read_extract(run), direction, count)
 
 
 def _test_prompts(

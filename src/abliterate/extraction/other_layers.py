@@ -11,16 +11,15 @@ from torch import Tensor
 
 from abliterate.direction import Direction
 from abliterate.extraction.means import Extraction
-from abliterate.run_folder import DIRECTIONS
 
 
 def other_layers(
-    run: Path, extracted: Mapping[str, Any], direction: Direction, count: int
+    means: Path, extracted: Mapping[str, Any], direction: Direction, count: int
 ) -> dict[int, Tensor]:
     """At most ``count`` candidates of other layers, spread evenly over them, by layer.
 
     Args:
-        run: the run folder.
+        means: ``directions.safetensors`` of a run folder.
         extracted: its ``extract.json``.
         direction: the selected one, or one of another place.
         count: how many.
@@ -31,9 +30,9 @@ def other_layers(
     Raises:
         InputError: the means are damaged.
     """
-    if not (run / DIRECTIONS).is_file() or direction.layer is None:
+    if not means.is_file() or direction.layer is None:
         return {}
-    extraction = Extraction.load(run / DIRECTIONS, extracted)
+    extraction = Extraction.load(means, extracted)
     if direction.position not in extraction.positions:
         return {}
     projected = replace(extraction, project_harmless=direction.project_harmless)

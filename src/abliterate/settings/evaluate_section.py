@@ -66,7 +66,7 @@ class EvaluateSettings(Section):
             METHOD,
             ("evaluate", "run", "fragility"),
         ),
-    ] = Field(4, ge=0)
+    ] = Field(4, ge=0, le=1000)
     max_new_tokens: Annotated[
         int,
         Option("Longest answer.", METHOD, ("evaluate", "run", "chat")),
