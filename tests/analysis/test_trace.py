@@ -25,7 +25,7 @@ from abliterate.metrics.intervals import bootstrap
 from abliterate.metrics.paired_tests import holm, signed_rank
 from abliterate.metrics.spread import spread
 from abliterate.prompts.chat_template import ChatFormat, post_instruction_ids
-from abliterate.prompts.sampling import load_prompts
+from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.suffixes import Marked, Marker, Span
 from abliterate.writers.tiny_model import randomise
 
@@ -272,7 +272,11 @@ def test_without_a_suffix_only_the_prompts_are_traced(run: Path, cli) -> None:
     assert record["suffix"] is record["heads"] is None
     used = json.loads((run / "extract.json").read_text())["prompts"]
     assert used["harmful"]  # the run's own prompts are the default, less those it has used
-    assert record["prompts"]["harmful"] == {"source": "harmful", "n": 3}
+    held = record["prompts"]["harmful"]
+    assert (held["source"], held["n"]) == ("harmful", 3)
+    left = [prompt_key(p.text) for p in load_prompts("harmful", "test")]
+    assert len(set(held["keys"])) == 3
+    assert set(held["keys"]) <= set(left) - set(used["harmful"])
 
 
 def test_trace_errors_are_one_line(run: Path, fails, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from abliterate.models.loading import LoadedModel
 from abliterate.precision import widened, widest
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.suffixes import Marked, Marker, Span
-from abliterate.run_folder import TRACE, Session
+from abliterate.run_folder import TRACE, Session, prompt_keys
 from abliterate.run_records import read_used, used_prompts
 from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
@@ -138,7 +138,8 @@ def _prompts(
             source, "test", count, seed, exclude, "--n-prompts", commits=session.commits
         )
         texts[kind] = [prompt.text for prompt in chosen]
-        sources[kind] = {"source": source, "n": len(chosen)}
+        keys = prompt_keys({kind: chosen})[kind]
+        sources[kind] = {"source": source, "n": len(chosen), "keys": keys}
     return texts, sources
 
 

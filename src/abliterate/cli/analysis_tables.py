@@ -26,6 +26,9 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
                 _number(geometry.get("cos_pc1"), ".3f"),
                 _number(geometry.get("auc"), ".3f"),
                 _number(geometry.get("silhouette"), ".3f"),
+                _number(_chance(geometry, "auc"), ".2g"),
+                _number((row.get("held_out") or {}).get("auc"), ".3f"),
+                _number((row.get("held_out") or {}).get("silhouette"), ".3f"),
                 " ".join(repr(token["token"]) for token in row.get("promotes", [])[:3]),
             ]
         )
@@ -41,6 +44,9 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
             "PC1 share",
             "|cos PC1|",
             "AUC",
+            "silhouette",
+            "p of AUC",
+            "held-out AUC",
             "silhouette",
             "promotes",
         ],
@@ -127,3 +133,9 @@ def _number(value: float | None, form: str) -> str:
 
 def _plus_minus(error: float | None) -> str:
     return "" if error is None else f" ± {error:.2g}"
+
+
+def _chance(geometry: Mapping[str, Any], figure: str) -> float | None:
+    """The share of random labellings that separate as well; records of old have none."""
+    found: float | None = geometry.get("permutations", {}).get(figure, {}).get("p")
+    return found

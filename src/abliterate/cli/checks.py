@@ -97,7 +97,7 @@ def _show_verification(edited: str, result: Any, compared: bool) -> None:
     checked = "writers edited as declared" if compared else "writers clean"
     rows = [
         [checked, f"{len(result.writers) - len(dirty)} of {len(result.writers)}"],
-        ["largest share along the direction", f"{worst:.1e}"],
+        ["largest share along the direction, |r'E|/|E|", f"{worst:.1e}"],
     ]
     rows += [
         [f"other tensors {label}", str(len(getattr(result, label)))]

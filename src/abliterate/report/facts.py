@@ -63,7 +63,7 @@ def cards(run: Run) -> list[Card]:
             Card(
                 "Largest share along the direction",
                 f"{before:.2g} → {after:.2g}",
-                f"of {len(run.edit['tensors'])} edited tensors, before and after",
+                f"of {len(run.edit['tensors'])} edited tensors, before and after, by the old norm",
             )
         )
     return found
@@ -420,6 +420,12 @@ def layer_rows(inspect: Document) -> list[list[str]]:
                 number(geometry.get("cos_pc1"), ".3f"),
                 number(geometry.get("auc"), ".3f"),
                 number(geometry.get("silhouette"), ".3f"),
+                *(
+                    number(((geometry.get("permutations") or {}).get(name) or {}).get("p"), ".2g")
+                    for name in ("auc", "norm")
+                ),
+                number((row.get("held_out") or {}).get("auc"), ".3f"),
+                number((row.get("held_out") or {}).get("silhouette"), ".3f"),
                 " ".join(repr(token["token"]) for token in row.get("promotes") or []),
                 " ".join(repr(token["token"]) for token in row.get("suppresses") or []),
             ]
