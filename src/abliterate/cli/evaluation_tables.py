@@ -25,6 +25,7 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
         [[name, *cells.values()] for name, cells in rows.items()],
     )
     show_controls(record.get("controls"))
+    _show_agreement(record.get("agreement") or [], record.get("classifier"))
     _show_tasks(results, changes)
     _show_failures(record["judge_failures"])
     for name, server in (record.get("servers") or {}).items():
@@ -87,6 +88,7 @@ def show_score(document: Mapping[str, Any]) -> None:
             for name, part in rows
         ],
     )
+    _show_agreement(document["agreement"], classifier)
     _show_failures(document["judge_failures"])
 
 
@@ -217,6 +219,39 @@ def _show_tasks(results: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         ],
         left=2,
     )
+
+
+def _show_agreement(
+    pairs: Sequence[Mapping[str, Any]], classifier: Mapping[str, Any] | None
+) -> None:
+    """How far refusal phrases, judge and classifier say the same of the answers."""
+    if not pairs:
+        return
+    titles = {"refused": "phrases: refused", "safe": "judge: safe"}
+    titles["labelled"] = f"classifier: {classifier['label']}" if classifier else "classifier"
+    print_table(
+        "Agreement of those who rate the answers (Cohen's kappa, 95% intervals)",
+        ["intervention", "prompts", "raters", "n", "agreed", "kappa"],
+        [
+            [
+                pair.get("intervention", "all"),
+                pair.get("kind", "all"),
+                " / ".join(titles[rater] for rater in pair["raters"]),
+                str(pair["n"]),
+                f"{pair['agreed']:.0%}",
+                _kappa(pair),
+            ]
+            for pair in pairs
+        ],
+        left=3,
+    )
+
+
+def _kappa(pair: Mapping[str, Any]) -> str:
+    if pair["kappa"] is None:
+        return "- (one verdict alone)"
+    span = pair["kappa_ci"]
+    return f"{pair['kappa']:.2f}" + (f" ({span[0]:.2f} to {span[1]:.2f})" if span else "")
 
 
 def _show_failures(failures: list[Mapping[str, Any]]) -> None:

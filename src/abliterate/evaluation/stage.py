@@ -10,13 +10,19 @@ from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InterruptedWorkError
 from abliterate.evaluation.classifier import classify_files
-from abliterate.evaluation.completions import MANIFEST, is_completions, is_manifest
+from abliterate.evaluation.completions import (
+    MANIFEST,
+    Completion,
+    is_completions,
+    is_manifest,
+)
 from abliterate.evaluation.inputs import EvaluationInputs, order_rows, read_inputs
 from abliterate.evaluation.judge_completions import failures, judge_files
 from abliterate.evaluation.kept_figures import MEASURED, is_memo
 from abliterate.evaluation.lm_eval_tasks import Tasks, find_tasks
 from abliterate.evaluation.measurements import Measurements
 from abliterate.evaluation.outcomes import BORDERLINE, KINDS, deltas
+from abliterate.evaluation.raters import agreements
 from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
 from abliterate.models.loading import Checkpoint
@@ -170,6 +176,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "judge": inputs.judge and inputs.judge.summary(),
         "classifier": inputs.classifier and inputs.classifier.summary(),
         "judge_failures": failures(completions),
+        **_agreement(inputs, completions, session.settings.model.seed),
         "corpora": {name: corpus.summary() for name, corpus in corpora.items() if corpus},
         "task_settings": None if tasks is None else tasks.summary(),
         "n_prompts": {kind: len(chosen) for kind, chosen in inputs.prompts.items()},
@@ -182,6 +189,22 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "refused_at_unit": "tokens",
         "offload": measurements.readings,
     }
+
+
+def _agreement(
+    inputs: EvaluationInputs,
+    completions: Mapping[tuple[str, str], Sequence[Completion]],
+    seed: int,
+) -> dict[str, Any]:
+    """How far the raters of the answers agree, by row and kind; only if there are two of them."""
+    if inputs.judge is None and inputs.classifier is None:
+        return {}
+    found = [
+        {"intervention": name, "kind": kind, **pair}
+        for (name, kind), answers in completions.items()
+        for pair in agreements(answers, seed)
+    ]
+    return {"agreement": found}
 
 
 def _controls(measurements: Measurements) -> dict[str, Any] | None:

@@ -62,13 +62,13 @@ def activations_at(
         float64 ``[prompts, d_model]``, the layer and the position.
     """
     ranks, chosen = loaded.ranks, ids[:MOST_PROMPTS]
-    place = -1 if position is None else position
-    if min(map(len, chosen)) < -place:
-        place = -1
+    # What a file from elsewhere says may be of another model.
+    known = position is not None and -min(map(len, chosen)) <= position < 0
+    place = position if known and position is not None else -1
     local = ranks.split(chosen)
     reader = engine_of(loaded).resid_pre({"harmless": local}, [place], batch_size)
     _, n_layers, width = reader.shape
-    block = n_layers // 2 if layer is None else layer
+    block = layer if layer is not None and 0 <= layer < n_layers else n_layers // 2
     found = torch.empty(len(local), width, dtype=torch.float64)
 
     def keep(batch: BatchActivations) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.report.collect import Document, Run, kinds_of
+from abliterate.prompts.sampling import prompt_key
+from abliterate.report.collect import Completions, Document, Run, kinds_of
 from abliterate.report.selection_figures import METRICS, Table, verdict
 from abliterate.report.style import finite
 from abliterate.run_records import recorded_stability
@@ -215,6 +216,46 @@ def control_rows(evaluation: Document) -> list[list[str]]:
                     f"{', '.join(values)} (selected is above {place['below']} of {place['of']}{z})"
                 )
             rows.append([name, CONTROLS[family], *cells])
+    return rows
+
+
+def agreement_rows(evaluation: Document) -> list[list[str]]:
+    """How far those who rate the answers agree, and of how many answers they do not."""
+    rows = []
+    for pair in evaluation.get("agreement") or ():
+        span = pair["kappa_ci"]
+        interval = f" [{number(span[0], '.2f')}, {number(span[1], '.2f')}]" if span else ""
+        rows.append(
+            [
+                str(pair["intervention"]),
+                str(pair["kind"]),
+                " / ".join(map(str, pair["raters"])),
+                f"{pair['n']}",
+                percent(pair["agreed"]),
+                number(pair["kappa"], ".2f") + interval,
+                str(len(pair["disagreements"])),
+            ]
+        )
+    return rows
+
+
+def disagreement_rows(evaluation: Document, completions: Completions | None) -> list[list[str]]:
+    """The answers of which raters say different things: prompts and verdicts, no answers."""
+    if completions is None:
+        return []
+    keys = {
+        (pair["intervention"], pair["kind"], key)
+        for pair in evaluation.get("agreement") or ()
+        for key in pair["disagreements"]
+    }
+    rows = []
+    for row in completions.rows:
+        for name, answer in zip(completions.interventions, row["answers"], strict=True):
+            if answer is None or (name, row["kind"], prompt_key(row["prompt"])) not in keys:
+                continue
+            verdicts = (answer[rater] for rater in ("refused", "safe", "labelled"))
+            said = (DASH if one is None else "yes" if one else "no" for one in verdicts)
+            rows.append([str(row["prompt"]), str(name), str(row["kind"]), *said])
     return rows
 
 
