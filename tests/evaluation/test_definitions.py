@@ -306,3 +306,36 @@ def test_controls_can_be_fewer_or_left_out(made, cli, tmp_path: Path) -> None:
     assert none.json["controls"] is None
     again = cli(*common, "--controls", "2", "-o", tmp_path / "two", "--seed", "0", "--json")
     assert again.json["controls"] == held  # kept
+
+
+def test_several_test_sets_have_a_row_each_and_one_together(made, cli, tmp_path: Path) -> None:
+    _, _, plain = made
+    model = plain.model.config._name_or_path
+    texts = {"a": [f"first {n}" for n in range(4)], "b": ["first 1", "Second 0", "third", "more"]}
+    files = {name: tmp_path / f"{name}.txt" for name in texts}
+    for name, file in files.items():
+        file.write_text("\n".join(texts[name]))
+    sources = ("--harmful", files["a"], "--harmful", files["b"], "--harmless", files["b"])
+    common = ("evaluate", model, *sources, "--max-new-tokens", "1", "--refusal-token", "I",
+              "--intervention", "baseline")  # fmt: skip
+    result = cli(*common, "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["n_prompts"] == {"harmful": 7, "harmless": 4}  # one stands in both
+    pooled, keys = record["interventions"]["baseline"]["harmful"], record["by_prompt"]["prompts"]
+    values = record["by_prompt"]["interventions"]["baseline"]["harmful"]["refusal_metric"]
+    of_key = dict(zip(keys["harmful"], values, strict=True))
+    assert pooled["n"] == 7
+    assert "sets" not in record["interventions"]["baseline"]["harmless"]
+    for name, file in files.items():
+        part = pooled["sets"][str(file)]
+        own = [prompt_key(text) for text in texts[name]]
+        assert record["sets"]["harmful"][str(file)] == own
+        assert part["n"] == 4
+        assert part["refusal_metric"] == pytest.approx(sum(of_key[key] for key in own) / 4)
+        assert part["refusal_metric_spread"]["max"] == max(of_key[key] for key in own)
+    shown = " ".join(result.out.split())
+    assert "By test set" in shown
+    assert "pooled" in shown
+    assert cli("report", tmp_path / "out").code == 0
+    assert "<h3>By test set</h3>" in (tmp_path / "out" / "report.html").read_text()

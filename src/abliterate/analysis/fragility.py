@@ -39,7 +39,7 @@ from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrase
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt
-from abliterate.run_folder import DIRECTIONS, Session, prompt_keys, prompt_sources, token_records
+from abliterate.run_folder import DIRECTIONS, Session, prompt_keys, token_records
 from abliterate.run_records import read_extract, read_used, used_prompts, used_refusal_tokens
 from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
@@ -225,8 +225,7 @@ def fragility_stage(
     with FRAGILITY_STAGE.open(session, out) as stage:
         direction, records = load_direction(run), read_used(run)
         chosen = session.settings.evaluate
-        sources = prompt_sources(session.settings, chosen.harmful, chosen.harmless)
-        prompts = session.draw(sources, "test", n_test, "--n-test", used_prompts(records))
+        prompts, _ = session.draw_test(n_test, used_prompts(records))
         settle_rendering(session, run, extracted_of(session, run))
         loaded, batch_size = session.load_in_memory(), session.settings.model.batch_size
         tokens = _refusal_tokens(session, loaded, prompts, records)

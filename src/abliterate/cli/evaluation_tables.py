@@ -24,6 +24,7 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
         ["intervention", *columns],
         [[name, *cells.values()] for name, cells in rows.items()],
     )
+    _show_sets(record)
     show_controls(record.get("controls"))
     _show_agreement(record.get("agreement") or [], record.get("classifier"))
     _show_tasks(results, changes)
@@ -219,6 +220,38 @@ def _show_tasks(results: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         ],
         left=2,
     )
+
+
+def _show_sets(record: Mapping[str, Any]) -> None:
+    """Where several sources were given for a kind: a row for each of them, and the pooled one."""
+    rows = []
+    for kind, sources in (record.get("sets") or {}).items():
+        for name, found in record["interventions"].items():
+            parts = {source: found[kind]["sets"][source] for source in sources}
+            parts["pooled"] = found[kind] | (_pooled_kl(found) if kind == "harmless" else {})
+            for source, part in parts.items():
+                answered = "-" if part["refused"] is None else str(part["n"])
+                rows.append(
+                    [
+                        name,
+                        f"{kind}: {source}",
+                        answered,
+                        _share(part, "refusal_score"),
+                        _mean(part, "refusal_metric", ".2f"),
+                        _mean(part, "kl_divergence", ".4f") if "kl_divergence" in part else "-",
+                    ]
+                )
+    if rows:
+        print_table(
+            "By test set (a prompt of two sets counts once where they are pooled)",
+            ["intervention", "set", "n", "refused", "metric", "KL"],
+            rows,
+            left=2,
+        )
+
+
+def _pooled_kl(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: found[key] for key in ("kl_divergence", "kl_divergence_spread")}
 
 
 def _show_agreement(

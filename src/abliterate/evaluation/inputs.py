@@ -26,7 +26,7 @@ from abliterate.models.model_classes import text_config
 from abliterate.prompts.corpora import Corpus, parse_corpora, read_corpus
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt, is_contrast
-from abliterate.run_folder import DIRECTIONS, EXTRACT, Session, prompt_keys, prompt_sources
+from abliterate.run_folder import DIRECTIONS, EXTRACT, Session, prompt_keys
 from abliterate.run_records import read_extract, read_used, used_prompts, used_refusal_tokens
 from abliterate.storage.artifacts import hash_file, hash_json, is_plain_name
 
@@ -49,6 +49,7 @@ class EvaluationInputs:
         classifier: what labels answers.
         servers: who answers instead of a model here, by the name of the row.
         other_layers: candidates of other layers that the direction is compared with.
+        sets: where a kind of prompts has several sources, the keys of each one's prompts.
     """
 
     direction: Direction | None
@@ -64,6 +65,7 @@ class EvaluationInputs:
     classifier: Classifier | None = None
     servers: Mapping[str, Server] = field(default_factory=dict)
     other_layers: Mapping[int, Tensor] = field(default_factory=dict)
+    sets: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
 
     @property
     def here(self) -> list[str]:
@@ -144,11 +146,12 @@ def read_inputs(
     tasks_dir = None if settings.tasks_dir is None else Path(settings.tasks_dir)
     main = session.placement.ranks.run_on_main
     records = main(lambda: [] if run is None else read_used(run))
+    prompts, sets = _test_prompts(session, records)
     return EvaluationInputs(
         direction=direction,
         edited=edited,
         rows=rows,
-        prompts=_test_prompts(session, records),
+        prompts=prompts,
         named_tokens=session.settings.extract.refusal_tokens or used_refusal_tokens(records),
         corpora=corpora,
         tasks_dir=tasks_dir,
@@ -157,6 +160,7 @@ def read_inputs(
         phrases=phrases,
         classifier=classifier,
         servers=servers,
+        sets=sets,
         other_layers=main(lambda: _other_layers(run, direction, settings.controls)),
     )
 
@@ -169,16 +173,15 @@ def _other_layers(run: Path | None, direction: Direction | None, count: int) -> 
 
 def _test_prompts(
     session: Session, records: Sequence[Mapping[str, Any]]
-) -> dict[str, tuple[Prompt, ...]]:
-    """Prompts that no stage of the run has used."""
+) -> tuple[dict[str, tuple[Prompt, ...]], dict[str, dict[str, list[str]]]]:
+    """Prompts that no stage of the run has used, and each source's where there are several."""
     settings = session.settings.evaluate
-    sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
     used = used_prompts(records)
-    prompts = session.draw(sources, "test", settings.n_test, "--n-test", used)
+    prompts, sets = session.draw_test(settings.n_test, used)
     if settings.borderline is not None:
         keys = {key for used_of_kind in used.values() for key in used_of_kind}
         prompts[BORDERLINE] = borderline_prompts(session, settings.borderline, keys)
-    return {kind: tuple(chosen) for kind, chosen in prompts.items()}
+    return {kind: tuple(chosen) for kind, chosen in prompts.items()}, sets
 
 
 def borderline_prompts(session: Session, source: str, used: Collection[str] = ()) -> list[Prompt]:

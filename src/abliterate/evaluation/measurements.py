@@ -184,6 +184,8 @@ class Measurements:
             self.figures[name],
             borderline,
             self.session.settings.model.seed,
+            self.inputs.sets,
+            self.scored_prompts,
         )
 
     def _made(self, name: str, kind: str) -> tuple[Completion, ...] | None:

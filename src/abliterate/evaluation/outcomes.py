@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 from abliterate.evaluation.completions import Completion, no_scores, scores, share_changes
 from abliterate.evaluation.losses import Loss
 from abliterate.metrics.intervals import bootstrap
 from abliterate.metrics.spread import described, described_change
+from abliterate.prompts.sampling import prompt_key
 
 # What every evaluation has, and the prompts that only answers are made of.
 KINDS = ("harmful", "harmless")
 BORDERLINE = "borderline"
+_OF_KIND = {
+    "harmful": ("harmful_scores",),
+    "harmless": ("harmless_scores", "divergences", "exact_divergences"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class Outcome:
         tasks: lm-eval's figures by task.
         borderline: completions of harmless prompts that look harmful; None if none were asked for.
         seed: of the bootstraps.
+        sets: where a kind of prompts has several sources, the keys of each one's prompts.
+        scored: by kind the keys of the prompts whose first tokens were scored, in their order.
     """
 
     harmful: tuple[Completion, ...] | None
@@ -103,6 +111,37 @@ class Outcome:
     tasks: Mapping[str, Mapping[str, float]]
     borderline: tuple[Completion, ...] | None = None
     seed: int = 0
+    sets: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    scored: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def of_set(self, kind: str, source: str) -> Outcome:
+        """The same of the prompts of one source of a kind alone; no losses and benchmarks."""
+        keys = set(self.sets[kind][source])
+        completions = getattr(self, kind)
+        chosen = completions and tuple(c for c in completions if prompt_key(c.prompt) in keys)
+        metrics = self.metrics
+        if metrics is not None:
+            rows = [key in keys for key in self.scored[kind]]
+            held: dict[str, Any] = {
+                name: tuple(compress(getattr(metrics, name), rows)) for name in _OF_KIND[kind]
+            }
+            metrics = replace(metrics, **held)
+        part = replace(self, metrics=metrics, losses={}, tasks={}, sets={}, scored={})
+        return (
+            replace(part, harmful=chosen) if kind == "harmful" else replace(part, harmless=chosen)
+        )
+
+    def _by_set(self, kind: str) -> dict[str, Any]:
+        """The figures of each source of a kind; empty where there is one alone."""
+        if kind not in self.sets:
+            return {}
+        found = {}
+        for source in self.sets[kind]:
+            figures = self.of_set(kind, source).summary()
+            divergences = ("kl_divergence", "kl_exact") if kind == "harmless" else ()
+            names = [f"{name}{more}" for name in divergences for more in ("", "_ci", "_spread")]
+            found[source] = figures[kind] | {name: figures[name] for name in names}
+        return {"sets": found}
 
     def values(self, kind: str, name: str) -> tuple[float, ...] | None:
         """A figure of each prompt of a kind; None where there are no logits."""
@@ -119,8 +158,12 @@ class Outcome:
 
         over_refusal = {} if self.borderline is None else {BORDERLINE: counted(self.borderline)}
         return {
-            "harmful": counted(self.harmful) | figures("harmful", "refusal_metric"),
-            "harmless": counted(self.harmless) | figures("harmless", "refusal_metric"),
+            "harmful": counted(self.harmful)
+            | figures("harmful", "refusal_metric")
+            | self._by_set("harmful"),
+            "harmless": counted(self.harmless)
+            | figures("harmless", "refusal_metric")
+            | self._by_set("harmless"),
             **over_refusal,
             **figures("harmless", "kl_divergence"),
             **figures("harmless", "kl_exact"),
@@ -163,6 +206,11 @@ def _changes(outcome: Outcome, baseline: Outcome) -> dict[str, Any]:
         | means(kind, "refusal_metric")
         for kind in KINDS
     }
+    for kind, sources in outcome.sets.items():
+        of_kinds[kind]["sets"] = {
+            source: _changes(outcome.of_set(kind, source), baseline.of_set(kind, source))[kind]
+            for source in sources
+        }
     if outcome.borderline is not None:
         of_kinds[BORDERLINE] = share_changes(outcome.borderline, baseline.borderline)
     return of_kinds | {

@@ -180,6 +180,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "corpora": {name: corpus.summary() for name, corpus in corpora.items() if corpus},
         "task_settings": None if tasks is None else tasks.summary(),
         "n_prompts": {kind: len(chosen) for kind, chosen in inputs.prompts.items()},
+        **({"sets": {k: dict(held) for k, held in inputs.sets.items()}} if inputs.sets else {}),
         **({} if (scored := measurements.scored) is None else {"n_scored": scored}),
         "intervals": share_methods(),
         "bootstrap": bootstrap_settings(session.settings.model.seed),

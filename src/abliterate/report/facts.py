@@ -219,6 +219,28 @@ def control_rows(evaluation: Document) -> list[list[str]]:
     return rows
 
 
+def set_rows(evaluation: Document) -> list[list[str]]:
+    """The figures of each test set, where a kind of prompts has several, and the pooled ones."""
+    rows = []
+    for kind, sources in (evaluation.get("sets") or {}).items():
+        for name, found in evaluation["interventions"].items():
+            parts = {source: found[kind]["sets"][source] for source in sources}
+            pooled = found[kind] if kind == "harmful" else found | found[kind]
+            for source, part in [*parts.items(), ("pooled", pooled)]:
+                share = percent(part["refusal_score"], part.get("refusal_score_ci"))
+                rows.append(
+                    [
+                        str(name),
+                        f"{kind}: {source}",
+                        DASH if part["refused"] is None else answers(part),
+                        share,
+                        _mean(part, "refusal_metric", "+.2f"),
+                        _mean(part, "kl_divergence", ".4f"),
+                    ]
+                )
+    return rows
+
+
 def agreement_rows(evaluation: Document) -> list[list[str]]:
     """How far those who rate the answers agree, and of how many answers they do not."""
     rows = []

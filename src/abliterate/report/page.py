@@ -66,6 +66,8 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         "cards": _part("selection.json", lambda: facts.cards(run)),
         "outcomes": run.evaluation
         and _part("evaluation.json", lambda: facts.outcome_table(run.evaluation or {})),
+        "sets": run.evaluation
+        and _part("evaluation.json", lambda: facts.set_rows(run.evaluation or {})),
         "agreement": run.evaluation
         and _part("evaluation.json", lambda: facts.agreement_rows(run.evaluation or {})),
         "disagreements": run.evaluation
