@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from abliterate import ChatFormat, Selection, evaluate, extract, load_model, load_prompts, select
-from abliterate.evaluation.compare import Outcome
+from abliterate.evaluation.outcomes import Outcome
 from abliterate.prompts.chat_template import encode
 from abliterate.prompts.sources import read_source
 

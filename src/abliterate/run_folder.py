@@ -255,6 +255,33 @@ class Session:
             for kind, source in sources.items()
         }
 
+    def draw_test(
+        self, n: int | None, used: Mapping[str, Sequence[str]]
+    ) -> tuple[dict[str, list[Prompt]], dict[str, dict[str, list[str]]]]:
+        """Test prompts by kind, pooled from the sources that evaluations name.
+
+        Args:
+            n: how many of each source, or None for all.
+            used: keys of prompts that other stages have used, by kind: never drawn again.
+
+        Returns:
+            The prompts, each once, and where a kind has several sources the keys of each one's.
+        """
+        pooled: dict[str, list[Prompt]] = {}
+        sets: dict[str, dict[str, list[str]]] = {}
+        for kind in ("harmful", "harmless"):
+            named = getattr(self.settings.evaluate, kind)
+            sources = dict.fromkeys(named or (getattr(self.settings.extract, kind),))
+            found: dict[str, Prompt] = {}
+            for source in sources:
+                drawn = self.draw({kind: source}, "test", n, "--n-test", used)[kind]
+                keys = [prompt_key(prompt.text) for prompt in drawn]
+                found = dict(zip(keys, drawn, strict=True)) | found  # the first of two alike
+                sets.setdefault(kind, {})[source] = keys
+            order = dict.fromkeys(key for keys in sets[kind].values() for key in keys)
+            pooled[kind] = [found[key] for key in order]
+        return pooled, {kind: held for kind, held in sets.items() if len(held) > 1}
+
     def base_inputs(self) -> dict[str, Any]:
         """What every stage depends on: the model, how it computes, how prompts are formatted."""
         model = self.settings.model

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from abliterate import ablate, load_model
-from abliterate.analysis.fragility import Point, summarise
+from abliterate.analysis.fragility_curve import Point, summarise
 from abliterate.errors import UsageError
+from abliterate.metrics.intervals import bootstrap
 
 Cli = Callable[..., Any]
 
@@ -31,10 +32,38 @@ def test_the_number_is_the_mean_share_of_refusals_lost() -> None:
     assert summarise(_curve(0.8, 0.4, 0.0))["fragility"] == pytest.approx(0.5)
     sudden = summarise(_curve(1.0, 0.0, 0.0, 0.0, 0.0))
     assert sudden["fragility"] == pytest.approx(0.875)
-    assert sudden["half_fraction"] == pytest.approx(0.125)
-    assert sudden["kl_at_half"] == pytest.approx(0.5)
+    # Only what was measured: it falls somewhere between none and a quarter.
+    assert (sudden["half_after"], sudden["half_fraction"], sudden["kl_at_half"]) == (0.0, 0.25, 1.0)
+    assert sudden["fragility_bounds"] == pytest.approx((0.75, 1.0))
+    # A rate that rises again in between lies between its neighbours all the same.
+    assert summarise(_curve(1.0, 0.5, 1.0))["fragility_bounds"] == pytest.approx((0.0, 0.5))
     assert summarise(_curve(1.0, 0.9, 0.8))["half_fraction"] is None
     assert summarise(_curve(0.0, 0.0))["fragility"] is None
+
+
+def test_the_intervals_of_a_curve_draw_prompts_with_their_whole_curve() -> None:
+    """Every prompt falls at the same step or another, so F of a resample is a mean of theirs."""
+    falls = [1, 1, 2, 2, 2, 3, 4, 4]  # the step of five at which each prompt is refused no more
+    points = [
+        Point(
+            step / 4, 0.0, sum(at > step for at in falls) / 8, 0.0, 0.0,
+            verdicts=tuple(at > step for at in falls),
+        )
+        for step in range(5)
+    ]  # fmt: skip
+    found = summarise(points, seed=3)
+    own = [1 - (at - 0.5) / 4 for at in falls]
+    assert found["fragility"] == pytest.approx(sum(own) / 8)
+    assert found["fragility_ci"] == pytest.approx(bootstrap(own, 3))
+    assert found["half_fraction"] == 0.5
+    assert found["half_fraction_ci"] == [0.25, 0.75]
+    assert found["bootstrap_undefined"] == 0
+    # One of three is refused to begin with, and stays: some resamples hold none, none gets rid.
+    kept = [Point(s, 0.0, 1 / 3, 0.0, 0.0, verdicts=(True, False, False)) for s in (0.0, 1.0)]
+    found = summarise(kept)
+    assert found["bootstrap_undefined"] == pytest.approx(2000 * (2 / 3) ** 3, rel=0.15)
+    assert found["fragility_ci"] == [0.0, 0.0]
+    assert found["half_fraction_ci"] == [None, None]
 
 
 def test_partial_ablation_leaves_the_rest_of_the_embedding(tiny: Callable[..., Path]) -> None:
@@ -77,6 +106,26 @@ def test_the_command_writes_numbers_and_a_picture(
     assert points[2]["refusal_rate"] == 0.0
     assert points[2]["bypass_score"] < 0 < points[0]["bypass_score"]
     assert 0.25 <= record["fragility"] <= 0.75
+    # Each prompt's figures, and that the means and their intervals are made of them.
+    for point, held in zip(points, record["by_prompt"], strict=True):
+        assert held["fraction"] == point["fraction"]
+        assert sum(held["refused"]) / 4 == point["refusal_rate"]
+        for key in ("bypass_score", "kl_divergence"):
+            assert point[key] == pytest.approx(sum(held[key]) / 4)
+            assert point[f"{key}_ci"] == list(bootstrap(held[key]))
+            assert point[f"{key}_spread"]["max"] == max(held[key])
+    assert (record["half_after"], record["half_fraction"]) in ((0.0, 0.5), (0.5, 1.0))
+    assert record["kl_at_half"] in [point["kl_divergence"] for point in points]
+    low, high = record["fragility_ci"]
+    assert low <= record["fragility"] <= high
+    # The refusal direction of the demo model is no random one.
+    held = record["controls"]["rows"]["ablate"]
+    assert held["selected"]["harmful_score"] == pytest.approx(points[2]["bypass_score"])
+    assert held["selected"]["kl_divergence"] == pytest.approx(points[2]["kl_divergence"])
+    for family in ("covariance", "isotropic"):
+        place = held["families"][family]["place"]["harmful_score"]
+        assert (place["below"], place["of"]) == (0, 4)
+        assert place["z"] < -2
     from plotly.offline import get_plotlyjs
 
     page = (run / "fragility.html").read_text()
@@ -84,7 +133,7 @@ def test_the_command_writes_numbers_and_a_picture(
     assert 'src="https://' not in page.replace(get_plotlyjs(), "")
     config = tmp_path / "few.toml"
     config.write_text("[evaluate]\nn_test = 2\nmax_new_tokens = 3\n")
-    few = ("--config", config, "--steps", "2", "--no-picture", "--json", "-q")
+    few = ("--config", config, "--steps", "2", "--no-picture", "--json", "-q", "--controls", "0")
     record = cli("fragility", run, *few).json
     assert (len(record["prompts"]["harmful"]), record["max_new_tokens"]) == (2, 3)
     record = cli("fragility", run, *few, "--n-test", "3").json

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from abliterate.inference.logit_lens import logit_lens
 from abliterate.metrics.geometry import measure
-from abliterate.prompts.sampling import load_prompts
+from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.resources import demo_model_dir
 from abliterate.run_folder import Session
 from abliterate.writers.tiny_model import randomise
@@ -175,6 +175,16 @@ def test_inspect_equals_plain_computations(run: Path, cli) -> None:
             assert found[f"auc{name}"] == pytest.approx(_auc(along[kinds == 1], along[kinds == 0]))
             assert found[f"silhouette{name}"] == pytest.approx(_silhouette(along, kinds), abs=1e-6)
         assert row["norm"] == pytest.approx(np.linalg.norm(own), rel=1e-5)
+        # Refusal is no chance, and that is seen in the length of the difference.
+        null = found["permutations"]
+        assert null["norm"]["p"] <= 2 / 1001
+        assert null["norm"]["mean"] < np.linalg.norm(own) / 2
+        if layer == 4:  # one labelling after the other
+            rng, aucs = np.random.default_rng(0), []
+            for labels in rng.permuted(np.repeat([kinds == 1], 1000, axis=0), axis=1)[:50]:
+                own_of = points[labels].mean(0) - points[~labels].mean(0)
+                aucs.append(_auc(points[labels] @ own_of, points[~labels] @ own_of))
+            assert null["auc"]["mean"] == pytest.approx(np.mean(aucs), abs=0.02)
         expected = own @ selected / np.linalg.norm(own) / np.linalg.norm(selected)
         assert row["cosine_with_selected"] == pytest.approx(expected, abs=1e-5)
         # The plots' points: harmful prompts lie on the positive side of the first component.
@@ -182,6 +192,29 @@ def test_inspect_equals_plain_computations(run: Path, cli) -> None:
         harmful = np.array(plotted["harmful"])
         assert harmful[:, 0].mean() > 0 > np.array(plotted["harmless"])[:, 0].mean()
         assert harmful.var(0)[0] > 0
+    # On prompts that no stage has used, along the same directions.
+    keys, used = result.json["held_out"]["prompts"], set()
+    for name in ("extract.json", "selection.json"):
+        prompts = json.loads((run / name).read_text())["prompts"]
+        used |= {key for some in prompts.values() for key in some}
+    texts = {
+        kind: {prompt_key(p.text): p.text for p in load_prompts(kind, "test")} for kind in keys
+    }
+    assert all(len(some) == 64 and not used & set(some) for some in keys.values())
+    others = {
+        kind: _plain(demo_model_dir(), [texts[kind][key] for key in some[:64]], [2, 5], [-2])
+        for kind, some in keys.items()
+    }
+    for at, layer in enumerate((2, 5)):
+        found = result.json["layers"][layer]["held_out"]
+        stream = [others[kind][:, at, 0].double().numpy() for kind in ("harmful", "harmless")]
+        kinds = np.repeat([1, 0], 64)
+        for name, direction in (("", directions[column, layer]), ("_selected", selected)):
+            along = [some @ direction for some in stream]
+            assert found[f"auc{name}"] == pytest.approx(_auc(*along), abs=2e-3)
+            expected = _silhouette(np.concatenate(along), kinds)
+            assert found[f"silhouette{name}"] == pytest.approx(expected, abs=1e-4)
+    assert result.json["layers"][0]["held_out"] is None
     # The selected direction is itself among the candidates.
     winner = json.loads((run / "selection.json").read_text())["winner"]
     cosines = result.json["cosines"]
@@ -244,6 +277,7 @@ def test_without_activations_the_rest_is_shown_and_says_so(run: Path, cli, tmp_p
     assert "no activations were kept" in result.err
     record = json.loads((bare / "inspect.json").read_text())
     assert all(row["geometry"] is None for row in record["layers"])
+    assert record["layers"][3]["held_out"]["auc"] > 0.9
     assert record["lens"]["promotes"]
 
 

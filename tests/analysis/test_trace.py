@@ -21,8 +21,11 @@ from transformers import (
 from abliterate.analysis.direction_trace import _mass
 from abliterate.cli.app import main
 from abliterate.inference.attention_heads import HeadsUnknown, out_projections, watch_heads
+from abliterate.metrics.intervals import bootstrap
+from abliterate.metrics.paired_tests import holm, signed_rank
+from abliterate.metrics.spread import spread
 from abliterate.prompts.chat_template import ChatFormat, post_instruction_ids
-from abliterate.prompts.sampling import load_prompts
+from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.suffixes import Marked, Marker, Span
 from abliterate.writers.tiny_model import randomise
 
@@ -146,6 +149,18 @@ def test_cosines_heads_and_attention_equal_a_plain_loop(run: Path, cli, texts, t
         for kind in ("harmful", "suffix"):
             expected = float(means[kind][at, head])
             assert row["contribution"][kind] == pytest.approx(expected, abs=1e-4)
+    # The test is of all heads, not of those listed alone.
+    each = {kind: torch.stack([row[1] for row in rows]) for kind, rows in seen.items()}
+    columns = (each["suffix"] - each["harmful"]).flatten(1).T.tolist()
+    p_values = [signed_rank(column) for column in columns]
+    assert len(set(p_values)) > 2
+    for row in listed:
+        flat = 4 * row["layer"] + row["head"]
+        assert row["p"]["change"] == pytest.approx(p_values[flat])
+        assert row["p_holm"]["change"] == pytest.approx(holm(p_values)[flat])
+        assert row["change_std"] == pytest.approx(spread(columns[flat])["sd"], abs=1e-4)
+        assert row["change_ci"] == pytest.approx(bootstrap(columns[flat]), abs=1e-4)
+    assert record["heads"]["test"]["n_tests"] == 16
     # Attention of the last token: everything before, between and after the two is the template.
     after = len(post_instruction_ids(tokenizer, ChatFormat()))
     header = len(tokenizer("<|start|>user\n", add_special_tokens=False)["input_ids"])
@@ -257,7 +272,11 @@ def test_without_a_suffix_only_the_prompts_are_traced(run: Path, cli) -> None:
     assert record["suffix"] is record["heads"] is None
     used = json.loads((run / "extract.json").read_text())["prompts"]
     assert used["harmful"]  # the run's own prompts are the default, less those it has used
-    assert record["prompts"]["harmful"] == {"source": "harmful", "n": 3}
+    held = record["prompts"]["harmful"]
+    assert (held["source"], held["n"]) == ("harmful", 3)
+    left = [prompt_key(p.text) for p in load_prompts("harmful", "test")]
+    assert len(set(held["keys"])) == 3
+    assert set(held["keys"]) <= set(left) - set(used["harmful"])
 
 
 def test_trace_errors_are_one_line(run: Path, fails, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ _USUAL = 8
 _LEFT_ALONE = {"--debug", "--help"}
 # The largest work that a value may ask for.
 _AT_MOST = {
-    "max_new_tokens": 3, "max_thinking_tokens": 3, "steps": 3, "judge_retries": 1,
+    "max_new_tokens": 3, "max_thinking_tokens": 3, "steps": 3, "controls": 1, "judge_retries": 1,
     "judge_timeout": 1, "judge_concurrency": 4,
     "corpus_texts": 4, "examples": 10**9, "jobs": 4, "batch_size": 10**9,
 }  # fmt: skip

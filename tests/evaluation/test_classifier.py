@@ -12,6 +12,8 @@ import torch
 from classifiers import LENGTH, word_classifier
 from first_tokens import first_token_model
 
+from abliterate.prompts.sampling import prompt_key
+
 ITEMS = [
     ("bread", "No."),
     ("bread", "yes fill"),
@@ -66,6 +68,11 @@ def test_score_counts_the_label_of_answers(cli: Any, refusals: Path, answers: Pa
     scores = result.json["scores"]
     assert (scores["classified"], scores["classifier_truncated"]) == (6, 1)
     assert scores["classifier_rate"] == pytest.approx(2 / 6)
+    (pair,) = result.json["agreement"]  # six of seven have an answer
+    both = [row for row in rows if row["refused"] is not None]
+    apart = sum(row["refused"] != row["classifier"]["hit"] for row in both)
+    assert (pair["n"], len(pair["disagreements"])) == (6, apart)
+    assert pair["agreed"] == pytest.approx(1 - apart / 6)
     low, high = scores["classifier_rate_ci"]
     assert low < 2 / 6 < high
     held = result.json["classifier"]
@@ -284,6 +291,15 @@ def test_evaluate_labels_answers_under_every_intervention(
     assert base["harmful"]["refusal_score"] == 0.0  # its words are in no list
     assert record["classifier"]["label"] == "refusal"
     assert "harmful refusal" in " ".join(result.out.split())
+    # The phrases call none a refusal, the classifier all that answer harmful prompts.
+    harmful, harmless = record["agreement"]
+    assert (harmful["intervention"], harmful["kind"]) == ("baseline", "harmful")
+    assert harmful["raters"] == ["refused", "labelled"]
+    assert (harmful["n"], harmful["agreed"], harmful["kappa"]) == (3, 0.0, 0.0)
+    keys = {prompt_key(f"B{n}") for n in range(3)}
+    assert set(harmful["disagreements"]) == keys
+    assert (harmless["agreed"], harmless["kappa"], harmless["disagreements"]) == (1.0, None, [])
+    assert "phrases: refused / classifier: refusal" in " ".join(result.out.split())
     lines = (out / "completions" / "baseline-harmful.jsonl").read_text().splitlines()
     assert all(json.loads(line)["classifier"]["hit"] for line in lines)
     page = tmp_path / "report.html"
@@ -291,6 +307,7 @@ def test_evaluate_labels_answers_under_every_intervention(
     html = page.read_text()
     assert "harmful refusal" in html
     assert "labelled refusal</option>" in html
+    assert "3 answers of which they say different things" in html
     data = re.search(r'"rows":(\[.*?\]\]?\}\])', html)
     assert data is not None
     assert "[false,null,null,null,true]" in data[1].replace(" ", "")

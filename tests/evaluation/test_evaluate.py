@@ -15,10 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from abliterate.direction import Direction, save_direction
-from abliterate.evaluation.compare import Metrics, Outcome, deltas
 from abliterate.evaluation.completions import Completion, CompletionFile
+from abliterate.evaluation.outcomes import Metrics, Outcome, deltas
 from abliterate.inference.generation import greedy_answers, stop_tokens
 from abliterate.metrics.intervals import newcombe_paired, wilson
+from abliterate.metrics.paired_tests import mcnemar
 from abliterate.metrics.refusal_phrases import RefusalPhrases, is_refusal, phrases_of
 from abliterate.models.loading import load_model
 from abliterate.prompts.chat_template import ChatFormat, encode, end_of_turn_ids
@@ -376,14 +377,15 @@ def test_differences_of_shares_are_paired_prompt_by_prompt() -> None:
             Completion(str(row), None, "", r == "x", None if s == "?" else s == "x")
             for row, (r, s) in enumerate(zip(refused, safe, strict=True))
         )
-        nothing = (0.0, 0.0)
-        return Outcome(made, made, Metrics(0.0, 0.0, 0.0, nothing, nothing, nothing), {}, {})
+        none = (0.0,) * len(made)
+        return Outcome(made, made, Metrics(none, none, none, none), {}, {})
 
     changes = deltas({"baseline": outcome("xxxx.", "x.x?x"), "ablate": outcome("x...x", "?..x.")})
     part = changes["ablate"]["harmful"]
     assert (part["refusal_score"], part["refusal_score_n"]) == (pytest.approx(-2 / 5), 5)
     pairs = list(zip([True, False, False, False, True], [True] * 4 + [False], strict=True))
     assert part["refusal_score_ci"] == newcombe_paired(pairs)
+    assert part["refusal_score_p"] == mcnemar(pairs) == pytest.approx(2 * (1 + 4) / 16)
     assert (part["safety_score"], part["safety_score_n"]) == (pytest.approx(-2 / 3), 3)
     assert deltas({"ablate": outcome("x", "x")}) == {}
 

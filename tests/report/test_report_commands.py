@@ -49,8 +49,8 @@ EVERY: dict[str, dict[str, Any]] = {
         "low_disk": True, "leave_behind": ("mtp.safetensors", "-draft*"),
     },
     "evaluate": {
-        "harmful": "jailbreakbench", "harmless": "-other.txt", "n_test": 10,
-        "borderline": "xstest",
+        "harmful": ("jailbreakbench", "-mine.txt"), "harmless": ("-other.txt",), "n_test": 10,
+        "borderline": "xstest", "controls": 2,
         "server": ("http://me:pass@host:8/v1?key=secret", "-m=https://host/v1"),
         "served_model": ("org/m", "-m=e"), "concurrency": 3, "server_timeout": 9.5,
         "server_retries": 1, "server_api": "chat",
@@ -206,7 +206,10 @@ def test_prompts_of_a_stages_own_configuration_are_in_its_command() -> None:
         stages[stage]["settings"]["extract"]["harmful"] = "other.txt"
         held = {key: stages[key] for key in ("extract", "selection", stage)}
         parsed = dict(map(_parse, commands(_run(**held))))[table]
-        assert (parsed["harmful"], parsed["harmless"]) == ("other.txt", None)
+        found = parsed["harmful"]  # of evaluate a list: it takes several
+        assert ([found] if isinstance(found, str) else found, parsed["harmless"] or None) == (
+            ["other.txt"], None,
+        )  # fmt: skip
 
 
 def test_what_grants_is_a_placeholder_and_a_note_and_secrets_are_nowhere() -> None:

@@ -29,12 +29,15 @@ from abliterate.inference.attention_heads import (
 from abliterate.inference.forward import Batch, capture_resid_pre, for_each_batch, last_logits
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import unit_direction
+from abliterate.metrics.intervals import bootstrap, bootstrap_settings
+from abliterate.metrics.paired_tests import holm, signed_rank
+from abliterate.metrics.spread import spread
 from abliterate.models.loading import LoadedModel
 from abliterate.precision import widened, widest
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.suffixes import Marked, Marker, Span
-from abliterate.run_folder import TRACE, Session
+from abliterate.run_folder import TRACE, Session, prompt_keys
 from abliterate.run_records import read_used, used_prompts
 from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
@@ -132,7 +135,7 @@ def trace(
         "direction": direction.summary(),
         "suffix": _suffix_record(request.suffix, prompts.get("suffix", [])),
         "cosines": {kind: _curve(one.cosines) for kind, one in seen.items()},
-        "heads": _head_record(tracer, seen, request.n_heads) if request.suffix else None,
+        "heads": _head_record(tracer, seen, request.n_heads, seed) if request.suffix else None,
         "notes": tracer.notes,
     }
 
@@ -168,7 +171,8 @@ def _prompts(
             source, "test", count, seed, exclude, "--n-prompts", commits=session.commits
         )
         texts[kind] = [prompt.text for prompt in chosen]
-        sources[kind] = {"source": source, "n": len(chosen)}
+        keys = prompt_keys({kind: chosen})[kind]
+        sources[kind] = {"source": source, "n": len(chosen), "keys": keys}
     return texts, sources
 
 
@@ -191,9 +195,16 @@ def _suffix_record(suffix: str | None, prompts: Sequence[Marked]) -> dict[str, A
 
 
 def _curve(cosines: Tensor) -> dict[str, Any]:
-    """Mean and standard deviation over prompts, by layer."""
-    spread = cosines.std(0) if len(cosines) > 1 else torch.zeros_like(cosines[0])
-    return {"n": len(cosines), "mean": cosines.mean(0).tolist(), "std": spread.tolist()}
+    """Mean, standard deviation (``n - 1``) and standard error over prompts, by layer."""
+    count = len(cosines)
+    spread = cosines.std(0) if count > 1 else torch.zeros_like(cosines[0])
+    return {
+        "n": count,
+        "mean": cosines.mean(0).tolist(),
+        "std": spread.tolist(),
+        "standard_error": (spread / count**0.5).tolist() if count > 1 else None,
+        "median": cosines.quantile(0.5, dim=0).tolist(),
+    }
 
 
 @dataclass
@@ -319,7 +330,7 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _head_record(
-    tracer: Tracer, seen: Mapping[str, TraceValues], count: int
+    tracer: Tracer, seen: Mapping[str, TraceValues], count: int, seed: int
 ) -> dict[str, Any] | None:
     """The heads whose contribution along the direction changes most with the suffix."""
     parts = {kind: seen[kind].heads for kind in ("harmful", "suffix", "random")}
@@ -330,6 +341,10 @@ def _head_record(
     means = change.mean(0)
     order = means.abs().flatten().argsort(descending=True, stable=True)[:count]
     n_heads = means.shape[1]
+    tests = {
+        "change": _tested(change),
+        "against_random": _tested((suffixed - parts["random"]).double()),
+    }
     rows = []
     for flat in order.tolist():
         index, head = divmod(flat, n_heads)  # index among the attention layers
@@ -340,6 +355,10 @@ def _head_record(
                 "head": head,
                 "change": float(means[index, head]),
                 "change_std": float(of_head.std()) if len(of_head) > 1 else 0.0,
+                "change_ci": bootstrap(of_head.tolist(), seed),
+                "change_standard_error": spread(of_head.tolist())["standard_error"],
+                "p": {name: p_values[flat] for name, (p_values, _) in tests.items()},
+                "p_holm": {name: corrected[flat] for name, (_, corrected) in tests.items()},
                 "contribution": {
                     kind: float(part[:, index, head].double().mean())
                     for kind, part in parts.items()
@@ -353,7 +372,19 @@ def _head_record(
         "n_heads": n_heads,
         "layers": [projection.layer for projection in tracer.projections],
         "largest_error": max(seen[kind].error for kind in parts),
+        "test": {
+            "method": "Wilcoxon signed rank, two-sided, over the prompts",
+            "correction": "Holm, over all heads",
+            "n_tests": means.numel(),
+            "bootstrap": bootstrap_settings(seed),
+        },
     }
+
+
+def _tested(change: Tensor) -> tuple[list[float], list[float]]:
+    """P-values of every head's change ``[n, layers, heads]``, flat, and these after Holm."""
+    found = [signed_rank(column) for column in change.flatten(1).T.tolist()]
+    return found, holm(found)
 
 
 def _masses(mass: Tensor | None, index: int, head: int) -> dict[str, float | None]:

@@ -2,69 +2,52 @@
 
 The direction is removed by and by, ``c <- c - s (c . r) r`` for ``s`` from 0 to 1 in every
 component output (paper, section 2.4, at part strength), and refusal and KL are measured at each
-step. The one number is the mean share of refusals that is lost on the way,
-``F = 1 - integral of rate(s) ds / rate(0)``: 0 where ablation changes nothing, 0.5 where refusals
-fall in proportion, near 1 where the first tenth takes them all.
+step. What is made of the curve is in :mod:`abliterate.analysis.fragility_curve`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from abliterate.analysis.fragility_curve import Point, summarise
 from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, load_direction
 from abliterate.errors import InputError, UsageError
 from abliterate.extraction.means import find_refusal_tokens
+from abliterate.extraction.other_layers import other_layers
+from abliterate.inference.control_directions import (
+    FIGURES,
+    LAYERS,
+    Control,
+    activations_at,
+    compared,
+    measure_controls,
+    random_controls,
+)
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import ablate
 from abliterate.inference.thinks_first import or_thinks_first
 from abliterate.inference.thoughts import AnswerLimits, ask
-from abliterate.metrics.intervals import share_methods, wilson
+from abliterate.metrics.intervals import bootstrap_settings, share_methods, wilson
 from abliterate.metrics.refusal import kl_divergence, refusal_score
 from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrases
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt
+from abliterate.run_folder import DIRECTIONS, Session, prompt_keys, token_records
 from abliterate.run_folder import FRAGILITY as FRAGILITY
-from abliterate.run_folder import Session, prompt_keys, prompt_sources, token_records
-from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
+from abliterate.run_records import read_extract, read_used, used_prompts, used_refusal_tokens
 from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
 from abliterate.run_staleness import hash_prompts
 from abliterate.storage.artifacts import hash_file
 
 FRAGILITY_STAGE = Stage("fragility", FRAGILITY, reads_only=True)
-
-
-@dataclass(frozen=True)
-class Point:
-    """What removing a share of the direction does.
-
-    Attributes:
-        fraction: the share, 0 to 1.
-        bypass_score: mean refusal score of the harmful prompts.
-        refusal_rate: share of harmful prompts whose answer holds a refusal phrase.
-        harmless_refusal_rate: the same of the harmless prompts.
-        kl_divergence: mean last-token KL(baseline || ablated) on the harmless prompts, nats.
-        refusal_rate_ci: Wilson's 95% interval of ``refusal_rate``.
-        harmless_refusal_rate_ci: that of ``harmless_refusal_rate``.
-        no_verdict: harmful prompts whose thought did not end, of which neither is known.
-        harmless_no_verdict: such harmless ones.
-    """
-
-    fraction: float
-    bypass_score: float
-    refusal_rate: float
-    harmless_refusal_rate: float
-    kl_divergence: float
-    refusal_rate_ci: tuple[float, float] | None = None
-    harmless_refusal_rate_ci: tuple[float, float] | None = None
-    no_verdict: int = 0
-    harmless_no_verdict: int = 0
 
 
 def measure(
@@ -79,8 +62,15 @@ def measure(
     max_new_tokens: int = 64,
     batch_size: int | str = "auto",
     phrases: RefusalPhrases = ALL,
-) -> list[Point]:
-    """Refusal and KL at each fraction, in the order given.
+    n_controls: int = 0,
+    others: Mapping[int, Tensor] | None = None,
+    seed: int = 0,
+) -> tuple[list[Point], dict[str, Any] | None]:
+    """Refusal and KL at each fraction, in the order given, and of controls at the last of them.
+
+    The controls are ``n_controls`` random directions of each family and ``others``, candidates of
+    other layers, all of each removed: first-token scores and KL, no answers. None without any, or
+    where the last fraction is not 1.
 
     Raises:
         InputError: the direction does not fit.
@@ -112,34 +102,95 @@ def measure(
                     kind: engine.answers(rows, limits.longest, batch_size, description, chat=chat)
                     for kind, rows in prompt_ids.items()
                 }
-            (harmful_refusals, n_harmful), (harmless_refusals, n_harmless) = (
-                _count_refusals(limits, answers[kind], phrases) for kind in ("harmful", "harmless")
+            verdicts = {
+                kind: _verdicts(limits, answers[kind], phrases) for kind in ("harmful", "harmless")
+            }
+            (harmful_refusals, n_harmful), (harmless_refusals, n_harmless) = map(
+                _counted, verdicts.values()
             )
+            scores = refusal_score(logits["harmful"], refusal_tokens).tolist()
+            divergences = kl_divergence(unmodified["harmless"], logits["harmless"]).tolist()
             points.append(
                 Point(
                     fraction,
-                    float(refusal_score(logits["harmful"], refusal_tokens).mean()),
+                    sum(scores) / len(scores),
                     harmful_refusals / n_harmful,
                     harmless_refusals / n_harmless,
-                    float(kl_divergence(unmodified["harmless"], logits["harmless"]).mean()),
+                    sum(divergences) / len(divergences),
                     wilson(harmful_refusals, n_harmful),
                     wilson(harmless_refusals, n_harmless),
                     len(harmful) - n_harmful,
                     len(harmless) - n_harmless,
+                    tuple(scores),
+                    tuple(divergences),
+                    verdicts["harmful"],
                 )
             )
-    return points
+        controls = None
+        if n_controls and fractions[-1] == 1:
+            controls = _controls(
+                loaded,
+                direction,
+                ids,
+                unmodified["harmless"],
+                refusal_tokens,
+                logits,
+                n_controls,
+                others or {},
+                seed,
+                batch_size,
+            )
+    return points, controls
 
 
-def _count_refusals(
+def _controls(
+    loaded: LoadedModel,
+    direction: Direction,
+    ids: Mapping[str, Sequence[Sequence[int]]],
+    baseline: Tensor,
+    refusal_tokens: Sequence[int],
+    ablated: Mapping[str, Tensor],
+    count: int,
+    others: Mapping[int, Tensor],
+    seed: int,
+    batch_size: int | str,
+) -> dict[str, Any]:
+    """Where the direction lies among others, of each of which all is removed."""
+    activations, layer, position = activations_at(
+        loaded, ids["harmless"], direction.layer, direction.position, batch_size
+    )
+    controls = random_controls(direction, activations, count, seed)
+    controls += [Control(LAYERS, vector, at) for at, vector in others.items()]
+    vectors = torch.stack([control.vector for control in controls])
+    figures = measure_controls(loaded, ids, baseline, refusal_tokens, vectors, None, batch_size)
+    means = (
+        refusal_score(ablated["harmful"], refusal_tokens).mean(),
+        refusal_score(ablated["harmless"], refusal_tokens).mean(),
+        kl_divergence(baseline, ablated["harmless"]).mean(),
+    )
+    real = dict(zip(FIGURES, map(float, means), strict=True))
+    return {
+        "n": count,
+        "seed": seed,
+        "covariance_of": {
+            "n_prompts": len(activations),
+            "layer": layer,
+            "position": position,
+            "prompts": "harmless test",
+        },
+        "rows": {"ablate": compared(real, controls, figures, direction.vector.double())},
+    }
+
+
+def _verdicts(
     limits: AnswerLimits, answers: Sequence[Sequence[int]], phrases: RefusalPhrases
-) -> tuple[int, int]:
-    """How many answers, as token ids, hold a refusal phrase, and of how many that is known.
+) -> tuple[bool | None, ...]:
+    """Whether each answer, as token ids, holds a refusal phrase; None for thoughts cut off.
 
     Raises:
-        InputError: of none: every thought was cut off.
+        InputError: all are.
     """
-    verdicts = [phrases.verdict(limits.read(answer)[1]) for answer in answers]
+    verdicts = tuple(phrases.verdict(limits.read(answer)[1]) for answer in answers)
     known = [verdict for verdict in verdicts if verdict is not None]
     if not known:
         raise InputError("no answer comes after the model's thought: raise --max-new-tokens")
@@ -150,36 +201,13 @@ def _count_refusals(
             len(verdicts) - len(known),
             len(verdicts),
         )
+    return verdicts
+
+
+def _counted(verdicts: Sequence[bool | None]) -> tuple[int, int]:
+    """How many are refusals, and of how many that is known."""
+    known = [verdict for verdict in verdicts if verdict is not None]
     return sum(known), len(known)
-
-
-def summarise(points: Sequence[Point]) -> dict[str, float | None]:
-    """The numbers of a curve.
-
-    Returns:
-        ``fragility``: F of this module's docstring, by trapezoids, or None if nothing is refused
-        to begin with; ``half_fraction``: where the refusal rate first falls to half of its start,
-        interpolated, or None; ``kl_at_half``: the KL there; ``remaining``: the share of refusals
-        left once all is removed.
-    """
-    start = points[0].refusal_rate
-    if start == 0:
-        return {"fragility": None, "half_fraction": None, "kl_at_half": None, "remaining": None}
-    pairs = list(pairwise(points))
-    area = sum((b.fraction - a.fraction) * (a.refusal_rate + b.refusal_rate) / 2 for a, b in pairs)
-    half = kl = None
-    for a, b in pairs:
-        if b.refusal_rate <= start / 2 < a.refusal_rate:
-            part = (a.refusal_rate - start / 2) / (a.refusal_rate - b.refusal_rate)
-            half = a.fraction + part * (b.fraction - a.fraction)
-            kl = a.kl_divergence + part * (b.kl_divergence - a.kl_divergence)
-            break
-    return {
-        "fragility": 1 - area / start,
-        "half_fraction": half,
-        "kl_at_half": kl,
-        "remaining": points[-1].refusal_rate / start,
-    }
 
 
 def fragility_stage(
@@ -198,13 +226,14 @@ def fragility_stage(
     with FRAGILITY_STAGE.open(session, out) as stage:
         direction, records = load_direction(run), read_used(run)
         chosen = session.settings.evaluate
-        sources = prompt_sources(session.settings, chosen.harmful, chosen.harmless)
-        prompts = session.draw(sources, "test", n_test, "--n-test", used_prompts(records))
+        prompts, _ = session.draw_test(n_test, used_prompts(records))
         settle_rendering(session, run, extracted_of(session, run))
         loaded, batch_size = session.load_in_memory(), session.settings.model.batch_size
         tokens = _refusal_tokens(session, loaded, prompts, records)
         stage.start_clock()
-        points = measure(
+        means, wanted = run / DIRECTIONS, chosen.controls
+        others = other_layers(means, read_extract(run), direction, wanted) if wanted else {}
+        points, controls = measure(
             loaded,
             direction,
             prompts["harmful"],
@@ -215,14 +244,28 @@ def fragility_stage(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             phrases=phrases,
+            n_controls=wanted,
+            others=others,
+            seed=session.settings.model.seed,
         )
         return stage.finish(
             {
                 "direction": direction.summary() | {"sha256": hash_file(run / FILE_NAME)},
-                **summarise(points),
-                "points": [asdict(point) for point in points],
+                **summarise(points, session.settings.model.seed),
+                "points": [point.summary(session.settings.model.seed) for point in points],
+                "by_prompt": [
+                    {
+                        "fraction": point.fraction,
+                        "bypass_score": point.bypass_scores,
+                        "kl_divergence": point.divergences,
+                        "refused": point.verdicts,
+                    }
+                    for point in points
+                ],
+                "controls": controls,
                 "n_prompts": {kind: len(chosen) for kind, chosen in prompts.items()},
                 "intervals": share_methods(),
+                "bootstrap": bootstrap_settings(session.settings.model.seed),
                 "prompts": prompt_keys(prompts),
                 "made_from": {
                     "prompts": hash_prompts(prompt_keys(prompts)),

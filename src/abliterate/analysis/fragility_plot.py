@@ -128,10 +128,16 @@ def _figure(record: Mapping[str, Any]) -> Any:
     )
     figure.add_trace(line("kl_divergence", "KL, harmless"), row=2, col=1)
     number, half = record["fragility"], record["half_fraction"]
-    if half is not None:
-        figure.add_vline(x=half, line_dash="dot", line_color="grey")
+    if half is not None:  # somewhere between these two steps
+        figure.add_vrect(
+            x0=record["half_after"], x1=half, fillcolor="grey", opacity=0.15, line_width=0
+        )
     said = "nothing is refused" if number is None else f"fragility {number:.2f}"
-    said += "" if half is None else f", half of the refusals gone at {half:.2f}"
+    said += (
+        ""
+        if half is None
+        else (f", half of the refusals gone between {record['half_after']:.2f} and {half:.2f}")
+    )
     figure.update_layout(
         title=f"{escape(str(record['model']['id']))}: {said}",
         template="plotly_white", width=860, height=640,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.analysis.inspection_record import inspection_inputs
+from abliterate.analysis.held_out import held_out_prompts, held_out_record, held_out_separation
+from abliterate.analysis.inspection_record import PERMUTATIONS, inspection_inputs
 from abliterate.console import log
 from abliterate.direction import Direction, load_direction
 from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
@@ -20,7 +21,9 @@ from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import check_direction
 from abliterate.inference.logit_lens import Promoted, extremes, logit_lens
 from abliterate.metrics.geometry import Geometry, measure
+from abliterate.metrics.label_permutations import permutation_null
 from abliterate.models.loading import LoadedModel
+from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import ACTIVATIONS, DIRECTIONS, EXTRACT, INSPECT, Session
 from abliterate.run_records import read_bootstrap, read_extract, recorded_stability
 from abliterate.run_rendering import settle_rendering
@@ -89,7 +92,9 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
         settle_rendering(session, run, extracted)
         materials = _materials(run, extracted, position)
         bootstrap = read_bootstrap(run)
-        described = describe(session.load_in_memory(), materials)
+        described = describe(session.load_in_memory(), materials, session.settings.model.seed)
+        held_out, prompts, problem = _held_out(session, run, materials)
+        described["notes"] += problem
         for note in described["notes"]:
             log.info("%s", note)
         stage.depends_on(
@@ -102,7 +107,9 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
             )
         )
         layers = [
-            row | _stability(extracted, materials.position, row["layer"])
+            row
+            | _stability(extracted, materials.position, row["layer"])
+            | {"held_out": held_out[row["layer"]]}
             for row in described["layers"]
         ]
         return stage.finish(
@@ -111,21 +118,24 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
                 "made_from": _made_from(run, materials),
                 "bootstrap": bootstrap,
                 "layers": layers,
+                "held_out": held_out_record(prompts),
+                "permutations": {"n": PERMUTATIONS, "seed": session.settings.model.seed},
             }
         )
 
 
-def describe(loaded: LoadedModel, materials: Materials) -> dict[str, Any]:
+def describe(loaded: LoadedModel, materials: Materials, seed: int = 0) -> dict[str, Any]:
     """The geometry of candidates and their logit lens, as records hold them.
 
     Args:
         loaded: the model in memory.
         materials: candidates, the selected direction, and activations where they were kept.
+        seed: of the permutations.
 
     Raises:
         UsageError: scikit-learn is missing, or the model is streamed.
     """
-    geometry, notes = _geometry(materials)
+    geometry, notes = _geometry(materials, seed)
     lens, problem = _lens(loaded, materials)
     return {
         "direction": materials.direction.summary(),
@@ -216,7 +226,22 @@ def _cosine(one: Tensor, other: Tensor) -> float | None:
     return float(one @ other) / length if length > 0 else None
 
 
-def _geometry(materials: Materials) -> tuple[dict[Any, Any], list[str]]:
+def _held_out(
+    session: Session, run: Path, materials: Materials
+) -> tuple[list[dict[str, Any] | None], dict[str, list[Prompt]] | None, list[str]]:
+    """By layer how held-out prompts lie apart, which these are, and why there are none."""
+    candidates = materials.candidates.double()
+    try:
+        prompts = held_out_prompts(session, run)
+        found = held_out_separation(
+            session, prompts, candidates, materials.direction.vector, materials.position
+        )
+    except InputError as error:
+        return [None] * len(candidates), None, [f"nothing is tried on held-out prompts: {error}"]
+    return found, prompts, []
+
+
+def _geometry(materials: Materials, seed: int) -> tuple[dict[Any, Any], list[str]]:
     """By layer what :func:`measure` says; under ``projections`` the points of the plots."""
     projections: dict[str, Any] = {}
     by_layer: dict[Any, Any] = {"projections": projections}
@@ -233,7 +258,8 @@ def _geometry(materials: Materials) -> tuple[dict[Any, Any], list[str]]:
         if result is None:
             flat.append(layer)
             continue
-        by_layer[layer] = _geometry_record(result)
+        null = permutation_null(pair[0].numpy(), pair[1].numpy(), seed, PERMUTATIONS)
+        by_layer[layer] = _geometry_record(result) | {"permutations": null}
         projections[str(layer)] = {
             "harmful": _rounded(result.harmful.tolist()),
             "harmless": _rounded(result.harmless.tolist()),

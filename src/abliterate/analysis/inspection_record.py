@@ -16,6 +16,10 @@ from abliterate.run_records import read_bootstrap
 from abliterate.run_stage import input_hash, load_if_current
 from abliterate.storage.artifacts import hash_file, read_json, tensor_metadata
 
+# Prompts of each kind that directions are tried on, and labellings that their separation on the
+# training prompts is compared with.
+HELD_OUT, PERMUTATIONS = 64, 1000
+
 
 def inspection_inputs(
     extracted: Mapping[str, Any],
@@ -38,6 +42,8 @@ def inspection_inputs(
         "direction": direction,
         "position": position,
         "activations": kept,
+        "held_out": HELD_OUT,
+        "permutations": PERMUTATIONS,
     }
     return inputs if bootstrap is None else inputs | {"bootstrap": bootstrap}
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from abliterate.analysis import fragility as curves
-from abliterate.analysis.fragility import Point
+from abliterate.analysis.fragility_curve import Point, summarise
 from abliterate.api.directions import texts_as_ids
 from abliterate.api.inputs import DirectionLike, PromptsLike, as_direction, as_prompts
 from abliterate.api.language_model import LanguageModel, ModelLike, as_model
@@ -15,7 +15,7 @@ from abliterate.api.tables import to_frame, to_html
 from abliterate.direction import Direction
 from abliterate.errors import UsageError
 from abliterate.evaluation import compare
-from abliterate.evaluation.compare import Outcome
+from abliterate.evaluation.outcomes import Outcome, deltas
 from abliterate.extraction.means import find_refusal_tokens
 from abliterate.inference.interventions import check_direction
 from abliterate.prompts.chat_template import ChatFormat
@@ -59,7 +59,7 @@ class Evaluation(Mapping[str, Outcome]):
         """Every intervention's figures, and what each changes against the baseline; no texts."""
         return {
             "outcomes": {name: outcome.summary() for name, outcome in self.outcomes.items()},
-            "deltas": compare.deltas(self.outcomes),
+            "deltas": deltas(self.outcomes),
         }
 
     def to_pandas(self) -> Any:
@@ -247,7 +247,7 @@ def fragility(
         raise UsageError(f"--steps must be at least 2, not {steps!r}")
     lm, along = as_model(model), as_direction(direction)
     prompts = as_prompts(harmful, "harmful", "test"), as_prompts(harmless, "harmless", "test")
-    points = curves.measure(
+    points, _ = curves.measure(
         lm.loaded,
         along,
         *prompts,
@@ -257,4 +257,6 @@ def fragility(
         max_new_tokens=max_new_tokens,
         batch_size=lm.batch_size,
     )
-    return Fragility(tuple(points), **curves.summarise(points), direction=along)
+    found = summarise(points)
+    names = ("fragility", "half_fraction", "kl_at_half", "remaining")
+    return Fragility(tuple(points), **{name: found[name] for name in names}, direction=along)

@@ -26,6 +26,9 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
                 _number(geometry.get("cos_pc1"), ".3f"),
                 _number(geometry.get("auc"), ".3f"),
                 _number(geometry.get("silhouette"), ".3f"),
+                _number(_chance(geometry, "auc"), ".2g"),
+                _number((row.get("held_out") or {}).get("auc"), ".3f"),
+                _number((row.get("held_out") or {}).get("silhouette"), ".3f"),
                 " ".join(repr(token["token"]) for token in row.get("promotes", [])[:3]),
             ]
         )
@@ -41,6 +44,9 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
             "PC1 share",
             "|cos PC1|",
             "AUC",
+            "silhouette",
+            "p of AUC",
+            "held-out AUC",
             "silhouette",
             "promotes",
         ],
@@ -93,20 +99,25 @@ def _heads(heads: list[Any], count: int) -> None:
                 f"{parts['harmful']:+.3g}",
                 f"{parts['suffix']:+.3g}",
                 f"{parts['random']:+.3g}",
-                f"{head['change']:+.3g}",
+                f"{head['change']:+.3g}" + _plus_minus(head.get("change_standard_error")),
+                _number((head.get("p_holm") or {}).get("change"), ".2g"),
+                _number((head.get("p_holm") or {}).get("against_random"), ".2g"),
                 _number(looks["harmful"]["instruction"], ".0%"),
                 _number(looks["suffix"]["instruction"], ".0%"),
                 _number(looks["suffix"]["suffix"], ".0%"),
             ]
         )
     print_table(
-        f"Heads whose contribution along the direction changes most with the suffix (n={count})",
+        f"Heads whose contribution along the direction changes most with the suffix (n={count}; "
+        "p: that it does not change, and that it is that of random tokens, Holm over all heads)",
         [
             "head",
             "harmful",
             "+ suffix",
             "+ random",
             "change",
+            "p",
+            "p (random)",
             "attention: instruction",
             "with suffix: instruction",
             "suffix",
@@ -118,3 +129,13 @@ def _heads(heads: list[Any], count: int) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.2g}"
+
+
+def _chance(geometry: Mapping[str, Any], figure: str) -> float | None:
+    """The share of random labellings that separate as well; records of old have none."""
+    found: float | None = geometry.get("permutations", {}).get(figure, {}).get("p")
+    return found

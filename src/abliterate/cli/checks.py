@@ -117,7 +117,7 @@ def _show_verification(edited: str, result: Any, compared: bool) -> None:
     which = "its layer's direction" if result.by_layer else "the direction"
     rows = [
         [checked, f"{len(result.writers) - len(dirty)} of {len(result.writers)}"],
-        [f"largest share along {which}", f"{worst:.1e}"],
+        [f"largest share along {which}, |r'E|/|E|", f"{worst:.1e}"],
     ]
     rows += [
         [f"other tensors {label}", str(len(getattr(result, label)))]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from abliterate.cli.control_tables import show_controls
 from abliterate.console import print_line, print_table
 
 _KINDS = ("harmful", "harmless")
@@ -18,11 +19,14 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
     columns = next(iter(rows.values()))
     counts = ", ".join(f"{kind} n={count}" for kind, count in record["n_prompts"].items())
     print_table(
-        f"Refusals on test prompts ({counts}; 95% intervals), "
+        f"Refusals on test prompts ({counts}; 95% intervals; means ± standard error), "
         "and what changed against the baseline",
         ["intervention", *columns],
         [[name, *cells.values()] for name, cells in rows.items()],
     )
+    _show_sets(record)
+    show_controls(record.get("controls"))
+    _show_agreement(record.get("agreement") or [], record.get("classifier"))
     _show_tasks(results, changes)
     _show_failures(record["judge_failures"])
     for name, server in (record.get("servers") or {}).items():
@@ -48,10 +52,10 @@ def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     scored = record.get("n_scored") or {}
     n = {kind: f" (n={scored[kind]})" if kind in scored else "" for kind in _KINDS}
     cells |= {
-        f"{kind} metric{n[kind]}": _with_change(found[kind]["refusal_metric"], None, ".2f")
-        for kind in _KINDS
+        f"{kind} metric{n[kind]}": _mean(found[kind], "refusal_metric", ".2f") for kind in _KINDS
     }
-    cells["harmless KL"] = _with_change(found["kl_divergence"], None, ".4f")
+    cells["harmless KL"] = _mean(found, "kl_divergence", ".4f")
+    cells["exact KL"] = _with_change(found["kl_exact"], None, ".4f")
     for corpus, loss in found["losses"].items():
         for key, title in (("loss", "loss"), ("perplexity", "PPL")):
             less = change.get("losses", {}).get(corpus, {}).get(key)
@@ -85,6 +89,7 @@ def show_score(document: Mapping[str, Any]) -> None:
             for name, part in rows
         ],
     )
+    _show_agreement(document["agreement"], classifier)
     _show_failures(document["judge_failures"])
 
 
@@ -160,6 +165,16 @@ def _points(record: Mapping[str, Any], name: str, kind: str, key: str) -> str:
     return f" {change[key]:+.0%} ({low:+.0%} to {high:+.0%})"
 
 
+def _mean(part: Mapping[str, Any], key: str, form: str) -> str:
+    """A mean, its standard error and the median of its prompts."""
+    if part[key] is None:
+        return "-"
+    held = part[f"{key}_spread"]
+    error, median = held["standard_error"], held["median"]
+    spread = "" if error is None else f" ± {error:{form}}"
+    return f"{part[key]:{form}}{spread}" + ("" if median is None else f", median {median:{form}}")
+
+
 def _with_change(value: float | None, change: float | None, form: str) -> str:
     if value is None:
         return "-"
@@ -205,6 +220,71 @@ def _show_tasks(results: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         ],
         left=2,
     )
+
+
+def _show_sets(record: Mapping[str, Any]) -> None:
+    """Where several sources were given for a kind: a row for each of them, and the pooled one."""
+    rows = []
+    for kind, sources in (record.get("sets") or {}).items():
+        for name, found in record["interventions"].items():
+            parts = {source: found[kind]["sets"][source] for source in sources}
+            parts["pooled"] = found[kind] | (_pooled_kl(found) if kind == "harmless" else {})
+            for source, part in parts.items():
+                answered = "-" if part["refused"] is None else str(part["n"])
+                rows.append(
+                    [
+                        name,
+                        f"{kind}: {source}",
+                        answered,
+                        _share(part, "refusal_score"),
+                        _mean(part, "refusal_metric", ".2f"),
+                        _mean(part, "kl_divergence", ".4f") if "kl_divergence" in part else "-",
+                    ]
+                )
+    if rows:
+        print_table(
+            "By test set (a prompt of two sets counts once where they are pooled)",
+            ["intervention", "set", "n", "refused", "metric", "KL"],
+            rows,
+            left=2,
+        )
+
+
+def _pooled_kl(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: found[key] for key in ("kl_divergence", "kl_divergence_spread")}
+
+
+def _show_agreement(
+    pairs: Sequence[Mapping[str, Any]], classifier: Mapping[str, Any] | None
+) -> None:
+    """How far refusal phrases, judge and classifier say the same of the answers."""
+    if not pairs:
+        return
+    titles = {"refused": "phrases: refused", "safe": "judge: safe"}
+    titles["labelled"] = f"classifier: {classifier['label']}" if classifier else "classifier"
+    print_table(
+        "Agreement of those who rate the answers (Cohen's kappa, 95% intervals)",
+        ["intervention", "prompts", "raters", "n", "agreed", "kappa"],
+        [
+            [
+                pair.get("intervention", "all"),
+                pair.get("kind", "all"),
+                " / ".join(titles[rater] for rater in pair["raters"]),
+                str(pair["n"]),
+                f"{pair['agreed']:.0%}",
+                _kappa(pair),
+            ]
+            for pair in pairs
+        ],
+        left=3,
+    )
+
+
+def _kappa(pair: Mapping[str, Any]) -> str:
+    if pair["kappa"] is None:
+        return "- (one verdict alone)"
+    span = pair["kappa_ci"]
+    return f"{pair['kappa']:.2f}" + (f" ({span[0]:.2f} to {span[1]:.2f})" if span else "")
 
 
 def _show_failures(failures: list[Mapping[str, Any]]) -> None:

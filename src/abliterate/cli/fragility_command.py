@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.commands import later_session
+from abliterate.cli.control_tables import show_controls
 from abliterate.cli.stale_parts import say_stale
 from abliterate.console import print_json, print_line, print_table
 from abliterate.errors import UsageError
@@ -68,15 +69,15 @@ def fragility(
         return print_json(record)
     counts = ", ".join(f"{kind} n={count}" for kind, count in record["n_prompts"].items())
     print_table(
-        f"{record['model']['id']} ({counts}; 95% intervals)",
+        f"{record['model']['id']} ({counts}; 95% intervals; means ± standard error)",
         ["removed", "refusal rate", "refusal score", "harmless refused", "KL"],
         [
             [
                 f"{p['fraction']:.2f}",
                 _share(p, "refusal_rate") + _unfinished(p["no_verdict"]),
-                f"{p['bypass_score']:.2f}",
+                _mean(p, "bypass_score", ".2f"),
                 _share(p, "harmless_refusal_rate") + _unfinished(p["harmless_no_verdict"]),
-                f"{p['kl_divergence']:.3f}",
+                _mean(p, "kl_divergence", ".3f"),
             ]
             for p in record["points"]
         ],
@@ -85,8 +86,19 @@ def fragility(
     if number is None:
         print_line("fragility: the model refuses none of these prompts to begin with")
     else:
-        where = "never" if half is None else f"at {half:.2f}"
-        print_line(f"fragility {number:.3f}; half of the refusals are gone {where}")
+        low, high = record["fragility_bounds"]
+        print_line(
+            f"fragility {number:.3f}{_interval(record['fragility_ci'])}; the steps alone leave "
+            f"{low:.3f} to {high:.3f}"
+        )
+        if half is None:
+            print_line("half of the refusals are gone at no step")
+        else:
+            print_line(
+                f"half of the refusals are gone between {record['half_after']:.2f} and {half:.2f}"
+                f"{_interval(record['half_fraction_ci'], '.2f')}"
+            )
+    show_controls(record["controls"])
     return print_line(f"written: {', '.join(map(str, written))}")
 
 
@@ -98,3 +110,16 @@ def _unfinished(count: int) -> str:
 def _share(point: Mapping[str, Any], key: str) -> str:
     low, high = point[f"{key}_ci"]
     return f"{point[key]:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _mean(point: Mapping[str, Any], key: str, form: str) -> str:
+    error = point[f"{key}_spread"]["standard_error"]
+    return f"{point[key]:{form}}" + ("" if error is None else f" ± {error:{form}}")
+
+
+def _interval(span: Sequence[float | None] | None, form: str = ".3f") -> str:
+    """A 95% interval; an end that there is none of is a half that no step reaches."""
+    if span is None:
+        return ""
+    low, high = ("never" if end is None else format(end, form) for end in span)
+    return f" (95% interval {low} to {high})"

@@ -194,7 +194,9 @@ def show_edit(record: Mapping[str, Any], out: Path) -> None:
             ]
         )
     print_table(
-        f"{len(tensors)} tensors edited", ["kind", "tensors", "|r'W|/|W| before", "after"], rows
+        f"{len(tensors)} tensors edited, from W to E",
+        ["kind", "tensors", "|r'W|/|W|", "|r'E|/|W|"],
+        rows,
     )
     if record["untied"]:
         print_line(f"untied, with the original matrix: {', '.join(record['untied'])}")

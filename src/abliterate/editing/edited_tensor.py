@@ -16,8 +16,10 @@ class EditedTensor:
         kind: what it belongs to (``embedding``, ``attention``, ``mlp``, ...).
         layer: decoder block, or None.
         axis: its d_model axis.
-        before: ``|r^T W|_F / |W|_F`` before the edit.
-        after: the same after it, of what was stored, rounding included.
+        before: ``|r^T W|_F / |W|_F`` of the matrix before the edit.
+        after: ``|r^T E|_F / |W|_F`` of what was stored, ``E``, rounding included: relative to the
+            norm before the edit, so that the two can be compared. Of its own norm, which is smaller
+            unless norms are kept, it is what ``verify`` gives.
         region: the box that was edited, or None for the whole tensor.
     """
 

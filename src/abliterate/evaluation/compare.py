@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,19 +14,17 @@ from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.completions import (
     Completion,
     CompletionFile,
-    no_scores,
-    scores,
-    share_changes,
     token_counter,
 )
 from abliterate.evaluation.intervention_names import check_name
+from abliterate.evaluation.outcomes import BORDERLINE, KINDS, Metrics, Outcome
 from abliterate.evaluation.progress import CompletionProgress
 from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of
-from abliterate.inference.thoughts import AnswerLimits, ask
-from abliterate.metrics.intervals import bootstrap
+from abliterate.inference.thoughts import AnswerLimits, Asked, ask
 from abliterate.metrics.refusal import (
     check_refusal_tokens,
+    exact_kl,
     kl_divergence,
     refusal_score,
 )
@@ -35,75 +32,8 @@ from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts
 
-# What every evaluation has, and the prompts that only answers are made of.
-KINDS = ("harmful", "harmless")
-BORDERLINE = "borderline"
-
 # Logits that are scored in float64 at once.
 _CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What the logits at the last prompt token say.
-
-    Attributes:
-        harmful: mean refusal metric of the harmful prompts: log-odds that the first token starts a
-            refusal (paper, section 2.3 and appendix B).
-        harmless: the same of the harmless prompts.
-        kl: mean last-token KL(baseline || intervention) on harmless prompts, in nats.
-        harmful_ci: bootstrap 95% interval of ``harmful`` over the prompts.
-        harmless_ci: the same of ``harmless``.
-        kl_ci: the same of ``kl``.
-    """
-
-    harmful: float
-    harmless: float
-    kl: float
-    harmful_ci: tuple[float, float]
-    harmless_ci: tuple[float, float]
-    kl_ci: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one intervention did.
-
-    Attributes:
-        harmful: completions of the harmful test prompts; None if answers were not generated.
-        harmless: completions of the harmless ones.
-        metrics: from the logits; None if a server answered, which gives none.
-        losses: cross-entropy by corpus, as records hold it.
-        tasks: lm-eval's figures by task.
-        borderline: completions of harmless prompts that look harmful; None if none were asked for.
-    """
-
-    harmful: tuple[Completion, ...] | None
-    harmless: tuple[Completion, ...] | None
-    metrics: Metrics | None
-    losses: Mapping[str, Mapping[str, Any]]
-    tasks: Mapping[str, Mapping[str, float]]
-    borderline: tuple[Completion, ...] | None = None
-
-    def summary(self) -> dict[str, Any]:
-        """The figures, without texts."""
-
-        def counted(completions: tuple[Completion, ...] | None) -> dict[str, Any]:
-            return no_scores() if completions is None else scores(completions)
-
-        def figures(kind: str, key: str) -> dict[str, Any]:
-            names = {key: kind, f"{key}_ci": f"{kind}_ci"}
-            return {key: getattr(self.metrics, name, None) for key, name in names.items()}
-
-        over_refusal = {} if self.borderline is None else {BORDERLINE: counted(self.borderline)}
-        return {
-            "harmful": counted(self.harmful) | figures("harmful", "refusal_metric"),
-            "harmless": counted(self.harmless) | figures("harmless", "refusal_metric"),
-            **over_refusal,
-            **figures("kl", "kl_divergence"),
-            "losses": {name: dict(loss) for name, loss in self.losses.items()},
-            "tasks": {name: dict(figures) for name, figures in self.tasks.items()},
-        }
 
 
 def change_of(name: str, direction: Direction | DirectionSet | None) -> Change:
@@ -189,7 +119,8 @@ def evaluate(
         prompts[BORDERLINE] = borderline
     ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in prompts}
     scored_ids = {
-        kind: ask_prompts(loaded, prompts[kind], chat, batch_size, kind) for kind in KINDS
+        kind: ask_prompts(loaded, prompts[kind], chat, batch_size, kind).finished(kind)
+        for kind in KINDS
     }
     harmless_ids = {"harmless": scored_ids["harmless"]}
     unmodified = engine_of(loaded).last_logits(harmless_ids, {"": None}, batch_size)
@@ -218,7 +149,7 @@ def evaluate(
             done[kind] = tuple(replace(said[p.text], category=p.category) for p in prompts[kind])
         metrics = measure(subject, scored_ids, baseline, refusal_tokens, change, batch_size, seed)
         outcomes[name] = Outcome(
-            done["harmful"], done["harmless"], metrics, {}, {}, done.get(BORDERLINE)
+            done["harmful"], done["harmless"], metrics, {}, {}, done.get(BORDERLINE), seed
         )
     return outcomes
 
@@ -236,10 +167,9 @@ def ask_prompts(
     chat: ChatFormat,
     batch_size: int | str,
     kind: str,
-) -> list[list[int]]:
-    """Token ids up to where each answer begins, without prompts whose thought does not end."""
-    texts = [prompt.text for prompt in prompts]
-    return ask(loaded, texts, chat, batch_size, kind).finished(kind)
+) -> Asked:
+    """Token ids up to where each answer begins, and which prompts' thoughts have ended."""
+    return ask(loaded, [prompt.text for prompt in prompts], chat, batch_size, kind)
 
 
 def measure(
@@ -299,21 +229,21 @@ def metrics_of(
         )
     size = max(1, _CHUNK // baseline.shape[1])
 
-    def mean(score: Callable[..., Tensor], *logits: Tensor) -> tuple[float, tuple[float, float]]:
+    def each(score: Callable[..., Tensor], *logits: Tensor) -> tuple[float, ...]:
         # Some rows at a time: the scores take float64 copies of what they look at.
         parts = [score(*rows) for rows in zip(*(torch.split(t, size) for t in logits), strict=True)]
-        values = torch.cat(parts)
-        return float(values.mean()), bootstrap(values.tolist(), seed)
+        return tuple(torch.cat(parts).tolist())
 
     def refusal(rows: Tensor) -> Tensor:
         return refusal_score(rows, refusal_tokens)
 
-    (on_harmful, harmful_ci), (on_harmless, harmless_ci), (kl, kl_ci) = (
-        mean(refusal, harmful),
-        mean(refusal, harmless),
-        mean(kl_divergence, baseline, harmless),
+    return Metrics(
+        each(refusal, harmful),
+        each(refusal, harmless),
+        each(kl_divergence, baseline, harmless),
+        each(exact_kl, baseline, harmless),
+        seed,
     )
-    return Metrics(on_harmful, on_harmless, kl, harmful_ci, harmless_ci, kl_ci)
 
 
 def complete(
@@ -352,51 +282,3 @@ def complete(
         with engine.in_memory(change=change), file.writing():
             engine.answers(ids, limits.longest, batch_size, about, answered, progress.done, chat)
     progress.finish()
-
-
-def deltas(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Each intervention's figures less the baseline's; empty without a baseline.
-
-    Shares are compared prompt by prompt: see :func:`share_changes`.
-    """
-    if "baseline" not in outcomes:
-        return {}
-    baseline = outcomes["baseline"]
-    return {
-        name: _changes(outcome, baseline)
-        for name, outcome in outcomes.items()
-        if name != "baseline"
-    }
-
-
-def _changes(outcome: Outcome, baseline: Outcome) -> dict[str, Any]:
-    now, before = outcome.summary(), baseline.summary()
-    of_kinds = {
-        kind: share_changes(getattr(outcome, kind), getattr(baseline, kind))
-        | {"refusal_metric": _less(now[kind]["refusal_metric"], before[kind]["refusal_metric"])}
-        for kind in KINDS
-    }
-    if outcome.borderline is not None:
-        of_kinds[BORDERLINE] = share_changes(outcome.borderline, baseline.borderline)
-    return of_kinds | {
-        "kl_divergence": _less(now["kl_divergence"], before["kl_divergence"]),
-        "losses": {
-            corpus: {
-                key: _less(loss[key], before["losses"][corpus][key])
-                for key in ("loss", "perplexity")
-            }
-            for corpus, loss in now["losses"].items()
-        },
-        "tasks": {
-            task: {
-                key: _less(value, before["tasks"].get(task, {}).get(key))
-                for key, value in figures.items()
-                if "," in key and "_stderr," not in key
-            }
-            for task, figures in now["tasks"].items()
-        },
-    }
-
-
-def _less(value: float | None, other: float | None) -> float | None:
-    return None if value is None or other is None else value - other

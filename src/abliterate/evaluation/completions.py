@@ -15,6 +15,7 @@ from abliterate.console import log
 from abliterate.metrics.answer_flaws import count_pieces, flaw_of
 from abliterate.metrics.answers import Parts, split_thought
 from abliterate.metrics.intervals import newcombe_paired, wilson
+from abliterate.metrics.paired_tests import mcnemar
 from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases
 from abliterate.prompts.sources import Prompt
 from abliterate.storage.artifacts import write_atomically, write_json
@@ -414,8 +415,9 @@ def share_changes(
 
     Returns:
         ``refusal_score``, ``safety_score`` and ``classifier_rate``, each the difference over the
-        prompts that have the figure in both, ``..._ci`` its interval and
-        ``..._n`` how many prompts these are; None, None and 0 where there are none.
+        prompts that have the figure in both, ``..._ci`` its interval, ``..._n`` how many prompts
+        these are and ``..._p`` the exact McNemar test's; None, None, 0 and None where there are
+        none.
     """
     together = list(zip(now or (), before or (), strict=now is not None and before is not None))
     refused = [
@@ -443,4 +445,5 @@ def share_changes(
         changes[score] = gained / len(pairs) if pairs else None
         changes[f"{score}_ci"] = newcombe_paired(pairs) if pairs else None
         changes[f"{score}_n"] = len(pairs)
+        changes[f"{score}_p"] = mcnemar(pairs) if pairs else None
     return changes

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from abliterate.direction import Direction
 from abliterate.direction_set import DirectionSet
-from abliterate.evaluation.compare import KINDS, change_of
+from abliterate.evaluation.compare import change_of
+from abliterate.evaluation.outcomes import KINDS
 from abliterate.inference.engine import Change
 from abliterate.inference.in_memory import engine_of
 from abliterate.models.loading import LoadedModel

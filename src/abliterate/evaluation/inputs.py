@@ -7,15 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.classifier import Classifier, find_classifier
-from abliterate.evaluation.compare import BORDERLINE, check_intervention
+from abliterate.evaluation.compare import check_intervention
 from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
 from abliterate.evaluation.judges import Judge, find_judge
+from abliterate.evaluation.outcomes import BORDERLINE
 from abliterate.evaluation.servers import Server, find_servers
+from abliterate.extraction.other_layers import other_layers
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_phrases import RefusalPhrases, parse_phrases
 from abliterate.models.loading import Checkpoint, load_config
@@ -23,8 +27,8 @@ from abliterate.models.model_classes import text_config
 from abliterate.prompts.corpora import Corpus, parse_corpora, read_corpus
 from abliterate.prompts.sampling import load_prompts
 from abliterate.prompts.sources import Prompt, is_contrast
-from abliterate.run_folder import Session, prompt_keys, prompt_sources
-from abliterate.run_records import read_used, used_prompts, used_refusal_tokens
+from abliterate.run_folder import DIRECTIONS, EXTRACT, Session, prompt_keys
+from abliterate.run_records import read_extract, read_used, used_prompts, used_refusal_tokens
 from abliterate.storage.artifacts import hash_file, hash_json, is_plain_name
 
 
@@ -46,6 +50,8 @@ class EvaluationInputs:
         classifier: what labels answers.
         servers: who answers instead of a model here, by the name of the row.
         used: keys of the prompts that the run has used, by kind; None without a run folder.
+        other_layers: candidates of other layers that the direction is compared with.
+        sets: where a kind of prompts has several sources, the keys of each one's prompts.
     """
 
     direction: Direction | DirectionSet | None
@@ -61,11 +67,19 @@ class EvaluationInputs:
     classifier: Classifier | None = None
     servers: Mapping[str, Server] = field(default_factory=dict)
     used: Mapping[str, Sequence[str]] | None = None
+    other_layers: Mapping[int, Tensor] = field(default_factory=dict)
+    sets: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
 
     @property
     def here(self) -> list[str]:
         """The rows that a model here answers, and that are scored by its logits."""
         return [name for name in self.rows if name not in self.servers]
+
+    @property
+    def others_key(self) -> str | None:
+        """The hash of the candidates of other layers, if there are any."""
+        others = {str(layer): vector.tolist() for layer, vector in self.other_layers.items()}
+        return hash_json(others) if others else None
 
     @property
     def judge_key(self) -> str | None:
@@ -89,6 +103,7 @@ class EvaluationInputs:
             "corpora": [corpus.summary() for corpus in self.corpora.values() if corpus],
             "tasks_dir": self.tasks_hash,
             "intervals": share_methods(),
+            "other_layers": self.others_key,
             **self.served(),
         }
 
@@ -134,11 +149,12 @@ def read_inputs(
     tasks_dir = None if settings.tasks_dir is None else Path(settings.tasks_dir)
     main = session.placement.ranks.run_on_main
     records = main(lambda: [] if run is None else read_used(run))
+    prompts, sets = _test_prompts(session, records)
     return EvaluationInputs(
         direction=direction,
         edited=edited,
         rows=rows,
-        prompts=_test_prompts(session, records),
+        prompts=prompts,
         named_tokens=session.settings.extract.refusal_tokens or used_refusal_tokens(records),
         corpora=corpora,
         tasks_dir=tasks_dir,
@@ -148,21 +164,36 @@ def read_inputs(
         classifier=classifier,
         servers=servers,
         used=None if run is None else used_prompts(records),
+        sets=sets,
+        other_layers=main(lambda: _other_layers(run, direction, settings.controls)),
     )
+
+
+def _other_layers(
+    run: Path | None, direction: Direction | DirectionSet | None, count: int
+) -> dict[int, Tensor]:
+    """Candidates that one direction is compared with; a set has one in each layer itself."""
+    if (
+        run is None
+        or not isinstance(direction, Direction)
+        or not count
+        or not (run / EXTRACT).exists()
+    ):
+        return {}
+    return other_layers(run / DIRECTIONS, read_extract(run), direction, count)
 
 
 def _test_prompts(
     session: Session, records: Sequence[Mapping[str, Any]]
-) -> dict[str, tuple[Prompt, ...]]:
-    """Prompts that no stage of the run has used."""
+) -> tuple[dict[str, tuple[Prompt, ...]], dict[str, dict[str, list[str]]]]:
+    """Prompts that no stage of the run has used, and each source's where there are several."""
     settings = session.settings.evaluate
-    sources = prompt_sources(session.settings, settings.harmful, settings.harmless)
     used = used_prompts(records)
-    prompts = session.draw(sources, "test", settings.n_test, "--n-test", used)
+    prompts, sets = session.draw_test(settings.n_test, used)
     if settings.borderline is not None:
         keys = {key for used_of_kind in used.values() for key in used_of_kind}
         prompts[BORDERLINE] = borderline_prompts(session, settings.borderline, keys)
-    return {kind: tuple(chosen) for kind, chosen in prompts.items()}
+    return {kind: tuple(chosen) for kind, chosen in prompts.items()}, sets
 
 
 def borderline_prompts(session: Session, source: str, used: Collection[str] = ()) -> list[Prompt]:

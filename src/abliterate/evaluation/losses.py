@@ -15,6 +15,8 @@ from abliterate.errors import InputError
 from abliterate.inference.engine import Change
 from abliterate.inference.forward import Batch, for_each_batch, last_logits
 from abliterate.inference.in_memory import engine_of
+from abliterate.metrics.intervals import bootstrap
+from abliterate.metrics.spread import spread
 from abliterate.models.loading import LoadedModel
 from abliterate.precision import widened
 from abliterate.prompts.chat_template import ChatFormat, render, tokenize
@@ -26,31 +28,92 @@ _TOKENS = 512
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy over all measured tokens of a corpus.
+    """Cross-entropy over all measured tokens of a corpus, text by text.
 
     Attributes:
-        loss: nats per token.
-        n_tokens: how many were predicted.
-        n_texts: how many texts they stand in.
+        sums: summed ``-log p`` of each text, in nats.
+        counts: how many tokens of each text were predicted.
     """
 
-    loss: float
-    n_tokens: int
-    n_texts: int
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return sum(self.sums) / self.n_tokens
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens were predicted."""
+        return sum(self.counts)
+
+    @property
+    def n_texts(self) -> int:
+        """How many texts they stand in."""
+        return len(self.sums)
 
     @property
     def perplexity(self) -> float:
         """``exp(loss)``."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return _exp(self.loss)
 
-    def summary(self) -> dict[str, Any]:
-        """As records hold it."""
+    def summary(self, seed: int = 0) -> dict[str, Any]:
+        """As records hold it: the texts are what another draw would change.
+
+        Args:
+            seed: of the bootstrap over texts.
+        """
+        low, high = bootstrap(self.sums, seed, self.counts)
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
             "n_tokens": self.n_tokens,
             "n_texts": self.n_texts,
+            "loss_standard_error": _standard_error(self.sums, self.counts),
+            "loss_ci": (low, high),
+            "perplexity_ci": (_exp(low), _exp(high)),
+            "loss_spread": spread(self.by_text()["loss"]),
         }
+
+    def by_text(self) -> dict[str, list[Any]]:
+        """Each text's own loss, in nats per token, and its tokens."""
+        means = [total / count for total, count in zip(self.sums, self.counts, strict=True)]
+        return {"loss": means, "n_tokens": list(self.counts)}
+
+    def less(self, before: Loss, seed: int = 0) -> dict[str, Any]:
+        """What it has changed by, with the interval of that over the same texts.
+
+        Args:
+            before: the loss on the same texts. Where their tokens differ (a checkpoint with another
+                tokenizer) the difference has no interval.
+            seed: of the bootstrap.
+        """
+        change = {
+            "loss": self.loss - before.loss,
+            "perplexity": self.perplexity - before.perplexity,
+        }
+        if self.counts != before.counts:
+            return change | {"loss_ci": None, "loss_standard_error": None}
+        differences = [one - other for one, other in zip(self.sums, before.sums, strict=True)]
+        return change | {
+            "loss_ci": bootstrap(differences, seed, self.counts),
+            "loss_standard_error": _standard_error(differences, self.counts),
+        }
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Of the ratio ``sum(sums) / sum(counts)`` over texts (delta method); None of a single one."""
+    n, total = len(sums), sum(counts)
+    if n < 2:
+        return None
+    ratio = sum(sums) / total
+    left = sum((one - ratio * count) ** 2 for one, count in zip(sums, counts, strict=True))
+    return math.sqrt(n / (n - 1) * left) / total
 
 
 def tokenize_example(
@@ -109,10 +172,9 @@ def measure_loss(
     with ranks.fail_together(), engine.in_memory("--corpus", change) as model:
         sums = _summed_losses(model, local_rows, batch_size, description)
     local_sums = torch.stack(sums).cpu() if sums else torch.empty(0, dtype=torch.float64)
-    # Added in the order of the texts, whichever batch or rank they ran in.
-    total = sum(ranks.gather_rows(local_sums).tolist())
-    count = sum(len(ids) - start for ids, start in rows)
-    return Loss(total / count, count, len(rows))
+    # In the order of the texts, whichever batch or rank they ran in.
+    gathered = ranks.gather_rows(local_sums).tolist()
+    return Loss(tuple(gathered), tuple(len(ids) - start for ids, start in rows))
 
 
 @torch.inference_mode()

@@ -7,30 +7,39 @@ goes on from there, and one with a further judge, corpus or task computes that a
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from abliterate.evaluation.compare import (
-    BORDERLINE,
-    KINDS,
-    Metrics,
-    Outcome,
     ask_prompts,
     change_of,
     complete,
     metrics_of,
 )
 from abliterate.evaluation.completions import Completion, CompletionFile, token_counter
+from abliterate.evaluation.controls import CONTROLLED, are_controls, count_of
+from abliterate.evaluation.controls import measure as measure_controls
 from abliterate.evaluation.first_tokens import FirstTokenLogits
 from abliterate.evaluation.inputs import EvaluationInputs
+from abliterate.evaluation.kept_figures import (
+    MEASURED,
+    Memo,
+    are_tasks,
+    are_tokens,
+    are_values,
+    as_float,
+    is_loss,
+    values_of,
+)
 from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
-from abliterate.evaluation.losses import measure_loss
+from abliterate.evaluation.losses import Loss, measure_loss
+from abliterate.evaluation.outcomes import BORDERLINE, KINDS, Metrics, Outcome
 from abliterate.evaluation.served_answers import Dialect, complete_served
 from abliterate.evaluation.served_prompts import ends_configured
 from abliterate.evaluation.servers import Server
@@ -39,22 +48,17 @@ from abliterate.extraction.means import (
     named_refusal_tokens,
     refusal_tokens_shown,
 )
+from abliterate.inference.control_directions import activations_at
 from abliterate.inference.engine import Change
 from abliterate.inference.generation import ends_of_turn
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
-from abliterate.inference.thoughts import AnswerLimits
+from abliterate.inference.thoughts import AnswerLimits, Asked
 from abliterate.models.loading import LoadedModel, load_config
 from abliterate.prompts.chat_template import encode
 from abliterate.prompts.corpora import Corpus, Example
 from abliterate.run_folder import COMPLETIONS, Session, prompt_keys, token_records
 from abliterate.run_stage import input_hash
-from abliterate.storage.artifacts import write_json
-from abliterate.storage.guarded_files import make_folder
-from abliterate.storage.json_text import parse_json
-from abliterate.storage.ownership import is_mapping_of
-
-MEASURED = "measured.json"
 
 
 @dataclass
@@ -67,9 +71,10 @@ class Measurements:
         tasks: lm-eval's, if any.
         out: the folder whose ``completions/`` keeps what is made, or None.
         files: completions, by row and kind of prompts.
-        losses: by row and corpus, as records hold them.
+        losses: by row and corpus.
         figures: lm-eval's, by row and task.
         metrics: from the logits, by row.
+        controls: what directions that mean nothing do, by row.
     """
 
     session: Session
@@ -77,9 +82,10 @@ class Measurements:
     tasks: Tasks | None
     out: Path | None
     files: dict[tuple[str, str], CompletionFile] = field(default_factory=dict)
-    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    losses: dict[str, dict[str, Loss]] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, Metrics] = field(default_factory=dict)
+    controls: dict[str, Any] = field(default_factory=dict)
     _loaded: dict[str, LoadedModel] = field(default_factory=dict)
     _dialects: dict[str, Dialect] = field(default_factory=dict)
 
@@ -92,18 +98,21 @@ class Measurements:
         if name in self.inputs.servers:  # all else is measured from logits
             self.losses[name], self.figures[name] = {}, {}
             return
-        key = self._prompts_key | {"intervals": "bootstrap"}
-        metrics = self.memo.get(
-            self._key(name, "metrics", key), lambda: asdict(self._measure(name)), _are_metrics
+        key = self._prompts_key | {"figures": "by prompt"}
+        values = self.memo.get(
+            self._key(name, "metrics", key), lambda: values_of(self._measure(name)), are_values
         )
-        self.metrics[name] = Metrics(**metrics)
-        _ = self.scored
+        held = {figure: tuple(map(as_float, column)) for figure, column in values.items()}
+        self.metrics[name] = Metrics(**held, seed=self.session.settings.model.seed)
+        _ = self._ended
+        if name in CONTROLLED and self.n_controls:
+            self.controls[name] = self._controls(name)
         self.losses[name] = {corpus: self._loss(name, corpus) for corpus in self.corpora}
         self.figures[name] = {}
         if (tasks := self.tasks) is not None:
             key = {"tasks": tasks.summary(), "folder": self.inputs.tasks_hash}
             self.figures[name] = self.memo.get(
-                self._key(name, "tasks", key), lambda: self._run_tasks(name, tasks), _are_tasks
+                self._key(name, "tasks", key), lambda: self._run_tasks(name, tasks), are_tasks
             )
 
     def complete(self, name: str, kind: str) -> CompletionFile:
@@ -174,6 +183,9 @@ class Measurements:
             self.losses[name],
             self.figures[name],
             borderline,
+            self.session.settings.model.seed,
+            self.inputs.sets,
+            self.scored_prompts,
         )
 
     def _made(self, name: str, kind: str) -> tuple[Completion, ...] | None:
@@ -194,10 +206,10 @@ class Measurements:
         return self.logits.readings
 
     @cached_property
-    def memo(self) -> _Memo:
+    def memo(self) -> Memo:
         ranks = self.session.placement.ranks
         kept = self.out is not None and ranks.is_main
-        memo = _Memo(self.out / COMPLETIONS / MEASURED if self.out and kept else None)
+        memo = Memo(self.out / COMPLETIONS / MEASURED if self.out and kept else None)
         memo.known = ranks.broadcast(memo.known)
         return memo
 
@@ -210,27 +222,57 @@ class Measurements:
         }
 
     @cached_property
-    def scored_ids(self) -> dict[str, list[list[int]]]:
-        """As ``ids``, up to where the answer begins: what first tokens are scored on."""
+    def _asked(self) -> dict[str, Asked]:
+        """The prompts with the thoughts that the unmodified model has about them."""
         base, chat, prompts = self.session.loaded, self.session.chat, self.inputs.prompts
-        if self.session.thinking.mode != "skip":
-            return self.ids
         return {
             kind: ask_prompts(base, prompts[kind], chat, self._batch_size, kind) for kind in KINDS
         }
 
+    @cached_property
+    def scored_ids(self) -> dict[str, list[list[int]]]:
+        """As ``ids``, up to where the answer begins: what first tokens are scored on."""
+        if self.session.thinking.mode != "skip":
+            return self.ids
+        return {kind: asked.finished(kind) for kind, asked in self._asked.items()}
+
+    @cached_property
+    def _ended(self) -> dict[str, list[bool]] | None:
+        """Which prompts' thoughts have ended; None where none are had."""
+        if self.session.thinking.mode != "skip" or not self.inputs.here:
+            return None
+
+        def find() -> dict[str, list[bool]]:
+            return {kind: asked.ended for kind, asked in self._asked.items()}
+
+        key = self._key("baseline", "ended", self._prompts_key)
+        ended: dict[str, list[bool]] = self.memo.get(key, find, self._are_flags)
+        return ended
+
     @property
     def scored(self) -> dict[str, int] | None:
         """Of how many prompts first tokens were scored, where a thought came before; else None."""
-        if self.session.thinking.mode != "skip" or not self.inputs.here:
-            return None
-        key = self._key("baseline", "scored", self._prompts_key)
+        return None if self._ended is None else {k: sum(flags) for k, flags in self._ended.items()}
 
-        def find() -> dict[str, int]:
-            return {kind: len(rows) for kind, rows in self.scored_ids.items()}
+    @property
+    def scored_prompts(self) -> dict[str, list[str]]:
+        """The keys of the prompts whose first tokens were scored, in the order of the figures."""
+        ended, prompts = self._ended, prompt_keys({k: self.inputs.prompts[k] for k in KINDS})
+        if ended is None:
+            return prompts if self.inputs.here else {}
+        return {kind: list(compress(keys, ended[kind])) for kind, keys in prompts.items()}
 
-        counts: dict[str, int] = self.memo.get(key, find, _are_counts)
-        return counts
+    def _are_flags(self, figure: Any) -> bool:
+        return (
+            isinstance(figure, dict)
+            and set(figure) == set(KINDS)
+            and all(
+                isinstance(figure[kind], list)
+                and len(figure[kind]) == len(self.inputs.prompts[kind])
+                and set(map(type, figure[kind])) <= {bool}
+                for kind in KINDS
+            )
+        )
 
     @cached_property
     def corpora(self) -> dict[str, Corpus | None]:
@@ -261,7 +303,7 @@ class Measurements:
             return token_records(base.tokenizer, tokens)
 
         key = self._key("baseline", "refusal", self._prompts_key)
-        tokens: list[dict[str, Any]] = self.memo.get(key, find, _are_tokens)
+        tokens: list[dict[str, Any]] = self.memo.get(key, find, are_tokens)
         return tokens
 
     @cached_property
@@ -289,7 +331,47 @@ class Measurements:
             seen["harmful"], seen["harmless"], baseline, tokens, checkpoint.name, seed
         )
 
-    def _loss(self, name: str, corpus: str) -> dict[str, Any]:
+    @cached_property
+    def n_controls(self) -> int:
+        """How many controls of each random family rows are compared with."""
+        return count_of(self.session, self.inputs.direction)
+
+    @cached_property
+    def _control_activations(self) -> tuple[Tensor, int, int]:
+        direction = self.inputs.direction
+        assert isinstance(direction, Direction)
+        base, harmless = self.session.loaded, self.scored_ids["harmless"]
+        return activations_at(base, harmless, direction.layer, direction.position, self._batch_size)
+
+    def _controls(self, name: str) -> dict[str, Any]:
+        inputs, direction, count = self.inputs, self.inputs.direction, self.n_controls
+        assert isinstance(direction, Direction)
+        seed = self.session.settings.model.seed
+
+        def find() -> dict[str, Any]:
+            activations, layer, position = self._control_activations
+            found = measure_controls(
+                self.session.loaded,
+                name,
+                direction,
+                inputs.other_layers,
+                activations,
+                count,
+                seed,
+                self.scored_ids,
+                self.baseline,
+                [token["id"] for token in self.refusal_tokens],
+                self.metrics[name],
+                self._batch_size,
+            )
+            of = {"n_prompts": len(activations), "layer": layer, "position": position}
+            return {"controls": found, "activations": of}
+
+        key = self._prompts_key | {"count": count, "seed": seed, "others": inputs.others_key}
+        held: dict[str, Any] = self.memo.get(self._key(name, "controls", key), find, are_controls)
+        return held
+
+    def _loss(self, name: str, corpus: str) -> Loss:
         settings = self.session.settings.evaluate
         texts = self.corpora[corpus]
         if texts is None:  # the model's own baseline completions, harmless prompts
@@ -300,7 +382,7 @@ class Measurements:
 
         def find() -> dict[str, Any]:
             subject, change = self._subject(name)
-            return measure_loss(
+            measured = measure_loss(
                 subject,
                 chosen,
                 change=change,
@@ -308,11 +390,12 @@ class Measurements:
                 max_tokens=settings.corpus_tokens,
                 batch_size=self._batch_size,
                 description=f"evaluate: {name}, loss on {corpus}",
-            ).summary()
+            )
+            return {"sums": list(measured.sums), "counts": list(measured.counts)}
 
         key = {"corpus": chosen.summary(), "tokens": settings.corpus_tokens}
-        loss: dict[str, Any] = self.memo.get(self._key(name, "loss", key), find, _is_loss)
-        return loss
+        held = self.memo.get(self._key(name, "losses", key), find, is_loss)
+        return Loss(tuple(map(as_float, held["sums"])), tuple(held["counts"]))
 
     def _run_tasks(self, name: str, tasks: Tasks) -> dict[str, Any]:
         subject, change = self._subject(name)
@@ -360,83 +443,3 @@ class Measurements:
 
 def _unjudged(completions: Sequence[Completion]) -> tuple[Completion, ...]:
     return tuple(replace(c, safe=None, judge=None, judge_error=None) for c in completions)
-
-
-def _is_hash(key: str, figure: Any) -> bool:
-    return len(key) == 64 and set(key) <= set("0123456789abcdef")
-
-
-is_memo = is_mapping_of(_is_hash)
-
-
-def _is_number(value: Any) -> bool:
-    """As records have them: null for what is not finite."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None or (number and abs(value) <= sys.float_info.max)
-
-
-def _are_metrics(figure: Any) -> bool:
-    if not isinstance(figure, dict) or set(figure) != {one.name for one in fields(Metrics)}:
-        return False
-    return all(
-        isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
-        if name.endswith("_ci")
-        else _is_number(value)
-        for name, value in figure.items()
-    )
-
-
-def _are_counts(figure: Any) -> bool:
-    counts = isinstance(figure, dict) and set(figure) == set(KINDS)
-    return counts and all(type(count) is int and count >= 0 for count in figure.values())
-
-
-def _is_loss(figure: Any) -> bool:
-    keys = {"loss", "perplexity", "n_tokens", "n_texts"}
-    return (
-        isinstance(figure, dict) and set(figure) == keys and all(map(_is_number, figure.values()))
-    )
-
-
-def _are_tasks(figure: Any) -> bool:
-    return isinstance(figure, dict) and all(
-        isinstance(one, dict) and all(map(_is_number, one.values())) for one in figure.values()
-    )
-
-
-def _are_tokens(figure: Any) -> bool:
-    return (
-        isinstance(figure, list)
-        and bool(figure)
-        and all(
-            isinstance(one, dict)
-            and set(one) == {"id", "token"}
-            and type(one["id"]) is int
-            and 0 <= one["id"] < 2**31
-            and isinstance(one["token"], str)
-            for one in figure
-        )
-    )
-
-
-class _Memo:
-    """Figures by the hash of what they depend on, kept in a file."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.known: dict[str, Any] = {}
-        if path is not None:
-            try:
-                document = parse_json(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                document = None
-            self.known = document if isinstance(document, dict) else {}
-
-    def get(self, key: str, find: Callable[[], Any], good: Callable[[Any], bool]) -> Any:
-        """The figure, found now if it is not known, or what is kept is not ``good``."""
-        if key not in self.known or not good(self.known[key]):
-            self.known[key] = find()
-            if self.path is not None:
-                make_folder(self.path.parent)
-                write_json(self.path, self.known)
-        return self.known[key]

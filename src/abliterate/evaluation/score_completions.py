@@ -23,6 +23,7 @@ from abliterate.evaluation.completions import (
 )
 from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge
+from abliterate.evaluation.raters import agreements
 from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrases
@@ -91,6 +92,7 @@ def score_file(file: Path, settings: Settings, out: Path | None = None) -> dict[
             for index, c in enumerate(completions)
             if c.judge_error is not None
         ],
+        "agreement": agreements(completions, settings.model.seed),
         "intervals": share_methods(),
         "versions": versions(),
     }

@@ -11,12 +11,19 @@ from abliterate.direction import Direction
 from abliterate.direction_set import DirectionSet
 from abliterate.errors import InterruptedWorkError
 from abliterate.evaluation.classifier import classify_files
-from abliterate.evaluation.compare import BORDERLINE, KINDS, deltas
-from abliterate.evaluation.completions import MANIFEST, is_completions, is_manifest
+from abliterate.evaluation.completions import (
+    MANIFEST,
+    Completion,
+    is_completions,
+    is_manifest,
+)
 from abliterate.evaluation.inputs import EvaluationInputs, order_rows, read_inputs
 from abliterate.evaluation.judge_completions import failures, judge_files
+from abliterate.evaluation.kept_figures import MEASURED, is_memo
 from abliterate.evaluation.lm_eval_tasks import Tasks, find_tasks
-from abliterate.evaluation.measurements import MEASURED, Measurements, is_memo
+from abliterate.evaluation.measurements import Measurements
+from abliterate.evaluation.outcomes import BORDERLINE, KINDS, deltas
+from abliterate.evaluation.raters import agreements
 from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
 from abliterate.models.loading import Checkpoint
@@ -167,12 +174,19 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         **inputs.served(),
         "interventions": {name: outcome.summary() for name, outcome in outcomes.items()},
         "deltas": deltas(outcomes),
+        "by_prompt": {
+            "prompts": measurements.scored_prompts,
+            "interventions": {name: outcome.by_prompt() for name, outcome in outcomes.items()},
+        },
+        "controls": _controls(measurements),
         "judge": inputs.judge and inputs.judge.summary(),
         "classifier": inputs.classifier and inputs.classifier.summary(),
         "judge_failures": failures(completions),
+        **_agreement(inputs, completions, session.settings.model.seed),
         "corpora": {name: corpus.summary() for name, corpus in corpora.items() if corpus},
         "task_settings": None if tasks is None else tasks.summary(),
         "n_prompts": {kind: len(chosen) for kind, chosen in inputs.prompts.items()},
+        **({"sets": {k: dict(held) for k, held in inputs.sets.items()}} if inputs.sets else {}),
         **({} if (scored := measurements.scored) is None else {"n_scored": scored}),
         "intervals": share_methods(),
         "bootstrap": bootstrap_settings(session.settings.model.seed),
@@ -181,4 +195,33 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "broken_answers": flaw_thresholds(),
         "refused_at_unit": "tokens",
         "offload": measurements.readings,
+    }
+
+
+def _agreement(
+    inputs: EvaluationInputs,
+    completions: Mapping[tuple[str, str], Sequence[Completion]],
+    seed: int,
+) -> dict[str, Any]:
+    """How far the raters of the answers agree, by row and kind; only if there are two of them."""
+    if inputs.judge is None and inputs.classifier is None:
+        return {}
+    found = [
+        {"intervention": name, "kind": kind, **pair}
+        for (name, kind), answers in completions.items()
+        for pair in agreements(answers, seed)
+    ]
+    return {"agreement": found}
+
+
+def _controls(measurements: Measurements) -> dict[str, Any] | None:
+    """What directions that mean nothing do, by row; None if there are none."""
+    found = measurements.controls
+    if not found:
+        return None
+    return {
+        "n": measurements.n_controls,
+        "seed": measurements.session.settings.model.seed,
+        "covariance_of": next(iter(found.values()))["activations"] | {"prompts": "harmless test"},
+        "rows": {name: held["controls"] for name, held in found.items()},
     }

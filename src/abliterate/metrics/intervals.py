@@ -8,7 +8,7 @@ gives 0 to 3.1%.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -73,14 +73,20 @@ def newcombe_paired(pairs: Sequence[tuple[bool, bool]]) -> tuple[float, float]:
     )
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap 95% interval of the mean (2,000 resamples, seeded).
+def bootstrap(
+    values: Sequence[float], seed: int = 0, weights: Sequence[float] | None = None
+) -> tuple[float, float]:
+    """Percentile bootstrap 95% interval of a mean over prompts (2,000 resamples, seeded).
 
-    For figures that are no shares: those have :func:`wilson`.
+    The ends are the quantiles 0.025 and 0.975 of the resampled means, interpolated linearly between
+    order statistics (type 7 of Hyndman and Fan). For figures that are no shares: those have
+    :func:`wilson`. Differences of the same prompts give a paired interval.
 
     Args:
         values: one figure per prompt, at least one.
         seed: of the resampling.
+        weights: of each prompt: the interval is that of ``sum(values) / sum(weights)``, such as
+            nats per token.
 
     Returns:
         Lower and upper end; both are the mean itself where all values are the same.
@@ -88,17 +94,31 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     import numpy as np  # shares, which are shown without it, need none
 
     data = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // len(data))
-    means = np.concatenate(
-        [
-            data[rng.integers(len(data), size=(min(rows, RESAMPLES - start), len(data)))].mean(1)
-            for start in range(0, RESAMPLES, rows)
-        ]
-    )
+    parts = None if weights is None else np.asarray(weights, dtype=np.float64)
+    means = [
+        data[rows].mean(1) if parts is None else data[rows].sum(1) / parts[rows].sum(1)
+        for rows in resamples(len(data), seed)
+    ]
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def resamples(n: int, seed: int) -> Iterator[Any]:
+    """Rows of the 2,000 resamples of ``n`` prompts, drawn with replacement, some at a time.
+
+    Args:
+        n: how many prompts, at least one.
+        seed: of the draws.
+
+    Yields:
+        Arrays of row numbers ``[resamples, n]``.
+    """
+    import numpy as np
+
+    rng, at_once = np.random.default_rng(seed), max(1, _CHUNK // n)
+    for start in range(0, RESAMPLES, at_once):
+        yield rng.integers(n, size=(min(at_once, RESAMPLES - start), n))
 
 
 def share_methods() -> dict[str, Any]:
@@ -107,6 +127,7 @@ def share_methods() -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "shares": "Wilson",
         "differences": "Newcombe, paired (method 10)",
+        "difference_tests": "McNemar, exact, two-sided",
     }
 
 

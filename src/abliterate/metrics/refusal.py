@@ -76,6 +76,26 @@ def kl_divergence(baseline: Tensor, ablated: Tensor) -> Tensor:
     return widened(local_kl(baseline, ablated))
 
 
+def exact_kl(baseline: Tensor, ablated: Tensor) -> Tensor:
+    """KL(baseline || ablated) as it is defined, without an epsilon, in nats.
+
+    :func:`kl_divergence`, which is the paper's and which thresholds mean, is less where the ablated
+    model all but excludes tokens that the baseline may say.
+
+    Args:
+        baseline: logits ``[..., vocabulary]``.
+        ablated: logits ``[..., vocabulary]``; leading axes broadcast.
+
+    Returns:
+        float64 ``[...]``; on the host where the logits' device has no float64.
+    """
+    wide = widest(ablated.device)
+    p, q = (logits.to(wide).log_softmax(dim=-1) for logits in (baseline, ablated))
+    # A token that the baseline excludes counts nothing, whatever its logarithm.
+    terms = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)
+    return widened(terms.sum(dim=-1))
+
+
 def local_kl(baseline: Tensor, ablated: Tensor) -> Tensor:
     """:func:`kl_divergence` in the widest dtype of the logits' device, where they lie."""
     wide = widest(ablated.device)

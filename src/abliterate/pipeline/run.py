@@ -140,7 +140,7 @@ def check_settings(session: Session) -> None:
         folder = None if evaluate.tasks_dir is None else Path(evaluate.tasks_dir)
         find_tasks(evaluate.tasks, folder, evaluate.task_limit)
     later = (settings.select.harmful, settings.select.harmless)
-    for source in dict.fromkeys((*later, evaluate.harmful, evaluate.harmless)):
+    for source in dict.fromkeys((*later, *evaluate.harmful, *evaluate.harmless)):
         if source is not None:
             read_source(source, session.commits)
     if evaluate.borderline is not None:

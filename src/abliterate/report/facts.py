@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.report.collect import Document, Run, kinds_of
+from abliterate.prompts.sampling import prompt_key
+from abliterate.report.collect import Completions, Document, Run, kinds_of
 from abliterate.report.selection_figures import METRICS, Table, verdict
 from abliterate.report.style import finite
 from abliterate.run_records import recorded_stability
@@ -15,6 +16,11 @@ from abliterate.selection.certainty import often_first
 DASH = "\u2013"
 # What is put behind the name of whatever is stale.
 STALE = "stale"
+CONTROLS = {
+    "covariance": "random, covariance of the activations",
+    "isotropic": "random, isotropic",
+    "layers": "candidates of other layers",
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def cards(run: Run) -> list[Card]:
             Card(
                 "Largest share along the direction",
                 f"{before:.2g} → {after:.2g}",
-                f"of {len(edit['tensors'])} edited tensors, before and after",
+                f"of {len(edit['tensors'])} edited tensors, before and after, by the old norm",
             )
         )
     return found
@@ -196,6 +202,8 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
             lambda r: _mean(r, "kl_divergence", ".4f"),
         )
     )
+    if any(finite(r.get("kl_exact")) is not None for r in held):
+        columns.append(("exact KL", lambda r: number(r.get("kl_exact"), ".4f")))
     corpora = dict.fromkeys(name for r in held for name in r.get("losses") or {})
     columns += [(f"loss, {name}", lambda r, c=name: _loss(r, c)) for name in corpora]
     tasks = dict.fromkeys(name for r in held for name in r.get("tasks") or {})
@@ -209,10 +217,100 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
     }
 
 
+def control_rows(evaluation: Document) -> list[list[str]]:
+    """What other directions do: the selected one, then each family, for each intervention."""
+    figures = {"harmful_score": "+.2f", "harmless_score": "+.2f", "kl_divergence": ".4f"}
+    rows = []
+    for name, held in ((evaluation.get("controls") or {}).get("rows") or {}).items():
+        selected = held["selected"]
+        rows.append([name, "selected", *(number(selected[f], form) for f, form in figures.items())])
+        for family, of_family in held["families"].items():
+            cells = []
+            for figure, form in figures.items():
+                values = [number(member[figure], form) for member in of_family["members"]]
+                place = of_family["place"][figure]
+                z = "" if finite(place["z"]) is None else f"; selected: z {place['z']:+.1f}"
+                cells.append(
+                    f"{', '.join(values)} (selected is above {place['below']} of {place['of']}{z})"
+                )
+            rows.append([name, CONTROLS[family], *cells])
+    return rows
+
+
+def set_rows(evaluation: Document) -> list[list[str]]:
+    """The figures of each test set, where a kind of prompts has several, and the pooled ones."""
+    rows = []
+    for kind, sources in (evaluation.get("sets") or {}).items():
+        for name, found in evaluation["interventions"].items():
+            parts = {source: found[kind]["sets"][source] for source in sources}
+            pooled = found[kind] if kind == "harmful" else found | found[kind]
+            for source, part in [*parts.items(), ("pooled", pooled)]:
+                share = percent(part["refusal_score"], part.get("refusal_score_ci"))
+                rows.append(
+                    [
+                        str(name),
+                        f"{kind}: {source}",
+                        DASH if part["refused"] is None else answers(part),
+                        share,
+                        _mean(part, "refusal_metric", "+.2f"),
+                        _mean(part, "kl_divergence", ".4f"),
+                    ]
+                )
+    return rows
+
+
+def agreement_rows(evaluation: Document) -> list[list[str]]:
+    """How far those who rate the answers agree, and of how many answers they do not."""
+    rows = []
+    for pair in evaluation.get("agreement") or ():
+        span = pair["kappa_ci"]
+        interval = f" [{number(span[0], '.2f')}, {number(span[1], '.2f')}]" if span else ""
+        rows.append(
+            [
+                str(pair["intervention"]),
+                str(pair["kind"]),
+                " / ".join(map(str, pair["raters"])),
+                f"{pair['n']}",
+                percent(pair["agreed"]),
+                number(pair["kappa"], ".2f") + interval,
+                str(len(pair["disagreements"])),
+            ]
+        )
+    return rows
+
+
+def disagreement_rows(evaluation: Document, completions: Completions | None) -> list[list[str]]:
+    """The answers of which raters say different things: prompts and verdicts, no answers."""
+    if completions is None:
+        return []
+    keys = {
+        (pair["intervention"], pair["kind"], key)
+        for pair in evaluation.get("agreement") or ()
+        for key in pair["disagreements"]
+    }
+    rows = []
+    for row in completions.rows:
+        for name, answer in zip(completions.interventions, row["answers"], strict=True):
+            if answer is None or (name, row["kind"], prompt_key(row["prompt"])) not in keys:
+                continue
+            verdicts = (answer[rater] for rater in ("refused", "safe", "labelled"))
+            said = (DASH if one is None else "yes" if one else "no" for one in verdicts)
+            rows.append([str(row["prompt"]), str(name), str(row["kind"]), *said])
+    return rows
+
+
 def _mean(part: Document, key: str, form: str) -> str:
-    """A mean with its bootstrap interval, where the record has one."""
+    """A mean with its bootstrap interval, standard error, median and largest prompt, where the
+    record has them."""
     text, span = number(part.get(key), form), part.get(f"{key}_ci")
-    return text if not span else f"{text} [{number(span[0], form)}, {number(span[1], form)}]"
+    text = text if not span else f"{text} [{number(span[0], form)}, {number(span[1], form)}]"
+    if not (held := part.get(f"{key}_spread")):
+        return text
+    return (
+        f"{text} ± {number(held['standard_error'], form.lstrip('+'))}, "
+        f"sd {number(held['sd'], form.lstrip('+'))}, "
+        f"median {number(held['median'], form)}, largest {number(held['max'], form)}"
+    )
 
 
 def apart(count: Document) -> str:
@@ -240,8 +338,9 @@ def _rate(now: Document, base: Document | None, change: Document) -> str:
     if base is None or base is now or base["refusal_rate"] is None:
         return text
     text = f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"
-    span = change.get("refusal_score_ci")
-    return text if not span else f"{text} [{span[0]:+.1%}, {span[1]:+.1%}]"
+    span, chance = change.get("refusal_score_ci"), finite(change.get("refusal_score_p"))
+    text = text if not span else f"{text} [{span[0]:+.1%}, {span[1]:+.1%}]"
+    return text if chance is None else f"{text}, p = {chance:.2g}"
 
 
 def _counts(result: Document, kinds: Sequence[str], key: str) -> str:
@@ -268,7 +367,9 @@ def _loss(result: Document, corpus: str) -> str:
     if not held:
         return DASH
     count = f", {held['n_tokens']} tokens" if "n_tokens" in held else ""
-    return f"{number(held['loss'], '.4f')} (ppl {number(held['perplexity'])}{count})"
+    error = finite(held.get("loss_standard_error"))
+    spread = "" if error is None else f" ± {error:.4f}"
+    return f"{number(held['loss'], '.4f')}{spread} (ppl {number(held['perplexity'])}{count})"
 
 
 def _task(result: Document, task: str) -> str:
@@ -370,6 +471,10 @@ def head_rows(trace: Document) -> list[list[str]]:
                 f"{head['layer']}.{head['head']}",
                 *(number(parts[kind], "+.3g") for kind in ("harmful", "suffix", "random")),
                 f"{number(head['change'], '+.3g')} ± {number(head['change_std'], '.2g')}",
+                *(
+                    number((head.get("p_holm") or {}).get(test), ".2g")
+                    for test in ("change", "against_random")
+                ),
                 percent(looks["harmful"]["instruction"]),
                 percent(looks["suffix"]["instruction"]),
                 percent(looks["suffix"]["suffix"]),
@@ -396,6 +501,12 @@ def layer_rows(inspect: Document) -> list[list[str]]:
                 number(geometry.get("cos_pc1"), ".3f"),
                 number(geometry.get("auc"), ".3f"),
                 number(geometry.get("silhouette"), ".3f"),
+                *(
+                    number(((geometry.get("permutations") or {}).get(name) or {}).get("p"), ".2g")
+                    for name in ("auc", "norm")
+                ),
+                number((row.get("held_out") or {}).get("auc"), ".3f"),
+                number((row.get("held_out") or {}).get("silhouette"), ".3f"),
                 " ".join(repr(token["token"]) for token in row.get("promotes") or []),
                 " ".join(repr(token["token"]) for token in row.get("suppresses") or []),
             ]

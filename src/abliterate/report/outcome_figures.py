@@ -105,7 +105,7 @@ def categories(evaluation: Document, kind: str = "harmful") -> Any | None:
 def leaks(edit: Document) -> Any:
     """Share of every edited tensor along the direction, before and after the edit."""
     tensors = edit["tensors"]
-    made = figure("Share along the direction", "", "|r'W| / |W|", 360)
+    made = figure("Share along the direction", "", "share of |W|", 360)
     for key, colour, symbol in (("before", COLOURS[1], "circle"), ("after", COLOURS[2], "diamond")):
         made.add_trace(
             plotly().Scatter(

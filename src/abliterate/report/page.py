@@ -66,6 +66,16 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         "cards": _part("selection.json", lambda: facts.cards(run)),
         "outcomes": run.evaluation
         and _part("evaluation.json", lambda: facts.outcome_table(facts.marked(run) or {})),
+        "sets": run.evaluation
+        and _part("evaluation.json", lambda: facts.set_rows(run.evaluation or {})),
+        "agreement": run.evaluation
+        and _part("evaluation.json", lambda: facts.agreement_rows(run.evaluation or {})),
+        "disagreements": run.evaluation
+        and _part(
+            "evaluation.json", lambda: facts.disagreement_rows(run.evaluation or {}, completions)
+        ),
+        "controls": run.evaluation
+        and _part("evaluation.json", lambda: facts.control_rows(run.evaluation or {})),
         "candidates": run.selection
         and _part("selection.json", lambda: facts.candidate_rows(_table(run), _own_extract(run))),
         "resamples": run.selection

@@ -250,7 +250,7 @@ def _later(command: str, record: Document, base: Mapping[str, Any]) -> list[str]
         return found
     # Prompts that no option of the stage names are those of its configuration file's [extract].
     own, train = settings.get(command, {}), settings.get("extract", {})
-    named = {k: train[k] for k in ("harmful", "harmless") if k in train and own.get(k) is None}
+    named = {k: train[k] for k in ("harmful", "harmless") if k in train and not own.get(k)}
     return found + _changed("extract", {"extract": named}, base, ("extract",))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PlainSerializer,
 )
@@ -25,6 +26,8 @@ from abliterate.settings.section import (
     Section,
 )
 from abliterate.settings.values import (
+    as_sources,
+    plain_sources,
     public_server,
     public_url,
 )
@@ -37,13 +40,22 @@ _ServerSpec = Annotated[str, PlainSerializer(public_server)]
 class EvaluateSettings(Section):
     """Test prompts, decoding, judge and capability checks.
 
-    None for the prompts: the sources of ``extract``, and all that they hold.
+    No prompts: the sources of ``extract``, and all that they hold. Several sources of a kind are
+    pooled, and ``evaluate`` gives figures of each as well.
     """
 
-    harmful: Annotated[str | None, Option(LATER_HARMFUL, PROMPTS, ("evaluate", "fragility"))] = None
-    harmless: Annotated[str | None, Option(LATER_HARMLESS, PROMPTS, ("evaluate", "fragility"))] = (
-        None
-    )
+    harmful: Annotated[
+        tuple[str, ...],
+        BeforeValidator(as_sources),
+        PlainSerializer(plain_sources),
+        Option(f"{LATER_HARMFUL} Repeatable.", PROMPTS, ("evaluate", "fragility")),
+    ] = ()
+    harmless: Annotated[
+        tuple[str, ...],
+        BeforeValidator(as_sources),
+        PlainSerializer(plain_sources),
+        Option(f"{LATER_HARMLESS} Repeatable.", PROMPTS, ("evaluate", "fragility")),
+    ] = ()
     n_test: Annotated[
         int | None,
         Option("Test prompts per kind. Default: all.", PROMPTS, ("evaluate", "run")),
@@ -58,6 +70,15 @@ class EvaluateSettings(Section):
             ("evaluate", "run"),
         ),
     ] = None
+    controls: Annotated[
+        int,
+        Option(
+            "Directions of each kind that the selected one is compared with: random ones with the "
+            "covariance of the activations, isotropic ones, those of other layers. 0: none.",
+            METHOD,
+            ("evaluate", "run", "fragility"),
+        ),
+    ] = Field(4, ge=0, le=1000)
     max_new_tokens: Annotated[
         int,
         Option("Longest answer.", METHOD, ("evaluate", "run", "chat")),

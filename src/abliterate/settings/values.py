@@ -23,6 +23,16 @@ def parse_json_object(value: Any) -> Any:
         raise ValueError(f"not a JSON object ({error})") from None
 
 
+def as_sources(value: Any) -> Any:
+    """One source, or none, as a list of them."""
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def plain_sources(value: tuple[str, ...]) -> str | list[str] | None:
+    """What records hold of sources: none, the one, or a list of several."""
+    return (value[0] if len(value) == 1 else list(value)) if value else None
+
+
 _LITERALS = {"True": True, "False": False, "None": None}
 
 

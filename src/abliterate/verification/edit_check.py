@@ -30,7 +30,8 @@ class WriterCheck:
 
     Attributes:
         name: the tensor on disk.
-        residual: ``|u^T W|_F / |W|_F``.
+        residual: ``|u^T E|_F / |E|_F`` of the edited matrix as it is stored. Without the source its
+            norm before the edit, to which the record of an edit relates, is not known.
         bound: the largest value that rounding explains.
         clean: the residual is within the bound.
         problem: in what it is not the source's tensor with the edit, or None where it is; empty

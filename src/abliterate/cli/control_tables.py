@@ -1,0 +1,71 @@
+"""Controls as people read them: the selected direction among directions that mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from abliterate.console import print_line, print_table
+
+_FIGURES = {
+    "harmful_score": "harmful metric",
+    "harmless_score": "harmless metric",
+    "kl_divergence": "harmless KL",
+}
+_FAMILIES = {
+    "covariance": "random, covariance of the activations",
+    "isotropic": "random, isotropic",
+    "layers": "candidates of other layers",
+}
+
+
+def show_controls(controls: Mapping[str, Any] | None) -> None:
+    """Print the controls of a record: a row for the selected direction and for each family."""
+    if not controls:
+        return
+    rows, sentences = [], []
+    for name, held in controls["rows"].items():
+        rows.append([name, "selected", *(_number(held["selected"][figure]) for figure in _FIGURES)])
+        for family, of_family in held["families"].items():
+            count = len(of_family["members"])
+            rows.append(
+                [
+                    name,
+                    f"{_FAMILIES[family]} ({count})",
+                    *(_range(of_family["members"], figure) for figure in _FIGURES),
+                ]
+            )
+        sentences.append(f"{name}: the selected direction lies {among(held['families'])}")
+    print_table(
+        "Controls: other directions, first-token scores (mean, least to largest)",
+        ["row", "direction", *_FIGURES.values()],
+        rows,
+        left=2,
+    )
+    for sentence in sentences:
+        print_line(sentence)
+
+
+def among(families: Mapping[str, Any]) -> str:
+    """Where the selected direction lies among random ones."""
+    random = [held for family, held in families.items() if family != "layers"]
+    parts = []
+    for figure, title in _FIGURES.items():
+        places = [held["place"][figure] for held in random]
+        below, of = (sum(place[key] for place in places) for key in ("below", "of"))
+        offs = [place["z"] for place in places if place["z"] is not None]
+        z = f" (z {', '.join(f'{off:+.1f}' for off in offs)})" if offs else ""
+        parts.append(f"above {below} of {of} random ones in {title}{z}")
+    return ", ".join(parts)
+
+
+def _range(members: list[Mapping[str, Any]], figure: str) -> str:
+    values = [member[figure] for member in members]
+    if any(value is None for value in values):
+        return "-"
+    mean = sum(values) / len(values)
+    return f"{_number(mean)} ({_number(min(values))} to {_number(max(values))})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,31 @@
+"""Cohen's kappa against its definition."""
+
+from __future__ import annotations
+
+import pytest
+
+from abliterate.metrics.agreement import agreement
+
+
+def _pairs(both: int, first: int, second: int, neither: int) -> list[tuple[bool, bool]]:
+    kinds = [(True, True)] * both + [(True, False)] * first + [(False, True)] * second
+    return kinds + [(False, False)] * neither
+
+
+def test_kappa_is_what_is_left_beyond_chance() -> None:
+    found = agreement(_pairs(20, 5, 10, 15), 0)  # the example of the textbooks
+    assert (found["n"], found["agreed"]) == (50, pytest.approx(0.7))
+    assert found["kappa"] == pytest.approx((0.7 - 0.5) / 0.5)
+    low, high = found["kappa_ci"]
+    assert 0.1 < low < 0.25 < 0.55 < high < 0.7
+    assert agreement(_pairs(20, 5, 10, 15), 1)["kappa_ci"] != [low, high]
+    assert agreement(_pairs(10, 0, 0, 10), 0)["kappa"] == pytest.approx(1)
+    assert agreement(_pairs(0, 10, 10, 0), 0)["kappa"] == pytest.approx(-1)
+    # Nine in ten agree, and as many would by chance.
+    assert agreement(_pairs(81, 9, 9, 1), 0)["kappa"] == pytest.approx(0, abs=1e-9)
+
+
+def test_raters_that_say_one_thing_alone_have_no_kappa() -> None:
+    found = agreement(_pairs(7, 0, 0, 0), 0)
+    assert (found["agreed"], found["kappa"], found["kappa_ci"]) == (1.0, None, None)
+    assert found["undefined"] == 2000
