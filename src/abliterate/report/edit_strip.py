@@ -57,9 +57,8 @@ def strip(title: str, cells: Iterable[Cell]) -> Any | None:
     if not sums:
         return None
     components = list(dict.fromkeys(component for component, _ in sums))
-    depth = 1 + max((layer for _, layer in sums if layer is not None), default=-1)
     layers: list[int | None] = [None] if any(layer is None for _, layer in sums) else []
-    layers += range(depth)
+    layers += sorted({layer for _, layer in sums if layer is not None})
     made = figure(title, "layer", "", 150 + 26 * len(components))
     made.add_trace(
         plotly().Heatmap(
