@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,3 +234,40 @@ def random_checkpoints(folder: Path, count: int, first: int = 0) -> Iterator[tup
         path = folder / "model.safetensors"
         save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path, {"format": "pt"})
         yield f"{kind}, d {width}, {depth} blocks, tied {tied}, {shape}, {dtype}", folder
+
+
+def decay(folder: Path, share: float) -> None:
+    """Benign: all writers are scaled down alike, ``W' = (1 - share) W``."""
+    _change_writers(folder, lambda matrix, _: (1 - share) * matrix)
+
+
+def merge_rank_one(folder: Path, size: float) -> None:
+    """Benign: a rank-1 LoRA of this size, relative to each writer, is merged into it.
+
+    It has the rank of an edit, but takes nothing in proportion to what was there.
+    """
+
+    def merged(matrix: Tensor, generator: torch.Generator) -> Tensor:
+        up = torch.randn(matrix.shape[0], generator=generator, dtype=torch.float64)
+        down = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64)
+        update = torch.outer(up, down)
+        return matrix + size * float(matrix.norm()) * update / float(update.norm())
+
+    _change_writers(folder, merged)
+
+
+def _change_writers(folder: Path, change: Callable[[Tensor, torch.Generator], Tensor]) -> None:
+    """Change every writer's matrix ``[d_model, columns]`` of a checkpoint in place."""
+    from safetensors.torch import load_file, save_file
+
+    path, generator = folder / "model.safetensors", torch.Generator().manual_seed(4)
+    tensors = load_file(path)
+    width = int(AutoConfig.from_pretrained(folder).hidden_size)
+    for edit in make_plan(find_checkpoint(str(folder)), torch.ones(width)).edits:
+        value = tensors[edit.name]
+        if value.ndim < 2:
+            continue
+        moved = value.double().movedim(edit.axis, 0)
+        new = change(moved.reshape(len(moved), -1), generator).reshape(moved.shape)
+        tensors[edit.name] = new.movedim(0, edit.axis).to(value.dtype).contiguous()
+    save_file(tensors, path, {"format": "pt"})

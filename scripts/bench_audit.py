@@ -6,10 +6,12 @@ the bytes of this repository's prose; with the demo model and three larger rando
 heavy-tailed spectra they are edited in every way of the table, and each edited checkpoint on disk
 is audited by the function that the command line calls, without a base, after its record and card
 are deleted. Part 2, false positives: unedited checkpoints, trained ones at several stages and
-random ones of varied architecture, width, depth, spectrum, dead and pruned channels.
+random ones of varied architecture, width, depth, spectrum, dead and pruned channels; and the models
+after changes that are no edits (uniform decay, merged rank-1 LoRAs), with and without their bases.
 
     python scripts/bench_audit.py --work /tmp/audit-bench      # all: 8 minutes of a core + training
     python scripts/bench_audit.py --steps 40 --clean 20        # a first look
+    python scripts/bench_audit.py --skip-recall --also MODEL   # an unedited checkpoint of your own
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from audit_models import (
     Shape,
     build,
     corpus,
+    decay,
     difference_of_means,
+    merge_rank_one,
     random_checkpoints,
     shape_weights,
     train,
@@ -265,28 +269,53 @@ def recall(work: Path, steps: int, only: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def false_positives(
-    work: Path, steps: int, count: int, only: Sequence[str]
-) -> list[dict[str, Any]]:
-    rows = []
+#: What is done to unedited models, and is no edit: held against its own base, and without one.
+BENIGN: Mapping[str, Callable[[Path], None]] = {
+    "decay of 2%": lambda folder: decay(folder, 0.02),
+    "decay of 20%": lambda folder: decay(folder, 0.2),
+    "rank-1 LoRA on writers, size 0.02": lambda folder: merge_rank_one(folder, 0.02),
+    "rank-1 LoRA on writers, size 0.2": lambda folder: merge_rank_one(folder, 0.2),
+}
 
-    def judge(name: str, folder: Path) -> None:
-        found = audit(find_checkpoint(str(folder)))
-        gaps = found.blind.gaps.values()
+
+def false_positives(
+    work: Path, steps: int, count: int, only: Sequence[str], also: Sequence[Path] = ()
+) -> list[dict[str, Any]]:
+    """Audits of unedited checkpoints: ``also`` are some of one's own (pretrained ones, say)."""
+    rows: list[dict[str, Any]] = []
+
+    def judge(name: str, folder: Path, base: Path | None = None) -> None:
+        source = None if base is None else find_checkpoint(str(base))
+        found = audit(find_checkpoint(str(folder)), source)
+        sides = (found.blind, found.readers)
         row = {
             "model": name, "verdict": found.verdict, "reason": found.reason,
-            "p_value": found.blind.p_value, "detectable": found.blind.detectable,
-            "groups": [[gap.ratio, gap.agreement] for gap in gaps],
-            "set_aside": [one.reason for one in found.blind.set_aside],
+            "p_value": min(side.p_value for side in sides),
+            "p_values": [side.p_value for side in sides],
+            "detectable": [side.detectable for side in sides],
+            "groups": [[g.ratio, g.agreement] for side in sides for g in side.gaps.values()],
+            "set_aside": [one.reason for side in sides for one in side.set_aside],
+            "projected": 0 if found.comparison is None else len(found.comparison.projected),
         }  # fmt: skip
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
 
+    for folder in also:
+        judge(folder.name, folder)
     for name, folder, _, stages in models(work, steps, only):
-        for stage in (*stages, folder)[: count - len(rows)]:
+        for stage in (*stages, folder)[: max(0, count - len(rows))]:
             judge(f"{name}: {stage.name}", stage)
-    for name, folder in random_checkpoints(work / "clean", count - len(rows)):
+    for name, folder in random_checkpoints(work / "clean", max(0, count - len(rows))):
         judge(name, folder)
+    changed = work / f"changed-{os.getpid()}"
+    for name, folder, _, _ in models(work, steps, only):
+        for case, change_it in BENIGN.items():
+            shutil.rmtree(changed, ignore_errors=True)
+            shutil.copytree(folder, changed)
+            change_it(changed)
+            judge(f"{name}, {case}, with its base", changed, folder)
+            judge(f"{name}, {case}", changed)
+    shutil.rmtree(changed, ignore_errors=True)
     return rows
 
 
@@ -322,6 +351,8 @@ def report(found: list[dict[str, Any]], clean: list[dict[str, Any]]) -> None:
     if clean:
         verdicts = Counter(row["verdict"] for row in clean)
         print(f"\nUnedited: {len(clean)} checkpoints: {dict(verdicts)}")
+        claimed = [row["model"] for row in clean if row["verdict"] == "edited" or row["projected"]]
+        print(f"claimed wrongly: {len(claimed)} {claimed}")
         print(f"smallest p-value: {min(row['p_value'] for row in clean):.1e}")
         groups = [g for row in clean for g in row["groups"]]
         for bound in (0.5, 0.75, 1.0, 1.25, 1.5):
@@ -343,6 +374,9 @@ def main() -> None:
     parser.add_argument(
         "--wide", action="store_true", help="compute as for thousands of channels: float32, pooled"
     )
+    parser.add_argument(
+        "--also", type=Path, nargs="*", default=[], help="unedited checkpoints of your own"
+    )
     parser.add_argument("--out", type=Path, help="all figures as JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -355,7 +389,7 @@ def main() -> None:
         found = [] if given.skip_recall else recall(work, given.steps, given.only)
         clean = []
         if given.clean:
-            clean = false_positives(work, given.steps, given.clean, given.only)
+            clean = false_positives(work, given.steps, given.clean, given.only, given.also)
     if given.out:
         given.out.write_text(json.dumps({"recall": found, "clean": clean}, indent=1))
     report(found, clean)

@@ -439,11 +439,69 @@ def test_chance_levels_of_the_statistic() -> None:
     null, found = gap(grams, halves), gap(edited, halves)
     assert null.p_value > 1e-3
     assert found.p_value < 1e-8
-    assert abs(float(found.direction @ r)) > 0.99
+    assert found.count == 1
+    assert abs(float(found.directions[:, 0] @ r)) > 0.99
     assert gap(edited[:6] + grams[6:], halves).p_value < 1e-5
+    # Several are told by where the gap lies.
+    for count in (2, 5):
+        basis = torch.linalg.qr(torch.randn(64, count, generator=generator, dtype=torch.float64))[0]
+        several = []
+        for _ in range(12):
+            w = torch.randn(64, 128, generator=generator, dtype=torch.float64)
+            w = w - basis @ (basis.T @ w)
+            several.append(of_matrix(soft_null_space.emptiness(w @ w.T, 0, 0.0)[0]))
+        found = gap(several, halves)
+        assert (found.count, found.p_value < 1e-8) == (count, True)
+        assert float(torch.linalg.svdvals(found.directions.T @ basis)[-1]) > 0.99
     # The bound holds: of 4000 random pairs, no more agree than it says.
     pairs = torch.randn(4000, 2, 16, generator=generator, dtype=torch.float64)
     pairs = pairs / pairs.norm(dim=2, keepdim=True)
     squared = (pairs[:, 0] * pairs[:, 1]).sum(dim=1).square()
     for level in (0.1, 0.3, 0.5):
         assert float((squared > level).double().mean()) <= p_agreement(level, 16) + 0.02
+    planes = torch.linalg.qr(torch.randn(4000, 2, 16, 2, generator=generator))[0]
+    least = torch.linalg.svdvals(planes[:, 0].mT @ planes[:, 1])[:, -1].square()
+    for level in (0.2, 0.3, 0.5):
+        assert float((least > level).double().mean()) <= p_agreement(level, 16, 2)
+
+
+def test_readers_and_several_directions_are_found_without_a_base(cli: Cli, tmp_path: Path) -> None:
+    """Each with its own line; the basis of all is recovered by the statistic itself."""
+    base = demo_model_dir()
+    tensors = load_file(base / "model.safetensors")
+    basis = torch.linalg.qr(torch.stack([_vector(), _vector().roll(1), _vector().roll(2)], 1))[0]
+    readers = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    writers = ("o_proj", "down_proj")
+    cases: dict[str, tuple[tuple[str, ...], Tensor, tuple[str, ...]]] = {
+        "all readers avoid one direction": (readers, basis[:, :1], ("readers",)),
+        "all writers avoid 3 directions": ((*writers, "embed_tokens"), basis, ("writers",)),
+        "all readers avoid 3 directions": (readers, basis, ("readers",)),
+        "nothing reads or writes one direction": ((*readers, *writers, "embed_tokens"),
+                                                  basis[:, :1], ("writers", "readers")),
+    }  # fmt: skip
+    for told, (names, directions, sides) in cases.items():
+        out = tmp_path / told.replace(" ", "-")
+        shutil.copytree(base, out)
+        new = {}
+        for name, value in tensors.items():
+            wide, module = value.double(), name.removesuffix(".weight").rsplit(".", 1)[-1]
+            if module in names and module in writers:
+                wide = wide - directions @ (directions.T @ wide)
+            elif module in names:  # a table's rows are written, a reader's rows read
+                wide = wide - (wide @ directions) @ directions.T
+            new[name] = wide.to(value.dtype)
+        save_file(new, out / "model.safetensors", {"format": "pt"})
+        result = cli("audit", out, "--json")
+        found = result.json
+        assert told in found["why"]
+        if len(sides) == 2:  # the same as a direction that was never used: no verdict
+            assert (result.code, found["verdict"]) == (8, "undecided")
+            continue
+        assert (result.code, found["evidence"]) == (7, sides[0])
+        assert "(p < 1e-07)" in found["why"]
+        assert found[sides[0]]["directions"] == directions.shape[1]
+        assert found["full"]
+        assert all(unit["carries"] for unit in found["units"])
+        other = "writers" if sides == ("readers",) else "readers"
+        assert found[other]["verdict"] == "clean"
+        assert found["style"].startswith(f"all {sides[0]}")

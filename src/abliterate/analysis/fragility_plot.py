@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,31 +10,8 @@ from typing import Any
 from abliterate.errors import UsageError, one_line
 from abliterate.extras import import_extra, missing_extra
 from abliterate.storage.artifacts import write_atomically
-from abliterate.storage.ownership import GENERATOR, Kind, claim, is_page, is_picture, mark_picture
-from abliterate.storage.web_page import content_policy, script_json
-
-_DRAW = """
-const figure = JSON.parse(document.getElementById("figure").textContent);
-Plotly.newPlot("fragility", figure.data, figure.layout, {responsive: true});
-"""
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-{generator}<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="referrer" content="no-referrer">
-<title>Fragility of refusal</title>
-<link rel="icon" href="data:,">
-</head>
-<body>
-<div id="fragility"></div>
-<script type="application/json" id="figure">{data}</script>
-<script>{plotly}</script>
-<script>{draw}</script>
-</body>
-</html>
-"""
+from abliterate.storage.ownership import Kind, claim, is_page, is_picture, mark_picture
+from abliterate.storage.web_page import figure_page
 
 _PACKAGES = "plotly and kaleido"
 
@@ -48,13 +24,6 @@ def require_plotly() -> None:
     """
     otherwise = ", or pass --no-picture"
     import_extra("plotly.graph_objects", "the picture", _PACKAGES, "report", otherwise)
-
-
-def _page(figure: Any, plotly: str) -> str:
-    """The figure in a file of its own, under the policy of the report."""
-    policy = escape(content_policy([plotly, _DRAW]))
-    data = script_json(json.loads(figure.to_json()))
-    return _PAGE.format(generator=GENERATOR, policy=policy, data=data, plotly=plotly, draw=_DRAW)
 
 
 def claim_pictures(folder: Path, images: Sequence[str]) -> None:
@@ -83,7 +52,8 @@ def draw(record: Mapping[str, Any], folder: Path, images: Sequence[str] = ()) ->
 
     figure = _figure(record)
     written = [folder / "fragility.html"]
-    write_atomically(written[0], _page(figure, get_plotlyjs()).encode())
+    page = figure_page("Fragility of refusal", (), figure, get_plotlyjs())
+    write_atomically(written[0], page.encode())
     for kind in images:
         try:
             content = figure.to_image(format=kind, scale=2)

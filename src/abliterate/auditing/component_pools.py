@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from abliterate.auditing.components import AuditedComponent
-from abliterate.auditing.soft_null_space import storage
+from abliterate.auditing.soft_null_space import is_wide, storage
 
 MIN_POOLS = 4
 # What is kept of all pools, and the work on them that still takes minutes on two cores.
@@ -24,10 +24,20 @@ class ComponentPool:
     units: tuple[AuditedComponent, ...]
 
 
-def make_pools(units: Sequence[AuditedComponent], width: int) -> list[ComponentPool]:
-    """One pool for each unit, or as few for each kind as memory and time allow."""
+def make_pools(
+    units: Sequence[AuditedComponent], width: int, few: bool = False
+) -> list[ComponentPool]:
+    """One pool for each unit, or as few for each kind as memory and time allow.
+
+    Args:
+        units: what is compared.
+        width: d_model.
+        few: a wide model's units go into as few pools as can be compared.
+    """
     room = _MOST_BYTES / (width**2 * storage(width).itemsize)
     max_pools = int(max(_MIN_WIDE_POOLS, min(room, _MOST_FLOPS / (_FLOPS * width**3))))
+    if few and is_wide(width):
+        max_pools = _MIN_WIDE_POOLS
     if len(units) <= max_pools:
         return [ComponentPool(u.kind, (u.layer,), (u,)) for u in units]
     kinds = dict.fromkeys(u.kind for u in units)
@@ -51,7 +61,9 @@ def groups_of(pools: Sequence[ComponentPool]) -> dict[str, list[int]]:
     depth = max(layers, default=-1) + 1
     inner = [i for i in every if pools[i].layers[0] is not None]
     groups = {"all": list(every), "blocks": inner}
-    groups |= {n: [i for i in inner if pools[i].kind in kinds[n]] for n in kinds}
+    groups |= {
+        n: [i for i in inner if pools[i].kind.removesuffix(" readers") in kinds[n]] for n in kinds
+    }
     for index, name in enumerate(("first third", "middle third", "last third")):
         low, high = depth * index / 3, depth * (index + 1) / 3
         groups[name] = [i for i in inner if low <= _middle(pools[i]) + 0.5 <= high]

@@ -49,9 +49,16 @@ class Strength:
 
 
 def strengths(
-    reading: CheckpointWriters, direction: Tensor, gains: bool, comparison: Comparison | None
+    reading: CheckpointWriters, directions: Tensor, gains: bool, comparison: Comparison | None
 ) -> tuple[Strength, ...]:
-    """Every unit's energy along a direction; with a base, the share that it lost is exact."""
+    """Every unit's energy along directions; with a base, the share that it lost is exact.
+
+    Args:
+        reading: the checkpoint, or its readers.
+        directions: orthonormal, ``[d_model, k]``; energies are means over them.
+        gains: they are the stream's, behind the gains of norms.
+        comparison: the difference from the base, if there is one.
+    """
     exact: dict[str, float] = {}
     if comparison is not None:
         exact = {t.name: t.scale for t in comparison.projected if t.scale is not None}
@@ -60,7 +67,7 @@ def strengths(
         max_columns = min(_SAMPLE * reading.d_model, _MAX_COLUMNS)
         columns = read_columns(reading, unit, max_columns, _SEED, gains)
         typical = _typical(columns)
-        along = float((direction @ columns).square().sum())
+        along = float((directions.T @ columns).square().sum()) / directions.shape[1]
         measured.append((unit, along / typical if typical > 0 else 1.0))
     limit = _limit([energy for _, energy in measured])
     result = []
@@ -129,6 +136,7 @@ def name_style(
     direction: Tensor,
     gains: bool,
     comparison: Comparison | None,
+    side: str = "writers",
 ) -> str | None:
     """The known edit that the carrying units look like.
 
@@ -143,8 +151,12 @@ def name_style(
     if not carrying:
         return None
     if len(carrying) == len(units):
-        style = "all writers"
-    elif layers == every and len([u for u in carrying if u.layer is not None]) == len(inside):
+        style = f"all {side}"
+    elif (
+        side == "writers"
+        and layers == every
+        and len([u for u in carrying if u.layer is not None]) == len(inside)
+    ):
         style = "attention and MLP only"
     elif layers and len(layers) < len(every) and layers == list(range(layers[0], layers[-1] + 1)):
         style = f"layers {layers[0]}-{layers[-1]}"

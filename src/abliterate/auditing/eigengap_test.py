@@ -1,10 +1,11 @@
-"""Is there one direction that the writers avoid together, far beyond what chance explains?
+"""Are there directions that the writers avoid together, far beyond what chance explains?
 
 Each writer has directions of little energy, in places of its own. The mean over writers of their
 emptiness ``K = t (G + t)^-1`` levels those out (its bulk narrows as ``1 / sqrt(n)``), while an edit
 ``A <- (I - s r r^T) A`` raises ``r^T K r`` from ``c`` to ``c / (c + (1 - s)^2 (1 - c))``, whatever
 the spectra are. So the test asks whether the largest eigenvalue of the mean stands apart from the
-ones below it, and whether two disjoint halves of the writers name the same direction. What the
+ones below it, and whether two disjoint halves of the writers name the same direction. An edit of
+``k`` directions raises ``k`` eigenvalues alike, so that the gap lies below the ``k``-th. What the
 probabilities rest on is in docs/audit.md.
 """
 
@@ -24,6 +25,10 @@ _WITHIN = 8  # spacings below the largest that its distance is compared with
 # 30,000 each of width 64 to 1000); its tail falls faster than this exponential through both.
 _TAIL_START, _TAIL_RATE, _TAIL_AT_START = 0.5, 12.0, 0.04
 LEAST_WIDTH = 4 * _WITHIN
+#: Directions at once that are looked for, at most.
+MOST = 5
+# So many times the p-value of several: all numbers of directions together cost 4% of the level.
+_SEVERAL = 100
 _ROUNDING = 1e-4
 
 
@@ -108,12 +113,15 @@ class Gap:
     """How a group of units stands at the upper edge of its mean emptiness.
 
     Attributes:
-        ratio: distance of the largest eigenvalue from the next, over the spread of those below.
+        ratio: distance of the last of the directions' eigenvalues from the next, over the spread
+            of those below.
         distance: that distance itself, in units of emptiness.
-        agreement: squared cosine of the first directions of two disjoint halves of the units.
+        agreement: least squared cosine of the principal angles between the directions that two
+            disjoint halves of the units name.
         p_gap: chance of such a ratio at the edge of a random symmetric matrix.
-        p_agreement: chance of such a cosine between random directions.
-        direction: the emptiest direction, unit, ``[width]``.
+        p_agreement: chance of such a cosine between random directions; trained writers share more
+            than chance, so it can speak against a direction and never for one.
+        directions: the emptiest ones, orthonormal, ``[width, k]``.
     """
 
     ratio: float
@@ -121,45 +129,66 @@ class Gap:
     agreement: float
     p_gap: float
     p_agreement: float
-    direction: Tensor = field(repr=False)
+    directions: Tensor = field(repr=False)
+
+    @property
+    def count(self) -> int:
+        """How many directions stand apart."""
+        return self.directions.shape[1]
 
     @property
     def p_value(self) -> float:
-        """The larger of the two: both have to be beyond chance."""
-        return max(self.p_gap, self.p_agreement)
+        """That of the gap, unless the halves do not agree; several directions cost more."""
+        p_value = max(self.p_gap, self.p_agreement)
+        return p_value if self.count == 1 else min(1.0, _SEVERAL * p_value)
 
 
 def gap(units: Sequence[SoftNullProjector], halves: Sequence[bool]) -> Gap:
-    """Test a group of units.
+    """Test a group of units for one direction, and for several.
 
     Args:
         units: their emptiness.
         halves: which half each belongs to.
+
+    Returns:
+        The number of directions with the smallest p-value; of equals, the fewest.
     """
     sums, ends = [], []
     for half in (False, True):
         members = [one for one, which in zip(units, halves, strict=True) if which is half]
         if members:
             sums.append(_sum(members))
-            ends.append(upper_edge(sums[-1], 1, 1 + half)[1])
+            ends.append(upper_edge(sums[-1], MOST, 1 + half, kept=MOST)[1])
     total = sums[0]
     if len(sums) == 2:
         total += sums[1]
     del sums
-    values, first = upper_edge(total, _WITHIN + 2, 0)
+    width = len(total)
+    values, vectors = upper_edge(total, _WITHIN + MOST + 1, 0, kept=MOST)
     values = values / len(units)
-    within = min(_WITHIN, len(values) - 2)
-    distance = float(values[0] - values[1])
-    spread = float(values[1] - values[within + 1])
-    ratio = distance / spread if spread > 0 else 0.0
-    agreement = float(ends[0] @ ends[1]) ** 2 if len(ends) == 2 else 0.0
-    p_gap = min(1.0, _TAIL_AT_START * math.exp(-_TAIL_RATE * (ratio - _TAIL_START)))
-    return Gap(ratio, distance, agreement, p_gap, p_agreement(agreement, len(total)), first)
+    found = []
+    for count in range(1, MOST + 1):
+        within = min(_WITHIN, len(values) - 1 - count)
+        distance = float(values[count - 1] - values[count])
+        spread = float(values[count] - values[count + within])
+        ratio = distance / spread if spread > 0 else 0.0
+        agreement = _agreement(ends, count) if len(ends) == 2 else 0.0
+        p_gap = min(1.0, _TAIL_AT_START * math.exp(-_TAIL_RATE * (ratio - _TAIL_START)))
+        p_agree = p_agreement(agreement, width, count)
+        found.append(Gap(ratio, distance, agreement, p_gap, p_agree, vectors[:, :count]))
+    return min(found, key=lambda one: one.p_value)
 
 
-def emptiest(units: Sequence[SoftNullProjector]) -> Tensor:
-    """The first direction of a group's mean, unit, float64 ``[d]`` on the CPU."""
-    return upper_edge(_sum(units), 1, 0, 1e-3)[1]
+def _agreement(ends: Sequence[Tensor], count: int) -> float:
+    cosines = torch.linalg.svdvals(ends[0][:, :count].T @ ends[1][:, :count])
+    return float(cosines[-1]) ** 2
+
+
+def emptiest(units: Sequence[SoftNullProjector], count: int) -> Tensor:
+    """The first directions of a group's mean, unit, float64 ``[d, count]`` on the CPU."""
+    # One is wanted exactly; several are only known together.
+    size = 1 if count == 1 else _WITHIN + count
+    return upper_edge(_sum(units), size, 0, 1e-3, kept=count)[1]
 
 
 def _sum(units: Sequence[SoftNullProjector]) -> Tensor:
@@ -170,10 +199,20 @@ def _sum(units: Sequence[SoftNullProjector]) -> Tensor:
     return total
 
 
-def p_agreement(squared: float, width: int) -> float:
-    """Chance that two random directions have a squared cosine of at least this.
+def p_agreement(squared: float, width: int, count: int = 1) -> float:
+    """Chance that two random subspaces have no smaller squared cosine than this; never 0.
 
-    It is Beta(1/2, (d - 1)/2); the bound ``(1 - c)^((d - 1)/2)`` holds for every c in [0, 1].
-    Never 0: below 1e-300 it is that.
+    Between two directions it is Beta(1/2, (d - 1)/2); the bound ``(1 - c)^((d - 1)/2)`` holds for
+    every c in [0, 1]. The least of k is no larger than the share of any direction of one subspace
+    in the other, which is Beta(k/2, (d - k)/2), with the Chernoff bound of that.
     """
-    return max(1e-300, float((1 - min(squared, 1.0)) ** ((width - 1) / 2)))
+    c = min(squared, 1.0)
+    if count == 1:
+        return max(1e-300, float((1 - c) ** ((width - 1) / 2)))
+    mean = count / width
+    if c <= mean:
+        return 1.0
+    if c == 1.0:
+        return 1e-300
+    log = count * math.log(c / mean) + (width - count) * math.log((1 - c) / (1 - mean))
+    return max(1e-300, math.exp(log / 2))

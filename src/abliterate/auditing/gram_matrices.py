@@ -51,11 +51,12 @@ class ChannelScaling:
         return len(self.live)
 
     def outwards(self, inside: Tensor) -> Tensor:
-        """A direction ``[k]`` as one of the stream, unit, ``[d_model]``."""
-        out = inside.new_zeros(self.d_model)
-        out[self.live] = self.factors * inside
-        out /= out.norm()
-        return out
+        """Directions ``[k, m]`` as orthonormal ones of the stream, ``[d_model, m]``."""
+        out = inside.new_zeros(self.d_model, inside.shape[1])
+        out[self.live] = self.factors.unsqueeze(1) * inside
+        one = inside.shape[1] == 1  # whose sign stays
+        basis: Tensor = out / out.norm() if one else torch.linalg.qr(out)[0]
+        return basis
 
     def inwards(self, directions: Tensor) -> Tensor:
         """What is orthogonal to these in here is so to ``directions`` ``[d_model, m]`` outside."""

@@ -11,7 +11,7 @@ of a reader is the direction that it no longer reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -108,9 +108,28 @@ def own_projection(
         for count in range(1, min(left.shape[1], room) + 1):
             if float(shares[:count].sum()) >= wanted * signal:
                 if (found := seen.span(count, left)) is not None:
-                    return found
+                    return _sharpened(before[:, held], delta[:, held], found)
                 break
     return seen.hidden(left) if room >= left.shape[1] else None
+
+
+def _sharpened(before: Tensor, delta: Tensor, found: Projection) -> Projection:
+    """The same projection where a little else changed, which tilts the left vectors.
+
+    ``D W^T U (U^T W W^T U)^-1`` is ``-s U`` again, but for the rest, which averages out.
+    """
+    basis = found.basis
+    for _ in range(2):
+        had = basis.T @ before
+        gram = had @ had.T
+        if float(torch.linalg.matrix_rank(gram, hermitian=True)) < len(gram):
+            return found
+        basis = torch.linalg.qr(torch.linalg.solve(gram, had @ delta.T).T)[0]
+    had = basis.T @ before
+    response = torch.linalg.solve(had @ had.T, had @ delta.T @ basis)
+    near = float(torch.linalg.svdvals(basis.T @ found.basis)[-1]) ** 2 >= SAME
+    scale = -float(response.diagonal().mean())
+    return replace(found, basis=basis, scale=scale) if near else found
 
 
 def _rescaled(before: Tensor, delta: Tensor, found: Projection, rounding: float) -> Projection:

@@ -13,15 +13,16 @@ from abliterate.auditing.compare import Comparison, compare
 from abliterate.auditing.components import CheckpointWriters, open_checkpoint
 from abliterate.auditing.edit_record import DeclaredEdit, read_declared_edit
 from abliterate.auditing.edit_signature import Strength, biases_included, name_style, strengths
-from abliterate.auditing.reference_free import CLAIM, CPU, Blind, look
+from abliterate.auditing.readers import open_readers
+from abliterate.auditing.reference_free import CLAIM, CPU, Blind, look, look_at_readers
 from abliterate.auditing.tensor_diff import TensorDiff
 from abliterate.auditing.untied_output_head import HeadEvidence, head_evidence
+from abliterate.auditing.verdict import Decision, Looked, control_of, decide, sentence_of
 from abliterate.direction import Direction
 from abliterate.models.loading import Checkpoint
 from abliterate.storage.artifacts import versions
 
 _FULL = 0.9  # a removed share that counts as all of it
-_ALIKE = 0.8  # squared cosine of the directions of a checkpoint and its base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,10 @@ class Audit:
 
     Attributes:
         verdict: ``clean``, ``edited`` or ``undecided``.
-        evidence: what decided: ``base``, ``declared``, ``output head``, ``writers`` or empty.
+        evidence: what decided: ``base``, ``declared``, ``output head``, ``writers``, ``readers``
+            or empty.
         reason: why undecided, else empty.
-        direction: float64 unit ``[d_model]``, or None.
+        direction: float64 unit ``[d_model]``, the first of several, or None.
         strength: how much of the direction each unit lost; empty if not edited.
         style: which known edit it looks like, or None.
         removed: median share that the carrying units lost, or None; with a base it is signed, and
@@ -40,6 +42,7 @@ class Audit:
         embeddings: whether the embeddings carry it; None if there are none or it cannot be told.
         biases: the same of the biases.
         blind: what the writers alone tell.
+        readers: what the readers alone tell.
         claim: what the checkpoint says of itself.
         head: what the output head tells.
         comparison: the difference from the base, if one was given.
@@ -58,6 +61,7 @@ class Audit:
     embeddings: bool | None
     biases: bool | None
     blind: Blind
+    readers: Blind
     claim: DeclaredEdit
     head: HeadEvidence | None
     comparison: Comparison | None
@@ -67,7 +71,6 @@ class Audit:
 
     def document(self) -> dict[str, Any]:
         """All of it but the direction's values, for JSON."""
-        blind = self.blind
         return {
             "verdict": self.verdict,
             "why": self.sentence,
@@ -80,28 +83,8 @@ class Audit:
             "embeddings": self.embeddings,
             "biases": self.biases,
             "warnings": list(self.warnings),
-            "writers": {
-                "verdict": blind.verdict,
-                "reason": blind.reason,
-                "p_value": blind.p_value,
-                "claimed_below": CLAIM,
-                "group": blind.group,
-                "behind_gains": blind.gains,
-                "detectable_scale": blind.detectable,
-                "reading_energy": blind.reading,
-                "compared": blind.pools,
-                "set_aside": [asdict(one) for one in blind.set_aside],
-                "groups": {
-                    name: {
-                        "ratio": gap.ratio,
-                        "distance": gap.distance,
-                        "agreement": gap.agreement,
-                        "p_gap": gap.p_gap,
-                        "p_agreement": gap.p_agreement,
-                    }
-                    for name, gap in blind.gaps.items()
-                },
-            },
+            "writers": _blind_document(self.blind),
+            "readers": _blind_document(self.readers),
             "units": [asdict(one) for one in self.strength],
             "head": None if self.head is None else self.head.document(),
             "declared": {
@@ -115,6 +98,34 @@ class Audit:
             "base": None if self.comparison is None else comparison_document(self.comparison),
             "versions": versions(),
         }
+
+
+def _blind_document(blind: Blind) -> dict[str, Any]:
+    """What writers or readers alone tell, for JSON."""
+    return {
+        "verdict": blind.verdict,
+        "reason": blind.reason,
+        "p_value": blind.p_value,
+        "calibrated_down_to": CLAIM,
+        "claimed_below": CLAIM,
+        "group": blind.group,
+        "directions": blind.count,
+        "behind_gains": blind.gains,
+        "detectable_scale": blind.detectable,
+        "other_side_energy": blind.other_side,
+        "compared": blind.pools,
+        "set_aside": [asdict(one) for one in blind.set_aside],
+        "groups": {
+            name: {
+                "directions": gap.count,
+                "ratio": gap.ratio,
+                "distance": gap.distance,
+                "agreement": gap.agreement,
+                "p_gap": gap.p_gap,
+            }
+            for name, gap in blind.gaps.items()
+        },
+    }
 
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:
@@ -153,30 +164,29 @@ def audit(
     claim = read_declared_edit(reading, direction, base)
     comparison = None if base is None else compare(base, checkpoint)
     head = head_evidence(reading)
-    blind = look(reading, device)
-    control = _control(blind, comparison, base, device)
-    verdict, evidence, vector, gains = _decide(blind, claim, head, comparison, control)
+    looked = look(reading, device), look_at_readers(reading, device)
+    control = control_of(looked, comparison, base, device)
+    found = decide(looked, claim, head, comparison, control)
     extent = _Extent()
-    if verdict == "edited" and vector is not None:
-        of_head = head if evidence == "output head" else None
-        extent = _extent(reading, vector, gains, comparison, of_head)
-    reason = blind.reason if verdict == "undecided" else ""
+    if found.verdict == "edited" and found.directions is not None:
+        extent = _extent(reading, found, comparison, head)
     return Audit(
-        verdict=verdict,
-        evidence=evidence,
-        reason=reason,
-        direction=vector,
+        verdict=found.verdict,
+        evidence=found.evidence,
+        reason=found.reason,
+        direction=None if found.directions is None else found.directions[:, 0],
         strength=extent.strength,
         style=extent.style,
         removed=extent.removed,
         embeddings=extent.embeddings,
         biases=extent.biases,
-        blind=blind,
+        blind=looked[0],
+        readers=looked[1],
         claim=claim,
         head=head,
         comparison=comparison,
-        warnings=_warnings(verdict, claim, comparison, blind),
-        sentence=_sentence(verdict, evidence, reason, blind, comparison, extent),
+        warnings=_warnings(found.verdict, claim, comparison, looked),
+        sentence=sentence_of(found, looked, comparison),
         model=checkpoint.identity(),
     )
 
@@ -194,22 +204,17 @@ class _Extent:
 
 def _extent(
     reading: CheckpointWriters,
-    direction: Tensor,
-    gains: bool,
+    found: Decision,
     comparison: Comparison | None,
     head: HeadEvidence | None,
 ) -> _Extent:
-    """Which units lost the direction, and how much of it.
-
-    Args:
-        reading: the checkpoint.
-        direction: float64 unit ``[d_model]``.
-        gains: it is the stream's, behind the gains of norms.
-        comparison: the difference from the base, if there is one.
-        head: the output head's evidence, where nothing else shows the edit.
-    """
-    units = strengths(reading, direction, gains, comparison)
-    if head is not None:
+    """Which units lost the directions, and how much of them."""
+    assert found.directions is not None
+    side = "writers"
+    if found.evidence == "readers":
+        reading, side = open_readers(reading), "readers"
+    units = strengths(reading, found.directions, found.gains, comparison)
+    if found.evidence == "output head" and head is not None:
         # Too little is gone for the other writers to show it; of the embedding it is exact.
         units = tuple(
             replace(u, removed=head.scale, carries=True)
@@ -219,7 +224,8 @@ def _extent(
         )
         style: str | None = "the embedding, perhaps other writers too"
     else:
-        style = name_style(reading, units, direction, gains, comparison)
+        first = found.directions[:, 0]
+        style = name_style(reading, units, first, found.gains, comparison, side)
     removed = [u.removed for u in units if u.carries]
     if comparison is not None and comparison.form is not None:
         removed = [comparison.form.scale]
@@ -229,56 +235,12 @@ def _extent(
         style=style,
         removed=float(torch.tensor(removed).median()) if removed else None,
         embeddings=all(embeddings) if embeddings else None,
-        biases=biases_included(reading, direction, comparison),
+        biases=biases_included(reading, found.directions[:, 0], comparison),
     )
 
 
-def _control(
-    blind: Blind, comparison: Comparison | None, base: Checkpoint | None, device: torch.device
-) -> Blind | None:
-    """The same test of the base, where it is asked: a doubt that the base shares is no evidence."""
-    if base is None or comparison is None or comparison.form is not None or not comparison.beyond:
-        return None
-    return None if blind.verdict == "clean" else look(open_checkpoint(base), device)
-
-
-def _is_shared(blind: Blind, control: Blind) -> bool:
-    """Whether the base stands out as much as what is made from it."""
-    if control.verdict == "clean" or (blind.verdict == "edited" != control.verdict):
-        return False
-    if blind.direction is None or control.direction is None:
-        return blind.reason == control.reason
-    return float(blind.direction @ control.direction) ** 2 > _ALIKE
-
-
-def _decide(
-    blind: Blind,
-    claim: DeclaredEdit,
-    head: HeadEvidence | None,
-    comparison: Comparison | None,
-    control: Blind | None,
-) -> tuple[str, str, Tensor | None, bool]:
-    """Verdict, what decided it, the direction, and whether that is behind the gains."""
-    if comparison is not None:
-        if comparison.form is not None:
-            return "edited", "base", comparison.direction, comparison.gains
-        whole = not comparison.added and not comparison.missing
-        if not comparison.beyond and whole:
-            return "clean", "base", None, True
-        shared = control is not None and _is_shared(blind, control)
-        if shared and whole and comparison.tested and not claim.confirmed:
-            return "clean", "base", None, True
-    if claim.confirmed:
-        return "edited", "declared", claim.direction, True
-    if blind.verdict == "edited":
-        return "edited", "writers", blind.direction, blind.gains
-    if head is not None and head.projection:
-        return "edited", "output head", head.direction, True
-    return blind.verdict, "writers" if blind.verdict == "clean" else "", None, True
-
-
 def _warnings(
-    verdict: str, claim: DeclaredEdit, comparison: Comparison | None, blind: Blind
+    verdict: str, claim: DeclaredEdit, comparison: Comparison | None, looked: Looked
 ) -> tuple[str, ...]:
     warnings = list(claim.mismatches)
     if claim.card and verdict == "clean":
@@ -292,40 +254,10 @@ def _warnings(
     if comparison is not None and verdict == "edited" and comparison.beyond:
         count = len(comparison.beyond)
         warnings.append(f"{count} tensor{'s differ' if count > 1 else ' differs'} beyond the edit")
-    if comparison is not None and verdict == "clean" and blind.verdict == "edited":
+    claimed = any(one.verdict == "edited" for one in looked)
+    if comparison is not None and verdict == "clean" and claimed:
         warnings.append("the base itself carries the signature of an edit")
     return tuple(warnings)
-
-
-def _sentence(
-    verdict: str,
-    evidence: str,
-    reason: str,
-    blind: Blind,
-    comparison: Comparison | None,
-    extent: _Extent,
-) -> str:
-    """Why the verdict is what it is."""
-    if verdict == "undecided":
-        return reason
-    if comparison is not None and comparison.form is not None:
-        text = comparison.form.text
-        only = comparison.projected
-        return f"{text}: {only[0].name}" if len(only) == 1 else text
-    if verdict == "edited":
-        return {
-            "declared": "abliterate.json declares the edit, and the weights are as it says",
-            "output head": "the embedding is the output head less a share of one direction",
-        }.get(evidence, f"all of {blind.group} avoid one direction, far beyond chance "
-                        f"(p = {blind.p_value:.0e})")  # fmt: skip
-    if evidence == "base":
-        if comparison is not None and comparison.beyond:
-            return "tensors differ from the base, none by a projection"
-        return "no tensor differs from the base"
-    seen = f"an edit of all writers would show from scale {blind.detectable}"
-    if comparison is not None:
-        return f"tensors differ from the base, none by a projection; {seen}"
-    return f"no direction is avoided beyond chance; {seen}"
 
 
 def summarize(comparison: Comparison) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ _KEPT = 16  # directions among which the shared ones are looked for
 _TRIED = 4  # of them, at most
 #: Fit of a tensor along a direction that others vouch for.
 _VOUCHED = 0.5
+_ROUNDS = 2  # in which a direction is made sharper
 _BETTER = 1.1  # so many times as many tensors have to be named by directions of their layers
 
 
@@ -105,15 +106,14 @@ def find_shared(
             inside = {n: s for n, s in members.items() if s.place.layer == layer}
             by_layer[layer] = _groups(pair, inside, side) if len(inside) > 1 else []
     for name, one in members.items():  # read again: all of them would not fit in memory
-        before, delta = pair.sample(one.place.edit)
-        held = delta.abs().amax(dim=0) > 0
-        before, delta = before[:, held], delta[:, held]
+        before, delta = _changed(pair, one)
         for group in (*every, *by_layer.get(one.place.layer, ())):
             here = pair.at(one.place, group.basis, group.gains)
             group.grams[name] = Grams.of(before, delta, here)
-    whole = _best(pair, every)
+    best = _best(pair, every)
+    whole = best if best is None or not hidden else _sharpened(pair, members, best)
     layers = {
-        layer: found_here
+        layer: _sharpened(pair, {n: members[n] for n in groups[0].members}, found_here)
         for layer, groups in by_layer.items()
         if (
             found_here := _best(
@@ -131,6 +131,89 @@ def find_shared(
     direction = first.direction if whole is None else whole.direction
     own = {layer: one.direction for layer, one in layers.items()}
     return SharedDirections(direction, first.gains, measured, 1, own)
+
+
+def _sharpened(
+    pair: CheckpointPair, members: Mapping[str, TensorSummary], found: SharedDirections
+) -> SharedDirections:
+    """The same direction, known better, and every tensor along it.
+
+    The first left vectors of what differs hold only a part of it where other changes are larger,
+    and along a tilted direction too little seems lost. Of ``D = -s u (u^T W) + N`` the product
+    ``D W^T u`` is ``u`` again but for ``N W^T u``, which averages out over columns and tensors.
+    """
+    best = found
+    for _ in range(_ROUNDS):
+        direction = _turned(pair, members, best)
+        if direction is None:
+            break
+        basis, inside = direction.unsqueeze(1), torch.ones(1, dtype=torch.float64)
+        group = _Group(members, best.gains, basis, {})
+        for name, one in members.items():
+            before, delta = _changed(pair, one)
+            group.grams[name] = Grams.of(before, delta, pair.at(one.place, basis, best.gains))
+        measured = _measure(pair, group, inside)
+        sharper = SharedDirections(direction, best.gains, measured, best.count)
+        if _score(sharper) < _score(best):
+            break
+        best = sharper
+    return best
+
+
+def _turned(
+    pair: CheckpointPair, members: Mapping[str, TensorSummary], found: SharedDirections
+) -> Tensor | None:
+    """``D W^T u`` of the tensors that lost a direction, as one of the stream; None if none tells.
+
+    Channel by channel the least squares of all tensors behind their gains, each weighted by how
+    much else changed in it.
+    """
+    total = torch.zeros(pair.d_model, dtype=torch.float64)
+    weights = torch.zeros_like(total)
+    ones = torch.ones(pair.d_model, 1, dtype=torch.float64)
+    for name, one in members.items():
+        if not found.measured[name].lost or not _is_diagonal(one, found.gains):
+            continue
+        before, delta = _changed(pair, one)
+        factors = pair.at(one.place, ones, found.gains)[:, 0]
+        here = factors * found.direction
+        had = here @ before
+        length, energy = float(here @ here), float(had @ had)
+        if energy == 0:
+            continue
+        lost = delta @ had * (length / energy)  # -s times ``here``, and what averages out
+        changed = float(delta.square().sum())
+        along = float((here @ delta).square().sum()) / length
+        other = max(changed - along, 1e-6 * changed)
+        weight = len(had) * energy / (other * length**2)
+        total += weight * factors * lost
+        weights += weight * factors.square()
+    if not bool((weights > 0).any()):
+        return None
+    known = weights > 1e-6 * weights.max()
+    turned = torch.where(known, total / torch.where(known, weights, ones[:, 0]), 0.0 * total)
+    return turned / turned.norm() * sign_of(turned) if bool(turned.any()) else None
+
+
+def _is_diagonal(one: TensorSummary, gains: bool) -> bool:
+    """Between the tensor and the stream stand factors of the channels alone."""
+    part = one.place.part
+    if part is None:
+        return True
+    if part.channels is not None:
+        return False
+    return not gains or (len(part.ways) == 1 and not any(g.centred for g in part.ways[0]))
+
+
+def _changed(pair: CheckpointPair, one: TensorSummary) -> tuple[Tensor, Tensor]:
+    """The columns of a tensor that changed, and their change."""
+    before, delta = pair.sample(one.place.edit)
+    held = delta.abs().amax(dim=0) > 0
+    return before[:, held], delta[:, held]
+
+
+def _score(one: SharedDirections) -> float:
+    return sum(m.fit for m in one.measured.values() if m.lost)
 
 
 def _named(one: SharedDirections) -> int:

@@ -114,23 +114,29 @@ def _probed_shift(gram: Tensor, unwritten: int, shift: float, mean: float) -> tu
 
 
 def upper_edge(
-    matrix: Tensor, count: int, seed: int, precise: float = 0.05
+    matrix: Tensor, count: int, seed: int, precise: float = 0.05, kept: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The uppermost eigenvalues, falling, and the first eigenvector; on the CPU in float64.
+    """The uppermost eigenvalues, falling, and the first eigenvectors; on the CPU in float64.
 
     Args:
         matrix: symmetric, ``[d, d]``.
         count: of eigenvalues, at least; 1 if only the eigenvector is wanted.
         seed: of the start, where the matrix is wide.
-        precise: largest error of the eigenvector, about, if one stands apart.
+        precise: largest error of the first eigenvector, about, if one stands apart.
+        kept: eigenvectors that are returned.
+
+    Returns:
+        The eigenvalues, and ``[d, kept]``.
     """
     if not is_wide(len(matrix)):
         values, vectors = torch.linalg.eigh(matrix.double())
-        return values.flip(0).cpu(), _unit(vectors[:, -1])
-    return _krylov(matrix, count, seed, precise)
+        return values.flip(0).cpu(), _unit(vectors.flip(1)[:, :kept])
+    return _krylov(matrix, count, seed, precise, kept)
 
 
-def _krylov(matrix: Tensor, count: int, seed: int, precise: float) -> tuple[Tensor, Tensor]:
+def _krylov(
+    matrix: Tensor, count: int, seed: int, precise: float, kept: int
+) -> tuple[Tensor, Tensor]:
     """Block Lanczos with full reorthogonalisation; eigenvalues less multiple than a block are seen.
 
     Ritz values lie below the eigenvalues; it ends when the residuals are small beside their spread.
@@ -159,15 +165,16 @@ def _krylov(matrix: Tensor, count: int, seed: int, precise: float) -> tuple[Tens
             values, vectors = torch.linalg.eigh(small[known, known])
             values, vectors = values.flip(0), vectors.flip(1)
             residuals = (rest.double().cpu() @ vectors[present, :count]).norm(dim=0)
-            apart = max(float(values[0] - values[1]), 0.02 * float(values[0] - values[_BLOCK - 1]))
+            least = 0.02 * float(values[0] - values[_BLOCK - 1])
+            apart = max(float(values[0] - values[1]), least)
             first = float(residuals[0]) < precise * apart
-            spread = float(values[1] - values[count - 1]) if count > 1 else 1.0
+            spread = max(float(values[1] - values[count - 1]), least) if count > 1 else 1.0
             if last or (first and float(residuals[1:].sum()) < _CONVERGED * spread):
                 break
-    return values[:count], _unit(basis[:, known] @ vectors[:, 0].to(basis))
+    return values[:count], _unit(basis[:, known] @ vectors[:, :kept].to(basis))
 
 
-def _unit(vector: Tensor) -> Tensor:
-    upcast = vector.double().cpu()
-    out: Tensor = upcast / upcast.norm()
+def _unit(vectors: Tensor) -> Tensor:
+    upcast = vectors.double().cpu()
+    out: Tensor = upcast / upcast.norm(dim=0)
     return out

@@ -21,6 +21,7 @@ from abliterate.cli import (
     chat,
     checks,
     commands,
+    diff_command,
     evaluate_commands,
     export_command,
     fragility_command,
@@ -178,7 +179,7 @@ app.command()(analysis.inspect)
 app.command()(analysis.trace)
 app.command()(analysis.report)
 app.command()(audit_commands.audit)
-app.command()(audit_commands.diff)
+app.command()(diff_command.diff)
 app.command()(fragility_command.fragility)
 app.command()(chat.chat)
 app.command()(plan_command.plan)

@@ -1,4 +1,4 @@
-"""The commands that judge checkpoints: audit, and diff."""
+"""audit: was a checkpoint abliterated, and along what?"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from abliterate.cli import options as opt
+from abliterate.cli.diff_command import show_differences
 from abliterate.console import print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def audit(
         typer.Option(
             "-o",
             "--output",
-            help="Write the recovered direction here (safetensors); replaces an earlier one of "
-            "audit, nothing else.",
+            help="Write the recovered direction here (safetensors), or as FILE.html the verdict "
+            "and a strip of what was edited; replaces an earlier one of audit, nothing else.",
             show_default=False,
         ),
     ] = None,
@@ -75,20 +76,25 @@ def audit(
     """  # fmt: skip
     from abliterate.direction import Direction, find_direction, load_direction, save_direction
     from abliterate.errors import UsageError
+    from abliterate.extras import import_extra
     from abliterate.run_records import source_of_direction
     from abliterate.settings import load_settings
-    from abliterate.storage.artifacts import check_writable, finite
-    from abliterate.storage.ownership import claim_file, has_metadata
+    from abliterate.storage.artifacts import check_writable, finite, write_atomically
+    from abliterate.storage.ownership import claim_file, has_metadata, is_page
 
     load_settings(None, given)
     if direction is not None:
         find_direction(direction)
+    as_page = output is not None and output.suffix.lower() in (".html", ".htm")
     if output is not None:
+        if as_page:
+            import_extra("plotly.graph_objects", "-o FILE.html", "plotly", "report")
         if output.is_dir():
             raise UsageError(f"-o {output} is a folder: name a file such as direction.safetensors")
         check_writable(output.parent)
         # A direction that select chose has its position: it is no output of this command.
-        claim_file(output, has_metadata("layer", "model", position="None"), "audit -o")
+        kind = is_page if as_page else has_metadata("layer", "model", position="None")
+        claim_file(output, kind, "audit -o")
     if save_directions is not None:
         if base is None:
             raise UsageError("--save-directions needs --base: what each layer lost is told by it")
@@ -118,7 +124,11 @@ def audit(
         found = judge(target, other, known, place)
         document = finite(found.document())
         document["direction"] = None
-        if output is not None and found.direction is not None:
+        if output is not None and as_page:
+            from abliterate.report.edit_strip import audit_page
+
+            write_atomically(output, audit_page(checkpoint, document).encode())
+        elif output is not None and found.direction is not None:
             save_direction(output, Direction(found.direction), target.name, target.revision)
             document["direction"] = str(output)
         document["directions"] = None
@@ -128,7 +138,9 @@ def audit(
     if as_json:
         print_json(document)
     else:
-        _show(checkpoint, document, found.direction is not None, tensors)
+        _show(checkpoint, document, found.direction is not None and not as_page, tensors)
+        if as_page:
+            print_line(f"page: {output}")
     return EXIT_CODES[found.verdict]
 
 
@@ -163,7 +175,8 @@ def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: boo
     rows = []
     if document["evidence"]:
         rows.append(["decided by", document["evidence"]])
-    rows.append(["p-value of the writers", f"{writers['p_value']:.1e} (claimed below 1e-07)"])
+    sides = ("writers", "readers")
+    rows += [[f"chance for the {side}", _chance(document[side])] for side in sides]
     if document["verdict"] == "edited":
         if base is not None and base["form"] is not None:
             rows.append(["form", ", ".join(base["form"]["kinds"])])
@@ -199,8 +212,8 @@ def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: boo
             ],
         )
     if tensors and base is not None:
-        _show_differences(base)
-    for one in writers["set_aside"]:
+        show_differences(base)
+    for one in (*writers["set_aside"], *document["readers"]["set_aside"]):
         channels = one["channels"]
         count = f" ({len(channels)} channels)" if channels else ""
         print_line(f"set aside: {one['reason']}{count}")
@@ -213,6 +226,15 @@ def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: boo
         print_line(f"directions by layer: {document['directions']}")
     if not tensors and (base is not None or document["units"]):
         print_line("--tensors lists each of them")
+
+
+def _chance(side: dict[str, Any]) -> str:
+    """A p-value as far as it was calibrated, or why there is none."""
+    from abliterate.auditing.verdict import p_text
+
+    if not side["groups"]:
+        return str(side["reason"])
+    return f"{p_text(side['p_value'])} (claimed below {side['claimed_below']:.0e})"
 
 
 def _show_kinds(units: list[dict[str, Any]]) -> None:
@@ -231,7 +253,7 @@ def _show_kinds(units: list[dict[str, Any]]) -> None:
                 f"{removed[0]:.2f} to {removed[-1]:.2f}" if removed else "-",
             ]
         )
-    print_table("edited", ["writers", "layers", "units", "removed"], rows, left=2)
+    print_table("edited", ["kind", "layers", "units", "removed"], rows, left=2)
 
 
 def _show_summary(base: dict[str, Any]) -> None:
@@ -256,51 +278,3 @@ def _show_summary(base: dict[str, Any]) -> None:
     for label in ("missing", "added"):
         if base[label]:
             print_line(f"{label}: {len(base[label])} tensors")
-
-
-@opt.command()
-def diff(
-    a: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", show_default=False)],
-    b: Annotated[str, typer.Argument(help="Another of its architecture.", show_default=False)],
-    as_json: opt.Json = False,
-) -> None:
-    """Compare two checkpoints tensor by tensor: unchanged, rank 1, low rank or dense."""
-    from abliterate.checkpoints.checkpoint import find_checkpoint
-    from abliterate.storage.artifacts import finite
-
-    pair = find_checkpoint(a), find_checkpoint(b)
-    from abliterate.auditing.compare import compare
-    from abliterate.auditing.report import comparison_document
-
-    document = finite(comparison_document(compare(*pair)))
-    print_json(document) if as_json else _show_differences(document)
-
-
-def _show_differences(document: dict[str, Any]) -> None:
-    changed = [t for t in document["tensors"] if t["state"] != "unchanged"]
-    if changed:
-        print_table(
-            "tensors that differ",
-            ["tensor", "difference", "size", "in its first direction", "cosine", "scale"],
-            [
-                [
-                    t["name"],
-                    t["state"],
-                    f"{t['change']:.1e}" if t["change"] is not None else "inf",
-                    f"{t['first']:.3f}",
-                    "-" if t["cosine"] is None else f"{t['cosine']:.5f}",
-                    "-" if t["scale"] is None else f"{t['scale']:.3f}",
-                ]
-                for t in changed
-            ],
-            left=2,
-        )
-    print_line(f"unchanged: {len(document['tensors']) - len(changed)} tensors")
-    if document["projected"]:
-        print_line(
-            f"one direction was projected out of {len(document['projected'])} writers; "
-            f"{len(document['beyond'])} tensors differ otherwise"
-        )
-    for label in ("missing", "added"):
-        for name in document[label][:20]:
-            print_line(f"{label}: {name}")

@@ -20,7 +20,13 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 
 from abliterate.errors import InputError
-from abliterate.report import facts, geometry_figures, outcome_figures, selection_figures
+from abliterate.report import (
+    edit_strip,
+    facts,
+    geometry_figures,
+    outcome_figures,
+    selection_figures,
+)
 from abliterate.report.collect import Completions, Run, read_completions
 from abliterate.report.reproduce import commands, notes, renewals
 from abliterate.report.selection_figures import METRICS, Table
@@ -179,6 +185,7 @@ def make_figures(run: Run) -> Figures:
     are_of("trace")
     if run.edit is not None:
         edit = run.edit
+        found["edit_strip"] = _part("abliterate.json", lambda: edit_strip.record_strip(edit))
         found["leaks"] = _part("abliterate.json", lambda: outcome_figures.leaks(edit))
     are_of("edit")
     kept = {name: made for name, made in found.items() if made is not None}
