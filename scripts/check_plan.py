@@ -3,9 +3,16 @@
 
     python scripts/check_plan.py [--layers 8] [--prompts 128]
 
-Random checkpoints (dense, and a mixture of experts), each extracted from in memory and streamed, in
-processes of their own; prints estimate, measurement and ratio of peak memory and time. The speeds
-of disk and matrix product are measured just before, under whatever load the machine has.
+Random checkpoints (dense, and a mixture of experts), each extracted from in memory and streamed,
+in processes of their own; prints estimate, measurement and ratio of peak memory and time. The
+speeds of disk and matrix product are measured just before, under whatever load the machine has.
+
+    python scripts/check_plan.py --stages [--layers 8] [--width 512]
+
+Every stage as a user starts it, on a dense checkpoint with the demo model's tokenizer: `plan` for
+the same prompts, then extract, select (exhaustive, as it estimates), orthogonalize, verify
+--forward and evaluate, each without what Python and the libraries take to start. Random weights
+end no answer, so each has all its tokens.
 """
 
 from __future__ import annotations
@@ -13,16 +20,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
 import torch
 from bench_offload import _POSITIONS, build, build_tiny, prompts
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from abliterate.capacity import machine_benchmark, resource_estimate
+from abliterate.capacity import machine_benchmark, model_shape, resource_estimate
 from abliterate.models.loading import Checkpoint, load_config
 
 
@@ -32,7 +42,11 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=12)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--stages", action="store_true")
     args = parser.parse_args()
+    if args.stages:
+        all_stages(args)
+        return
     print(f"{args.prompts} prompts, {torch.get_num_threads()} threads, load "
           f"{os.getloadavg()[0]:.1f}\n")  # fmt: skip
     print("| model | mode | memory estimated GB | measured | ratio | seconds estimated | measured "
@@ -45,12 +59,65 @@ def main() -> None:
             build(folder, args)
             build_tiny(folder, args)
             config = load_config(Checkpoint(str(folder), folder))
-            shape = resource_estimate.shape_of(config, torch.float32)
+            shape = model_shape.shape_of(config, torch.float32)
             for mode in ("memory", "stream"):
                 row(folder, args, mode, shape)
 
 
-def row(folder: Path, args: argparse.Namespace, mode: str, shape: resource_estimate.Shape) -> None:
+_PROMPTS, _ANSWER = 24, 32
+
+
+def all_stages(args: argparse.Namespace) -> None:
+    """One line a stage."""
+    with tempfile.TemporaryDirectory() as work:
+        model = Path(work) / "model"
+        demo = Path(__file__).resolve().parents[1] / "data/demo-model"
+        torch.manual_seed(0)
+        size = AutoConfig.from_pretrained(demo).vocab_size
+        config = LlamaConfig(
+            vocab_size=size, hidden_size=args.width, num_hidden_layers=args.layers,
+            intermediate_size=4 * args.width, num_attention_heads=args.width // 64,
+            num_key_value_heads=args.width // 256, head_dim=64, dtype="float32",
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(config).save_pretrained(model)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(demo / name, model)
+        run, edited, few = f"{work}/run", f"{work}/edited", str(_PROMPTS)
+        commands = {
+            "extract": ["extract", str(model), "-o", run, "--n-train", few],
+            "select": ["select", run, "--n-val", few, "--search", "exhaustive",
+                       "--kl-threshold", "1e9", "--induce-threshold", "-1e9", "--no-filter"],
+            "orthogonalize": ["orthogonalize", str(model), "--direction", run, "-o", edited],
+            "verify --forward": ["verify", edited, "--direction", run, "--forward"],
+            "evaluate": ["evaluate", run, "--n-test", "100", "--max-new-tokens", str(_ANSWER)],
+        }  # fmt: skip
+        planned = output("plan", str(model), "--n-train", few, "--n-val", few, "--tokens", "20",
+                         "--positions", "5", "--answer-tokens", str(_ANSWER), "--json")  # fmt: skip
+        expected = {stage["name"]: stage for stage in json.loads(planned)["stages"]}
+        started = time.perf_counter()
+        output("plan", "--help")
+        subprocess.run([sys.executable, "-c", "import torch, transformers"], check=True)
+        start = time.perf_counter() - started
+        print(f"starting takes {start:.1f} s, taken off each\n")
+        print("| stage | seconds estimated | measured | ratio |\n|---|---:|---:|---:|")
+        for name, command in commands.items():
+            started = time.perf_counter()
+            output(*command)
+            took = max(time.perf_counter() - started - start, 1e-3)
+            seconds = expected[name]["seconds"]
+            print(f"| {name} | {seconds:.1f} | {took:.1f} | {seconds / took:.2f} |", flush=True)
+
+
+def output(*arguments: str) -> str:
+    """What a command of ours prints."""
+    command = [sys.executable, "-m", "abliterate", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}: {done.stderr}")
+    return done.stdout
+
+
+def row(folder: Path, args: argparse.Namespace, mode: str, shape: model_shape.Shape) -> None:
     lengths = [len(ids) for ids in prompts(args.prompts)]
     work = resource_estimate.Workload(
         n_train=args.prompts // 2,

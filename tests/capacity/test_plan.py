@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from abliterate.capacity import machine_benchmark
-from abliterate.capacity.resource_estimate import shape_of
+from abliterate.capacity.model_shape import shape_of
 
 
 def _parameters(folder: Path) -> int:
@@ -98,3 +98,88 @@ def test_speeds_of_a_slow_machine_are_measured_on_smaller_samples(
     assert machine_benchmark.disk_speed(tmp_path) == pytest.approx((4 << 20) / 60)
     assert machine_benchmark.copy_speed() == pytest.approx((64 << 20) / 60)
     assert next(now) <= 60 * 8
+
+
+def _config(folder: Path, kv_heads: int = 8, experts: int = 0) -> Path:
+    """Four wide layers with the weights of a model of 70 billion parameters (140 GB)."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=128_000, hidden_size=8192, intermediate_size=710_000, num_hidden_layers=4,
+        num_attention_heads=64, num_key_value_heads=kv_heads, tie_word_embeddings=False,
+        dtype="bfloat16",
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("machine", "kv_heads", "way", "start"),
+    [
+        ("24GB", 8, "offload", "--offload"),
+        ("8 x 24GB", 8, "tensor parallel", "--nproc-per-node 8 -m"),
+        ("8x80GB", 8, "tensor parallel", "--tensor-parallel"),
+        ("2xh100", 8, "offload", "--offload"),
+        ("3x80GB", 8, "device map", "--device-map auto"),
+        ("h200", 8, "offload", "--offload"),
+        ("2x8x24GB", 8, "tensor parallel", "--standalone"),
+        ("8x1x24GB", 8, "tensor parallel", "--nnodes 8"),
+        ("16x1x24GB", 8, "offload", "--offload"),
+    ],
+)
+def test_a_machine_that_is_not_at_hand_is_planned_for(
+    machine: str, kv_heads: int, way: str, start: str, cli, tmp_path: Path
+) -> None:
+    model = _config(tmp_path, kv_heads)
+    document = cli("plan", model, "--machine", machine, "--json").json
+    assert document["bytes"] == pytest.approx(144e9, rel=0.02)
+    assert document["spread"]["way"] == way
+    assert start in document["start"]
+    assert all(stage["seconds"] > 0 for stage in document["stages"])
+    assert document["machine"]["assumed"]
+    if way in ("offload", "device map"):
+        assert document["spread"]["why"]
+    if machine == "16x1x24GB":
+        assert "16 ranks do not divide 64 and 8" in document["spread"]["why"]
+    if way == "tensor parallel":  # each card holds its part, and no more than it has
+        each = document["stages"][0]["memory"]
+        assert document["bytes"] / document["spread"]["parts"] < each < 82e9
+
+
+def test_time_follows_cards_and_answers(cli, tmp_path: Path) -> None:
+    """By the figures that are assumed: eight copies take an eighth, answers read the weights."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=1000, hidden_size=4096, intermediate_size=120_000, num_hidden_layers=4,
+        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False, dtype="bfloat16",
+    ).save_pretrained(tmp_path)  # fmt: skip
+
+    def stages(*options: str) -> dict[str, dict[str, float]]:
+        document = cli("plan", tmp_path, *options, "--json").json
+        return {stage["name"]: stage for stage in document["stages"]} | {"": document}
+
+    one, eight = stages("--machine", "80GB"), stages("--machine", "8x80GB")
+    assert eight[""]["spread"]["way"] == "data parallel"
+    loading = one[""]["bytes_on_disk"] / 2e9
+    for name in ("extract", "select"):
+        alone, together = (found[name]["seconds"] - loading for found in (one, eight))
+        assert together == pytest.approx(alone / 8, rel=1e-6)
+    short = stages("--machine", "80GB", "--answer-tokens", "64")["evaluate"]["seconds"]
+    long = stages("--machine", "80GB", "--answer-tokens", "128")["evaluate"]["seconds"]
+    # 64 tokens more for 600 prompts in one batch: the arithmetic of so many rows, or the reading.
+    active = one[""]["active_parameters"] + 1000 * 4096
+    step = max(2 * active * 600 / (0.4 * 312e12), one[""]["bytes"] / (0.6 * 2.039e12))
+    assert long - short == pytest.approx(64 * step, rel=0.01)
+
+
+def test_plan_shows_how_to_start_and_what_is_assumed(tiny, cli, fails) -> None:
+    shown = cli("plan", tiny("llama"), "--machine", "2x4xH100").out.replace("\n", " ")
+    for text in ("torchrun --nnodes 2", "not measured", "8 devices"):
+        assert text in shown
+    line = fails("plan", tiny("llama"), "--machine", "8xfast", code=2)
+    for text in ("--machine", "80gb", "8xfast"):
+        assert text in line
+    assert "--machine" in fails("plan", tiny("llama"), "--machine", "0x80GB", code=2)
+    both = ("--machine", "80GB", "--gpu-memory", "80GB")
+    assert "--gpu-memory" in fails("plan", tiny("llama"), *both, code=2)
+    assert "--answer-tokens" in fails("plan", tiny("llama"), "--answer-tokens", "0", code=2)

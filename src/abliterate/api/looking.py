@@ -15,6 +15,7 @@ from abliterate.api.directions import activations
 from abliterate.api.inputs import DirectionLike, PromptsLike, as_direction, as_prompts
 from abliterate.api.language_model import ModelLike, as_model
 from abliterate.api.tables import to_frame, to_html
+from abliterate.capacity.hardware import parse_hardware
 from abliterate.capacity.resource_plan import plan_resources
 from abliterate.checkpoints.checkpoint import find_checkpoint
 from abliterate.errors import UsageError
@@ -277,6 +278,8 @@ def plan(
     n_val: int = 32,
     tokens: int = 32,
     positions: int = 5,
+    answer_tokens: int = 512,
+    machine: str | None = None,
     dtype: str = "auto",
     activation_memory: str | None = None,
     revision: str | None = None,
@@ -292,6 +295,8 @@ def plan(
         n_val: validation prompts per kind.
         tokens: tokens of a prompt, template included.
         positions: positions that are looked at.
+        answer_tokens: tokens of an answer, at most.
+        machine: one that is not at hand, such as ``8x80GB``, instead of this one.
         dtype: of the computation.
         activation_memory: memory for activations of a streamed model.
         revision: branch, tag or commit of a hub id.
@@ -311,8 +316,12 @@ def plan(
         >>> ab.plan(M, memory="8GB", gpu_memory="8GB").mode
         'in memory'
     """
-    if min(n_train, n_val, tokens, positions) < 1:
-        raise UsageError("--n-train, --n-val, --tokens and --positions must be at least 1")
+    if min(n_train, n_val, tokens, positions, answer_tokens) < 1:
+        raise UsageError(
+            "--n-train, --n-val, --tokens, --positions and --answer-tokens must be at least 1"
+        )
+    if machine is not None and gpu_memory is not None:
+        raise UsageError("--machine names the accelerators: leave out --gpu-memory")
 
     def size(text: str | None, option: str) -> int | None:
         if text is None:
@@ -327,6 +336,8 @@ def plan(
         n_val=n_val,
         tokens=tokens,
         positions=positions,
+        answer_tokens=answer_tokens,
+        hardware=None if machine is None else parse_hardware(machine),
         activation_memory=size(activation_memory, "--activation-memory"),
         dtype=dtype,
         trust_remote_code=trust_remote_code,

@@ -21,8 +21,8 @@ _SAMPLE = 256 << 20
 _COPIED = 64 << 20
 # Seconds after which one measurement takes no larger sample.
 _LONGEST = 1.0
-# Tokens to begin with on a CPU.
-_FEW_ROWS = 32
+# Tokens to begin with on a CPU, and of a batch of answers.
+FEW_ROWS = 32
 # Weights of the layers that are measured, so that they come from memory and not from a cache.
 _WEIGHTS = 128 << 20
 _MOST_LAYERS = 8
@@ -79,7 +79,9 @@ def copy_speed() -> float:
 
 
 @torch.inference_mode()
-def layer_speed(width: int, dtype: torch.dtype, device: torch.device) -> float:
+def layer_speed(
+    width: int, dtype: torch.dtype, device: torch.device, rows: int | None = None
+) -> float:
     """Floating-point operations per second of feed-forward layers, norm and activation included.
 
     A matrix product alone, over and over with the same weights, is faster than any model.
@@ -88,9 +90,10 @@ def layer_speed(width: int, dtype: torch.dtype, device: torch.device) -> float:
         width: d_model.
         dtype: of the computation.
         device: where it runs.
+        rows: tokens at once; None is as many as a batch of prompts has.
     """
     width = min(width, _WIDEST.get(device.type, _WIDEST_ACCELERATOR))
-    most, inner = TokenBudget(device).tokens, 4 * width
+    most, inner = rows or TokenBudget(device).tokens, 4 * width
     size = 2 * width * inner * dtype.itemsize
     n = min(_MOST_LAYERS, -(-_WEIGHTS // size))
     up = [torch.randn(inner, width, device=device, dtype=dtype) / width**0.5 for _ in range(n)]
@@ -106,7 +109,7 @@ def layer_speed(width: int, dtype: torch.dtype, device: torch.device) -> float:
         return time.perf_counter() - begun
 
     # Few tokens are slower than many, but take no minutes where the machine is slow.
-    rows = min(_FEW_ROWS, most) if device.type == "cpu" else most
+    rows = min(FEW_ROWS, most) if device.type == "cpu" else most
     seconds = run(hidden[:rows])
     while rows < most and 2 * seconds < _LONGEST:
         rows = min(2 * rows, most)

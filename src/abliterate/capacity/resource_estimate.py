@@ -13,23 +13,32 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from abliterate.checkpoints.shards import ShardSet
+from abliterate.capacity.hardware import (
+    COMPUTES,
+    COPY,
+    DISK,
+    MAIN_MEMORY,
+    NETWORK,
+    READS,
+    Hardware,
+    Spread,
+    spread,
+    start_line,
+)
+from abliterate.capacity.machine_benchmark import FEW_ROWS
+from abliterate.capacity.model_shape import Shape
 from abliterate.editing.shard_writer import edit_memory, usable_cores
-from abliterate.errors import UsageError
 from abliterate.inference.token_batches import TokenBudget
-from abliterate.models.loading import DTYPES
-from abliterate.models.model_classes import empty_model, text_config
 from abliterate.offload.weight_passes import CPU_TOKENS
-from abliterate.writers import decoder_blocks, find_writers
 
 # What the prompts are unless options say so: the defaults of the stages, post-instruction tokens
 # of common templates, and the bundled instructions in one.
 TOKENS, POSITIONS, N_TRAIN, N_VAL, N_TEST, ANSWER = 32, 5, 128, 32, 100, 512
+# Of a device's memory for weights, of what is left for keys and values; bytes for these on a CPU.
+_SHARE, _SHARE_FREE, _CACHES = 0.9, 0.7, 2 << 30
 # Of the candidates, those that induce leaves over for KL and bypass; half is usual.
 _PASSING = 0.5
-_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,12 @@ class Machine:
         matmul: floating-point operations per second in layers, measured; None where the machine
             that is planned for has an accelerator and this one has not.
         copy: bytes copied per second into fresh memory, measured.
+        few_rows: as ``matmul``, of a batch of :data:`FEW_ROWS` tokens, as answers are said; None
+            where it is not known.
+        cards: accelerators of one machine.
+        nodes: machines.
+        link: bytes per second between accelerators of a machine, 0 where there is one.
+        assumed: the card whose maker's figures stand for measured ones; None where all is measured.
     """
 
     memory: int
@@ -50,41 +65,11 @@ class Machine:
     disk: float
     matmul: float | None
     copy: float
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model is made of, in parameters and bytes of the dtype that computes.
-
-    Attributes:
-        parameters: all of them.
-        active: those that one token passes in the blocks.
-        weights: bytes in memory.
-        stored: bytes on disk.
-        blocks: bytes of each decoder block.
-        rest: bytes beside the blocks and the embeddings that are read row by row.
-        projection: parameters of the vocabulary projection.
-        vocabulary: its rows.
-        width: d_model.
-        itemsize: bytes of a number that computes.
-        source: bytes on disk of what loading copies (another dtype, fused experts); they are mapped
-            beside the copies until all is loaded.
-        fusing: bytes at once while the largest fused tensor is made: its source, the stacked
-            experts and what they are joined to.
-    """
-
-    parameters: int
-    active: int
-    weights: int
-    stored: int
-    blocks: tuple[int, ...]
-    rest: int
-    projection: int
-    vocabulary: int
-    width: int
-    itemsize: int
-    source: int = 0
-    fusing: int = 0
+    few_rows: float | None = None
+    cards: int = 1
+    nodes: int = 1
+    link: float = 0
+    assumed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,11 +78,12 @@ class StageEstimate:
 
     Attributes:
         name: the command.
-        mode: ``in memory``, ``offload`` or ``streamed edit``.
+        mode: ``in memory``, ``offload`` or ``streamed edit``; with several accelerators how the
+            model is spread (:class:`abliterate.capacity.hardware.Spread`).
         passes: how often the weights are read.
         bytes_read: from disk.
         flops: floating-point operations.
-        memory: peak bytes of the process (with an accelerator: of it).
+        memory: peak bytes of the process (with accelerators: of each).
         seconds: None where no speed is known.
     """
 
@@ -121,6 +107,7 @@ class Workload:
         positions: positions whose activations are taken.
         activation_memory: bytes for activations under ``--offload``; None is half of the memory.
         libraries: bytes that the process has before the model.
+        answer: tokens of an answer, at most.
     """
 
     n_train: int = N_TRAIN
@@ -129,109 +116,49 @@ class Workload:
     positions: int = POSITIONS
     activation_memory: int | None = None
     libraries: int = field(default=500 << 20)
+    answer: int = ANSWER
 
 
-def shape_of(
-    config: Any,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    shards: ShardSet | None = None,
-) -> Shape:
-    """Sizes of a model, from its configuration.
+def assumed_machine(hardware: Hardware, shape: Shape, memory: int | None = None) -> Machine:
+    """A machine that is not at hand, for a model.
 
     Args:
-        config: the configuration.
-        dtype: of the weights in memory.
-        trust_remote_code: the checkpoint's own code may run.
-        shards: its tensors, if they are there too.
-
-    Raises:
-        CheckpointError: the configuration contradicts itself, or is that of a larger model.
-        UnsupportedArchitectureError: its decoder blocks cannot be found. That its writers can is
-            not looked at.
+        hardware: its cards.
+        shape: the model; an answer's token reads all its weights, whatever it passes of them.
+        memory: bytes of main memory, if they are known.
     """
-    model = empty_model(config, trust_remote_code, shards)
-    text = text_config(model)
-    blocks = _layers(model, text) or decoder_blocks(model)
-    width = getattr(text, "hidden_size", None) or find_writers(model).d_model
-    size = dtype.itemsize
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = {id(p) for p in embedding.parameters()}
-    projected = 0 if head is None else head.weight.numel()
-    everything = {id(p): p.numel() for p in model.parameters()}
-    total = sum(everything.values())
-    rest = sum(n for key, n in everything.items() if key not in inside | rows)
-    stored = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
-    stored = getattr(torch, stored) if isinstance(stored, str) else stored
-    return Shape(
-        total,
-        sum(_active(block, text) for block in blocks),
-        total * size,
-        total * stored.itemsize,
-        tuple(sum(p.numel() for p in block.parameters()) * size for block in blocks),
-        min(rest * size, 64 << 20) if head is not None else rest * size,
-        projected,
-        embedding.weight.shape[0],
-        width,
-        size,
-        *_copied(model, dtype, stored),
+    card = hardware.card
+    read = READS * card.bandwidth / max(shape.weights, 1)  # times a second
+    return Machine(
+        memory or MAIN_MEMORY * hardware.cards,
+        card.memory,
+        DISK,
+        COMPUTES * card.flops,
+        COPY,
+        read * FEW_ROWS * 2 * (shape.active + shape.projection),
+        hardware.cards,
+        hardware.nodes,
+        card.link,
+        card.name,
     )
-
-
-def _layers(model: Any, text: Any) -> list[nn.Module]:
-    """The decoder's blocks where they are plain to see; empty where it takes a trace to tell.
-
-    A trace runs a copy with all layers and experts, which takes minutes for the largest.
-    """
-    parts = model.get_decoder().children()
-    lists = [module for module in parts if isinstance(module, nn.ModuleList)]
-    if len(lists) != 1 or len(lists[0]) != getattr(text, "num_hidden_layers", None):
-        return []
-    return list(lists[0])
-
-
-def _copied(model: Any, dtype: torch.dtype, stored: torch.dtype) -> tuple[int, int]:
-    """Bytes on disk of the parameters that are copies once loaded, and what fusing one takes."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    made = [
-        pattern
-        for each in get_model_conversion_mapping(model)
-        if isinstance(each, WeightConverter)
-        for pattern in each.target_patterns
-    ]
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    fused = [n for name, n in sizes.items() if any(pattern in name for pattern in made)]
-    copied = sum(sizes.values() if dtype != stored else fused)
-    largest = max(fused, default=0)
-    return copied * stored.itemsize, largest * (stored.itemsize + 2 * dtype.itemsize)
-
-
-def _active(block: nn.Module, config: Any) -> int:
-    """Parameters of a block that one token passes: of routed experts, those it is sent to."""
-    found = [getattr(config, name, None) for name in _PER_TOKEN]
-    used = next((k for k in found if isinstance(k, int) and k > 0), 0)
-    total = 0
-    for name, parameter in block.named_parameters():
-        n = parameter.numel()
-        routed = parameter.ndim == 3 and "expert" in name and used > 0
-        total += n * min(used, parameter.shape[0]) // parameter.shape[0] if routed else n
-    return total
 
 
 def estimate(shape: Shape, machine: Machine, work: Workload) -> list[StageEstimate]:
     """What every stage takes."""
-    place = machine.gpu_memory or machine.memory
-    fits = shape.weights <= 0.9 * place
+    where = spread_of(shape, machine)
     return [
-        _extract(shape, machine, work, fits),
-        _select(shape, machine, work, fits),
+        _extract(shape, machine, work, where),
+        _select(shape, machine, work, where),
         _orthogonalize(shape, machine, work),
-        _verify(shape, machine, work, fits),
-        _evaluate(shape, machine, work, fits),
+        _verify(shape, machine, work, where),
+        _evaluate(shape, machine, work, where),
     ]
+
+
+def spread_of(shape: Shape, machine: Machine) -> Spread:
+    """How the model lies on the machine."""
+    room = int(_SHARE * (machine.gpu_memory or machine.memory))
+    return spread(shape.weights, room, machine.cards, machine.nodes, shape.heads)
 
 
 def _flops(shape: Shape, tokens: float, prompts: float, share: float = 1.0) -> float:
@@ -252,11 +179,12 @@ def _stage(
     shape: Shape,
     machine: Machine,
     work: Workload,
-    fits: bool,
+    where: Spread,
     flops: float,
     held: int,
     passes: int,
 ) -> StageEstimate:
+    fits = where.way != "offload"
     batch = TokenBudget(torch.device("cuda" if machine.gpu_memory else "cpu")).tokens
     if not fits and not machine.gpu_memory:
         batch = CPU_TOKENS
@@ -264,10 +192,11 @@ def _stage(
     scratch = batch * max(inner // 4, shape.width) * shape.itemsize
     libraries = 0 if fits and machine.gpu_memory else work.libraries
     if fits:
-        memory = libraries + shape.weights + scratch
+        memory = libraries + shape.weights // where.parts + scratch
         if not machine.gpu_memory:
             memory += shape.source
-        mode, read = "in memory", shape.stored
+        alone = where.parts * where.copies == 1
+        mode, read = "in memory" if alone else where.way, shape.stored
         passes = 1
     else:
         budget = work.activation_memory or machine.memory // 2
@@ -276,23 +205,24 @@ def _stage(
         mode, read = "offload", shape.stored * passes
     seconds = None
     if machine.matmul is not None:
-        reading, computing = read / machine.disk, flops / machine.matmul
+        reading, computing = read / machine.disk, flops / (machine.matmul * where.speed)
+        computing += _talking(shape, machine, where, flops / max(2 * shape.active, 1))
         # Streaming reads while it computes; loading comes first. Experts are stacked, then joined.
         seconds = reading + computing if fits else max(reading, computing)
         seconds += (2 if shape.fusing else 1) * passes * shape.source / machine.copy
     return StageEstimate(name, mode, passes, read, flops, memory, seconds)
 
 
-def _extract(shape: Shape, machine: Machine, work: Workload, fits: bool) -> StageEstimate:
+def _extract(shape: Shape, machine: Machine, work: Workload, where: Spread) -> StageEstimate:
     prompts = 2 * work.n_train
     tokens = prompts * work.tokens
     seen = prompts * work.positions * len(shape.blocks) * shape.width * shape.itemsize
     held = _waiting(shape, work, tokens, prompts) + seen
     flops = _flops(shape, tokens, prompts)
-    return _stage("extract", shape, machine, work, fits, flops, held, 1)
+    return _stage("extract", shape, machine, work, where, flops, held, 1)
 
 
-def _select(shape: Shape, machine: Machine, work: Workload, fits: bool) -> StageEstimate:
+def _select(shape: Shape, machine: Machine, work: Workload, where: Spread) -> StageEstimate:
     layers = int(0.8 * len(shape.blocks))
     candidates = work.positions * layers
     tokens = work.n_val * work.tokens
@@ -307,7 +237,7 @@ def _select(shape: Shape, machine: Machine, work: Workload, fits: bool) -> Stage
     first, second = candidates * each, int(2 * tested * each)
     passes = max(1, -(-first // budget)) + max(1, -(-second // budget))
     held = max(first, second) + work.n_val * shape.vocabulary * shape.itemsize
-    return _stage("select", shape, machine, work, fits, flops, held, int(passes))
+    return _stage("select", shape, machine, work, where, flops, held, int(passes))
 
 
 def _orthogonalize(shape: Shape, machine: Machine, work: Workload) -> StageEstimate:
@@ -318,46 +248,64 @@ def _orthogonalize(shape: Shape, machine: Machine, work: Workload) -> StageEstim
     )
 
 
-def _verify(shape: Shape, machine: Machine, work: Workload, fits: bool) -> StageEstimate:
+def _verify(shape: Shape, machine: Machine, work: Workload, where: Spread) -> StageEstimate:
     prompts = 32
     tokens = prompts * work.tokens
     held = _waiting(shape, work, tokens, prompts)
     flops = _flops(shape, tokens, prompts)
-    return _stage("verify --forward", shape, machine, work, fits, flops, held, 1)
+    return _stage("verify --forward", shape, machine, work, where, flops, held, 1)
 
 
-def _evaluate(shape: Shape, machine: Machine, work: Workload, fits: bool) -> StageEstimate:
-    """Baseline, ablate and add; in memory the answers too, whose length only the run shows."""
+def _evaluate(shape: Shape, machine: Machine, work: Workload, where: Spread) -> StageEstimate:
+    """Baseline, ablate and add; in memory the answers too, as if each took all its tokens."""
     prompts = 3 * 2 * N_TEST
     tokens = prompts * work.tokens
     held = _waiting(shape, work, tokens, prompts)
     flops = _flops(shape, tokens, prompts)
-    if fits:
-        flops += _flops(shape, tokens + prompts * ANSWER, prompts * (1 + ANSWER))
-    found = _stage("evaluate", shape, machine, work, fits, flops, held, 1)
-    return replace(found, seconds=None) if fits else found
+    found = _stage("evaluate", shape, machine, work, where, flops, held, 1)
+    if where.way == "offload":
+        return found
+    said = prompts * work.answer
+    answers = _flops(shape, tokens + said, prompts * (1 + work.answer))
+    seconds = _saying(shape, machine, work, where, prompts)
+    known = found.seconds is not None and seconds is not None
+    total = found.seconds + seconds if known else None  # type: ignore[operator]
+    return replace(found, flops=found.flops + answers, seconds=total)
 
 
-def dtype_of(name: str, config: Any, accelerator: bool) -> torch.dtype:
-    """The dtype that computes: ``auto`` is float32 on a CPU, else the checkpoint's own.
+def _saying(
+    shape: Shape, machine: Machine, work: Workload, where: Spread, prompts: int
+) -> float | None:
+    """Seconds of answers: prompts are read, and each token reads the weights once a batch."""
+    if machine.few_rows is None or machine.matmul is None:
+        return None
+    room = _CACHES if not machine.gpu_memory else int(
+        _SHARE_FREE * (_SHARE * machine.gpu_memory * where.parts - shape.weights)
+    )  # fmt: skip
+    each = max(1, shape.cached * (work.tokens + work.answer))
+    rows = max(1, min(-(-prompts // where.copies), room // each))
+    batches = -(-prompts // (rows * where.copies))
+    passed = 2 * (shape.active + shape.projection)
+    split = where.parts if where.way == "tensor parallel" else 1
+    step = max(passed * FEW_ROWS / machine.few_rows, passed * rows / machine.matmul) / split
+    step += _talking(shape, machine, where, rows)
+    reading = _flops(shape, prompts * work.tokens, prompts) / (machine.matmul * where.speed)
+    return reading + batches * work.answer * step
 
-    Raises:
-        UsageError: no such dtype.
-    """
-    if name != "auto":
-        if name not in DTYPES:
-            raise UsageError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not '{name}'")
-        return DTYPES[name]
-    own = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
-    own = getattr(torch, own) if isinstance(own, str) else own
-    return (own or torch.float32) if accelerator else torch.float32
+
+def _talking(shape: Shape, machine: Machine, where: Spread, tokens: float) -> float:
+    """Seconds in which ranks of one model add up what each has of a block, twice in each."""
+    if where.way != "tensor parallel":
+        return 0
+    rate = NETWORK if where.nodes > 1 else machine.link or NETWORK
+    return 2 * len(shape.blocks) * tokens * 2 * shape.width * shape.itemsize / rate
 
 
 def as_document(
     name: str, config: Any, shape: Shape, machine: Machine, work: Workload
 ) -> Mapping[str, Any]:
     """The plan as ``--json`` prints it."""
-    stages = estimate(shape, machine, work)
+    stages, where = estimate(shape, machine, work), spread_of(shape, machine)
     return {
         "model": name,
         "model_type": config.model_type,
@@ -368,6 +316,8 @@ def as_document(
         "largest_block": max(shape.blocks),
         "n_layers": len(shape.blocks),
         "mode": stages[0].mode,
+        "spread": asdict(where),
+        "start": start_line(where, name, machine.cards, machine.nodes),
         "machine": asdict(machine),
         "workload": asdict(work),
         "stages": [asdict(stage) for stage in stages],

@@ -8,7 +8,8 @@ from typing import Any
 import psutil
 import torch
 
-from abliterate.capacity import machine_benchmark, resource_estimate
+from abliterate.capacity import machine_benchmark, model_shape, resource_estimate
+from abliterate.capacity.hardware import Hardware
 from abliterate.inference.token_batches import attempt
 from abliterate.models.loading import Checkpoint, known_shards, load_config, pick_device
 from abliterate.offload import free_memory
@@ -23,6 +24,8 @@ def plan_resources(
     n_val: int = resource_estimate.N_VAL,
     tokens: int = 32,
     positions: int = 5,
+    answer_tokens: int = resource_estimate.ANSWER,
+    hardware: Hardware | None = None,
     activation_memory: int | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -37,6 +40,8 @@ def plan_resources(
         n_val: validation prompts per kind.
         tokens: tokens of a prompt, chat template included.
         positions: positions that are looked at.
+        answer_tokens: tokens of an answer, at most.
+        hardware: a machine that is not at hand, instead of this one.
         activation_memory: bytes for a streamed model's activations; None for half of the memory.
         dtype: of the computation.
         trust_remote_code: the checkpoint's own code may run.
@@ -54,22 +59,32 @@ def plan_resources(
     gpu = gpu_memory
     if gpu is None:
         gpu = free_memory(here) if here.type not in ("cpu", "mps") else 0
-    number = resource_estimate.dtype_of(dtype, config, gpu > 0)
+    number = model_shape.dtype_of(dtype, config, gpu > 0 or hardware is not None)
     shards = known_shards(checkpoint)
-    shape = resource_estimate.shape_of(config, number, trust_remote_code, shards)
-    speed: float | None = None
-    if not gpu or here.type != "cpu":
-        place = here if gpu else torch.device("cpu")
-        found: list[float] = []
-        if attempt(lambda: found.append(machine_benchmark.layer_speed(shape.width, number, place))):
-            speed = found[0]
-    machine = resource_estimate.Machine(
-        main,
-        gpu,
-        machine_benchmark.disk_speed(checkpoint.folder),
-        speed,
-        machine_benchmark.copy_speed(),
-    )
+    shape = model_shape.shape_of(config, number, trust_remote_code, shards)
+    if hardware is not None:
+        machine = resource_estimate.assumed_machine(hardware, shape, memory)
+    else:
+        many, few = None, None
+        if not gpu or here.type != "cpu":
+            place = here if gpu else torch.device("cpu")
+            found: list[float] = []
+
+            def measure() -> None:
+                speed = machine_benchmark.layer_speed
+                found.append(speed(shape.width, number, place))
+                found.append(speed(shape.width, number, place, machine_benchmark.FEW_ROWS))
+
+            if attempt(measure):
+                many, few = found
+        machine = resource_estimate.Machine(
+            main,
+            gpu,
+            machine_benchmark.disk_speed(checkpoint.folder),
+            many,
+            machine_benchmark.copy_speed(),
+            few,
+        )
     work = resource_estimate.Workload(
         n_train,
         n_val,
@@ -77,5 +92,6 @@ def plan_resources(
         positions,
         activation_memory,
         psutil.Process().memory_info().rss,
+        answer_tokens,
     )
     return resource_estimate.as_document(checkpoint.name, config, shape, machine, work)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from abliterate.capacity.hardware import COMPUTES, READS, parse_hardware
 from abliterate.cli import options as opt
 from abliterate.console import print_json, print_line, print_table
 from abliterate.errors import UsageError
@@ -28,16 +29,30 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            "--machine",
+            help="Machine that is not at hand, such as 24GB, 8x80GB or 2x8xH100: makers' figures.",
+            show_default=False,
+        ),
+    ] = None,
     n_train: Annotated[int, typer.Option(help="Training prompts per kind.")] = 128,
     n_val: Annotated[int, typer.Option(help="Validation prompts per kind.")] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens of a prompt, template included.")] = 32,
     positions: Annotated[int, typer.Option(help="Positions that are looked at.")] = 5,
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 512,
     given: opt.Given,
     as_json: opt.Json = False,
 ) -> None:
     """Estimate memory, time and passes of each stage from config.json and headers alone."""
-    if min(n_train, n_val, tokens, positions) < 1:
-        raise UsageError("--n-train, --n-val, --tokens and --positions must be at least 1")
+    if min(n_train, n_val, tokens, positions, answer_tokens) < 1:
+        raise UsageError(
+            "--n-train, --n-val, --tokens, --positions and --answer-tokens must be at least 1"
+        )
+    if machine is not None and gpu_memory is not None:
+        raise UsageError("--machine names the accelerators: leave out --gpu-memory")
+    hardware = None if machine is None else parse_hardware(machine)
     from abliterate.checkpoints.checkpoint import find_checkpoint
 
     asked = given["model"]
@@ -54,10 +69,12 @@ def plan(
         checkpoint,
         memory=given_memory,
         gpu_memory=given_gpu,
+        hardware=hardware,
         n_train=n_train,
         n_val=n_val,
         tokens=tokens,
         positions=positions,
+        answer_tokens=answer_tokens,
         activation_memory=(
             parse_memory(activations, "--activation-memory") if activations else None
         ),
@@ -82,13 +99,12 @@ def _show(document: Any) -> None:
              f"{_size(document['bytes'])} / {_size(document['bytes_on_disk'])}"],
             ["largest of the blocks",
              f"{_size(document['largest_block'])} of {document['n_layers']}"],
-            ["memory / accelerator",
-             f"{_size(machine['memory'])} / {_size(machine['gpu_memory'])}"],
+            ["memory / accelerator", f"{_size(machine['memory'])} / {_cards(machine)}"],
             ["disk / copy in memory",
              f"{_size(machine['disk'])}/s / {_size(machine['copy'])}/s"],
             ["arithmetic of layers",
              "not measured" if machine["matmul"] is None else f"{machine['matmul']:.2e} FLOP/s"],
-            ["mode", document["mode"]],
+            ["mode", document["mode"] + _over(document["spread"])],
         ],
     )  # fmt: skip
     print_table(
@@ -108,12 +124,34 @@ def _show(document: Any) -> None:
         ],
         left=2,
     )
-    if any(s["name"] == "evaluate" and s["mode"] == "in memory" for s in document["stages"]):
+    print_line(f"to start: {document['start']}")
+    if document["spread"]["why"] and machine["gpu_memory"]:
+        print_line(f"{document['spread']['way']}: {document['spread']['why']}")
+    if document["spread"]["way"] != "offload":
         print_line(
-            "evaluate: FLOPs of answers of 512 tokens at most; time hangs on how long they are"
+            f"evaluate: as if every answer had {document['workload']['answer']} tokens "
+            "(--answer-tokens); select: as if no search were cut short"
         )
-    if machine["matmul"] is None:
-        print_line("times: run plan on a machine with the accelerator, whose speed is measured")
+    if machine["assumed"]:
+        print_line(
+            f"assumed, not measured: a card of {machine['assumed']}, {COMPUTES:.0%} of its maker's "
+            f"arithmetic and {READS:.0%} of its bandwidth, a disk of {_size(machine['disk'])}/s"
+        )
+    elif machine["matmul"] is None:
+        print_line(
+            "times: run plan on a machine with the accelerator, whose speed is measured, or name "
+            "one with --machine"
+        )
+
+
+def _cards(machine: Any) -> str:
+    count = machine["cards"] * machine["nodes"]
+    return (f"{count} x " if count > 1 else "") + _size(machine["gpu_memory"])
+
+
+def _over(spread: Any) -> str:
+    count = spread["parts"] * spread["copies"]
+    return f", {count} devices" if count > 1 else ""
 
 
 def _size(size: float) -> str:
@@ -127,4 +165,7 @@ def _size(size: float) -> str:
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds / 86400:.1f} days"

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from abliterate.direction import Direction
 from abliterate.evaluation.compare import (
     ask_prompts,
     change_of,

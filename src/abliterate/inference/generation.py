@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -27,16 +28,20 @@ from abliterate.inference.forward import (
     left_pad,
     padding_token,
 )
+from abliterate.inference.prompt_pass import PromptPass, bytes_of_a_token, can_join
 from abliterate.inference.token_batches import TokenBudget, attempt, group_rows, note_answers
 from abliterate.models.library_versions import cache_name
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
 from abliterate.prompts.thinking import find_thinking
 
-# Keys and values of this many tokens, prompt and answer together, are held at once; a batch that
-# runs out of memory all the same halves it.
+# Keys and values of this many tokens, prompt and answer together, are held at once where it is not
+# known what they take; a batch that runs out of memory all the same halves it.
 _TOKENS = {"cpu": 16384}
 _TOKENS_ACCELERATOR = 65536
+# On a CPU they may take so many bytes, and no more than this share of the machine's memory: a batch
+# that goes on without the rows that have ended is the better the more rows it starts with.
+_CPU_BYTES, _CPU_SHARE = 2 << 30, 1 / 8
 # A batch goes on without the rows that have ended once they are this share of it: a token of a row
 # costs as much after its end as before, and a new start some milliseconds.
 _SHRINK = 1 / 8
@@ -107,6 +112,7 @@ def greedy_answers(
         _measure(model, prompts, budget, batch_size)
     stops = list(dict.fromkeys([*stop_tokens(loaded, chat), *ends]))
     decoder = _Decoder(loaded, max_new_tokens, mix, stops)
+    reading = PromptPass(model, prompts)
 
     def plan(rows: Sequence[int]) -> list[tuple[int, ...]]:
         # Each row is as long as its prompt and the answer that it may grow: a batch's width.
@@ -143,7 +149,8 @@ def greedy_answers(
                 max_new_tokens,
                 budget.device.type,
             )
-            if not budget.try_batch(partial(decoder.run, batch, keep), len(rows), tokens, too_long):
+            run = partial(decoder.run, batch, keep, reading if reading.saves(rows) else None)
+            if not budget.try_batch(run, len(rows), tokens, too_long):
                 planned = plan([row for group in [*planned, rows] for row in group])
             note_answers(model, budget)
     return answers
@@ -156,10 +163,15 @@ def _measure(
 
     The same prompts and the same free memory give the same batches, whatever is answered already.
     """
+    longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
+    if budget.device.type == "cpu" and can_join(model):
+        room = min(_CPU_BYTES, _CPU_SHARE * psutil.virtual_memory().total)
+        with torch.inference_mode():
+            budget.tokens = int(room / bytes_of_a_token(model, prompts[longest]))
+        return
     trial = TokenBudget(budget.device, size, False, is_tensor_parallel(model), measure=True)
     if not trial.measures:
         return
-    longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
     batch = left_pad(model, prompts, [longest])
 
     def run() -> None:
@@ -210,10 +222,18 @@ class _Decoder:
         self.stops = stops
         self.mix = mix
 
-    def run(self, batch: Batch, keep: Callable[[int, list[int]], None]) -> None:
-        """Answer ``batch``; ``keep`` gets each row as soon as it ends."""
+    def run(
+        self,
+        batch: Batch,
+        keep: Callable[[int, list[int]], None],
+        reading: PromptPass | None = None,
+    ) -> None:
+        """Answer ``batch``; ``keep`` gets each row as soon as it ends.
+
+        With ``reading``, the prompts' keys and values come from there.
+        """
         ids, mask, rows = batch.input_ids, batch.attention_mask, list(batch.rows)
-        width, cache = ids.shape[1], None
+        width, cache = ids.shape[1], reading.cache(rows) if reading else None
         answers: dict[int, list[int]] = {row: [] for row in rows}
         while rows:
             grown = ids.shape[1] - width
