@@ -62,7 +62,7 @@ def methods(
             "with this version"
         ) from None
     if output is not None:
-        write_atomically(output, text.encode())
+        write_atomically(output, text.encode("utf-8", "backslashreplace"))
     if as_json:
         document = {"format": form, "file": output and str(output), "text": text}
         return print_json(document | {"bibtex": BIBTEX, "stale": stale} | asdict(found))
