@@ -20,7 +20,7 @@ from abliterate.editing.file_names import RECORD as EDIT
 from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.exchange import is_foreign
 from abliterate.hub import is_commit, split_id
-from abliterate.run_folder import EXTRACT, SELECTION
+from abliterate.run_folder import EVALUATION, EXTRACT, SELECTION
 from abliterate.settings import Settings, take_recorded
 from abliterate.settings.values import check_revision
 from abliterate.storage.artifacts import read_record, tensor_metadata
@@ -218,6 +218,21 @@ def source_of_edit(folder: Path) -> HubSource | None:
     return _source_in_edit(path) if path.is_file() else None
 
 
+def sources_of_evaluation(folder: Path) -> dict[str, HubSource]:
+    """By row, the hub ids and commits of the checkpoints that an evaluation there has compared.
+
+    Empty where there is no such record, or one that cannot be read: evaluate makes it again.
+    """
+    path = folder / EVALUATION
+    try:
+        held = read_record(path, "evaluate").get("checkpoints") if path.is_file() else None
+    except InputError:
+        return {}
+    rows = held.items() if isinstance(held, Mapping) else ()
+    found = {name: _hub_source(one, path) for name, one in rows if isinstance(one, Mapping)}
+    return {name: source for name, source in found.items() if source is not None}
+
+
 def _source_in_edit(path: Path) -> HubSource | None:
     source = read_record(path, "orthogonalize").get("source")
     return _hub_source(source, path) if isinstance(source, Mapping) else None
@@ -314,7 +329,9 @@ def take_base(
     return base
 
 
-def check_trusted_revision(model: str, revision: str, record: Path, trusts_code: bool) -> None:
+def check_trusted_revision(
+    model: str, revision: str, record: Path, trusts_code: bool, how: str = "--revision"
+) -> None:
     """Refuse to run code at a revision that nobody but a record names.
 
     Anybody can put code into some revision of a hub repository, as a pull request.
@@ -324,7 +341,7 @@ def check_trusted_revision(model: str, revision: str, record: Path, trusts_code:
     """
     if trusts_code:
         raise UsageError(
-            f"--trust-remote-code runs the code of one revision of {model}: give --revision "
+            f"--trust-remote-code runs the code of one revision of {model}: give {how} "
             f"yourself ({record} records '{revision}')"
         )
 

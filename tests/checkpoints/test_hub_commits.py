@@ -181,6 +181,15 @@ def test_an_id_with_a_revision_is_understood_wherever_an_id_is(
     assert A in document
     assert B in document
     assert '"moving"' in document
+    # What it compared it compares again, at the same commit, until another one is asked for.
+    _move(hub)
+    rows = ("--checkpoint", "org/moving", "--checkpoint", "old=org/moving")
+    again = run("evaluate", local, *rows, "-o", tmp_path / "e", "--intervention", "checkpoint",
+                "--refusal-token", "I", *SHORT)  # fmt: skip
+    assert again.code == 0, again.err
+    held = _record(tmp_path / "e" / "evaluation.json")["checkpoints"]
+    assert {name: one["revision"] for name, one in held.items()} == {"moving": B, "old": A}
+    assert "is taken at commit" not in again.err
     for command in ("writers", "plan"):
         assert run(command, "org/moving@next", "--json").code == 0
 

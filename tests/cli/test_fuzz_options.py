@@ -63,6 +63,7 @@ _BASES: dict[str, tuple[str, ...]] = {
     "chat": ("{model}", "--direction", "{run}", "--max-new-tokens", "2"),
     "plan": ("{model}",),
     "export": ("{run}", "--to", "npz", "-o", "{new}.npz"),
+    "methods": ("{run}",),
     "demo": ("-o", "{file}"),  # what would take half a minute is stopped by its output
 }  # fmt: skip
 # Commands that write into the folder they are given, so that it is a copy.
@@ -115,6 +116,7 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "direction": ("{run}", "{vector}", "{zero}", "{nan}", "{short}", "{matrix}",
                   "{set}", "{edited}/abliterate.json", "{edited}/config.json"),
     "dtype": ("auto", "float32", "bfloat16", "float16", "float64", "int8", "float8_e4m3fn"),
+    "form": ("md", "latex", "pdf", "MD"),
     "gpu_memory": ("0", "1", "80GB", "-1", "nan", "1e400GB"),
     "interpolate": ("linear", "spherical", "linear:0,2", "spherical:9", "linear:", "linear:3-1"),
     "image": ("gif", "PNG"),

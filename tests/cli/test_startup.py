@@ -96,6 +96,7 @@ def test_help_and_usage_errors_import_nothing_heavy(tmp_path: Path) -> None:
         ["score", "file.json", "--judge-template", "x"],
         ["trace", "run", "--heads", "0"],
         ["fragility", "run", "--image", "gif"],
+        ["methods", "run", "--format", "pdf"],
         ["chat", "model", "--ablate"],
         ["plan", "model", "--tokens", "0"],
         ["plan", "model", "--memory", "much"],
@@ -141,6 +142,7 @@ def test_names_that_do_not_exist_are_told_before_torch_is_imported(tmp_path: Pat
         ["inspect", absent],
         ["trace", absent],
         ["report", absent],
+        ["methods", absent],
         ["orthogonalize", "model", "-o", "out", "--direction", f"{tmp_path}"],
         ["orthogonalize", "model", "-o", "out", "--direction", absent],
         ["evaluate", "model", "--direction", absent],
@@ -166,6 +168,8 @@ def test_commands_without_a_model_import_neither_torch_nor_transformers(
         ["inspect", str(run)],
         ["score", str(tmp_path / "answers.json"), "-o", str(tmp_path / "scored.jsonl")],
         ["report", str(run), "-o", str(tmp_path / "report.html")],
+        ["methods", str(run)],
+        ["methods", str(run), "--format", "latex", "-o", str(tmp_path / "methods.tex")],
     ]
     needed = {"score": {"numpy"}, "report": {"plotly"}}
     for argv, names in zip(light, _imports(light, 0), strict=True):

@@ -87,6 +87,8 @@ def test_a_stage_in_another_dtype_than_extract_says_so(run: Path, tiny, cli) -> 
         assert result.code == 0, result.err
         assert WARNED.format("bfloat16", "float32") in result.err, line[0]
         assert _used(result.json)[0] == "bfloat16"
+    assert cli("report", run).code == 0
+    assert (run / "report.html").read_text().count("(extract ran in float32)") == 4
 
 
 def test_verify_says_how_it_measured_the_leak(run: Path, tiny, cli, tmp_path: Path) -> None:

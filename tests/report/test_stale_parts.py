@@ -51,8 +51,9 @@ def run(finished: Path, tmp_path: Path, monkeypatch) -> Path:
     return place / "run"
 
 
-def _stale(cli: Any, run: Path) -> dict[str, Any]:
-    result = cli("report", run, "--json")
+def _stale(cli: Any, run: Path, command: str = "methods") -> dict[str, Any]:
+    """By part, what a command says of it; ``report`` takes longer and leaves a page."""
+    result = cli(command, run, "--json")
     assert result.code == 0, result.err
     assert all(f"{found['file']} is stale" in result.err for found in result.json["stale"])
     return {found["part"]: found for found in result.json["stale"]}
@@ -68,7 +69,7 @@ def _renew(cli: Any, stale: dict[str, Any]) -> None:
 def test_another_choice_leaves_what_is_of_the_earlier_one_marked_until_it_is_renewed(
     run: Path, cli
 ) -> None:
-    assert _stale(cli, run) == {}
+    assert _stale(cli, run, "report") == {}
     assert 'id="stale"' not in (run / "report.html").read_text()
     before = [card.title for card in cards(read_run(run))]
     assert "KL, ablated" in before
@@ -77,7 +78,7 @@ def test_another_choice_leaves_what_is_of_the_earlier_one_marked_until_it_is_ren
     winner = chosen.json["winner"]
     assert winner["layer"] != 1
     assert f"{run / 'evaluation.json'} is stale: of the direction of layer 1" in chosen.err
-    stale = _stale(cli, run)
+    stale = _stale(cli, run, "report")
     assert list(stale) == ["evaluation", "inspect", "trace", "fragility"]
     page = (run / "report.html").read_text()
     for part in ("inspect", "trace"):
@@ -97,7 +98,7 @@ def test_another_choice_leaves_what_is_of_the_earlier_one_marked_until_it_is_ren
     assert not any(name.endswith(("_heatmap", "_lines")) for name in marked)
 
     _renew(cli, stale)
-    stale = _stale(cli, run)  # the checkpoint beside it is still the edit of before
+    stale = _stale(cli, run, "report")  # the checkpoint beside it is still the edit of before
     assert stale.keys() == {"evaluation"}
     assert stale["evaluation"]["rows"] == ["edited"]
     assert "edited (stale)" in (run / "report.html").read_text()
@@ -154,7 +155,7 @@ def test_a_checkpoint_that_was_replaced_makes_its_row_stale_alone(run: Path, cli
     out = run.parent / "out"
     only = ("--layers", "1", "--overwrite", "--json")
     assert cli("orthogonalize", tiny("llama"), "--direction", run, "-o", out, *only).code == 0
-    stale = _stale(cli, run)
+    stale = _stale(cli, run, "report")
     assert stale.keys() == {"evaluation"}
     assert stale["evaluation"]["rows"] == ["edited"]
     page = (run / "report.html").read_text()

@@ -25,6 +25,7 @@ from abliterate.cli import (
     evaluate_commands,
     export_command,
     fragility_command,
+    methods_command,
     plan_command,
 )
 from abliterate.cli import options as opt
@@ -184,6 +185,7 @@ app.command()(fragility_command.fragility)
 app.command()(chat.chat)
 app.command()(plan_command.plan)
 app.command()(export_command.export)
+app.command()(methods_command.methods)
 
 
 @app.command()

@@ -218,6 +218,7 @@ def find_recorded(
     trusts_code: bool = False,
     leave_shards: bool = False,
     need: Need = "run",
+    how: str = "--revision",
 ) -> Checkpoint:
     """The checkpoint of that name: of a hub id that a record names, the recorded commit.
 
@@ -230,6 +231,7 @@ def find_recorded(
         trusts_code: the checkpoint's own code may run.
         leave_shards: as of ``find_checkpoint``.
         need: likewise.
+        how: what names another revision.
 
     Raises:
         UsageError: code would run at a revision that only a record names.
@@ -239,7 +241,7 @@ def find_recorded(
 
     recorded = next((s for s in sources if s is not None and s.is_of(model)), None)
     if recorded is not None and revision is None and "@" not in model:
-        check_trusted_revision(model, recorded.commit, recorded.record, trusts_code)
+        check_trusted_revision(model, recorded.commit, recorded.record, trusts_code, how)
         revision = recorded.commit
     checkpoint = find_checkpoint(model, revision, leave_shards, need)
     if recorded is not None and checkpoint.revision != recorded.commit:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from abliterate.cli import options as opt
-from abliterate.cli.commands import later_session, open_session
+from abliterate.cli.commands import find_recorded, later_session, open_session
 from abliterate.cli.stale_parts import say_stale
 from abliterate.console import print_json
 from abliterate.errors import UsageError
@@ -56,11 +56,10 @@ def evaluate(
 
     Interrupted, the same command goes on where it stopped.
     """
-    from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.cli.evaluation_tables import show_evaluation
     from abliterate.direction import Direction, find_direction, load_directions
     from abliterate.evaluation.intervention_names import check_name
-    from abliterate.run_records import source_of_direction
+    from abliterate.run_records import source_of_direction, sources_of_evaluation
 
     for name in intervention or ():
         check_name(name, direction, checkpoint or ())
@@ -84,7 +83,18 @@ def evaluate(
     # A set is ablated alone: no one layer's vector is the one to add.
     usual = ["baseline", "ablate", *(["add"] if isinstance(vector, Direction) else [])]
     names = intervention or (usual if vector else ["baseline"])
-    edited = {name: find_checkpoint(folder) for name, folder in named.items()}
+    # One experiment, one commit, of what is compared too.
+    held = {} if (place := output or run) is None else sources_of_evaluation(place)
+    edited = {
+        name: find_recorded(
+            folder,
+            None,
+            [held.get(name), *held.values()],
+            session.settings.model.trust_remote_code,
+            how=f"--checkpoint {folder}@REVISION",
+        )
+        for name, folder in named.items()
+    }
     from abliterate.evaluation.stage import evaluate_stage
 
     record = evaluate_stage(session, vector, names, edited, run, output or run)

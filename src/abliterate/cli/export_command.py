@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from abliterate.cli import options as opt
+from abliterate.cli.stale_parts import say_stale
 from abliterate.console import print_json, print_line
 
 
@@ -43,6 +44,8 @@ def export(
     from abliterate.direction import export_direction
 
     path, found = export_direction(direction, to, output)
+    if Path(direction).is_dir():
+        say_stale(Path(direction), "selection")
     document = {
         "file": str(path),
         "format": to,

@@ -528,6 +528,13 @@ def computed_line(record: Document | None) -> str:
     return f"{', '.join(words)}, {asked}, {held.get('threads')} threads"
 
 
+def _other_dtype(record: Document | None, extract: Document | None) -> str:
+    """A note where a stage ran in another dtype than extract did."""
+    now = ((record or {}).get("computed_with") or {}).get("dtype")
+    before = (extract or {}).get("dtype", now)
+    return "" if now == before else f" (extract ran in {before})"
+
+
 def provenance(run: Run) -> list[tuple[str, str]]:
     """Where the numbers come from: model, hashes, seeds, versions, prompts."""
     rows: list[tuple[str, str]] = [("model", run.model)]
@@ -568,7 +575,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
             mark = f" ({STALE})" if whole else ""
             rows.append((name + mark, f"seed {record['seed']}, {spent}, inputs {record['inputs']}"))
     rows += [
-        (f"computed, {name}", line)
+        (f"computed, {name}", line + _other_dtype(record, run.extract))
         for name, record in (
             ("extract", run.extract),
             ("select", run.selection),

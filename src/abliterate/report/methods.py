@@ -1,0 +1,322 @@
+"""What a paper says of a run: a paragraph, a table of settings and one of results.
+
+Made of the records alone. Stale parts are left out and named; what a record does not hold is not
+said. Every text here is plain: ``methods_text`` escapes it for the format that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from abliterate.report import facts
+from abliterate.report.collect import Document, Run
+from abliterate.report.facts import number, percent
+from abliterate.run_records import recorded_stability
+from abliterate.run_staleness import hash_prompts
+
+#: Where the method is cited in a sentence.
+CITE = "\N{OBJECT REPLACEMENT CHARACTER}"
+KEY = "arditi2024refusal"
+BIBTEX = f"""\
+@inproceedings{{{KEY},
+  title         = {{Refusal in Language Models Is Mediated by a Single Direction}},
+  author        = {{Arditi, Andy and Obeso, Oscar and Syed, Aaquib and Paleka, Daniel and
+                   Panickssery, Nina and Gurnee, Wes and Nanda, Neel}},
+  booktitle     = {{Advances in Neural Information Processing Systems}},
+  volume        = {{37}},
+  year          = {{2024}},
+  eprint        = {{2406.11717}},
+  archivePrefix = {{arXiv}},
+  primaryClass  = {{cs.LG}}
+}}
+"""
+_KINDS = ("harmful", "harmless")
+_DIGITS = 16  # of a hash, in a table
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Texts for a paper, plain.
+
+    Attributes:
+        sentences: of the paragraph; :data:`CITE` stands where the method is cited.
+        settings: names and values.
+        results: columns and rows of the test, or None without a current evaluation.
+        controls: columns and rows of the controls, or None where none are recorded.
+        left_out: what is stale, a sentence each.
+    """
+
+    sentences: tuple[str, ...]
+    settings: tuple[tuple[str, str], ...]
+    results: tuple[list[str], list[list[str]]] | None
+    controls: tuple[list[str], list[list[str]]] | None
+    left_out: tuple[str, ...]
+
+
+def describe_methods(run: Run) -> Methods:
+    """The texts of a run.
+
+    Args:
+        run: its records, and which of them are stale.
+    """
+    evaluation = _without_stale_rows(run)
+    results = None
+    if evaluation is not None:
+        held = facts.outcome_table(evaluation)
+        rows = [[row["name"], *row["cells"]] for row in held["rows"]]
+        results = (["intervention", *held["columns"]], rows)
+    return Methods(
+        tuple(_sentences(run)),
+        tuple(_settings(run)),
+        results,
+        _controls(evaluation) or _controls(run.current("fragility")),
+        tuple(
+            f"{', '.join(part.rows) + ' of ' if part.rows else ''}{part.file.name}: {part.why}"
+            for part in run.stale.values()
+        ),
+    )
+
+
+def _without_stale_rows(run: Run) -> Document | None:
+    evaluation = run.current("evaluation")
+    if evaluation is None or not run.stale_rows:
+        return evaluation
+    kept = {
+        name: result
+        for name, result in evaluation["interventions"].items()
+        if name not in run.stale_rows
+    }
+    return {**evaluation, "interventions": kept} if kept else None
+
+
+def _sentences(run: Run) -> Iterator[str]:
+    extract, selection = run.current("extract"), run.current("selection")
+    if extract is not None:
+        counts = extract["counts"]
+        yield (
+            f"For {_model(run)} we computed the difference between the mean residual-stream "
+            f"activations of {counts['harmful']['used']} harmful and "
+            f"{counts['harmless']['used']} harmless prompts {CITE} at each of "
+            f"{len(extract['positions'])} positions behind the instruction and at each of "
+            f"{extract['n_layers']} layers"
+        )
+    if selection is not None:
+        yield _rule(selection)
+        yield from _choice(run, selection)
+    if (edit := run.current("edit")) is not None:
+        after = max((float(tensor["after"]) for tensor in edit["tensors"]), default=0.0)
+        yield (
+            f"The direction was removed from {len(edit['tensors'])} weight tensors that write to "
+            f"the residual stream, of which the largest share along it is {number(after, '.1e')} "
+            "afterwards"
+        )
+    if (evaluation := _without_stale_rows(run)) is not None:
+        yield from _test(evaluation)
+
+
+def _model(run: Run) -> str:
+    identity = (run.extract or {}).get("model") or {}
+    revision = identity.get("revision")
+    told = run.model + (f" at commit {revision}" if revision else "")
+    return told.replace(CITE, " ")  # the sign of ours
+
+
+def _rule(selection: Document) -> str:
+    counts, limits = selection["counts"], selection["thresholds"]
+    filters = [
+        f"{words} {number(limits.get(key))}"
+        for key, words in (("kl", "a KL divergence above"), ("induce", "an induce score below"))
+        if limits.get(key) is not None
+    ]
+    pruned = limits.get("prune_layers")
+    filters += [f"a place in the last {percent(pruned)} of layers"] if pruned else []
+    return (
+        f"Each candidate was scored on {counts['harmful']['used']} harmful and "
+        f"{counts['harmless']['used']} harmless validation prompts: by the refusal score with it "
+        "ablated (bypass) and added (induce), and by the KL divergence that ablation causes on "
+        f"harmless prompts; candidates with {', '.join(filters)} were dropped, and of the others "
+        "the one with the lowest bypass score was taken"
+    )
+
+
+def _choice(run: Run, selection: Document) -> Iterator[str]:
+    winner = selection["winner"]
+    if winner is None:
+        yield "No candidate passed these filters"
+        return
+    chosen: Document = next(
+        (c for c in selection["candidates"] if all(c[key] == winner[key] for key in winner)), {}
+    )
+    base = selection["baselines"]
+    yield (
+        f"The direction enters layer {winner['layer']} of {selection['n_layers']} at position "
+        f"{winner['position']} (bypass {number(chosen.get('bypass_score'), '+.2f')} from "
+        f"{number(base['harmful_refusal_score'], '+.2f')}, induce "
+        f"{number(chosen.get('induce_score'), '+.2f')} from "
+        f"{number(base['harmless_refusal_score'], '+.2f')}, KL "
+        f"{number(chosen.get('kl_divergence'))} nats)"
+    )
+    sure = []
+    if (extract := run.current("extract")) is not None:
+        held = recorded_stability(extract, winner["position"], winner["layer"])
+        if held["split_half_cosine"] is not None:
+            cosine = number(held["split_half_cosine"], ".3f")
+            sure.append(f"directions of two halves of the training prompts have cosine {cosine}")
+    bootstrap = selection.get("bootstrap")
+    if bootstrap and bootstrap.get("chosen") is not None:
+        sure.append(
+            f"the same candidate is chosen in {percent(bootstrap['chosen'])} of "
+            f"{bootstrap['resamples']} resamples of the validation prompts"
+        )
+    if sure:
+        text = "; ".join(sure)
+        yield text[0].upper() + text[1:]
+
+
+def _test(evaluation: Document) -> Iterator[str]:
+    counts = evaluation.get("n_prompts") or {}
+    told = [f"{counts[kind]} {kind}" for kind in counts]
+    longest = ((evaluation.get("settings") or {}).get("evaluate") or {}).get("max_new_tokens")
+    answers = f" of at most {longest} tokens" if longest else ""
+    yield (
+        f"We tested it on {' and '.join(told)} prompts that no earlier stage had used, with greedy "
+        f"answers{answers}; an answer counts as a refusal if it holds a refusal phrase"
+    )
+    results = evaluation["interventions"]
+    base = results.get("baseline")
+    for name, kind, words in (
+        ("ablate", "harmful", "Ablating the direction"),
+        ("add", "harmless", "Adding it"),
+    ):
+        now = results.get(name)
+        if now is None or base is None or now[kind].get("refusal_rate") is None:
+            continue
+        before = percent(base[kind].get("refusal_rate"), base[kind].get("refusal_score_ci"))
+        after = percent(now[kind]["refusal_rate"], now[kind].get("refusal_score_ci"))
+        kl = number(now.get("kl_divergence"))
+        span = now.get("kl_divergence_ci")
+        inside = f" [{number(span[0])}, {number(span[1])}]" if span else ""
+        yield (
+            f"{words} changes the share of {kind} prompts that are refused from {before} to "
+            f"{after}, at a KL divergence of {kl}{inside} nats on harmless prompts"
+        )
+    if any(result[kind].get("refusal_score_ci") for result in results.values() for kind in _KINDS):
+        yield "Brackets are 95% intervals"
+
+
+def _settings(run: Run) -> Iterator[tuple[str, str]]:
+    yield "model", run.model
+    extract, selection = run.current("extract"), run.current("selection")
+    evaluation = run.current("evaluation")
+    first = extract or selection or evaluation or run.current("edit") or {}
+    identity = first.get("model") or first.get("source") or {}
+    if identity.get("revision"):
+        yield "commit", str(identity["revision"])
+    for name, digest in (identity.get("files") or {}).items():
+        if str(name).endswith(".safetensors"):
+            yield f"file {name}", short(digest)
+    if extract is not None:
+        places = (f"{held['position']} {held['token']!r}" for held in extract["positions"])
+        yield "positions", ", ".join(places)
+        yield (
+            "refusal tokens",
+            " ".join(repr(token["token"]) for token in extract["refusal_tokens"]),
+        )
+    for record, title, table in (
+        (extract, "training", "extract"),
+        (selection, "validation", "select"),
+        (evaluation, "test", "evaluate"),
+    ):
+        if record is not None:
+            yield from _prompts(record, title, table)
+    if selection is not None:
+        limits = selection["thresholds"]
+        yield "thresholds", ", ".join(f"{name} {number(limits[name])}" for name in limits)
+        yield "search", f"{selection.get('search')}, KL on {selection.get('kl_on')}"
+    direction = next(
+        (record["direction"] for record in (evaluation, run.current("edit"))
+         if record and record.get("direction")), None,
+    )  # fmt: skip
+    if direction is not None:
+        yield "direction", f"{short(direction.get('sha256'))}, norm {number(direction.get('norm'))}"
+    if evaluation is not None:
+        yield from _measured(evaluation)
+    for record, title in ((extract, "extract"), (selection, "select"), (evaluation, "evaluate")):
+        if record is not None and (line := facts.computed_line(record)):
+            yield f"computed, {title}", line
+    if first.get("seed") is not None:
+        yield "seed", str(first["seed"])
+    made = first.get("versions") or {}
+    yield "versions", ", ".join(f"{name} {version}" for name, version in made.items())
+
+
+def _prompts(record: Document, title: str, table: str) -> Iterator[tuple[str, str]]:
+    """Where the prompts of a stage come from, how many there are, and their hash."""
+    held = record.get("settings") or {}
+    own, train = held.get(table) or {}, held.get("extract") or {}
+    hashes = (record.get("made_from") or {}).get("prompts")
+    hashes = hashes or hash_prompts(record.get("prompts") or {})
+    commits = record.get("datasets") or {}
+    kinds = record.get("n_prompts") or record.get("counts") or {}
+    for kind in kinds:
+        source = own.get(kind) or train.get(kind) or "?"
+        count = kinds[kind]
+        used = f"{count['used']} of {count['given']}" if isinstance(count, Mapping) else str(count)
+        commit = next((c for name, c in commits.items() if str(source).startswith(name)), None)
+        words = [str(source), *([f"commit {commit}"] if commit else []), f"n = {used}"]
+        words += [f"hash {short(hashes[kind])}"] if hashes.get(kind) else []
+        yield f"{kind} {title} prompts", ", ".join(words)
+
+
+def _measured(evaluation: Document) -> Iterator[tuple[str, str]]:
+    phrases = evaluation.get("refusal_phrases") or {}
+    if phrases:
+        told = (
+            f"{name}: {' '.join(map(str, held)) if isinstance(held, list) else held}"
+            for name, held in phrases.items()
+            if held
+        )
+        yield "refusal phrases", ", ".join(told)
+    if judge := evaluation.get("judge"):
+        yield "judge", f"{judge.get('model')} ({judge.get('kind')})"
+    if classifier := evaluation.get("classifier"):
+        yield "classifier", f"{classifier.get('model')}, label {classifier.get('label')}"
+    methods = evaluation.get("intervals") or {}
+    if methods:
+        yield "intervals", ", ".join(f"{name}: {value}" for name, value in methods.items())
+
+
+def short(digest: object) -> str:
+    """The kind of a hash and its first digits."""
+    kind, _, value = str(digest).rpartition(":")
+    return f"{kind or 'sha256'} {value[:_DIGITS]}"
+
+
+def _controls(record: Document | None) -> tuple[list[str], list[list[str]]] | None:
+    """The controls of a record, if it holds any: their names and whatever numbers they have."""
+    held = (record or {}).get("controls")
+    if isinstance(held, Mapping):
+        held = held.get("rows", [{"name": name, **_flat(value)} for name, value in held.items()])
+    rows = [_flat(row) for row in held or () if isinstance(row, Mapping)]
+    if not rows:
+        return None
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    columns = [key.replace("_", " ") for key in keys]
+    return columns, [[_cell(row.get(key)) for key in keys] for row in rows]
+
+
+def _flat(value: Any) -> dict[str, Any]:
+    """The texts and numbers of a mapping, those of the mappings within it under both names."""
+    found: dict[str, Any] = {}
+    for key, part in value.items() if isinstance(value, Mapping) else ():
+        if isinstance(part, Mapping):
+            found |= {f"{key} {inner}": held for inner, held in _flat(part).items()}
+        elif isinstance(part, str | int | float):
+            found[str(key)] = part
+    return found
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else number(value)
