@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.console import log
-from abliterate.direction import FILE_NAME, Direction, load_direction
+from abliterate.direction import FILE_NAME, Direction, load_directions
+from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
 from abliterate.extraction.means import find_refusal_tokens
 from abliterate.inference.in_memory import engine_of
@@ -68,7 +69,7 @@ class Point:
 
 def measure(
     loaded: LoadedModel,
-    direction: Direction,
+    direction: Direction | DirectionSet,
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     refusal_tokens: Sequence[int],
@@ -87,6 +88,7 @@ def measure(
         UsageError: a fraction is not between 0 and 1, or the model's weights are not in memory.
     """
     engine, chat = engine_of(loaded), chat or ChatFormat()
+    along = direction if isinstance(direction, DirectionSet) else direction.vector
     texts = {
         kind: [prompt.text for prompt in prompts]
         for kind, prompts in (("harmful", harmful), ("harmless", harmless))
@@ -105,7 +107,7 @@ def measure(
         unmodified = engine.last_logits({"harmless": ids["harmless"]}, {"": None}, batch_size)[""]
         for fraction in fractions:
             description = f"fragility: {fraction:g} of the direction"
-            with ablate(model, direction.vector, fraction):
+            with ablate(model, along, fraction):
                 logits = engine.last_logits(ids, {"": None}, batch_size, description)[""]
                 answers = {
                     kind: engine.answers(rows, limits.longest, batch_size, description, chat=chat)
@@ -195,7 +197,7 @@ def fragility_stage(
     given = session.settings.evaluate
     phrases = parse_phrases(given.refusal_phrases, given.refusal_phrase)
     with FRAGILITY_STAGE.open(session, out) as stage:
-        direction, records = load_direction(run), read_used(run)
+        direction, records = load_directions(run), read_used(run)
         chosen = session.settings.evaluate
         sources = prompt_sources(session.settings, chosen.harmful, chosen.harmless)
         prompts = session.draw(sources, "test", n_test, "--n-test", used_prompts(records))

@@ -106,7 +106,7 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
 
 def _materials(run: Path, extracted: Mapping[str, Any], position: int | None) -> Materials:
     extraction = Extraction.load(run / DIRECTIONS, extracted)
-    direction = load_direction(run)
+    direction = load_direction(run, winner=True)
     check_direction(direction.vector, extraction.mean_harmful.shape[-1])
     path = run / ACTIVATIONS
     activations = Activations.open(path) if path.is_file() else None
