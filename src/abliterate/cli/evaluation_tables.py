@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from abliterate.console import print_line, print_table
+from abliterate.evaluation.agreement_lines import agreement_lines
 
 _KINDS = ("harmful", "harmless")
 
@@ -23,6 +24,8 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
         ["intervention", *columns],
         [[name, *cells.values()] for name, cells in rows.items()],
     )
+    for line in agreement_lines(record):
+        print_line(line)
     _show_tasks(results, changes)
     _show_failures(record["judge_failures"])
     for name, server in (record.get("servers") or {}).items():

@@ -10,6 +10,7 @@ from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.direction_set import DirectionSet
 from abliterate.errors import InterruptedWorkError
+from abliterate.evaluation.agreement import agreement
 from abliterate.evaluation.classifier import classify_files
 from abliterate.evaluation.compare import BORDERLINE, KINDS, deltas
 from abliterate.evaluation.completions import MANIFEST, is_completions, is_manifest
@@ -162,6 +163,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         **inputs.served(),
         "interventions": {name: outcome.summary() for name, outcome in outcomes.items()},
         "deltas": deltas(outcomes),
+        "agreement": agreement(outcomes, list(inputs.edited)),
         "judge": inputs.judge and inputs.judge.summary(),
         "classifier": inputs.classifier and inputs.classifier.summary(),
         "judge_failures": failures(completions),

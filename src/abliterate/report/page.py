@@ -20,6 +20,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 
 from abliterate.errors import InputError
+from abliterate.evaluation.agreement_lines import agreement_lines
 from abliterate.report import facts, geometry_figures, outcome_figures, selection_figures
 from abliterate.report.collect import Completions, Run, read_completions
 from abliterate.report.reproduce import commands, notes
@@ -66,6 +67,8 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         "cards": _part("selection.json", lambda: facts.cards(run)),
         "outcomes": run.evaluation
         and _part("evaluation.json", lambda: facts.outcome_table(run.evaluation or {})),
+        "agreement": run.evaluation
+        and _part("evaluation.json", lambda: agreement_lines(run.evaluation or {})),
         "candidates": run.selection
         and _part("selection.json", lambda: facts.candidate_rows(_table(run), run.extract)),
         "resamples": run.selection
