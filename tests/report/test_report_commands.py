@@ -45,7 +45,8 @@ EVERY: dict[str, dict[str, Any]] = {
     },
     "orthogonalize": {
         "overwrite": True, "allow_leak": 0.25, "layers": "10-25", "components": "mlp,attention",
-        "scale": -1.5, "norm_preserve": "columns", "tied_embeddings": "share", "requantize": True,
+        "scale": -1.5, "layer_scale": "-weights.toml", "norm_preserve": "columns",
+        "tied_embeddings": "share", "requantize": True,
         "dequantize": True, "add": -2.0, "as_lora": True, "device": "cuda:0", "jobs": 3,
         "low_disk": True, "leave_behind": ("mtp.safetensors", "-draft*"),
     },

@@ -195,6 +195,8 @@ def _edit(record: Document) -> list[str]:
     options = dict(record["options"])
     if isinstance(kept := options.get("norm_preserve"), bool):
         options["norm_preserve"] = "rows" if kept else None
+    if isinstance(options.get("layer_scale"), Mapping):
+        options["layer_scale"] = "LAYER_SCALE"  # the record holds the weights, not their file
     quantized = options.pop("quantized", None)
     options |= {} if quantized is None else {quantized.removesuffix("d"): True}
     leak = float(record.get("leak_of_plan") or 0.0)

@@ -217,6 +217,14 @@ class OrthogonalizeSettings(Section):
         ),
     ] = None
     scale: Annotated[float, Option("Share of the direction to remove.", EDIT, EDITING)] = 1.0
+    layer_scale: Annotated[
+        str | None,
+        Option(
+            "JSON or TOML file of weights that multiply --scale, by layer and component.",
+            EDIT,
+            EDITING,
+        ),
+    ] = None
     norm_preserve: Annotated[
         Literal["rows", "columns"] | None,
         BeforeValidator(rows_or_none),
