@@ -20,6 +20,7 @@ from abliterate.direction_set import (
     interpolated,
     parse_interpolation,
     recorded_set,
+    save_direction_set,
     set_of_foreign,
     set_of_means,
     set_of_tensors,
@@ -125,7 +126,11 @@ class Direction(VectorAlgebra):
 
 
 def save_direction(
-    path: Path, direction: Direction, model: str, revision: str | None = None
+    path: Path,
+    direction: Direction,
+    model: str,
+    revision: str | None = None,
+    directions: DirectionSet | None = None,
 ) -> None:
     """Write ``direction.safetensors``; position, layer and model go into the metadata.
 
@@ -134,11 +139,14 @@ def save_direction(
         direction: the direction.
         model: folder or hub id of the model.
         revision: its commit on the hub, or None for a folder.
+        directions: a set to be kept with it; who reads the file then reads that.
     """
     metadata = {"position": str(direction.position), "layer": str(direction.layer), "model": model}
     metadata |= {} if revision is None else {"revision": revision}
     metadata |= {"project_harmless": "true"} if direction.project_harmless else {}
-    write_tensors(path, {"direction": direction.vector}, metadata)
+    if directions is not None:
+        return save_direction_set(path, directions, metadata, direction.vector)
+    return write_tensors(path, {"direction": direction.vector}, metadata)
 
 
 def is_edit_record(source: str | Path) -> bool:

@@ -47,7 +47,9 @@ class DirectionSet:
         candidates: position and layer that each row was taken from, as far as that is known.
         sha256: hash of the file it was read from, and of what was done to it then.
         project_harmless: what each had along the mean harmless activation was removed.
-        interpolate: how rows between others were made (``linear`` or ``spherical``), or None.
+        interpolate: how rows between others were made, as ``--interpolate`` has it, or None.
+        position: all are differences of means at this position, counted from the prompt's end.
+        file: hash of the file alone.
         listed: its layers are listed one by one, so that it does not say how many the model has.
     """
 
@@ -57,6 +59,8 @@ class DirectionSet:
     sha256: str | None = None
     project_harmless: bool = False
     interpolate: str | None = None
+    position: int | None = None
+    file: str | None = None
     listed: bool = field(default=False)
 
     @property
@@ -145,13 +149,14 @@ class DirectionSet:
         """What other artifacts record of it; the keys of one direction are there, and empty."""
         return {
             "sha256": self.sha256,
-            "position": None,
+            "position": self.position,
             "layer": None,
             "norm": None,
             "layers": len(self.vectors),
             "candidates": [held and list(held) for held in self.candidates],
             **({"project_harmless": True} if self.project_harmless else {}),
             **({"interpolate": self.interpolate} if self.interpolate else {}),
+            **({"file": self.file} if self.file else {}),
         }
 
     def document(self) -> dict[str, Any]:
@@ -195,6 +200,7 @@ def set_of_tensors(
         _candidates(metadata.get("candidates"), len(vectors)),
         sha256,
         metadata.get("project_harmless") == "true",
+        file=sha256,
     )
 
 
@@ -215,7 +221,13 @@ def set_of_foreign(found: ForeignVectors, sha256: str) -> DirectionSet:
     rows = torch.zeros(1 + max(found.by_layer), found.width, dtype=torch.float64)
     for layer, values in found.by_layer.items():
         rows[layer] = torch.from_numpy(values)
-    return DirectionSet(rows, candidates=(None,) * len(rows), sha256=sha256, listed=found.listed)
+    return DirectionSet(
+        rows,
+        candidates=(None,) * len(rows),
+        sha256=sha256,
+        file=sha256,
+        listed=found.listed,
+    )
 
 
 def set_of_means(
@@ -249,6 +261,8 @@ def set_of_means(
         candidates=tuple((position, layer) if here else None for layer, here in enumerate(there)),
         sha256=hash_text(sha256, f"position {position}", str(project_harmless)),
         project_harmless=project_harmless,
+        position=position,
+        file=sha256,
     )
 
 
@@ -293,7 +307,7 @@ def interpolated(directions: DirectionSet, kind: str, chosen: Sequence[int] | No
         vectors=_concatenated(*(vector[None] for vector in made)),
         candidates=tuple(c if layer in layers else None for layer, c in enumerate(candidates)),
         sha256=hash_text(str(directions.sha256), kind, str(layers)),
-        interpolate=kind,
+        interpolate=kind if chosen is None else f"{kind}:{','.join(map(str, layers))}",
     )
 
 
@@ -350,14 +364,15 @@ def recorded_set(record: Mapping[str, Any], path: Path) -> DirectionSet | None:
         raise wrong from None
     if vectors.ndim != 2 or not width or not (embedding is None or embedding.ndim == 1):
         raise wrong
-    sha256, kind = of_it.get("sha256"), of_it.get("interpolate")
+    sha256, kind, position = (of_it.get(key) for key in ("sha256", "interpolate", "position"))
     return DirectionSet(
         vectors,
         embedding,
         _candidates(json.dumps(of_it.get("candidates")), len(rows)),
         sha256 if isinstance(sha256, str) else None,
         of_it.get("project_harmless") is True,
-        kind if kind in ("linear", "spherical") else None,
+        kind if isinstance(kind, str) else None,
+        position if isinstance(position, int) else None,
     )
 
 

@@ -126,6 +126,7 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "judge_url": ("http://127.0.0.1:9", "http://127.0.0.1:9/v1?key=1", "ftp://127.0.0.1", "http://",
                   "127.0.0.1:9", "http://[::1", "http://127.0.0.1:99999"),
     "kl_on": ("last", "response:0", "response:1", "response:3", f"response:{10**30}", "response:"),
+    "layer_scale": ("{file}", "{config}", "{missing}", "{empty}", "{run}/extract.json", "{vector}"),
     "layers": ("0", "0-3", "3-0", "9", "0-999999", "1,1", ",", "0-"),
     "memory": ("0", "1", "80GB", "-1", "nan", "1e400GB"),
     "norm_preserve": ("rows", "columns", "True", "cells"),

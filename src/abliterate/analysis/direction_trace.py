@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from abliterate.analysis.trace_request import TraceRequest
 from abliterate.console import log
-from abliterate.direction import Direction, load_direction
+from abliterate.direction import Direction, load_directions
+from abliterate.direction_set import DirectionSet
 from abliterate.inference.attention_heads import (
     HeadsUnknown,
     HeadView,
@@ -42,6 +43,7 @@ from abliterate.run_records import read_used, used_prompts
 from abliterate.run_rendering import extracted_of, settle_rendering
 from abliterate.run_stage import Stage
 from abliterate.run_staleness import hash_prompts
+from abliterate.writers import find_writers, stream_width
 
 TRACE_STAGE = Stage("trace", TRACE, sections=frozenset({"model", "chat"}), reads_only=True)
 CONDITIONS = ("harmful", "harmless", "suffix", "random")
@@ -73,7 +75,7 @@ def trace_stage(session: Session, run: Path, request: TraceRequest) -> dict[str,
         UsageError: the suffix does not reach the prompt.
     """
     with TRACE_STAGE.open(session, run) as stage:
-        direction = load_direction(run)
+        direction = load_directions(run)
         texts, sources = _prompts(session, run, request)
         settle_rendering(session, run, extracted_of(session, run))
         stage.start_clock()
@@ -105,7 +107,7 @@ def trace_stage(session: Session, run: Path, request: TraceRequest) -> dict[str,
 
 def trace(
     loaded: LoadedModel,
-    direction: Direction,
+    direction: Direction | DirectionSet,
     texts: Mapping[str, Sequence[str]],
     request: TraceRequest,
     chat: ChatFormat,
@@ -213,19 +215,25 @@ class Tracer:
 
     Attributes:
         loaded: model and tokenizer.
-        direction: along which.
+        direction: along which; of a set ``resid_pre`` of each layer along its own.
         batch_size: prompts per forward pass, or ``auto``.
         projections: the attention layers watched; empty until :meth:`find_heads`.
         notes: what could not be seen, and why.
     """
 
     loaded: LoadedModel
-    direction: Direction
+    direction: Direction | DirectionSet
     batch_size: int | str = "auto"
     projections: list[OutProjection] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if isinstance(self.direction, DirectionSet):
+            plan = find_writers(self.loaded.model)
+            width = stream_width(self.loaded.model, plan)
+            # [n_layers, d_model]; zero where a layer has none, along which nothing is.
+            self.unit = self.direction.units(len(plan.blocks), width)[1:]
+            return
         width = self.direction.vector.shape[0]
         self.unit = unit_direction(self.direction.vector, width)
 
@@ -262,7 +270,9 @@ class Tracer:
                 last_logits(model, batch)
                 stream = captured()[:, 0]
                 hidden = stream.to(widest(stream.device))
-                along = (hidden @ self.unit.to(hidden)) / hidden.norm(dim=-1).clamp_min(1e-30)
+                along = (hidden * self.unit.to(hidden)).sum(-1) / hidden.norm(dim=-1).clamp_min(
+                    1e-30
+                )
                 for row, values in zip(batch.rows, widened(along).cpu(), strict=True):
                     cosines[row] = values
                 if heads is not None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from abliterate.analysis.fragility_curve import Point, summarise
 from abliterate.console import log
-from abliterate.direction import FILE_NAME, Direction, load_direction
+from abliterate.direction import FILE_NAME, Direction, load_directions
+from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
 from abliterate.extraction.means import find_refusal_tokens
 from abliterate.extraction.other_layers import other_layers
@@ -52,7 +53,7 @@ FRAGILITY_STAGE = Stage("fragility", FRAGILITY, reads_only=True)
 
 def measure(
     loaded: LoadedModel,
-    direction: Direction,
+    direction: Direction | DirectionSet,
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     refusal_tokens: Sequence[int],
@@ -78,6 +79,7 @@ def measure(
         UsageError: a fraction is not between 0 and 1, or the model's weights are not in memory.
     """
     engine, chat = engine_of(loaded), chat or ChatFormat()
+    along = direction if isinstance(direction, DirectionSet) else direction.vector
     texts = {
         kind: [prompt.text for prompt in prompts]
         for kind, prompts in (("harmful", harmful), ("harmless", harmless))
@@ -96,7 +98,7 @@ def measure(
         unmodified = engine.last_logits({"harmless": ids["harmless"]}, {"": None}, batch_size)[""]
         for fraction in fractions:
             description = f"fragility: {fraction:g} of the direction"
-            with ablate(model, direction.vector, fraction):
+            with ablate(model, along, fraction):
                 logits = engine.last_logits(ids, {"": None}, batch_size, description)[""]
                 answers = {
                     kind: engine.answers(rows, limits.longest, batch_size, description, chat=chat)
@@ -127,7 +129,7 @@ def measure(
                 )
             )
         controls = None
-        if n_controls and fractions[-1] == 1:
+        if n_controls and fractions[-1] == 1 and isinstance(direction, Direction):
             controls = _controls(
                 loaded,
                 direction,
@@ -224,15 +226,19 @@ def fragility_stage(
     given = session.settings.evaluate
     phrases = parse_phrases(given.refusal_phrases, given.refusal_phrase)
     with FRAGILITY_STAGE.open(session, out) as stage:
-        direction, records = load_direction(run), read_used(run)
+        direction, records = load_directions(run), read_used(run)
         chosen = session.settings.evaluate
         prompts, _ = session.draw_test(n_test, used_prompts(records))
         settle_rendering(session, run, extracted_of(session, run))
         loaded, batch_size = session.load_in_memory(), session.settings.model.batch_size
         tokens = _refusal_tokens(session, loaded, prompts, records)
         stage.start_clock()
-        means, wanted = run / DIRECTIONS, chosen.controls
-        others = other_layers(means, read_extract(run), direction, wanted) if wanted else {}
+        means, wanted, others = run / DIRECTIONS, chosen.controls, {}
+        if isinstance(direction, DirectionSet):
+            wanted = 0
+            log.info("fragility: a direction set has no controls, which stand for one direction")
+        elif wanted:
+            others = other_layers(means, read_extract(run), direction, wanted)
         points, controls = measure(
             loaded,
             direction,

@@ -153,7 +153,7 @@ def describe(loaded: LoadedModel, materials: Materials, seed: int = 0) -> dict[s
 
 def _materials(run: Path, extracted: Mapping[str, Any], position: int | None) -> Materials:
     extraction = Extraction.load(run / DIRECTIONS, extracted)
-    direction = load_direction(run)
+    direction = load_direction(run, winner=True)
     check_direction(direction.vector, extraction.mean_harmful.shape[-1])
     path = run / ACTIVATIONS
     activations = Activations.open(path) if path.is_file() else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from abliterate.cli.control_tables import show_controls
 from abliterate.console import print_line, print_table
+from abliterate.evaluation.hooks_and_edits_text import hooks_and_edits_lines
 
 _KINDS = ("harmful", "harmless")
 
@@ -25,6 +26,8 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
         [[name, *cells.values()] for name, cells in rows.items()],
     )
     _show_sets(record)
+    for line in hooks_and_edits_lines(record):
+        print_line(line)
     show_controls(record.get("controls"))
     _show_agreement(record.get("agreement") or [], record.get("classifier"))
     _show_tasks(results, changes)

@@ -117,6 +117,15 @@ def _stability(record: Mapping[str, Any]) -> None:
 def show_selection(record: Mapping[str, Any], run: Path) -> None:
     _candidates(record)
     show_certainty(record)
+    if (best := record.get("per_layer")) is not None:
+        chosen = [
+            f"{layer}: {one['position']}" + ("" if one["reason"] is None else f" ({one['reason']})")
+            for layer, one in enumerate(best)
+            if one is not None
+        ]
+        print_line(
+            f"the best position of each layer (with the filter that drops it): {', '.join(chosen)}"
+        )
     model = record["model"]["id"]
     print_command("next", "orthogonalize", model, "--direction", run, "-o", "OUT")
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from abliterate.checkpoints.shards import same_bytes
 from abliterate.editing.edit_plan import EditPlan, TensorEdit
+from abliterate.editing.layer_scale import LayerScale, read_layer_scale
 from abliterate.editing.matrix_orthogonalization import Norms
 from abliterate.errors import UsageError
 from abliterate.models.loading import pick_device
@@ -36,6 +38,8 @@ class EditOptions:
             outside the blocks is then edited only if ``components`` names it.
         components: ``attention``, ``mlp``, ``embedding`` (comma-separated), or None for all.
         scale: 1 removes all of the direction, 0.5 half of it.
+        layer_scale: what the scale is multiplied by in each layer and component; where that is 0
+            nothing is edited.
         norm_preserve: ``rows`` (or True): every row of an edited matrix, as it is stored, keeps
             its norm; ``columns``: every vector along d_model does, which leaves nothing along the
             direction.
@@ -54,6 +58,7 @@ class EditOptions:
     layers: str | None = None
     components: str | None = None
     scale: float = 1.0
+    layer_scale: LayerScale | None = None
     norm_preserve: Norms | bool | None = None
     tied_embeddings: Tied = "untie"
     quantized: Quantization | None = None
@@ -78,12 +83,13 @@ class EditOptions:
             self.layers,
             self.components,
             self.scale,
+            self.layer_scale,
             self.keep_norms,
             self.tied_embeddings,
             self.quantized,
             self.as_lora,
         )
-        if self.add is not None and removal != (None, None, 1.0, None, "untie", None, False):
+        if self.add is not None and removal != (None, None, 1.0, None, None, "untie", None, False):
             raise UsageError("--add goes with none of the options that shape the removal")
         if self.add is not None and (not math.isfinite(self.add) or self.add == 0):
             raise UsageError(f"--add must be a number other than zero, not {self.add}")
@@ -105,6 +111,8 @@ class EditOptions:
             "layers": self.layers,
             "components": self.components,
             "scale": self.scale,
+            # Left out where there is none: records stay what they were without it.
+            **({} if self.layer_scale is None else {"layer_scale": self.layer_scale.model_dump()}),
             "norm_preserve": self.keep_norms or False,
             "tied_embeddings": self.tied_embeddings,
             "quantized": self.quantized,
@@ -132,6 +140,9 @@ def edit_options(settings: OrthogonalizeSettings) -> EditOptions:
         layers=settings.layers,
         components=settings.components,
         scale=settings.scale,
+        layer_scale=(
+            None if settings.layer_scale is None else read_layer_scale(Path(settings.layer_scale))
+        ),
         norm_preserve=settings.norm_preserve,
         tied_embeddings=settings.tied_embeddings,
         quantized=quantized,
@@ -178,6 +189,18 @@ def apply_options(plan: EditPlan, options: EditOptions) -> EditPlan:
         return layers is None or edit.layer in layers
 
     edits = tuple(edit for edit in plan.edits if wanted(edit))
+    heads = plan.heads
+    if (scales := options.layer_scale) is not None:
+        beyond = [layer for layer in scales.named() if layer > last]
+        if beyond:
+            raise UsageError(
+                f"--layer-scale names layer {beyond[0]}: the model has layers 0 to {last}"
+            )
+        weighted = (
+            [replace(edit, weight=scales.weight(edit.kind, edit.layer)) for edit in some]
+            for some in (edits, heads)
+        )
+        edits, heads = (tuple(edit for edit in some if edit.weight != 0) for some in weighted)
     copies, tied = plan.copies, plan.tied | set(plan.copies.values())
     if options.tied_embeddings == "skip":
         edits = tuple(edit for edit in edits if edit.name not in tied)
@@ -190,7 +213,7 @@ def apply_options(plan: EditPlan, options: EditOptions) -> EditPlan:
     untied = untied or not tied_matrices_agree(plan)
     if shared and edited:  # under the names that they have
         as_stored = (replace(edit, name=edit.source, stored_as=None) for edit in edits)
-        edits = (*as_stored, *plan.heads)
+        edits = (*as_stored, *heads)
     if not edits:
         raise UsageError("no tensor is left to edit: widen --layers and --components")
     return replace(plan, edits=edits, copies=copies, untied=untied)
@@ -256,6 +279,12 @@ def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -
             f"scale {options.scale:g}: each edited tensor keeps {1 - options.scale:g} of what it "
             "had along the direction"
         )
+    if options.layer_scale is not None and any(e.weight != 1 for e in edits):
+        less.append(
+            "weights by layer and component "
+            f"({min(e.weight for e in edits):g} to {max(e.weight for e in edits):g} of the scale): "
+            "each edited tensor keeps the rest of what it had along the direction"
+        )
     if options.keep_norms == "rows":
         less.append(
             "rows keep their norm: a matrix whose rows do not lie along the stream is rescaled "
@@ -269,7 +298,7 @@ def promise(plan: EditPlan, edits: Sequence[TensorEdit], options: EditOptions) -
         )
     clean = options.keep_norms != "rows" and options.quantized != "requantize"
     return {
-        "tensors_orthogonal": clean and options.scale == 1,
+        "tensors_orthogonal": clean and all(options.scale * e.weight == 1 for e in edits),
         "stream_orthogonal": not less,
         **({} if plan.directions is None else {"by_layer": True}),
         "remaining_share": 1 - options.scale,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from abliterate.editing.layer_scale import check_layer_scale
 from abliterate.editing.options import EditOptions
 from abliterate.errors import InputError, UsageError
 
@@ -44,6 +45,8 @@ def recorded_options(record: Mapping[str, Any], path: Path) -> EditOptions:
     if not isinstance(left, list) or not all(isinstance(name, str) for name in left):
         raise wrong
     try:
-        return EditOptions(**given, leave_behind=tuple(left))
+        weights = said.get("layer_scale")
+        scales = None if weights is None else check_layer_scale(weights, str(path))
+        return EditOptions(**given, layer_scale=scales, leave_behind=tuple(left))
     except UsageError:
         raise wrong from None

@@ -23,6 +23,7 @@ _FLAGS = {
     "layers": "--layers",
     "components": "--components",
     "scale": "--scale",
+    "layer_scale": "--layer-scale",
     "norm_preserve": "--norm-preserve",
     "tied_embeddings": "--tied-embeddings",
     "quantized": "--requantize and --dequantize",

@@ -17,6 +17,7 @@ from abliterate.evaluation.completions import (
     is_completions,
     is_manifest,
 )
+from abliterate.evaluation.hooks_and_edits import hooks_and_edits
 from abliterate.evaluation.inputs import EvaluationInputs, order_rows, read_inputs
 from abliterate.evaluation.judge_completions import failures, judge_files
 from abliterate.evaluation.kept_figures import MEASURED, is_memo
@@ -179,6 +180,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
             "interventions": {name: outcome.by_prompt() for name, outcome in outcomes.items()},
         },
         "controls": _controls(measurements),
+        "hooks_and_edits": hooks_and_edits(outcomes, list(inputs.edited)),
         "judge": inputs.judge and inputs.judge.summary(),
         "classifier": inputs.classifier and inputs.classifier.summary(),
         "judge_failures": failures(completions),

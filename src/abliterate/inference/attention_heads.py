@@ -61,7 +61,7 @@ def out_projections(model: PreTrainedModel, unit: Tensor) -> list[OutProjection]
 
     Args:
         model: the model.
-        unit: the unit direction, float64 ``[d_model]``.
+        unit: the unit direction, float64 ``[d_model]``, or that of each layer.
 
     Raises:
         HeadsUnknown: there is none, or one is not a plain matrix over heads side by side.
@@ -85,9 +85,14 @@ def out_projections(model: PreTrainedModel, unit: Tensor) -> list[OutProjection]
     if not matrices:
         raise HeadsUnknown("no attention layer writes to the residual stream by a matrix")
     return [
-        _out_projection(model, layer, writers, biases, n_heads, unit)
+        _out_projection(model, layer, writers, biases, n_heads, _at(unit, layer))
         for layer, writers in sorted(matrices.items())
     ]
+
+
+def _at(unit: Tensor, layer: int) -> Tensor:
+    """The direction of a layer."""
+    return unit if unit.ndim == 1 else unit[layer]
 
 
 def _out_projection(
@@ -191,7 +196,7 @@ def watch_heads(
     Args:
         model: the model; run it with eager attention to see the weights.
         projections: of :func:`out_projections`.
-        unit: the unit direction, ``[d_model]``.
+        unit: the unit direction, ``[d_model]``, or that of each layer.
 
     Yields:
         A function that returns the last pass's :class:`HeadView`. It raises ``HeadsUnknown`` where
@@ -232,7 +237,8 @@ def watch_heads(
             apart = read[at].cpu().reshape(len(read[at]), *heads.shape)
             along = (apart * heads).sum(-1)
             before_norm = (normed[at][0].cpu(), normed[at][1].cpu()) if at in normed else None
-            scale, out = _through_norm(projection, made[at].cpu(), before_norm, unit)
+            along_layer = _at(unit, projection.layer)
+            scale, out = _through_norm(projection, made[at].cpu(), before_norm, along_layer)
             shares.append((along * scale.unsqueeze(1), projection.bias * scale))
             whole.append(out)
         contributions = torch.stack([part for part, _ in shares], dim=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.console import log
-from abliterate.direction import load_direction
+from abliterate.direction import Direction, load_directions
 from abliterate.editing.options import edit_options
 from abliterate.editing.workspace import check_absent, is_begun
 from abliterate.errors import UsageError
@@ -62,14 +62,15 @@ def _run_stages(session: Session, run: Path) -> dict[str, Any]:
     extracted = extract_stage(session, run, reuse=True)
     log.info("select")
     selection = select_stage(session, run, reuse=True)
-    direction = load_direction(run)
+    made = session.settings.select
+    direction = load_directions(run, False, made.position, made.interpolate)
     log.info("orthogonalize")
     edit = orthogonalize_stage(session, direction, run / MODEL, reuse=True)
     log.info("evaluate")
     evaluation = evaluate_stage(
         session,
         direction,
-        ("baseline", "ablate", "add"),
+        ("baseline", "ablate", *(["add"] if isinstance(direction, Direction) else [])),
         {EDITED: Checkpoint(str(run / MODEL), run / MODEL)},
         run,
         run,

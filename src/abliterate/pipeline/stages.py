@@ -52,8 +52,10 @@ from abliterate.run_records import read_extract, used_prompts
 from abliterate.run_rendering import describe_rendering, settle_rendering, take_date
 from abliterate.run_stage import Stage
 from abliterate.run_staleness import hash_prompts
+from abliterate.selection.per_layer import best_by_layer, set_of_candidates
 from abliterate.selection.score_table import score_record
 from abliterate.selection.search import Selection, Thresholds, choose_from_kept, select
+from abliterate.selection.search_inputs import Search
 from abliterate.storage.artifacts import (
     hash_file,
     read_record,
@@ -295,13 +297,15 @@ def _choose(
 ) -> Selection:
     settings, seed = session.settings.select, session.settings.model.seed
     thresholds = Thresholds(settings.kl_threshold, settings.induce_threshold, settings.prune_layers)
+    # Each layer's best is known once all of its candidates are.
+    search: Search = "exhaustive" if settings.per_layer else settings.search
     scores.say_what_is_kept()
     known = choose_from_kept(
         scores.table,
         extraction,
         thresholds,
         filter=settings.filter,
-        search=settings.search,
+        search=search,
         all_layers=settings.all_layers,
         seed=seed,
     )
@@ -320,7 +324,7 @@ def _choose(
         filter=settings.filter,
         chat=session.chat,
         batch_size=session.settings.model.batch_size,
-        search=settings.search,
+        search=search,
         all_layers=settings.all_layers,
         kl_on=settings.kl_on,
         kept=scores.table,
@@ -339,11 +343,12 @@ def _select_record(
     settings, winner = session.settings.select, result.winner
     return {
         "winner": winner and {"position": winner.position, "layer": winner.layer},
+        **({"per_layer": _per_layer_record(result)} if settings.per_layer else {}),
         "candidates": [score_record(score) for score in result.scores],
         "front": result.front(),
         "bootstrap": result.resamples and result.resamples.record,
         "n_layers": extracted["n_layers"],
-        "search": settings.search,
+        "search": "exhaustive" if settings.per_layer else settings.search,
         "kl_on": settings.kl_on,
         "offload": offload,
         **_how_scored(session, extracted),
@@ -363,6 +368,17 @@ def _select_record(
 
 def _scored_from(candidates: Any, prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, Any]:
     return {"candidates": candidates, "prompts": hash_prompts(prompt_keys(prompts))}
+
+
+def _per_layer_record(result: Selection) -> list[dict[str, Any] | None]:
+    """Each layer's best candidate, and the filter that drops it, if one does."""
+    best = best_by_layer(result.scores, result.thresholds)
+    return [
+        {"position": score.position, "reason": score.why_dropped(result.thresholds)}
+        if (score := best.get(layer))
+        else None
+        for layer in range(1 + max(score.layer for score in result.scores))
+    ]
 
 
 def _how_scored(session: Session, extracted: Mapping[str, Any]) -> dict[str, Any]:
@@ -387,7 +403,11 @@ def _write_direction(
         # Of the commit whose activations it is the difference of.
         revision = extracted["model"].get("revision")
         direction = result.direction(extraction)
-        save_direction(run / FILE_NAME, direction, session.checkpoint.name, revision)
+        name, directions = session.checkpoint.name, None
+        if session.settings.select.per_layer:
+            best = best_by_layer(result.scores, result.thresholds)
+            directions = set_of_candidates(extraction, best)
+        save_direction(run / FILE_NAME, direction, name, revision, directions)
 
 
 def _check_refusal_tokens(session: Session, extraction: Extraction, run: Path) -> None:

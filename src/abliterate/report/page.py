@@ -20,6 +20,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 
 from abliterate.errors import InputError
+from abliterate.evaluation.hooks_and_edits_text import hooks_and_edits_lines
 from abliterate.report import (
     edit_strip,
     facts,
@@ -72,6 +73,8 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         "cards": _part("selection.json", lambda: facts.cards(run)),
         "outcomes": run.evaluation
         and _part("evaluation.json", lambda: facts.outcome_table(facts.marked(run) or {})),
+        "hooks_and_edits": run.evaluation
+        and _part("evaluation.json", lambda: hooks_and_edits_lines(run.evaluation or {})),
         "sets": run.evaluation
         and _part("evaluation.json", lambda: facts.set_rows(run.evaluation or {})),
         "agreement": run.evaluation

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from abliterate.direction import FILE_NAME
 from abliterate.editing.file_names import RECORD
 from abliterate.report.collect import Document, Run
+from abliterate.run_folder import DIRECTIONS
 from abliterate.settings import (
     Settings,
     flags_of,
@@ -258,6 +259,8 @@ def _edit(record: Document) -> list[str]:
     options = dict(record["options"])
     if isinstance(kept := options.get("norm_preserve"), bool):
         options["norm_preserve"] = "rows" if kept else None
+    if isinstance(options.get("layer_scale"), Mapping):
+        options["layer_scale"] = "LAYER_SCALE"  # the record holds the weights, not their file
     quantized = options.pop("quantized", None)
     options |= {} if quantized is None else {quantized.removesuffix("d"): True}
     leak = float(record.get("leak_of_plan") or 0.0)
@@ -268,10 +271,16 @@ def _edit(record: Document) -> list[str]:
 
 
 def _projected(record: Document) -> list[str]:
-    """The option for a direction less the mean harmless activation; no harm where select did it."""
+    """The options that say what is made of the run's direction; no harm where select did it."""
     direction = record.get("direction")
-    projected = isinstance(direction, Mapping) and direction.get("project_harmless") is True
-    return ["--project-harmless"] if projected else []
+    if not isinstance(direction, Mapping):
+        return []
+    found = ["--project-harmless"] if direction.get("project_harmless") is True else []
+    if "layers" in direction:  # a set, and what was made into it
+        position, kind = direction.get("position"), direction.get("interpolate")
+        found += [] if position is None else [f"--position={position}"]
+        found += _option("--interpolate", kind)
+    return found
 
 
 def _own_direction(run: Run) -> bool:
@@ -279,8 +288,11 @@ def _own_direction(run: Run) -> bool:
     assert run.evaluation is not None
     if run.selection is None:
         return (run.folder / FILE_NAME).is_file()
-    selected = run.selection.get("outputs", {}).get(FILE_NAME)
-    return selected is None or selected == run.evaluation["direction"].get("sha256")
+    outputs = [record.get("outputs", {}) for record in (run.selection, run.extract or {})]
+    selected = outputs[0].get(FILE_NAME)
+    direction = run.evaluation["direction"]
+    held = direction.get("file") or direction.get("sha256")
+    return selected is None or held in (selected, outputs[1].get(DIRECTIONS))
 
 
 def _evaluate(
@@ -298,6 +310,8 @@ def _evaluate(
     rows = list(record["interventions"])
     known = [name for name in rows if name in ("baseline", "ablate", "add", "subtract")]
     default = ["baseline", "ablate", "add"] if record.get("direction") else ["baseline"]
+    if "layers" in (record.get("direction") or {}):  # a set is not added
+        default.remove("add")
     edited = [name for name in rows if name not in known]
     asked = list(dict.fromkeys(name if name in known else "checkpoint" for name in rows))
     if asked != [*default, *(["checkpoint"] if edited else [])]:

@@ -156,13 +156,22 @@ class SelectSettings(Section):
             DIRECTED,
         ),
     ] = False
+    per_layer: Annotated[
+        bool,
+        Option(
+            "Keep the best candidate of each layer too: --direction RUN is then a direction set. "
+            "Scores every candidate.",
+            METHOD,
+            SELECT,
+        ),
+    ] = False
     position: Annotated[
         int | None,
         Option(
             "Instead of the run folder's direction a set: the difference of its means at this "
             "position, such as -1, for each layer.",
             METHOD,
-            DIRECTED,
+            (*DIRECTED, "run"),
         ),
     ] = Field(None, lt=0)
     interpolate: Annotated[
@@ -172,7 +181,7 @@ class SelectSettings(Section):
             "linear or spherical: of a set, fill the layers between those that have a direction; "
             "linear:4,10-12: between these.",
             METHOD,
-            DIRECTED,
+            (*DIRECTED, "run"),
         ),
     ] = None
 
@@ -208,6 +217,14 @@ class OrthogonalizeSettings(Section):
         ),
     ] = None
     scale: Annotated[float, Option("Share of the direction to remove.", EDIT, EDITING)] = 1.0
+    layer_scale: Annotated[
+        str | None,
+        Option(
+            "JSON or TOML file of weights that multiply --scale, by layer and component.",
+            EDIT,
+            EDITING,
+        ),
+    ] = None
     norm_preserve: Annotated[
         Literal["rows", "columns"] | None,
         BeforeValidator(rows_or_none),

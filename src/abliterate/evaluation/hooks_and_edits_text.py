@@ -1,0 +1,28 @@
+"""What an evaluation says of hooks and edited checkpoints, for people; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_KINDS = ("harmful", "harmless")
+
+
+def hooks_and_edits_lines(record: Mapping[str, Any]) -> list[str]:
+    """What ``evaluation.json`` says of it, a line for each checkpoint; none of an older record."""
+    found = record.get("hooks_and_edits") or {}
+    return [f"ablate and {name}: {_text(one)}" for name, one in found.items()]
+
+
+def _text(found: Mapping[str, Any]) -> str:
+    parts = []
+    for kind in _KINDS:
+        if (same := found[kind]["refusals"]) is not None:
+            parts.append(f"the same verdict on {same['same']} of {same['n']} {kind} prompts")
+        metric = found[kind]["refusal_metric"]
+        if metric["difference"] is not None:
+            parts.append(f"{kind} metric {metric['ablate']:.2f} and {metric['edit']:.2f}")
+    kl = found["kl_divergence"]
+    if kl["difference"] is not None:
+        parts.append(f"harmless KL {kl['ablate']:.4f} and {kl['edit']:.4f}")
+    return ", ".join(parts) or "nothing that could be compared"
