@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from commands import Commands
+from hub_server import Hub, commands_beside_hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from warm_python import warm_python
 
 from abliterate.cli.app import main
 from abliterate.prompts.sources import read_source
@@ -138,6 +141,12 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     return run
 
 
+@pytest.fixture(scope="session")
+def commands() -> Commands:
+    """The command line in processes of its own, which start in milliseconds."""
+    return Commands(warm_python())
+
+
 @pytest.fixture
 def fails(cli: Callable[..., Result]) -> Callable[..., str]:
     """Run a command that must fail with one line on stderr and nothing on stdout; returns it."""
@@ -153,3 +162,17 @@ def fails(cli: Callable[..., Result]) -> Callable[..., str]:
         return lines[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def hub_place(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Hub, Commands, Path]]:
+    """A hub on loopback, commands that know no other, and where they keep what they fetch.
+
+    One for all tests: the commands' server takes seconds to start. Each test clears the hub and
+    fills it with its own.
+    """
+    cache = tmp_path_factory.mktemp("home")
+    with commands_beside_hub(cache, "datasets") as (hub, run):
+        yield hub, run, cache

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Commands, failure
+from commands import Done, failure
 from hub_server import hub_server
 from safetensors.torch import save_file
 
@@ -33,7 +33,7 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def windows(place: Path, tiny) -> Iterator[Commands]:
+def windows(place: Path, tiny) -> Iterator[subprocess.Popen[str]]:
     """Commands in one process without those names; the hub is a folder of tiny models."""
     with hub_server() as hub:
         hub.models = {"org/tied": tiny("qwen2", True), "org/untied": tiny("llama", True)}
@@ -52,7 +52,7 @@ def windows(place: Path, tiny) -> Iterator[Commands]:
             text=True,
             env=environment,
         ) as process:
-            yield Commands(process)
+            yield process
             assert process.stdin is not None
             process.stdin.close()
 
@@ -63,12 +63,12 @@ def here(capfd: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str
     return code, capfd.readouterr().out
 
 
-def there(windows: Commands, *args: str | Path) -> Any:
-    # Commands.wait: this server's commands have no process of their own to tell the id of.
-    assert windows._process.stdin is not None
-    windows._process.stdin.write(json.dumps(list(map(str, args))) + "\n")
-    windows._process.stdin.flush()
-    return windows.wait()
+def there(windows: subprocess.Popen[str], *args: str | Path) -> Done:
+    assert windows.stdin is not None
+    assert windows.stdout is not None
+    windows.stdin.write(json.dumps(list(map(str, args))) + "\n")
+    windows.stdin.flush()
+    return Done(**json.loads(windows.stdout.readline()))
 
 
 def stages(model: Path, run: Path) -> list[tuple[str | Path, ...]]:
@@ -114,7 +114,9 @@ def timeless(value: Any) -> Any:
     return [timeless(each) for each in value] if isinstance(value, list) else value
 
 
-def test_every_stage_gives_the_same_bytes(windows: Commands, place: Path, capfd) -> None:
+def test_every_stage_gives_the_same_bytes(
+    windows: subprocess.Popen[str], place: Path, capfd
+) -> None:
     run, seen = place / "run", list[list[tuple[str, int, str]]]()
     for name in ("posix", "windows"):  # under one name in turn, which some records hold
         seen.append([])
@@ -141,7 +143,7 @@ def test_every_stage_gives_the_same_bytes(windows: Commands, place: Path, capfd)
 
 
 def test_a_model_read_layer_by_layer_gives_the_same_direction(
-    windows: Commands, place: Path, capfd
+    windows: subprocess.Popen[str], place: Path, capfd
 ) -> None:
     for name in ("offload-posix", "offload-windows"):
         command = ("extract", demo_model_dir(), "-o", place / name, *SMALL, "--offload")
@@ -157,7 +159,9 @@ def test_a_model_read_layer_by_layer_gives_the_same_direction(
     assert one == other
 
 
-def test_low_disk_gives_the_same_bytes(windows: Commands, place: Path, tiny, capfd) -> None:
+def test_low_disk_gives_the_same_bytes(
+    windows: subprocess.Popen[str], place: Path, tiny, capfd
+) -> None:
     direction = place / "direction.safetensors"
     vector = torch.randn(48, generator=torch.Generator().manual_seed(2))
     save_file({"direction": vector}, direction)
@@ -175,7 +179,7 @@ def test_low_disk_gives_the_same_bytes(windows: Commands, place: Path, tiny, cap
     assert not list(place.rglob("*.partial"))
 
 
-def test_a_second_process_is_kept_out(windows: Commands, place: Path) -> None:
+def test_a_second_process_is_kept_out(windows: subprocess.Popen[str], place: Path) -> None:
     """The lock is a file there: its text is what says that it is held."""
     run = place / "held"
     with hold_folder(run, "evaluate"):

@@ -159,7 +159,7 @@ def mutate(raw: bytes, generator: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_twenty_thousand_damaged_files(tmp_path: Path) -> None:
+def test_thousands_of_damaged_files(tmp_path: Path) -> None:
     """Every one is read or refused in one line, at once; what is read has every byte it claims."""
     generator = random.Random(1)
     whole = save(_TENSORS, {"format": "pt"})
@@ -168,15 +168,14 @@ def test_twenty_thousand_damaged_files(tmp_path: Path) -> None:
     path, index = folder / "a.safetensors", folder / INDEX
     weight_map = dict.fromkeys(_TENSORS, "a.safetensors")
     good_index = json.dumps({"metadata": {"total_size": 108}, "weight_map": weight_map}).encode()
+    path.write_bytes(whole)
     index.write_bytes(good_index)
     messages: set[str] = set()
     read = refused = 0
     slowest = 0.0
-    for number in range(20_000):
+    for number in range(6_000):
         of_index = number % 5 == 0
         target, content = (index, good_index) if of_index else (path, whole)
-        path.write_bytes(whole)
-        index.write_bytes(good_index)
         target.write_bytes(mutate(content, generator))
         begun = time.perf_counter()
         try:
@@ -190,9 +189,10 @@ def test_twenty_thousand_damaged_files(tmp_path: Path) -> None:
                 assert 8 <= tensor.start <= tensor.end <= tensor.file.stat().st_size
                 assert tensor.file.parent == folder
         slowest = max(slowest, time.perf_counter() - begun)
+        target.write_bytes(content)
     assert all(message.isprintable() for message in messages)
-    assert read > 500
-    assert refused > 10_000
+    assert read > 150
+    assert refused > 3_000
     assert slowest < 2
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.safetensors", "model", INDEX]
 

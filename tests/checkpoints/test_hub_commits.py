@@ -10,20 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Commands
-from hub_server import Branches, Hub, commands_beside_hub
+from hub_server import Branches, Hub
 from safetensors.torch import load_file, save_file
 
 A, B = "a" * 40, "b" * 40
 SMALL = ("--no-filter", "--refusal-token", "I", "--n-train", "4", "--positions", "last", "-q")
 OPEN = ("--no-filter", "--n-val", "4", "--kl-threshold", "1e9", "--induce-threshold=-1e9", "-q")
 SHORT = ("--n-test", "2", "--max-new-tokens", "2", "-q")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[tuple[Hub, Commands, Path]]:
-    cache = tmp_path_factory.mktemp("home")
-    with commands_beside_hub(cache, "datasets", "abliterate.analysis.fragility") as (hub, run):
-        yield hub, run, cache
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +52,8 @@ def rows(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def hub(server, commits, rows) -> Iterator[Hub]:
-    hub, _, cache = server
+def hub(hub_place, commits, rows) -> Iterator[Hub]:
+    hub, _, cache = hub_place
     hub.clear()
     hub.branches = {
         "org/moving": Branches({"main": A, "next": B}, dict(commits)),
@@ -72,8 +65,8 @@ def hub(server, commits, rows) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def run(server) -> Commands:
-    return server[1]
+def run(hub_place) -> Commands:
+    return hub_place[1]
 
 
 def _move(hub: Hub) -> None:

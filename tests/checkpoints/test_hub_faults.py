@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Commands
-from hub_server import Fault, Hub, commands_beside_hub
+from hub_server import Fault, Hub
 from safetensors.torch import save_file
 
 from abliterate.hub.patience import retry_after
@@ -23,17 +23,11 @@ from abliterate.hub.reasons import explain, short
 AT_ONCE = {"Retry-After": "0"}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[tuple[Hub, Commands, Path]]:
-    cache = tmp_path_factory.mktemp("home")
-    with commands_beside_hub(cache, "datasets") as (hub, run):
-        yield hub, run, cache
-
-
 @pytest.fixture
-def hub(server, tiny) -> Iterator[Hub]:
-    hub, _, cache = server
+def hub(hub_place, tiny) -> Iterator[Hub]:
+    hub, _, cache = hub_place
     hub.clear()
+    hub.branches = {}
     hub.models = {"org/model": tiny("llama"), "org/parts": tiny("qwen2", True)}
     yield hub
     for folder in cache.iterdir():
@@ -41,13 +35,13 @@ def hub(server, tiny) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def run(server) -> Commands:
-    return server[1]
+def run(hub_place) -> Commands:
+    return hub_place[1]
 
 
 @pytest.fixture
-def cache(server) -> Path:
-    return server[2]
+def cache(hub_place) -> Path:
+    return hub_place[2]
 
 
 @pytest.fixture(scope="module")

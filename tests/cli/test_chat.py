@@ -6,14 +6,15 @@ import io
 import os
 import pty
 import select
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Commands
 from safetensors.torch import save_file
+from warm_python import warm_python
 
 from abliterate.cli.app import main
 from abliterate.inference.dialogue import Conversation, Decoding, Steering
@@ -86,20 +87,14 @@ def talk(cli, model: Path, monkeypatch) -> Callable:
 
 
 def test_ablation_ends_refusal_and_off_brings_it_back(
-    model: Path, run: Path, refused: str, loaded: LoadedModel
+    model: Path, run: Path, refused: str, loaded: LoadedModel, commands: Commands
 ) -> None:
     """As a pipeline would: a process, a line per turn, an answer per line."""
     lines = [refused, "/reset", "/ablate", refused, "/reset", "/off", refused]
-    done = subprocess.run(
-        [sys.executable, "-m", "abliterate", "chat", str(model), "--direction", str(run), *SHORT],
-        input="\n".join(lines) + "\n",
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    before, ablated, after = done.stdout.splitlines()
+    typed = "\n".join(lines) + "\n"
+    done = commands("chat", model, "--direction", run, *SHORT, input=typed)
+    assert done.code == 0, done.err
+    before, ablated, after = done.out.splitlines()
     assert is_refusal(before)
     assert not is_refusal(ablated)
     assert after == before == reference(loaded, [user(refused)])
@@ -229,10 +224,14 @@ class Terminal:
     """A command at a pseudo-terminal."""
 
     def __init__(self, *args: str | Path) -> None:
-        self.pid, self._end = pty.fork()
-        if self.pid == 0:
-            os.environ.update(TERM="xterm", COLUMNS="160", LINES="50")
-            os.execv(sys.executable, [sys.executable, "-m", "abliterate", *map(str, args)])
+        self._end, other = pty.openpty()
+        self._running = warm_python().start(
+            *("-m", "abliterate", *args),
+            streams=(other, other, other),
+            env={"TERM": "xterm", "COLUMNS": "160", "LINES": "50"},
+            terminal=True,
+        )
+        os.close(other)
         self.text = ""
 
     def until(self, wanted: str) -> str:
@@ -267,7 +266,7 @@ class Terminal:
         except OSError:
             pass  # how Linux says that the other side is closed
         os.close(self._end)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._running.wait()
 
 
 def test_at_a_terminal(model: Path, run: Path, refused: str) -> None:

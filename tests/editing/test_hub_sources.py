@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Commands, failure
-from hub_server import COMMIT, Hub, commands_beside_hub
+from hub_server import COMMIT, Hub
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -26,35 +26,29 @@ def direction(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory) -> Iterator[tuple[Hub, Commands, Path]]:
-    cache = tmp_path_factory.mktemp("home")
-    with commands_beside_hub(cache) as (hub, run):
-        yield hub, run, cache / "hub"
-
-
 @pytest.fixture
-def hub(server, tiny) -> Iterator[Hub]:
-    hub, _, cache = server
+def hub(hub_place, tiny) -> Iterator[Hub]:
+    hub, _, cache = hub_place
+    hub.clear()
+    hub.branches = {}
     hub.models = {"org/tied": tiny("qwen2", True), "org/untied": tiny("llama", True)}
-    hub.requests.clear()
     hub.stalled.clear()
     hub.go_on.clear()
     yield hub
     hub.go_on.set()
     hub.stall = hub.broken = hub.gone = None
     hub.ranges = True
-    shutil.rmtree(cache, ignore_errors=True)
+    shutil.rmtree(cache / "hub", ignore_errors=True)
 
 
 @pytest.fixture
-def run(server) -> Commands:
-    return server[1]
+def run(hub_place) -> Commands:
+    return hub_place[1]
 
 
 @pytest.fixture
-def cache(server) -> Path:
-    return server[2]
+def cache(hub_place) -> Path:
+    return hub_place[2] / "hub"
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -23,6 +21,7 @@ from judge_server import Endpoint, endpoint, nobody
 from thinking_models import R1, tagged, tokenizer_with
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
+from warm_python import warm_python
 
 from abliterate.direction import Direction, save_direction
 from abliterate.evaluation.served_prompts import prompt_text
@@ -66,16 +65,11 @@ def real_server() -> Iterator[str]:
         port = free.getsockname()[1]
     command = "from transformers.cli.transformers import main; main()"
     options = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", command, *options, "--dtype", "float32"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = warm_python().begin("-c", command, *options, "--dtype", "float32").running
     try:
         deadline = time.monotonic() + 120
         while True:
-            assert process.poll() is None, "transformers serve has ended"
+            assert process.is_running(), "transformers serve has ended"
             assert time.monotonic() < deadline, "transformers serve does not start"
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
@@ -84,12 +78,8 @@ def real_server() -> Iterator[str]:
                 time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 def _files(out: Path) -> dict[str, bytes]:

@@ -39,17 +39,18 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     run = tmp_path_factory.mktemp("demo") / "run"
     model = Path(__file__).parents[2] / "data/demo-model"
-    assert main(["extract", str(model), "-o", str(run), "--no-offload", "-q"]) == 0
+    sizes = ["--n-train", "48", "--no-offload", "-q"]
+    assert main(["extract", str(model), "-o", str(run), *sizes]) == 0
     return run
 
 
-@pytest.mark.parametrize("options", [(), ("--search", "exhaustive", "--activation-memory", "6MB")])
+@pytest.mark.parametrize("options", [(), ("--search", "exhaustive", "--activation-memory", "2MB")])
 def test_selection_finds_the_same_winner_with_the_same_scores(
     options: tuple[str, ...], demo_run: Path, cli
 ) -> None:
-    records = {}
+    records, n_val = {}, "5" if options else "16"
     for mode in ("--no-offload", "--offload"):
-        result = cli("select", demo_run, mode, "--n-val", "16", *options, "--json")
+        result = cli("select", demo_run, mode, "--n-val", n_val, *options, "--json")
         assert result.code == 0, result.err
         records[mode] = result.json
     plain, streamed = records["--no-offload"], records["--offload"]
@@ -245,7 +246,7 @@ def test_an_error_midway_ends_every_pass(tiny) -> None:
 def test_evaluate_scores_the_first_tokens_of_a_streamed_model(cli, fails, tmp_path: Path) -> None:
     """``run --offload`` to its end, against ``evaluate`` in memory on the same run folder."""
     model, run = Path(__file__).parents[2] / "data/demo-model", tmp_path / "run"
-    sizes = ("--n-train", "32", "--n-val", "8", "--positions", "-1", "--n-test", "12")
+    sizes = ("--n-train", "24", "--n-val", "6", "--positions", "-1", "--n-test", "6")
     done = cli("run", model, "-o", run, *sizes, "--offload")
     assert done.code == 0, done.err
     assert "not measured" in done.out
@@ -258,7 +259,7 @@ def test_evaluate_scores_the_first_tokens_of_a_streamed_model(cli, fails, tmp_pa
     again = cli("run", model, "-o", run, *sizes, "--offload")
     assert again.err.count("is up to date") == 4
 
-    common = ("evaluate", model, "--direction", run, "--n-test", "12", "--max-new-tokens", "2",
+    common = ("evaluate", model, "--direction", run, "--n-test", "6", "--max-new-tokens", "2",
               "--intervention", "baseline", "--intervention", "ablate", "--intervention", "add",
               "--intervention", "subtract", "--checkpoint", f"orthogonalized={run / 'model'}",
               "--json")  # fmt: skip
@@ -286,7 +287,7 @@ def test_evaluate_scores_the_first_tokens_of_a_streamed_model(cli, fails, tmp_pa
     vector = run / "direction.safetensors"
     tokens = [
         cli("evaluate", model, "--direction", vector, "--intervention", "baseline",
-            "--max-new-tokens", "1", "--n-test", "12", mode, "--json").json["refusal_tokens"]
+            "--max-new-tokens", "1", "--n-test", "6", mode, "--json").json["refusal_tokens"]
         for mode in ("--offload", "--no-offload")
     ]  # fmt: skip
     assert tokens[0] == tokens[1] != []

@@ -10,8 +10,6 @@ group, which ``scripts/bench_offload.py`` uses, takes root.)
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen3MoeConfig
+from warm_python import Begun, warm_python
 
 from abliterate import extract, load_model, load_prompts
 from abliterate.extraction.means import Extraction
@@ -132,28 +131,18 @@ def _in_memory(large: Path, folder: Path) -> Extraction:
     return extract(loaded, *prompts, POSITIONS, ["I"], filter=False)
 
 
-def _start(model: Path, run: Path, limit: int, *options: str) -> subprocess.Popen[str]:
+def _start(model: Path, run: Path, limit: int, *options: str) -> Begun:
     arguments = [
         "extract", model, "-o", run, "--no-filter", "--refusal-token", "I", "--n-train", "4",
         "--dtype", "float32", "--positions", POSITIONS, *options,
     ]  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(limit), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
-    )
+    return warm_python().begin("-c", CHILD, str(limit), *map(str, arguments))
 
 
-def _end(process: subprocess.Popen[str]) -> tuple[dict[str, int], str]:
-    try:
-        out, error = process.communicate(timeout=600)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    lines = out.splitlines()
-    return (json.loads(lines[-1]) if lines else {"code": process.returncode}), error
+def _end(begun: Begun) -> tuple[dict[str, int], str]:
+    ended = begun.end()
+    lines = ended.out.splitlines()
+    return (json.loads(lines[-1]) if lines else {"code": ended.code}), ended.err
 
 
 def test_a_checkpoint_four_times_the_memory_limit(large: Path, tmp_path: Path) -> None:
@@ -170,8 +159,8 @@ def test_a_checkpoint_four_times_the_memory_limit(large: Path, tmp_path: Path) -
         assert _end(plain)[0]["code"] != 0, "the limit does not bind"
         streamed, error = _end(stream)
     finally:
-        plain.kill()
-        stream.kill()
+        plain.running.kill()
+        stream.running.kill()
     assert streamed["code"] == 0, error
     block = (size // LAYERS) + (1 << 20)
     rows = 512 * WIDTH * 4

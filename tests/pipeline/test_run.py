@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import Commands
+from huggingface_hub import constants
 
 from abliterate.errors import UsageError
 from abliterate.resources import config_dir
@@ -189,29 +189,24 @@ def test_shipped_configurations_are_valid_and_the_papers_is_the_default() -> Non
         load_settings(options={"extract": {"n_train": -4}})
 
 
-def _abliterate(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "abliterate", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_streams_of_the_installed_command(tiny, tmp_path: Path) -> None:
+def test_streams_of_the_installed_command(tiny, commands: Commands, tmp_path: Path) -> None:
     """As a pipeline sees it: one document on stdout, no colour or bars, logs on stderr."""
     train = ("--no-filter", "--refusal-token", "I", "--n-train", "8")
     out = tmp_path / "run"
-    done = _abliterate("extract", tiny("llama"), "-o", out, *train, "--json")
-    assert done.returncode == 0, done.stderr
-    json.loads(done.stdout)
-    assert "loaded" in done.stderr
-    assert "\x1b" not in done.stdout + done.stderr
-    assert "\r" not in done.stderr
-    quiet = _abliterate("extract", tiny("llama"), "-o", out, *train, "--quiet")
-    assert quiet.stderr == ""
-    assert "Candidate directions" in quiet.stdout
-    assert "\x1b" not in quiet.stdout
-    broken = _abliterate("extract", "./nowhere", "-o", out)
-    assert broken.returncode == 4
-    assert broken.stderr == "error: model './nowhere' is neither an existing folder nor a hub id\n"
-    assert "Traceback" in _abliterate("extract", "./nowhere", "-o", out, "--debug").stderr
+    done = commands("extract", tiny("llama"), "-o", out, *train, "--json")
+    assert done.code == 0, done.err
+    assert done.json
+    assert "loaded" in done.err
+    assert "\x1b" not in done.out + done.err
+    assert "\r" not in done.err
+    quiet = commands("extract", tiny("llama"), "-o", out, *train, "--quiet")
+    assert quiet.err == ""
+    assert "Candidate directions" in quiet.out
+    assert "\x1b" not in quiet.out
+    broken = commands("extract", "./nowhere", "-o", out)
+    assert broken.code == 4
+    assert broken.err == "error: model './nowhere' is neither an existing folder nor a hub id\n"
+    assert "Traceback" in commands("extract", "./nowhere", "-o", out, "--debug").err
 
 
 def test_help_version_and_unknown_commands(cli, fails) -> None:
@@ -227,7 +222,9 @@ def test_help_version_and_unknown_commands(cli, fails) -> None:
     assert cli().code == 2
 
 
-def test_hub_ids_are_resolved_through_the_local_cache(tiny, cli, tmp_path: Path) -> None:
+def test_hub_ids_are_resolved_through_the_local_cache(
+    tiny, cli, monkeypatch, tmp_path: Path
+) -> None:
     """A hub id needs no network once its snapshot is in the cache; the commit is recorded."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     hub = tmp_path / "hub" / "models--org--tiny"
@@ -237,11 +234,9 @@ def test_hub_ids_are_resolved_through_the_local_cache(tiny, cli, tmp_path: Path)
     snapshot.mkdir(parents=True)
     for file in tiny("llama").iterdir():
         os.link(file, snapshot / file.name)
-    command = [
-        sys.executable, "-m", "abliterate", "extract", "org/tiny", "-o", str(tmp_path / "run"),
-        "--no-filter", "--refusal-token", "I", "--n-train", "8", "--json",
-    ]  # fmt: skip
-    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["model"] == {"id": "org/tiny", "revision": commit}
+    # What the library makes of HF_HUB_CACHE when it is imported; the tests are offline anyway.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    train = ("--no-filter", "--refusal-token", "I", "--n-train", "8")
+    done = cli("extract", "org/tiny", "-o", tmp_path / "run", *train, "--json")
+    assert done.code == 0, done.err
+    assert done.json["model"] == {"id": "org/tiny", "revision": commit}

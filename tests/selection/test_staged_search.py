@@ -86,7 +86,7 @@ def test_staged_exhaustive_and_plain_choose_the_same(kind: str, tiny) -> None:
     finite = [s for s in exhaustive if not math.isnan(s.induce_score)]
     numbers = random.Random(5)
     winners, spared, stopped = set(), 0, 0
-    for trial in range(25):
+    for trial in range(15):
         # Thresholds around the scores themselves, and at them.
         kl = numbers.choice(finite).kl_divergence * numbers.choice((1.0, 1.0, 0.99, 1.01))
         induce = numbers.choice(finite).induce_score + numbers.choice((0.0, -0.01, 0.01))
@@ -118,8 +118,8 @@ def test_staged_exhaustive_and_plain_choose_the_same(kind: str, tiny) -> None:
                 stopped += 1
             spared += 3 - len(other.computed)
     assert len(winners) > 2
-    assert spared > 100
-    assert stopped > 10
+    assert spared > 60
+    assert stopped > 6
 
 
 def test_few_passes_in_memory_agree_with_plain(tiny) -> None:

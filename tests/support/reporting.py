@@ -38,8 +38,8 @@ def make_run(place: Path) -> Path:
         (place / f"{kind}.json").write_text(json.dumps(rows))
         sources += [f"--{kind}", str(place / f"{kind}.json")]
     quiet = ["--quiet", "--json"]
-    small = ["--n-train", "16", "--n-val", "8", "--max-new-tokens", "6", "--save-activations"]
-    small += ["--search", "exhaustive", "--no-filter"]
+    small = ["--n-train", "16", "--n-val", "5", "--max-new-tokens", "6", "--save-activations"]
+    small += ["--n-test", "12", "--search", "exhaustive", "--no-filter"]
     assert main(["run", str(model), "-o", str(folder), *sources, *small, *quiet]) == 0
     assert main(["inspect", str(folder), *quiet]) == 0
     suffix = ["--suffix", f"kindly {BREAKOUT}", "--n-prompts", "4"]

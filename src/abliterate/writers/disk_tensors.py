@@ -10,6 +10,7 @@ table of names here, and a checkpoint may be in any layout that ``from_pretraine
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -76,6 +77,10 @@ class _Group:
     names: list[str]
 
 
+_maps: dict[tuple[Any, ...], DiskMap] = {}
+_KEPT = 4
+
+
 def disk_tensors(
     model: PreTrainedModel,
     parameters: Mapping[str, int],
@@ -105,9 +110,24 @@ def disk_map(
     if method := getattr(model.config, "quantization_config", None):
         # Its tensors are codes with scales beside them, on which an edit has no meaning.
         raise PlanError(f"the checkpoint is quantised ({_method(method)}): edit the original")
+    # An edit and its check ask for the same map, which depends on these alone.
+    config = json.dumps(model.config.to_dict(), default=str)
+    held = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+    shapes = tuple((name, tuple(shape)) for name, shape in on_disk.items())
+    key = (type(model), config, held, tuple(parameters.items()), shapes)
+    if key not in _maps:
+        found = _find(model, parameters, dict(shapes))
+        while len(_maps) >= _KEPT:
+            del _maps[next(iter(_maps))]
+        _maps[key] = found
+    return _maps[key]
+
+
+def _find(
+    model: PreTrainedModel, parameters: Mapping[str, int], disk: dict[str, tuple[int, ...]]
+) -> DiskMap:
     aliases = parameter_aliases(model)
     axes = _checked_axes(model, parameters, aliases)
-    disk = {name: tuple(shape) for name, shape in on_disk.items()}
     groups, untouched = _groups(model, disk)
     names, shapes = list(disk), list(disk.values())
     tensors: list[DiskTensor] = []

@@ -333,6 +333,8 @@ def _built(auto: Any, config: PretrainedConfig, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32)
     randomise(model, seed)
+    # As a checkpoint says it: one configuration, one proof of its architecture a process.
+    model.config.architectures = [type(model).__name__]
     return model.eval()
 
 
