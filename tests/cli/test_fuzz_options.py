@@ -127,6 +127,7 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "memory": ("0", "1", "80GB", "-1", "nan", "1e400GB"),
     "norm_preserve": ("rows", "columns", "True", "cells"),
     "to": ("gguf", "npz", "steering-vectors", "onnx"),
+    "push_to_hub": ("org/name", "name", "org/name@v1", "", "../x/y"),
     "positions": ("last", "post-instruction", "-1", "-1,-1", "-999", "0", "-1,-2", "1", "-9" * 20),
     "png": ("{mine}", "{file}"),
     "response_prefix": ("I", " ", "\n"),
