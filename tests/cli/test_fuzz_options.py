@@ -132,6 +132,8 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "png": ("{mine}", "{file}"),
     "response_prefix": ("I", " ", "\n"),
     "refusal_token": ("I", "0", "511", "512", "505", str(10**20), "no such token", "llama-2"),
+    "robust": ("winsor", "median", "none", "mode"),
+    "winsor_quantile": ("0.1", "0.49", "0.001", "0", "0.5", "nan"),
     "save_activations": ("all", "0", "0-3", "9", "none"),
     "scores": ("{run}/selection.json", "{answers}", "{run}/extract.json"),
     "source": ("{model}", "{edited}", "{harmful}", "harmful", "advbench", "{harmful}[x]"),
