@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Regenerates docs/architectures.md: every decoder-only architecture through the command line.
 
-    python scripts/architectures.py [--check]
+    python scripts/architectures.py [--check] [--lists]
 
 Builds a tiny random model of each type, edits it with ``abliterate orthogonalize``, reloads it and
 measures what the residual stream still has along the direction. Takes a minute or two. ``--check``
-prints the table and leaves the file alone.
+prints the table and leaves the file alone. ``--lists`` makes the lists below the tables anew, for
+which no model is built, and leaves the tables as they are.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT / "tests/support"))
 from architectures.roundtrip import Outcome, round_trip  # noqa: E402
 from architectures.zoo import (  # noqa: E402
     EXCLUDED,
+    VISION_LANGUAGE,
     decoder_only_types,
     tiny_model,
 )
@@ -57,6 +59,17 @@ exact too: the last column is the leak measured under it.
 |---|---|---:|---:|
 {refusals}
 
+{lists}"""
+
+LISTS = """\
+## Vision-language wrappers
+
+The text decoder in the checkpoint of these types (through `AutoModelForImageTextToText`) is exact
+on text, by the same test. What the vision tower puts into the stream at image tokens is left as
+it is:
+
+{wrappers}
+
 ## Not in the table
 
 Types under `AutoModelForCausalLM` that are no decoder-only text models, or that are another type
@@ -73,6 +86,24 @@ def outcome_of(model_type: str) -> Outcome | str:
             return round_trip(lambda: tiny_model(model_type), Path(folder))
         except Exception as error:  # a type of a newer release may fail anywhere
             return f"untested: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def lists() -> str:
+    """What is known of types outside the tables."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in EXCLUDED.items():
+        reasons.setdefault(reason, []).append(name)
+    return LISTS.format(
+        wrappers="\n".join(f"- {name}" for name in VISION_LANGUAGE),
+        excluded="\n".join(f"- {reason}: {', '.join(names)}" for reason, names in reasons.items()),
+    )
+
+
+def with_lists(text: str) -> str:
+    """The page with its lists anew."""
+    for heading in ("## Vision-language wrappers", "## Not in the table"):
+        text = text.partition(heading)[0]
+    return text + lists()
 
 
 def render(outcomes: dict[str, Outcome | str]) -> str:
@@ -93,9 +124,6 @@ def render(outcomes: dict[str, Outcome | str]) -> str:
                 f"| {name} | {outcome.writers} | {outcome.tensors} | {kind} | "
                 f"{outcome.before:.2f} | {outcome.edited:.1e} |"
             )
-    reasons: dict[str, list[str]] = {}
-    for name, reason in EXCLUDED.items():
-        reasons.setdefault(reason, []).append(name)
     return HEADER.format(
         version=transformers.__version__,
         exact=exact,
@@ -104,16 +132,20 @@ def render(outcomes: dict[str, Outcome | str]) -> str:
         refused=len(refusals),
         rows="\n".join(rows),
         refusals="\n".join(refusals),
-        excluded="\n".join(f"- {reason}: {', '.join(names)}" for reason, names in reasons.items()),
+        lists=lists(),
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="print, do not write")
+    parser.add_argument("--lists", action="store_true", help="the lists alone; no model is built")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    text = render({name: outcome_of(name) for name in tqdm(decoder_only_types())})
+    if arguments.lists:
+        text = with_lists((ROOT / "docs" / "architectures.md").read_text(encoding="utf-8"))
+    else:
+        text = render({name: outcome_of(name) for name in tqdm(decoder_only_types())})
     if arguments.check:
         print(text)
     else:

@@ -35,6 +35,7 @@ EVERY: dict[str, dict[str, Any]] = {
         "harmful": "a b.csv[text]", "harmless": "-mine.txt", "n_train": 64,
         "positions": "-5,-1", "filter": False, "refusal_tokens": ("I", "-1"),
         "save_activations": "3,5-7", "activation_positions": "all",
+        "robust": "winsor", "winsor_quantile": 0.125,
     },
     "select": {
         "harmful": "harmbench", "harmless": "alpaca", "n_val": 8, "filter": False,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,11 @@ class Hub:
 
     Attributes:
         models: by their ids; each has one commit, ``COMMIT``.
+        pushed: folders of the repositories that clients may write to, by id; each has one commit.
+        private: of them, those that not everyone sees.
+        account: whose token it is, as ``whoami`` answers; None: the token is no good.
+        room: where folders of new repositories are made.
+        stored: large files by the hash of their content, of whatever was sent.
         branches: repositories of several commits, by id; of data sets by ``datasets/`` and id.
         gated: ids whose files nobody gets.
         faults: answers that go wrong.
@@ -69,6 +75,11 @@ class Hub:
     """
 
     models: dict[str, Path] = field(default_factory=dict)
+    pushed: dict[str, Path] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
+    account: dict | None = None
+    stored: dict[str, bytes] = field(default_factory=dict)
+    room: Path | None = None
     branches: dict[str, Branches] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     faults: list[Fault] = field(default_factory=list)
@@ -103,6 +114,8 @@ class Hub:
             held = self.branches[repo]
             commit = held.refs.get(revision, revision)
             return (commit, held.commits[commit]) if commit in held.commits else None
+        if repo in self.pushed:
+            return COMMIT, self.pushed[repo]
         known = repo in self.models and revision in ("main", COMMIT)
         return (COMMIT, self.models[repo]) if known else None
 
@@ -137,16 +150,28 @@ def hub_server() -> Iterator[Hub]:
         def do_GET(self) -> None:
             self.answer()
 
+        def do_PUT(self) -> None:
+            self.answer()
+
         def do_POST(self) -> None:
             self.answer()
 
         def answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             self.body = self.rfile.read(length) if length else b""
+            if self.headers.get("Transfer-Encoding") == "chunked":
+                while size := int(self.rfile.readline(), 16):
+                    self.body += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
             hub.paths.append(f"{self.command} {self.path}")
             if (fault := hub.fault(hub.paths[-1])) is not None:
                 return self.send_empty(fault.status, fault.headers)
             parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+            if parts == ["api", "whoami-v2"]:
+                return self.send_json(hub.account) if hub.account else self.send_empty(401, {})
+            if self.command in ("POST", "PUT") and (written := self.write(parts)) is not None:
+                return self.send_json(written)
             api = parts[:1] == ["api"]
             parts = parts[1:] if api else parts
             kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
@@ -155,8 +180,60 @@ def hub_server() -> Iterator[Hub]:
                 return self.describe(repo, parts[2:])
             return self.file(repo, unquote(parts[3]), "/".join(parts[4:]))
 
+        def write(self, parts: list[str]) -> object | None:
+            """The answer to a client that writes; None if it does not."""
+            if parts == ["api", "repos", "create"]:
+                asked = json.loads(self.body)
+                repo = f"{asked['organization'] or hub.account['name']}/{asked['name']}"
+                assert hub.room is not None
+                if repo not in hub.pushed:
+                    hub.pushed[repo] = hub.room / repo
+                    hub.pushed[repo].mkdir(parents=True)
+                    (hub.pushed[repo] / ".gitattributes").write_text("")
+                    if asked.get("visibility") == "private" or asked.get("private"):
+                        hub.private.add(repo)
+                return {"url": f"{hub.url}/{repo}"}
+            if parts == ["api", "validate-yaml"]:
+                return {"errors": [], "warnings": []}
+            if parts[0] == "objects":
+                hub.stored[parts[1]] = self.body
+                return {}
+            if parts[-2:] == ["objects", "batch"]:
+                held = json.loads(self.body)["objects"]
+                return {"transfer": "basic", "objects": [self.place(one) for one in held]}
+            if parts[:2] != ["api", "models"] or "/".join(parts[2:4]) not in hub.pushed:
+                return None
+            if parts[4:5] == ["preupload"]:
+                return {"files": [
+                    {"path": f["path"], "shouldIgnore": False,
+                     "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
+                    for f in json.loads(self.body)["files"]
+                ]}  # fmt: skip
+            if parts[4:5] == ["commit"]:
+                repo = "/".join(parts[2:4])
+                for line in map(json.loads, self.body.splitlines()):
+                    self.commit(hub.pushed[repo], line["key"], line["value"])
+                return {"commitUrl": f"{hub.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT}
+            return None
+
+        def place(self, wanted: dict) -> dict:
+            """Where a large file goes; nowhere if it is there."""
+            if wanted["oid"] in hub.stored:
+                return wanted
+            return {**wanted, "actions": {"upload": {"href": f"{hub.url}/objects/{wanted['oid']}"}}}
+
+        def commit(self, folder: Path, key: str, value: dict) -> None:
+            if key == "header":
+                return
+            path = folder / value["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if key == "lfsFile":
+                path.write_bytes(hub.stored[value["oid"]])
+            elif key == "file":
+                path.write_bytes(b64decode(value["content"]))
+
         def describe(self, repo: str, rest: list[str]) -> None:
-            if repo not in {**hub.models, **hub.branches}:
+            if repo not in {**hub.models, **hub.branches, **hub.pushed}:
                 return self.refuse("RepoNotFound")
             found = hub.find(repo, rest[1] if len(rest) > 1 else "main")
             if found is None:
@@ -176,7 +253,8 @@ def hub_server() -> Iterator[Hub]:
                 for n, s, o in entries
             ]
             name = repo.removeprefix("datasets/")
-            return self.send_json({"id": name, "sha": commit, "siblings": siblings})
+            seen = {"id": name, "sha": commit, "siblings": siblings}
+            return self.send_json({**seen, "private": repo in hub.private})
 
         def file(self, repo: str, revision: str, name: str) -> None:
             found = hub.find(repo, revision)
@@ -273,6 +351,7 @@ def commands_beside_hub(cache: Path, *modules: str) -> Iterator[tuple[Hub, Comma
             "HF_HUB_CACHE": str(cache / "hub"),
             "HF_DATASETS_CACHE": str(cache / "datasets"),
             "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "*",
         }
         with serving(environment, *modules) as run:

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from architectures.roundtrip import Outcome, Shape, half_precision, round_trip
-from architectures.zoo import decoder_only_types, tiny_model, tiny_vision_language_model
+from architectures.zoo import (
+    VISION_LANGUAGE,
+    decoder_only_types,
+    tiny_model,
+    tiny_vision_language_model,
+)
 
 from abliterate import add
 from abliterate.errors import UnsupportedArchitectureError
@@ -33,10 +38,6 @@ REFUSED = {
     "xglm": "adds the buffer model.embed_positions.weights",
     "zaya": "per-channel gain model.layers.1.post_attention_residual_scale.residual_scale",
 }
-VISION_LANGUAGE = (
-    "aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "llava", "mistral3", "paligemma",
-    "qwen2_5_vl", "qwen3_vl_moe",
-)  # fmt: skip
 
 
 # Where a bias of the MLP before a layer can hold the addition; all others are refused by name.
@@ -55,6 +56,15 @@ RECURRENT = {"dory", "hrm_text"}
 # The first type that was edited in bfloat16 for a shape of plan: rounding knows no other.
 ROUNDED: dict[Shape, str] = {}
 PROMPTS = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40, 16), (60, 8))]
+
+
+TABLE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+
+
+def wrappers_said_exact() -> list[str]:
+    """The vision-language types that the published page calls exact."""
+    section = TABLE.partition("## Vision-language wrappers")[2].partition("\n## ")[0]
+    return [line.removeprefix("- ") for line in section.splitlines() if line.startswith("- ")]
 
 
 def _assert_exact(outcome: Outcome) -> None:
@@ -96,6 +106,16 @@ def test_every_architecture_is_exact_or_refused(model_type: str, tmp_path: Path)
 @pytest.mark.parametrize("model_type", VISION_LANGUAGE)
 def test_text_decoders_of_vision_language_models(model_type: str, tmp_path: Path) -> None:
     _assert_exact(round_trip(lambda: tiny_vision_language_model(model_type), tmp_path))
+    assert model_type in wrappers_said_exact()
+
+
+def test_the_published_list_of_wrappers_is_the_one_that_is_tested() -> None:
+    assert wrappers_said_exact() == list(VISION_LANGUAGE)
+    excluded = TABLE.partition("## Not in the table")[2]
+    for line in excluded.splitlines():
+        names = line.rpartition(": ")[2].split(", ")
+        if {*names} & {*VISION_LANGUAGE}:
+            assert "exact, see above" in line
 
 
 @pytest.mark.parametrize("model_type", decoder_only_types())

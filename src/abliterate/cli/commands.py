@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from abliterate.cli import options as opt
+from abliterate.cli.push import Public, PushToHub, check_push, push
 from abliterate.cli.stale_parts import say_stale, say_stale_table, saying_stale
 from abliterate.console import log, print_json
 from abliterate.errors import InputError, UsageError
@@ -96,9 +97,11 @@ def orthogonalize(
     ],
     direction: opt.Direction,
     given: opt.Given,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
     config: opt.Config = None,
     as_json: opt.Json = False,
-) -> None:
+) -> int:
     """Write a checkpoint that cannot write along the direction.
 
     With the abliterate.json of an edited checkpoint as --direction, that edit is made again: same
@@ -120,6 +123,7 @@ def orthogonalize(
         need="copy",
         sources=[source_of_direction(direction)],
     )
+    check_push(push_to_hub, public, session)
     if is_edit_record(path):
         if chosen.interpolate is not None:
             raise UsageError(
@@ -139,6 +143,12 @@ def orthogonalize(
     print_json(record) if as_json else show_edit(record, output)
     if Path(direction).is_dir():
         say_stale(Path(direction), "selection", "evaluation")
+    if push_to_hub is None:
+        return 0
+    vector = load_directions(
+        direction, chosen.project_harmless, chosen.position, chosen.interpolate
+    )
+    return push(push_to_hub, public, session, vector, output, show=not as_json)
 
 
 @opt.command(last=("filter",))
@@ -146,9 +156,11 @@ def run(
     model: opt.Model,
     output: opt.RunOut,
     given: opt.Given,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
     config: opt.Config = None,
     as_json: opt.Json = False,
-) -> None:
+) -> int:
     """extract, select, orthogonalize and evaluate; finished stages are skipped."""
     settings = load_settings(config, given)
     from abliterate.cli.selection_tables import showing_front
@@ -156,6 +168,7 @@ def run(
     from abliterate.storage.artifacts import believing
 
     session = _begun_session(output, model, settings)
+    check_push(push_to_hub, public, session)
     from abliterate.pipeline.run import run_pipeline
 
     with saying_stale(output, failed_only=True), showing_front():
@@ -163,6 +176,13 @@ def run(
     # Of stages that were up to date it holds what lies there.
     with believing(output, "run"):
         print_json(record) if as_json else show_run(record, output)
+    if push_to_hub is None:
+        return 0
+    from abliterate.direction import load_direction
+    from abliterate.run_folder import MODEL
+
+    vector = load_direction(output)
+    return push(push_to_hub, public, session, vector, output / MODEL, show=not as_json)
 
 
 def _begun_session(run: Path, model: str, settings: Settings) -> Session:

@@ -17,6 +17,7 @@ from abliterate.direction import Direction
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import InputError
 from abliterate.extraction.group_sums import GroupSums, Stability, assign_groups, stability
+from abliterate.extraction.robust_means import CollectedRows, Robust, clipped, require_one_process
 from abliterate.inference.engine import ActivationReader, BatchActivations
 from abliterate.inference.in_memory import InMemoryReader, engine_of
 from abliterate.inference.thinks_first import or_thinks_first
@@ -157,6 +158,8 @@ def extract(
     batch_size: int | str = "auto",
     keep: Keep | None = None,
     seed: int = 0,
+    robust: Robust = "none",
+    winsor_quantile: float = 0.05,
 ) -> Extraction:
     """Candidate refusal directions: difference of means at every position and layer.
 
@@ -171,12 +174,17 @@ def extract(
         batch_size: prompts per forward pass, or ``auto``.
         keep: called with the activations of every prompt, batch by batch.
         seed: of the halves of the prompts whose candidates are compared.
+        robust: ``none`` is the paper's mean; ``winsor`` and ``median`` are means that outliers do
+            not move, for which all activations of a kind are held at once.
+        winsor_quantile: the share of the prompts whose values are pulled in at each end.
 
     Raises:
         InputError: there are too few prompts, or too few are left, or one is shorter than a
             position.
-        UsageError: a position or refusal token does not exist.
+        UsageError: a position or refusal token does not exist, or several ranks are to find a
+            robust mean.
     """
+    require_one_process(robust, loaded.ranks)
     check_prompts(harmful=harmful, harmless=harmless)
     chat = chat or ChatFormat()
     tokenizer = loaded.tokenizer
@@ -201,20 +209,36 @@ def extract(
             tokens = find_first_refusal_tokens(*first_tokens, tokenizer, ids)
 
     def sums(kind: str, sign: float) -> tuple[GroupSums, Kept]:
+        groups = assign_groups(len(ids[kind]), reader.shape, seed, kind)
+        collected = CollectedRows(len(groups), reader.shape)
+        takers: list[Callable[[Sequence[int], Tensor], None]] = []
+        if keep:
+            takers.append(partial(keep, kind))
+        if robust != "none":
+            takers.append(collected.put)
         result, kept = _sums(
             reader,
             kind,
-            ranks.split(assign_groups(len(ids[kind]), reader.shape, seed, kind)),
+            ranks.split(groups),
             seen=seen[kind],
             refusal_tokens=tokens if filter else None,
             sign=sign,
-            keep=keep and partial(keep, kind),
+            keep=takers,
             ended=ranks.split(asked[kind].ended),
             ranks=ranks,
         )
         if filter:
             with or_thinks_first(loaded, chat, harmful_ids):
                 require_min_prompts(kind, sum(kept), len(kept), "n-train")
+        if robust != "none":
+            if robust == "winsor" and not clipped(sum(kept), winsor_quantile):
+                log.warning(
+                    "--winsor-quantile %g of %d %s prompts is none: their plain mean is taken",
+                    winsor_quantile,
+                    sum(kept),
+                    kind,
+                )
+            result = collected.sums(kept, groups, robust, winsor_quantile)
         return result, kept
 
     sums_harmful, kept_harmful = sums("harmful", 1.0)
@@ -395,7 +419,7 @@ def _sums(
     seen: Sequence[BatchActivations] = (),
     refusal_tokens: Sequence[int] | None = None,
     sign: float = 1.0,
-    keep: Callable[[Sequence[int], Tensor], None] | None = None,
+    keep: Sequence[Callable[[Sequence[int], Tensor], None]] = (),
     ended: Sequence[bool] | None = None,
     ranks: RankGroup = ALONE,
 ) -> tuple[GroupSums, Kept]:
@@ -408,7 +432,7 @@ def _sums(
         seen: the first of them, where they have been run already.
         refusal_tokens: if given, only prompts whose refusal score has the sign ``sign`` count.
         sign: +1 keeps refused prompts, -1 keeps answered ones.
-        keep: called with the rows of each batch and their activations.
+        keep: each is called with the rows of each batch and their activations.
         ended: of each prompt, whether the thought about it has; others never count.
         ranks: the processes whose prompts make up the mean, by an all-reduce of their sums.
     """
@@ -431,8 +455,8 @@ def _sums(
         parts = [summed_rows(batch.activations[which], counts[which]) for which in members.values()]
         # What a batch has to say comes in one transfer, for which an accelerator is waited for.
         flags, *sums = to_host(counts, *(part for of_group in parts for part in of_group))
-        if keep is not None:
-            keep(list(batch.rows), batch.activations)
+        for take in keep:
+            take(list(batch.rows), batch.activations)
         # Last: what has run out of memory by here comes again.
         fetched = iter(sums)
         for (group, which), of_group in zip(members.items(), parts, strict=True):

@@ -30,6 +30,7 @@ from abliterate.extraction.kept_activations import (
     choose_layers,
 )
 from abliterate.extraction.means import Extraction, extract
+from abliterate.extraction.robust_means import clipped, require_one_process
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.token_batches import budget_record
 from abliterate.models.model_classes import text_config
@@ -99,6 +100,7 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
             raise UsageError(
                 "--save-activations needs all prompts in one process: run it by itself"
             )
+        require_one_process(settings.robust, stage.ranks)
         skips = session.settings.chat.thinking == "skip"
         if settings.save_activations and skips and settings.positions == "post-instruction":
             raise UsageError(
@@ -144,6 +146,8 @@ def _extract(
             batch_size=session.settings.model.batch_size,
             keep=None if writer is None else writer.put,
             seed=session.settings.model.seed,
+            robust=settings.robust,
+            winsor_quantile=settings.winsor_quantile,
         )
         if writer is None:
             return result, None
@@ -185,6 +189,12 @@ def _extract_record(
         record["stability"] = {
             name: values.tolist() for name, values in asdict(result.stability).items()
         }
+    settings = session.settings.extract
+    if settings.robust == "winsor":
+        ends = {kind: clipped(sum(f), settings.winsor_quantile) for kind, f in used.items()}
+        record["robust"] = {"mean": "winsor", "quantile": settings.winsor_quantile, "clipped": ends}
+    elif settings.robust == "median":
+        record["robust"] = {"mean": "median"}
     if kept is not None:
         record["activations"] = {
             "layers": list(kept.layers),

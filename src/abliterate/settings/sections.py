@@ -89,6 +89,19 @@ class ExtractSettings(Section):
             "--refusal-token",
         ),
     ] = ()
+    robust: Annotated[
+        Literal["none", "winsor", "median"],
+        Option(
+            "Means for activations with outliers: winsor (winsorised) or median (geometric). "
+            "none: the paper's mean.",
+            METHOD,
+            EXTRACT,
+        ),
+    ] = "none"
+    winsor_quantile: Annotated[
+        float,
+        Option("Share of the prompts that winsor pulls in at each end.", METHOD, EXTRACT),
+    ] = Field(0.05, gt=0, lt=0.5)
     save_activations: Annotated[
         str | None,
         Option(

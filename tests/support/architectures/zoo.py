@@ -49,13 +49,20 @@ EXCLUDED: dict[str, str] = {
     ),
     **dict.fromkeys(("musicgen", "musicgen_melody", "whisper", "moss_transcribe_diarize"), _SPEECH),
     **dict.fromkeys(("git", "trocr"), "captions images; BERT-like or encoder-decoder text half"),
-    **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2"), _VISION),
+    **dict.fromkeys(("gemma3n", "gemma4_unified", "got_ocr2"), _VISION),
+    **dict.fromkeys(("gemma3", "gemma4"), "vision-language wrapper: exact, see above"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFT),
     "xlm": "masked or translation language model; bidirectional by default",
     "xlnet": "permutation language model with two-stream attention",
     "gpt-sw3": "alias of gpt2",
     "dots3_note": "wrapper of dots3_note_text, with audio and vision towers",
 }
+
+#: Wrappers whose checkpoints hold a text decoder among others (`AutoModelForImageTextToText`).
+VISION_LANGUAGE = (
+    "aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "llava", "mistral3", "paligemma",
+    "qwen2_5_vl", "qwen3_vl_moe",
+)  # fmt: skip
 
 # What the oldest supported transformers lacks, or runs at its default sizes only: the release that
 # has it right.
