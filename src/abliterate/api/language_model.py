@@ -109,6 +109,9 @@ def wrap(
     Raises:
         UsageError: one of the two is something else, or the model is in training mode.
 
+    Source:
+        No part of the paper.
+
     Examples:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
         >>> model = AutoModelForCausalLM.from_pretrained(M)
@@ -163,6 +166,9 @@ def load(
     Raises:
         CheckpointError: files are missing, damaged or in another format.
         UsageError: device, dtype or another argument cannot be used.
+
+    Source:
+        No part of the paper.
 
     Examples:
         >>> ab.load(M, device="cpu").d_model
