@@ -200,7 +200,7 @@ def set_progress(shown: bool) -> None:
     Source:
         No part of the paper.
 
-    Example:
+    Examples:
         >>> ab.set_progress(False)
         >>> ab.set_progress(True)
     """

@@ -73,7 +73,7 @@ class Direction(VectorAlgebra):
     Source:
         Section 2.3.
 
-    Example:
+    Examples:
         >>> d = ex[-1, 5]
         >>> d.layer, d.position
         (5, -1)
@@ -205,7 +205,7 @@ def load_direction(
     Source:
         Section 2.3: the vector that selection chose.
 
-    Example:
+    Examples:
         >>> ab.load_direction(d.save(tmp / "d.safetensors")).layer == d.layer
         True
     """

@@ -39,7 +39,7 @@ def selection(selection: Selection, metric: Literal["bypass", "induce", "kl"] = 
     Source:
         Appendix C, figures of the selection.
 
-    Example:
+    Examples:
         >>> ab.plot.selection(sel, "kl").layout.title.text
         'KL: KL divergence, harmless, ablated'
     """
@@ -67,7 +67,7 @@ def projections(activations: Any | Mapping[str, Any], direction: DirectionLike) 
     Source:
         Section 5, projections of activations onto the refusal direction.
 
-    Example:
+    Examples:
         >>> acts = ab.activations(lm, harmful, layer=5)
         >>> [len(trace.y) for trace in ab.plot.projections({"harmful": acts}, d).data]
         [16]

@@ -115,7 +115,7 @@ def evaluate(
     Source:
         Sections 3.1 and 3.2; the refusal metric is of section 2.3.
 
-    Example:
+    Examples:
         >>> found = ab.evaluate(lm, harmful_val[:4], harmless_val[:4], ex.refusal_tokens, d,
         ...                     max_new_tokens=8)
         >>> list(found)
@@ -237,7 +237,7 @@ def fragility(
     Source:
         Section 2.4 at part strength: ``c <- c - s (c . r) r``.
 
-    Example:
+    Examples:
         >>> curve = ab.fragility(lm, d, harmful_val[:2], harmless_val[:2], ex.refusal_tokens,
         ...                      steps=2, max_new_tokens=8)
         >>> [point.fraction for point in curve.points]

@@ -127,7 +127,7 @@ def orthogonalize_(
     Source:
         Section 2.4, equation 5.
 
-    Example:
+    Examples:
         >>> edited = ab.orthogonalize_(lm, d)
         >>> edited.leak < 1e-5 < edited.leak_before
         True
@@ -226,7 +226,7 @@ def orthogonalize(
     Source:
         Section 2.4, equation 5.
 
-    Example:
+    Examples:
         >>> edit = ab.orthogonalize(M, d, tmp / "out")
         >>> max(tensor.after for tensor in edit) < 0.01
         True
@@ -320,7 +320,7 @@ def verify(
     Source:
         Section 2.4, equation 5.
 
-    Example:
+    Examples:
         >>> ab.verify(tmp / "out", source=M, direction=d).passed
         True
     """
@@ -403,7 +403,7 @@ def audit(
     Source:
         Looks for the trace of equation 5 (section 2.4).
 
-    Example:
+    Examples:
         >>> ab.audit(tmp / "out", base=M).verdict
         'edited'
     """
@@ -481,7 +481,7 @@ def diff(a: Checkpoint | str | Path, b: Checkpoint | str | Path) -> Diff:
     Source:
         Looks for the trace of equation 5 (section 2.4).
 
-    Example:
+    Examples:
         >>> len(ab.diff(M, tmp / "out").changed)
         17
     """
@@ -553,7 +553,7 @@ def writers(
     Source:
         Section 2.4: the matrices of equation 5.
 
-    Example:
+    Examples:
         >>> table = ab.writers(M)
         >>> len(table), table.exact
         (17, True)

@@ -50,7 +50,7 @@ def activations(
     Source:
         Section 2.1, equation 1.
 
-    Example:
+    Examples:
         >>> ab.activations(lm, harmful, layer=5, position=-1).shape
         torch.Size([16, 128])
     """
@@ -125,7 +125,7 @@ def extract(
     Source:
         Section 2.3, equations 1 and 2.
 
-    Example:
+    Examples:
         >>> ex = ab.extract(lm, harmful, harmless)
         >>> ex[-1, 5].vector.shape
         torch.Size([128])
@@ -314,7 +314,7 @@ def select(
     Source:
         Section 2.3 and appendix C.
 
-    Example:
+    Examples:
         >>> sel = ab.select(lm, ex, harmful_val, harmless_val)
         >>> sel.direction.position in ex.positions
         True

@@ -109,7 +109,10 @@ def wrap(
     Raises:
         UsageError: one of the two is something else, or the model is in training mode.
 
-    Example:
+    Source:
+        No part of the paper.
+
+    Examples:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
         >>> model = AutoModelForCausalLM.from_pretrained(M)
         >>> ab.wrap(model, AutoTokenizer.from_pretrained(M)).n_layers
@@ -164,7 +167,10 @@ def load(
         CheckpointError: files are missing, damaged or in another format.
         UsageError: device, dtype or another argument cannot be used.
 
-    Example:
+    Source:
+        No part of the paper.
+
+    Examples:
         >>> ab.load(M, device="cpu").d_model
         128
         >>> ab.load(M, device="cpu", offload=True).is_streamed

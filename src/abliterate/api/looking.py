@@ -101,7 +101,7 @@ def inspect(
     Source:
         Sections 2.3 and 5; the logit lens of appendix B.
 
-    Example:
+    Examples:
         >>> ab.inspect(lm, ex, d, harmful, harmless).layers[5]["geometry"]["auc"] > 0.9
         True
     """
@@ -208,7 +208,7 @@ def trace(
     Source:
         Section 5.
 
-    Example:
+    Examples:
         >>> found = ab.trace(lm, d, harmful_val[:4], harmless_val[:4])
         >>> found.cosines["harmful"]["mean"][6] > found.cosines["harmless"]["mean"][6]
         True
@@ -312,7 +312,7 @@ def plan(
     Source:
         No part of the paper: its stages are those of sections 2.3 and 2.4.
 
-    Example:
+    Examples:
         >>> ab.plan(M, memory="8GB", gpu_memory="8GB").mode
         'in memory'
     """

@@ -97,7 +97,7 @@ def ablate(
     Source:
         Section 2.4, equation 4.
 
-    Example:
+    Examples:
         >>> with ab.ablate(lm, d, layers=range(4, 8)):
         ...     answers = ab.generate(lm, ["Hello"], max_new_tokens=8)
         >>> handle = ab.ablate(lm, d).attach()
@@ -139,7 +139,7 @@ def add(
     Source:
         Section 2.4, equation 3.
 
-    Example:
+    Examples:
         >>> with ab.add(lm, d, coeff=1.0):
         ...     answers = ab.generate(lm, ["Hello"], max_new_tokens=8)
     """
@@ -187,7 +187,7 @@ def generate(model: ModelLike, prompts: PromptsLike, max_new_tokens: int = 128) 
     Source:
         Section 3: greedy completions.
 
-    Example:
+    Examples:
         >>> len(ab.generate(lm, ["Name a colour.", "Name a fruit."], max_new_tokens=8))
         2
     """

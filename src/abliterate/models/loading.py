@@ -237,7 +237,7 @@ def load_model(
     Source:
         No part of the paper; :func:`abliterate.load` does the same and more.
 
-    Example:
+    Examples:
         >>> ab.load_model(M, device="cpu").model.config.model_type
         'llama'
     """

@@ -88,7 +88,7 @@ def load_prompts(
     Source:
         Section 2.2 and appendix A.
 
-    Example:
+    Examples:
         >>> len(ab.load_prompts("harmless", "val", 4))
         4
     """
