@@ -118,14 +118,15 @@ def test_the_command_writes_numbers_and_a_picture(
     assert record["kl_at_half"] in [point["kl_divergence"] for point in points]
     low, high = record["fragility_ci"]
     assert low <= record["fragility"] <= high
-    # The refusal direction of the demo model is no random one.
     held = record["controls"]["rows"]["ablate"]
     assert held["selected"]["harmful_score"] == pytest.approx(points[2]["bypass_score"])
     assert held["selected"]["kl_divergence"] == pytest.approx(points[2]["kl_divergence"])
     for family in ("covariance", "isotropic"):
-        place = held["families"][family]["place"]["harmful_score"]
-        assert (place["below"], place["of"]) == (0, 4)
-        assert place["z"] < -2
+        part = held["families"][family]
+        others = [member["harmful_score"] for member in part["members"]]
+        below = sum(other < held["selected"]["harmful_score"] for other in others)
+        place = part["place"]["harmful_score"]
+        assert (place["below"], place["of"]) == (below, 4)
     from plotly.offline import get_plotlyjs
 
     page = (run / "fragility.html").read_text()
