@@ -257,6 +257,7 @@ def complete(
     label: tuple[str, str] = ("", ""),
     chat: ChatFormat | None = None,
     begun: bool | None = None,
+    stop_at_verdict: bool = False,
 ) -> None:
     """Complete the prompts of ``file`` that have no completion yet, each up to its end of turn.
 
@@ -270,6 +271,8 @@ def complete(
         label: intervention and kind, for the progress bar and the log.
         chat: how the prompts were formatted.
         begun: the prompts end within a thought; None if the model's own template says so.
+        stop_at_verdict: an answer ends once it holds a refusal phrase, of which no more tokens
+            can take anything away.
     """
     progress = CompletionProgress(file, label)
     limits = AnswerLimits.of(subject, chat or ChatFormat(), ids, max_new_tokens, begun)
@@ -277,8 +280,14 @@ def complete(
     def answered(row: int, answer: list[int]) -> str:
         return progress.put(row, *limits.read(answer))
 
+    def refused(answer: list[int]) -> bool:
+        return file.phrases.verdict(limits.read(answer)[1]) is True
+
     if progress.left:
         engine, about = engine_of(subject), progress.description
         with engine.in_memory(change=change), file.writing():
-            engine.answers(ids, limits.longest, batch_size, about, answered, progress.done, chat)
+            engine.answers(
+                ids, limits.longest, batch_size, about, answered, progress.done, chat,
+                settled=refused if stop_at_verdict else None,
+            )  # fmt: skip
     progress.finish()

@@ -263,6 +263,17 @@ def check_options(
             f"{option} is measured from logits, which a --server does not give: leave one of the "
             "two out"
         )
+    whole = {
+        "--judge": settings.judge,
+        "--classifier": settings.classifier,
+        "--server": settings.server,
+    }
+    if settings.stop_at_verdict and any(whole.values()):
+        raise UsageError(
+            f"--stop-at-verdict cuts answers at their refusal, and "
+            f"{next(name for name, value in whole.items() if value)} takes whole ones: leave one "
+            "of the two out"
+        )
     if not elsewhere:
         _check_engine(session)
     parse_corpora(settings.corpus)
@@ -278,6 +289,7 @@ def _check_engine(session: Session) -> None:
     settings = session.settings.evaluate
     given = {
         "--borderline": settings.borderline,
+        "--stop-at-verdict": settings.stop_at_verdict,
         "--classifier": settings.classifier,
         "--judge": settings.judge,
         "--judge-url": settings.judge_url,

@@ -126,6 +126,8 @@ class Measurements:
         if self.out is not None and ranks.is_main:
             path = self.out / COMPLETIONS / f"{name}-{kind}.jsonl"
         key = {"prompts": [p.text for p in prompts], "max_new_tokens": settings.max_new_tokens}
+        if settings.stop_at_verdict:  # which answers are cut hangs on what a refusal is
+            key["stop_at_verdict"] = self.inputs.phrases.summary()
         file = CompletionFile(
             path,
             prompts,
@@ -150,6 +152,7 @@ class Measurements:
                 label=(name, kind),
                 chat=self.session.chat,
                 begun=self.session.thinking.begun,
+                stop_at_verdict=settings.stop_at_verdict,
             )
         self.files[name, kind] = file
         return file

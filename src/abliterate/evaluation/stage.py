@@ -194,6 +194,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "bootstrap": bootstrap_settings(session.settings.model.seed),
         "refusal_tokens": measurements.refusal_tokens,
         "refusal_phrases": inputs.phrases.summary(),
+        "stop_at_verdict": measurements.session.settings.evaluate.stop_at_verdict,
         "broken_answers": flaw_thresholds(),
         "refused_at_unit": "tokens",
         "offload": measurements.readings,

@@ -28,6 +28,8 @@ Prompts = Sequence[Sequence[int]]
 Change = tuple[Tensor, int | None] | tuple[DirectionSet, None] | None
 # Called with row and token ids of an answer; gives what is shown beside the bar.
 OnAnswer = Callable[[int, list[int]], str | None]
+# Whether what has been said of an answer is enough.
+Settled = Callable[[list[int]], bool]
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ class Engine(Protocol):
         done: Collection[int] = (),
         chat: ChatFormat | None = None,
         ends: Collection[int] = (),
+        settled: Settled | None = None,
     ) -> list[list[int]]:
         """Greedy answers; see :func:`abliterate.inference.generation.greedy_answers`.
 

@@ -17,7 +17,7 @@ from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE
 from abliterate.errors import UsageError
 from abliterate.inference.decoding import decoding_config, plain_decoding
-from abliterate.inference.engine import OnAnswer
+from abliterate.inference.engine import OnAnswer, Settled
 from abliterate.inference.forward import (
     Batch,
     can_pad,
@@ -48,6 +48,9 @@ _SHRINK = 1 / 8
 # Once in so many tokens it is asked which rows have ended: an accelerator is waited for each time.
 _LOOK = {"cpu": 1}
 _LOOK_ACCELERATOR = 8
+# At every multiple of so many of an answer's tokens it is asked whether they are enough, wherever
+# the device looks: which tokens an answer has is the same everywhere.
+_SETTLE = 8
 
 
 def greedy_answers(
@@ -60,6 +63,7 @@ def greedy_answers(
     done: Collection[int] = (),
     chat: ChatFormat | None = None,
     ends: Collection[int] = (),
+    settled: Settled | None = None,
 ) -> list[list[int]]:
     """Token ids of greedy answers, each up to and with its end of turn.
 
@@ -79,6 +83,8 @@ def greedy_answers(
         done: rows whose answers are known; they stay empty in the result.
         chat: how the prompts were formatted, for the template's own end of turn.
         ends: further tokens that end an answer.
+        settled: whether the tokens of an answer so far are enough, asked every 8 of them; it then
+            ends there.
 
     Raises:
         UsageError: ``max_new_tokens`` is below 1, ``batch_size`` is neither ``auto`` nor a positive
@@ -95,7 +101,14 @@ def greedy_answers(
             alone = replace(loaded, ranks=ALONE)
             with ranks.fail_together():
                 found = greedy_answers(
-                    alone, own, max_new_tokens, batch_size, description, chat=chat, ends=ends
+                    alone,
+                    own,
+                    max_new_tokens,
+                    batch_size,
+                    description,
+                    chat=chat,
+                    ends=ends,
+                    settled=settled,
                 )
             for row, answer in zip(turn, ranks.gather(found), strict=True):
                 answers[row] = answer
@@ -111,7 +124,7 @@ def greedy_answers(
     if mix and len(prompts):
         _measure(model, prompts, budget, batch_size)
     stops = list(dict.fromkeys([*stop_tokens(loaded, chat), *ends]))
-    decoder = _Decoder(loaded, max_new_tokens, mix, stops)
+    decoder = _Decoder(loaded, max_new_tokens, mix, stops, settled)
     reading = PromptPass(model, prompts)
 
     def plan(rows: Sequence[int]) -> list[tuple[int, ...]]:
@@ -215,12 +228,18 @@ class _Decoder:
     """Greedy decoding of one batch after another."""
 
     def __init__(
-        self, loaded: LoadedModel, max_new_tokens: int, mix: bool, stops: list[int]
+        self,
+        loaded: LoadedModel,
+        max_new_tokens: int,
+        mix: bool,
+        stops: list[int],
+        settled: Settled | None = None,
     ) -> None:
         self.model: Any = loaded.model
         self.max_new_tokens = max_new_tokens
         self.stops = stops
         self.mix = mix
+        self.settled = settled
 
     def run(
         self,
@@ -239,7 +258,7 @@ class _Decoder:
             grown = ids.shape[1] - width
             left = self.max_new_tokens - grown
             watch = _Watch(self.stops, {row: answers[row][:grown] for row in rows}, ids, keep,
-                           shrink=self.mix)  # fmt: skip
+                           shrink=self.mix, settled=self.settled)  # fmt: skip
             with plain_decoding(self.model):
                 output = self.model.generate(
                     input_ids=ids,
@@ -278,6 +297,7 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
         ids: ``[batch, tokens]`` at the start.
         keep: gets each row's answer.
         shrink: stop once some of the rows have ended, to go on with the others.
+        settled: see :func:`greedy_answers`.
     """
 
     def __init__(
@@ -287,7 +307,9 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
         ids: Tensor,
         keep: Callable[[int, list[int]], None],
         shrink: bool,
+        settled: Settled | None = None,
     ) -> None:
+        self._settled = settled
         self.stops, self.answers, self.keep, self.shrink = set(stops), answers, keep, shrink
         self.ended: set[int] = set()
         self._seen = ids.shape[1]
@@ -309,11 +331,22 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
             if row in self.ended:
                 continue
             end = next((at for at, token in enumerate(new) if token in self.stops), None)
+            said = len(answer)
             answer += new if end is None else new[: end + 1]
-            if end is not None:
+            enough = self._enough(answer, said)
+            if enough is not None:
+                del answer[enough:]
+            if end is not None or enough is not None:
                 self.ended.add(row)
                 self.keep(row, answer)
         self._seen = input_ids.shape[1]
+
+    def _enough(self, answer: list[int], said: int) -> int | None:
+        """How many of an answer's tokens are enough, if any more than ``said`` are."""
+        if self._settled is None:
+            return None
+        counts = range(said - said % _SETTLE + _SETTLE, len(answer) + 1, _SETTLE)
+        return next((count for count in counts if self._settled(answer[:count])), None)
 
 
 def _select(cache: Any, rows: Tensor) -> Any:

@@ -21,6 +21,7 @@ from abliterate.inference.engine import (
     Engine,
     OnAnswer,
     Prompts,
+    Settled,
 )
 from abliterate.inference.forward import (
     Batch,
@@ -168,6 +169,7 @@ class InMemoryEngine:
         done: Collection[int] = (),
         chat: ChatFormat | None = None,
         ends: Collection[int] = (),
+        settled: Settled | None = None,
     ) -> list[list[int]]:
         return greedy_answers(
             self.loaded,
@@ -179,6 +181,7 @@ class InMemoryEngine:
             done,
             chat,
             ends,
+            settled,
         )
 
 

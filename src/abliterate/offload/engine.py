@@ -20,6 +20,7 @@ from abliterate.inference.engine import (
     Change,
     OnAnswer,
     Prompts,
+    Settled,
 )
 from abliterate.models.device_placement import Placement
 from abliterate.offload.candidate_passes import candidate_bytes, replay_tricks, run_candidates
@@ -125,6 +126,7 @@ class OffloadedEngine:
         done: Collection[int] = (),
         chat: ChatFormat | None = None,
         ends: Collection[int] = (),
+        settled: Settled | None = None,
     ) -> list[list[int]]:
         self.require_answers()
 

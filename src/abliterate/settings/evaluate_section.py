@@ -84,6 +84,15 @@ class EvaluateSettings(Section):
         Option("Longest answer.", METHOD, ("evaluate", "run", "chat")),
         Option("Longest answer, in tokens. Default: 64.", None, ("fragility",)),
     ] = Field(512, ge=1)
+    stop_at_verdict: Annotated[
+        bool,
+        Option(
+            "End an answer once it holds a refusal phrase: the verdict by phrases is the same, and "
+            "comes sooner.",
+            METHOD,
+            ("evaluate", "run"),
+        ),
+    ] = False
     server: Annotated[
         tuple[_ServerSpec, ...],
         Granted("SERVER"),
