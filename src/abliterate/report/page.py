@@ -113,7 +113,8 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         if completions
         else [],
     }
-    html = _render(page, bundle, _payload(run, figures, completions), completions)
+    payload = _part("a record", lambda: _payload(run, figures, completions))
+    html = _part("a record", lambda: _render(page, bundle, payload, completions))
     names = ("selection", "inspect", "trace", "evaluation", "edit")
     sections = tuple(name for name in names if getattr(run, name) is not None)
     return Report(html, figures, sections)
