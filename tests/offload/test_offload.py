@@ -333,8 +333,8 @@ def test_passes_of_ones_own_are_refused_of_a_streamed_model(tiny) -> None:
     direction = Direction(torch.ones(48, dtype=torch.float64), -1, 1)
     prompts = [abliterate.Prompt("Question")]
     asking = {
-        "--corpus": lambda: measure_loss(loaded, Corpus("c", "c", (Example("one two three"),))),
-        "--tasks": lambda: run_tasks(loaded, Tasks(("t",), None, None, "0")),
+        "corpus": lambda: measure_loss(loaded, Corpus("c", "c", (Example("one two three"),))),
+        "tasks": lambda: run_tasks(loaded, Tasks(("t",), None, None, "0")),
         "trace": lambda: Tracer(loaded, direction).run([], "harmful"),
         "fragility": lambda: measure(loaded, direction, prompts, prompts, [5], [0.0, 1.0]),
     }
