@@ -122,8 +122,13 @@ class _Now:
 
     @property
     def used_prompts(self) -> dict[str, str]:
-        """The hash of the prompts that extract and select have used, as evaluate records it."""
+        """The hash of the prompts that extract and select have used, as evaluate records it.
+
+        Empty where one of the records is not there: what it used cannot be told.
+        """
         records = [record for record in (self.extract, self.selection) if record is not None]
+        if len(records) < 2:
+            return {}
         try:
             return hash_prompts(
                 {
