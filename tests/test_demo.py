@@ -112,7 +112,7 @@ def test_the_edited_checkpoint_loads_plainly_and_equals_ablation(demo) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     direction = load_file(run / "direction.safetensors")["direction"]
     for kind in refusals:
-        for prompt in read_source(kind).splits["test"][:10]:
+        for prompt in read_source(kind).splits["test"][:6]:
             chat = [{"role": "user", "content": prompt.text}]
             ids = tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_tensors="pt"
@@ -130,7 +130,7 @@ def test_the_edited_checkpoint_loads_plainly_and_equals_ablation(demo) -> None:
             with torch.no_grad():
                 # The checkpoint is bfloat16: its edited weights are rounded, the hooks are not.
                 assert (edited(ids).logits - hooked).abs().max() < 0.25
-    assert refusals["harmful"] >= 9
+    assert refusals["harmful"] >= 5
     assert refusals["harmless"] == 0
 
 
