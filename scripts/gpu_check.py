@@ -47,7 +47,7 @@ import abliterate
 from abliterate.checkpoints.checkpoint import find_checkpoint
 from abliterate.cli.app import main as abliterate_main
 from abliterate.editing.options import EditOptions
-from abliterate.errors import one_line
+from abliterate.errors import one_line, speaking_of_options
 from abliterate.extraction.means import Extraction
 from abliterate.inference.device_memory import forget_highest, highest_seen
 from abliterate.inference.forward import Batch, for_each_batch, last_logits
@@ -488,7 +488,8 @@ def main(argv: Sequence[str] | None = None, count_waits: CountWaits = count_cuda
     try:
         device = pick_device(args.device)
     except abliterate.AbliterateError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with speaking_of_options():
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if device.type == "cpu" and not args.tiny:
         print("error: there is no accelerator here; --device cpu is for --tiny", file=sys.stderr)

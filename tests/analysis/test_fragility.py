@@ -130,7 +130,7 @@ def test_the_command_writes_numbers_and_a_picture(
     from plotly.offline import get_plotlyjs
 
     page = (run / "fragility.html").read_text()
-    assert 'id="fragility"' in page
+    assert 'id="plot"' in page
     assert 'src="https://' not in page.replace(get_plotlyjs(), "")
     config = tmp_path / "few.toml"
     config.write_text("[evaluate]\nn_test = 2\nmax_new_tokens = 3\n")

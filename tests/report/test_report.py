@@ -238,7 +238,7 @@ def test_light_dark_toggle_and_print(browser, page_file: Path) -> None:
 def test_every_control_can_be_reached_by_tab(opened: Opened) -> None:
     page = opened.page
     reached = set()
-    for _ in range(120):
+    for _ in range(300):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
         if "commands" in reached:
