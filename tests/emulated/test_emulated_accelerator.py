@@ -6,12 +6,14 @@ One of them: ``EMULATED_ACCELERATOR=1 pytest tests/emulated/inside -k NAME``.
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from torch.utils import backend_registration
-from warm_python import warm_python
 
 _INSIDE = Path(__file__).with_name("inside")
 # What takes long by itself, in a process beside the stages.
@@ -32,18 +34,19 @@ _APART = [
         pytest.param(_APART, 2, id="apart"),
     ],
 )
-def test_everything_holds_on_an_accelerator(
-    chosen: list[str], least: int, tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
-    done = warm_python().run(
-        "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short",
-        "--show-capture=stderr", f"--basetemp={tmp_path / 'inside'}", *chosen,
-        env={"EMULATED_ACCELERATOR": "1", "PYTEST_ADDOPTS": ""},
-        timeout=1200,
+def test_everything_holds_on_an_accelerator(chosen: list[str], least: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short",
+         "--show-capture=stderr", f"--basetemp={tmp_path / 'inside'}",
+         *chosen],
+        env={**os.environ, "EMULATED_ACCELERATOR": "1", "PYTEST_ADDOPTS": ""},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
     )  # fmt: skip
-    assert done.code == 0, done.out[-6000:] + done.err[-2000:]
-    passed = re.search(r"(\d+) passed", done.out)
-    assert passed, done.out[-2000:]
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout[-2000:]
     assert int(passed[1]) >= least
-    assert "skipped" not in done.out
+    assert "skipped" not in done.stdout
