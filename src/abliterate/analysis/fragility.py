@@ -19,8 +19,8 @@ from abliterate.console import log
 from abliterate.direction import FILE_NAME, Direction, load_directions
 from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
-from abliterate.extraction.means import find_refusal_tokens
 from abliterate.extraction.other_layers import other_layers
+from abliterate.extraction.refusal_token_search import find_refusal_tokens
 from abliterate.inference.control_directions import (
     FIGURES,
     LAYERS,

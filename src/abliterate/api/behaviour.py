@@ -16,7 +16,7 @@ from abliterate.direction import Direction
 from abliterate.errors import UsageError
 from abliterate.evaluation import compare
 from abliterate.evaluation.outcomes import Outcome, deltas
-from abliterate.extraction.means import find_refusal_tokens
+from abliterate.extraction.refusal_token_search import find_refusal_tokens
 from abliterate.inference.interventions import check_direction
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sources import Prompt

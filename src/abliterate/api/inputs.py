@@ -13,7 +13,7 @@ from torch import Tensor
 from abliterate.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from abliterate.direction import Direction, load_direction
 from abliterate.errors import InputError, UsageError
-from abliterate.extraction.means import named_refusal_tokens
+from abliterate.extraction.refusal_token_search import named_refusal_tokens
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.sampling import load_prompts, split_pool
 from abliterate.prompts.sources import Prompt, PromptSource, check_prompts

@@ -44,7 +44,7 @@ from abliterate.evaluation.outcomes import BORDERLINE, KINDS, Metrics, Outcome
 from abliterate.evaluation.served_answers import Dialect, complete_served
 from abliterate.evaluation.served_prompts import ends_configured
 from abliterate.evaluation.servers import Server
-from abliterate.extraction.means import (
+from abliterate.extraction.refusal_token_search import (
     DETECT_PROMPTS,
     named_refusal_tokens,
     refusal_tokens_shown,

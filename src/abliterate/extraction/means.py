@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from abliterate.direction import Direction
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import InputError
 from abliterate.extraction.group_sums import GroupSums, Stability, assign_groups, stability
+from abliterate.extraction.refusal_token_search import DETECT_PROMPTS, named_refusal_tokens, summed
 from abliterate.extraction.robust_means import CollectedRows, Robust, clipped, require_one_process
 from abliterate.inference.engine import ActivationReader, BatchActivations
 from abliterate.inference.in_memory import InMemoryReader, engine_of
@@ -25,17 +26,13 @@ from abliterate.inference.thoughts import Asked, ask, unfinished
 from abliterate.inference.token_batches import attempt
 from abliterate.metrics.geometry import without_component
 from abliterate.metrics.refusal import log_odds
-from abliterate.metrics.refusal_evidence import Prompts, find_first_refusal_tokens
-from abliterate.metrics.refusal_tokens import resolve_refusal_tokens
-from abliterate.models.embedding_rows import require_token
+from abliterate.metrics.refusal_evidence import find_first_refusal_tokens
 from abliterate.models.loading import LoadedModel
 from abliterate.precision import summed_rows, to_host, widest
 from abliterate.prompts.chat_template import ChatFormat, parse_positions, position_tokens
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.storage.artifacts import read_tensors
 
-# How many prompts of each kind the refusal tokens are detected from.
-DETECT_PROMPTS = 32
 # Fewer prompts than this make a mean that is mostly noise.
 _MIN_PROMPTS = 8
 
@@ -287,60 +284,6 @@ def _check_positions(positions: Sequence[int], ids: Mapping[str, Sequence[Sequen
         )
 
 
-def find_refusal_tokens(
-    loaded: LoadedModel,
-    harmful: Sequence[Sequence[int]],
-    harmless: Sequence[Sequence[int]],
-    names: Sequence[str],
-    batch_size: int | str = "auto",
-) -> list[int]:
-    """The refusal tokens named, or those that the model's own first tokens show.
-
-    Args:
-        loaded: model and tokenizer.
-        harmful: token ids of harmful prompts; the first 32 are looked at.
-        harmless: token ids of harmless prompts.
-        names: as ``--refusal-token`` gives them; empty to detect.
-        batch_size: prompts per forward pass, or ``auto``.
-    """
-    if names:
-        return named_refusal_tokens(loaded, names)
-    sample = {"harmful": harmful[:DETECT_PROMPTS], "harmless": harmless[:DETECT_PROMPTS]}
-    logits = engine_of(loaded).last_logits(sample, {"": None}, batch_size, "refusal tokens")[""]
-    prompts = {"harmful": harmful, "harmless": harmless}
-    return refusal_tokens_shown(logits["harmful"], logits["harmless"], loaded.tokenizer, prompts)
-
-
-def named_refusal_tokens(loaded: LoadedModel, names: Sequence[str]) -> list[int]:
-    """The refusal tokens that ``--refusal-token`` names.
-
-    Raises:
-        CheckpointError: the model has no logit for one.
-        UsageError: a value is not a single token of the tokenizer.
-    """
-    tokens = resolve_refusal_tokens(loaded.tokenizer, names)
-    for token in tokens:
-        require_token(loaded.model, token, "--refusal-token")
-    return tokens
-
-
-def refusal_tokens_shown(
-    harmful: Tensor, harmless: Tensor, tokenizer: Any, prompts: Prompts
-) -> list[int]:
-    """The refusal tokens that last-token logits ``[prompts, vocabulary]`` show; 32 rows count.
-
-    Raises:
-        InputError: they show none; it says what they do show.
-    """
-
-    def shares(rows: Tensor) -> Tensor:
-        # Row by row: a float64 copy of all would be larger than what is looked at.
-        chosen = rows[:DETECT_PROMPTS]
-        return _summed(row.double().softmax(-1) for row in chosen) / len(chosen)
-
-    return find_first_refusal_tokens(shares(harmful), shares(harmless), tokenizer, prompts)
-
-
 def _first_token_shares(
     reader: ActivationReader,
     counts: Mapping[str, int],
@@ -364,9 +307,9 @@ def _first_token_shares(
             reader.read(kind, range(min(first, local_count)), note, f"extract: {kind}")
     parts = [part for local in local_sums.values() for part in local]
     fetched = iter(to_host(*parts) if parts else [])  # in one transfer
-    sums = {kind: _summed([next(fetched) for _ in local]) for kind, local in local_sums.items()}
+    sums = {kind: summed([next(fetched) for _ in local]) for kind, local in local_sums.items()}
     harmful, harmless = (
-        _summed(ranks.all_gather(sums[kind])) / min(DETECT_PROMPTS, counts[kind])
+        summed(ranks.all_gather(sums[kind])) / min(DETECT_PROMPTS, counts[kind])
         for kind in ("harmful", "harmless")
     )
     return harmful, harmless
@@ -377,10 +320,6 @@ def _note(seen: list[BatchActivations], sums: list[Tensor], batch: BatchActivati
     own = batch.logits
     sums.append(own.to(widest(own.device)).softmax(-1).sum(0))
     seen.append(batch)  # last: a batch that runs out of memory comes again in parts
-
-
-def _summed(parts: Iterable[Tensor]) -> Tensor:
-    return sum(parts, torch.zeros(1, dtype=torch.float64))
 
 
 def mean_resid_pre(
