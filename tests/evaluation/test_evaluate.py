@@ -24,7 +24,10 @@ from abliterate.metrics.refusal_phrases import RefusalPhrases, is_refusal, phras
 from abliterate.models.loading import load_model
 from abliterate.prompts.chat_template import ChatFormat, encode, end_of_turn_ids
 
-SMALL = ("--refusal-token", "I", "--n-test", "8", "--max-new-tokens", "6", "--batch-size", "3")
+SMALL = (
+    "--refusal-token", "I", "--n-test", "8", "--max-new-tokens", "6", "--batch-size", "3",
+    "--controls", "1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,16 @@ def _later(cli: Any, model: Path, run: Path, *options: str) -> dict[str, Any]:
     """Select and evaluate what was extracted; returns the record of evaluate."""
     chosen = cli("select", run, "--n-val", "8", "--kl-threshold", "9")
     assert chosen.code == 0, chosen.err
-    rows = ("--intervention", "baseline", "--intervention", "ablate", "--n-test", "2")
+    rows = (
+        "--intervention",
+        "baseline",
+        "--intervention",
+        "ablate",
+        "--n-test",
+        "2",
+        "--controls",
+        "1",
+    )
     short = ("--max-new-tokens", "6", *options)
     done = cli("evaluate", model, "--direction", run, "-o", run, *rows, *short)
     assert done.code == 0, done.err

@@ -260,6 +260,7 @@ def test_evaluate_scores_the_first_tokens_of_a_streamed_model(cli, fails, tmp_pa
     assert again.err.count("is up to date") == 4
 
     common = ("evaluate", model, "--direction", run, "--n-test", "6", "--max-new-tokens", "2",
+              "--controls", "0",
               "--intervention", "baseline", "--intervention", "ablate", "--intervention", "add",
               "--intervention", "subtract", "--checkpoint", f"orthogonalized={run / 'model'}",
               "--json")  # fmt: skip

@@ -20,7 +20,7 @@ SMALL = (
     "--no-filter", "--refusal-token", "I", "--n-train", "4", "--n-val", "4", "--positions", "last",
     "--kl-threshold", "1e9", "--induce-threshold=-1e9",
 )  # fmt: skip
-ANSWERS = ("--n-test", "2", "--max-new-tokens", "2")
+ANSWERS = ("--n-test", "2", "--max-new-tokens", "2", "--controls", "1")
 Made = tuple[Path, Path]
 
 

@@ -17,7 +17,7 @@ from abliterate.settings import load_settings
 SMALL = (
     "--no-filter", "--refusal-token", "I", "--n-train", "8", "--n-val", "8", "--n-test", "8",
     "--positions", "last", "--max-new-tokens", "3", "--kl-threshold", "1e9",
-    "--induce-threshold=-1e9",
+    "--induce-threshold=-1e9", "--controls", "1",
 )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_run_equals_its_four_commands(tiny, cli, tmp_path: Path) -> None:
     assert cli("orthogonalize", model, "--direction", four, "-o", edited).code == 0
     result = cli(
         "evaluate", model, "--direction", four, "--checkpoint", edited, "--n-test", "8",
-        "--max-new-tokens", "3", "--json",
+        "--max-new-tokens", "3", "--controls", "1", "--json",
     )  # fmt: skip
     assert result.code == 0, result.err
     for name in ("directions.safetensors", "direction.safetensors"):

@@ -34,7 +34,7 @@ __all__ = [
     "stream_width",
 ]
 
-_proofs: dict[tuple[type, str], Proof] = {}
+_proofs: dict[tuple[type, str], Proof | str] = {}  # or why there is none
 # What the small copy does not take over: a checkpoint in another dtype has the same proof.
 _SHAPELESS = frozenset(("_name_or_path", "dtype", "torch_dtype", "transformers_version"))
 _plans: WeakKeyDictionary[PreTrainedModel, WriterPlan] = WeakKeyDictionary()
@@ -54,10 +54,13 @@ def proof_of(config: Any) -> Proof:
         try:
             _proofs[key] = prove(config)
         except (ShrinkError, DiscoveryError) as error:
-            raise UnsupportedArchitectureError(
-                f"architecture '{config.model_type}': its writers cannot be found ({error})"
-            ) from None
-    return _proofs[key]
+            _proofs[key] = str(error)
+    found = _proofs[key]
+    if isinstance(found, str):
+        raise UnsupportedArchitectureError(
+            f"architecture '{config.model_type}': its writers cannot be found ({found})"
+        )
+    return found
 
 
 def _shaping(values: Any) -> Any:
