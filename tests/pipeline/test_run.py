@@ -189,6 +189,19 @@ def test_shipped_configurations_are_valid_and_the_papers_is_the_default() -> Non
         load_settings(options={"extract": {"n_train": -4}})
 
 
+def test_a_bundled_configuration_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = load_settings(config_dir() / "quick.toml")
+    assert load_settings(Path("quick")) == quick != load_settings()
+    # A file that the user has there wins.
+    (tmp_path / "quick").write_text("[extract]\nn_train = 3\n")
+    assert load_settings(Path("quick")).extract.n_train == 3
+    line = fails("extract", "model", "-o", tmp_path / "x", "--config", "papr", code=2)
+    assert "papr does not exist, and is none of the bundled demo, paper, quick" in line
+
+
 def test_streams_of_the_installed_command(tiny, commands: Commands, tmp_path: Path) -> None:
     """As a pipeline sees it: one document on stdout, no colour or bars, logs on stderr."""
     train = ("--no-filter", "--refusal-token", "I", "--n-train", "8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -47,8 +49,9 @@ class Opened:
     """A page with everything it asked for and said."""
 
     def __init__(self, browser, file: Path, **options) -> None:
-        context = browser.new_context(viewport={"width": 1320, "height": 900}, **options)
-        context.set_default_timeout(120_000)
+        options = {"viewport": {"width": 1320, "height": 900}, **options}
+        context = browser.new_context(**options)
+        context.set_default_timeout(60_000)
         self.page = context.new_page()
         self.requests: list[str] = []
         self.said: list[str] = []
@@ -66,7 +69,8 @@ class Opened:
 
     def check(self) -> None:
         """Nothing left the page, nothing complained, and no markup of the data ran."""
-        assert self.requests == [self.file]
+        # A download is made in the page: its blob has no address that anything could be sent to.
+        assert [url for url in self.requests if not url.startswith("blob:null/")] == [self.file]
         assert self.said == []
         assert self.page.evaluate("typeof window.pwned") == "undefined"
 
@@ -203,6 +207,104 @@ def test_the_slider_moves_through_the_layers_by_keyboard(opened: Opened, run: Pa
     assert page.locator("#layer-name").inner_text() == str(layers[-1])
 
 
+# Of every piece of text in sight: its colour, and the nearest ground that is not see-through.
+CONTRAST = """() => {
+  const parts = (text) => text.match(/[\\d.]+/g).map(Number);
+  const bright = (rgb) => rgb.slice(0, 3).map((v) => v / 255)
+    .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
+  const ground = (e) => {
+    for (; e; e = e.parentElement) {
+      const found = parts(getComputedStyle(e).backgroundColor);
+      if (found.length < 4 || found[3] > 0.99) return found;
+    }
+    return [255, 255, 255];
+  };
+  const seen = {};
+  for (const e of document.querySelectorAll("body *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (!own || !e.checkVisibility() || e.closest("svg, script, noscript, :disabled")) continue;
+    const [one, other] = [bright(parts(getComputedStyle(e).color)), bright(ground(e))];
+    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    const name = `${e.tagName}.${e.className}`;
+    seen[name] = Math.min(seen[name] ?? 99, ratio);
+  }
+  return seen;
+}"""
+OVERFLOW = "document.documentElement.scrollWidth"
+
+
+def check_contrast(page) -> None:
+    """WCAG's least contrast of text, for every kind of element that shows some."""
+    found = page.evaluate(CONTRAST)
+    assert {"H1.", "TD.n", "SPAN.badge refused", "SPAN.badge answered", "TH."} <= set(found)
+    assert {name: ratio for name, ratio in found.items() if ratio < 4.5} == {}
+
+
+@needs_browser
+def test_a_phone_does_not_scroll_sideways(browser, page_file: Path) -> None:
+    made = Opened(browser, page_file, viewport={"width": 390, "height": 844})
+    made.wait_for_all()
+    assert made.page.evaluate(OVERFLOW) == 390
+    made.page.locator("#answers tbody button").first.click()
+    made.page.wait_for_selector(".replies p")
+    for details in made.page.locator("details:not(.save)").all():
+        details.evaluate("e => { e.open = true; }")
+    assert made.page.evaluate(OVERFLOW) == 390
+    # What is too wide scrolls in a box of its own.
+    boxes = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
+    assert made.page.evaluate(f"{boxes}.length") > 3
+    check_contrast(made.page)
+    made.page.screenshot(path=BUILD / "phone.png", full_page=True)
+    made.check()
+    made.page.context.close()
+
+
+def saved(page, menu: str, button: str) -> tuple[str, bytes]:
+    """What a button of a download menu hands over: the name of the file, and its bytes."""
+    holder = page.locator(menu)
+    holder.evaluate("e => { for (; e; e = e.parentElement.closest('details')) e.open = true; }")
+    with page.expect_download() as waiting:
+        holder.locator("button", has_text=button).click()
+    return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
+
+
+@needs_browser
+def test_every_table_and_figure_can_be_downloaded(opened: Opened, run: Path) -> None:
+    page = opened.page
+    opened.wait_for_all()
+    assert page.locator(".modebar").count() == 0
+    tables, figures = page.locator("table").count(), page.locator(".canvas").count()
+    assert page.locator("details.save").count() == tables + figures
+    figure = "figure:has(#plot-bypass_heatmap) details.save"
+    name, picture = saved(page, figure, "PNG")
+    assert name == "bypass_heatmap.png"
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 5_000
+    selection = json.loads((run / "selection.json").read_text())
+    cells = list(csv.DictReader(io.StringIO(saved(page, figure, "CSV")[1].decode())))
+    won = selection["winner"]
+    wanted = next(c for c in selection["candidates"] if all(c[k] == won[k] for k in won))
+    score = [
+        float(cell["value"])
+        for cell in cells
+        if cell["value"] and cell["x"] == str(won["layer"])
+        and cell["y"].lstrip("'").split()[0] == str(won["position"])
+    ]  # fmt: skip
+    assert score == [wanted["bypass_score"]]
+    _, held = saved(page, "#selection .held details.save >> nth=-1", "JSON")
+    rows = json.loads(held)
+    assert len(rows) == len(selection["candidates"])
+    assert {"position", "layer", "verdict"} <= set(rows[0])
+    # Of the answers every prompt is there, not one page; and no answer's text.
+    name, prompts = saved(page, "#completions details.save", "CSV")
+    assert name.startswith("completions-table")
+    lines = list(csv.DictReader(io.StringIO(prompts.decode())))
+    assert len(lines) == int(page.locator("#count").inner_text().split()[0]) > 20
+    assert any(EVIL in line["prompt"] for line in lines)
+    assert "says" not in prompts.decode()
+
+
 @needs_browser
 def test_light_dark_toggle_and_print(browser, page_file: Path) -> None:
     grounds = {}
@@ -213,6 +315,7 @@ def test_light_dark_toggle_and_print(browser, page_file: Path) -> None:
         ground = "getComputedStyle(document.body).backgroundColor"
         grounds[scheme] = page.evaluate(ground)
         page.screenshot(path=BUILD / f"{scheme}.png", full_page=True)
+        check_contrast(page)
         ink = page.evaluate("document.getElementById('plot-trace').layout.font.color")
         assert ink == page.evaluate(
             "getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()"

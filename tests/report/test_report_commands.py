@@ -131,6 +131,13 @@ def _parse(line: str) -> tuple[str, dict[str, Any]]:
     return name, command.make_context(name, spell_out(args)).params
 
 
+def test_an_optional_value_may_stand_behind_a_space() -> None:
+    words = ["extract", "m", "--save-activations", "all", "-o", "x"]
+    assert spell_out(words) == ["extract", "m", "--save-activations=all", "-o", "x"]
+    words = ["extract", "--save-activations", "all-of-it", "-o", "x"]
+    assert spell_out(words)[1:3] == ["--save-activations=all", "all-of-it"]
+
+
 def _given(parsed: dict[str, Any], table: str) -> dict[str, Any]:
     """The settings of a table that a command was given, as the settings would hold them."""
     found = {}

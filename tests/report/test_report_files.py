@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from abliterate.report.collect import read_run
 from abliterate.report.geometry_figures import panel_layers
 from abliterate.report.page import make_figures
 from abliterate.report.reproduce import commands
+from abliterate.report.verdict import verdict_sentences
+from abliterate.run_staleness import Stale
 
 
 def test_no_completions_leaves_no_prompt_and_no_answer_in_the_file(
@@ -145,13 +148,26 @@ def test_intervals_judgements_losses_and_tasks_are_shown(run: Path, cli, tmp_pat
     assert cli("report", tmp_path, "--json").code == 0
     html = (tmp_path / "report.html").read_text()
     for text in (
-        "18/20  90.0% [45.0%, 90.0%]", "2/20  10.0% [5.0%, 10.0%]  Δ -80.0%", "+7.50",
+        "18/20  90.0% [45.0%, 90.0%]", "2/20  10.0% [5.0%, 10.0%]  Δ -80.0", "+7.50",
         "75.0% [37.5%, 75.0%] n = 19 (1 not judged)", "2.1250 (ppl 7.77, 9 tokens)",
         "0.412 ± 0.014 (acc)",
         "90% → 10%", "95% interval 5% to 10%", "guard &lt;script&gt;",
     ):  # fmt: skip
         assert text in html, text
     assert EVIL not in html
+    held = replace(read_run(tmp_path), stale={})
+    (said,) = verdict_sentences(held)
+    assert said.startswith("With its refusal direction ablated, ")
+    assert " refused 2 of 20 harmful test prompts (10.0%, 95% interval 5.0% to 10.0%); " in said
+    assert "unmodified it refused 18 of 20 (90.0%, 95% interval 45.0% to 90.0%): -80.0" in said
+    assert said.endswith(" percentage points.")
+    # What is stale, as a whole or a row of it, is in no sentence.
+    file = tmp_path / "evaluation.json"
+    for rows, left in (((), 0), (("ablate",), 0), (("baseline",), 1)):
+        marked = {"evaluation": Stale("evaluation", file, ("another direction",), rows)}
+        found = verdict_sentences(replace(held, stale=marked))
+        assert len(found) == left
+        assert all("unmodified" not in one for one in found)
     figures = make_figures(read_run(tmp_path))
     bars = figures["refusals"].to_dict()["data"][0]
     assert list(bars["y"]) == [0.9, 0.1]

@@ -52,7 +52,9 @@ Direction = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", help="TOML file of settings; options win over it.", show_default=False
+        "--config",
+        help="TOML file of settings, or the name of a bundled one: paper, quick. Options win.",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -145,7 +147,7 @@ def spell_out(argv: Sequence[str]) -> list[str]:
         arg, following = argv[index], argv[index + 1] if index + 1 < end else None
         if index >= end or arg not in _IMPLIED:
             spelled.append(arg)
-        elif following in _CHOICES[arg]:
+        elif following in (*_CHOICES[arg], _IMPLIED[arg]):
             spelled.append(f"{arg}={following}")
             index += 1
         else:

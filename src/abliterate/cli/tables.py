@@ -147,7 +147,11 @@ def _candidates(record: Mapping[str, Any], shown: int = 8) -> None:
         for c in kept[:shown]
     ]
     dropped = Counter(c["reason"] for c in record["candidates"] if c not in kept)
-    reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items()) or "none"
+    words = {"nan": "not finite", "layer": "in the last layers", "kl": "KL", "induce": "induce"}
+    reasons = (
+        ", ".join(f"{count} {words.get(reason, reason)}" for reason, count in dropped.items())
+        or "none"
+    )
     lost = sum(not c["kept"] for c in kept)
     # A score table of the paper's repository does not say how many prompts it is of.
     counts = ", ".join(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from abliterate.report.style import figure, finite, plain, plotly
+from abliterate.report.style import colour_bar, figure, finite, plain, plotly
 from abliterate.storage.web_page import figure_page
 
 Document = Mapping[str, Any]
@@ -72,7 +72,7 @@ def strip(title: str, cells: Iterable[Cell]) -> Any | None:
             xgap=1,
             ygap=1,
             hovertemplate="%{y}, layer %{x}<br>%{z:.2f} removed<extra></extra>",
-            colorbar={"thickness": 12, "outlinewidth": 0},
+            colorbar=colour_bar("share removed"),
         )
     )
     made.update_yaxes(autorange="reversed", showgrid=False, type="category")

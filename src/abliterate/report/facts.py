@@ -10,6 +10,7 @@ from abliterate.prompts.sampling import prompt_key
 from abliterate.report.collect import Completions, Document, Run, kinds_of
 from abliterate.report.selection_figures import METRICS, Table, verdict
 from abliterate.report.style import finite
+from abliterate.report.verdict import points
 from abliterate.run_records import recorded_stability
 from abliterate.selection.certainty import often_first
 
@@ -107,18 +108,19 @@ def _direction_cards(run: Run) -> list[Card]:
             "Bypass (validation)",
             f"{number(base['harmful_refusal_score'], '+.2f')} → "
             f"{number(chosen['bypass_score'], '+.2f')}",
-            f"refusal score on harmful prompts, ablated, n = {counts['harmful']['used']}",
+            f"log-odds of refusal on harmful prompts, ablated, n = {counts['harmful']['used']}",
         ),
         Card(
             "Induce (validation)",
             f"{number(base['harmless_refusal_score'], '+.2f')} → "
             f"{number(chosen['induce_score'], '+.2f')}",
-            f"refusal score on harmless prompts, added, n = {counts['harmless']['used']}",
+            f"log-odds of refusal on harmless prompts, added, n = {counts['harmless']['used']}",
         ),
         Card(
             "KL (validation)",
             number(chosen["kl_divergence"]),
-            f"filter {number(run.selection['thresholds']['kl'])}, n = {counts['harmless']['used']}",
+            f"nats; filter {number(run.selection['thresholds']['kl'])}, "
+            f"n = {counts['harmless']['used']}",
         ),
     ]
 
@@ -198,14 +200,16 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
     ]
     columns.append(
         (
-            f"{_count(evaluation, 'harmless')}harmless KL",
+            f"{_count(evaluation, 'harmless')}harmless KL (nats)",
             lambda r: _mean(r, "kl_divergence", ".4f"),
         )
     )
     if any(finite(r.get("kl_exact")) is not None for r in held):
-        columns.append(("exact KL", lambda r: number(r.get("kl_exact"), ".4f")))
+        columns.append(("exact KL (nats)", lambda r: number(r.get("kl_exact"), ".4f")))
     corpora = dict.fromkeys(name for r in held for name in r.get("losses") or {})
-    columns += [(f"loss, {name}", lambda r, c=name: _loss(r, c)) for name in corpora]
+    columns += [
+        (f"loss (nats per token), {name}", lambda r, c=name: _loss(r, c)) for name in corpora
+    ]
     tasks = dict.fromkeys(name for r in held for name in r.get("tasks") or {})
     columns += [(name, lambda r, t=name: _task(r, t)) for name in tasks]
     return {
@@ -337,9 +341,10 @@ def _rate(now: Document, base: Document | None, change: Document) -> str:
     text = f"{counted(now)}  {percent(now['refusal_rate'], now.get('refusal_score_ci'))}"
     if base is None or base is now or base["refusal_rate"] is None:
         return text
-    text = f"{text}  Δ {float(now['refusal_rate']) - float(base['refusal_rate']):+.1%}"
+    text = f"{text}  Δ {points(float(now['refusal_rate']) - float(base['refusal_rate']))}"
     span, chance = change.get("refusal_score_ci"), finite(change.get("refusal_score_p"))
-    text = text if not span else f"{text} [{span[0]:+.1%}, {span[1]:+.1%}]"
+    text = text if not span else f"{text} [{points(span[0])}, {points(span[1])}]"
+    text = f"{text} pp"
     return text if chance is None else f"{text}, p = {chance:.2g}"
 
 

@@ -13,6 +13,7 @@ from abliterate.report.style import (
     HARMFUL,
     HARMLESS,
     MUTED,
+    colour_bar,
     figure,
     finite,
     label,
@@ -144,7 +145,7 @@ def cosines(inspect: Document) -> Any:
             xgap=1,
             ygap=1,
             hovertemplate="layer %{x}<br>cosine %{z:.4f}<extra></extra>",
-            colorbar={"thickness": 12, "outlinewidth": 0},
+            colorbar=colour_bar("cosine"),
         )
     )
     labels = [

@@ -6,7 +6,16 @@ from typing import Any
 
 from abliterate.report.collect import Document, kinds_of
 from abliterate.report.facts import counted
-from abliterate.report.style import COLOURS, HARMFUL, HARMLESS, figure, finite, plain, plotly
+from abliterate.report.style import (
+    COLOURS,
+    HARMFUL,
+    HARMLESS,
+    colour_bar,
+    figure,
+    finite,
+    plain,
+    plotly,
+)
 
 _COLOURS = {"harmful": HARMFUL, "harmless": HARMLESS, "borderline": COLOURS[4]}
 
@@ -93,7 +102,7 @@ def categories(evaluation: Document, kind: str = "harmful") -> Any | None:
             xgap=1,
             ygap=1,
             hovertemplate="%{y}, %{x}<br>%{z:.1%} refused (%{customdata})<extra></extra>",
-            colorbar={"thickness": 12, "outlinewidth": 0, "tickformat": ".0%"},
+            colorbar=colour_bar("refused", tickformat=".0%"),
         )
     )
     made.update_yaxes(autorange="reversed", showgrid=False, type="category")

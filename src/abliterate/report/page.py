@@ -32,6 +32,7 @@ from abliterate.report.collect import Completions, Run, read_completions
 from abliterate.report.reproduce import commands, notes, renewals
 from abliterate.report.selection_figures import METRICS, Table
 from abliterate.report.style import mark_stale, plotly
+from abliterate.report.verdict import verdict_sentences
 from abliterate.selection.certainty import sentences
 from abliterate.storage.artifacts import OTHER_THINGS, versions
 from abliterate.storage.ownership import GENERATOR
@@ -71,6 +72,7 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
     page: dict[str, Any] = {
         "run": run,
         "cards": _part("selection.json", lambda: facts.cards(run)),
+        "verdict": _part("evaluation.json", lambda: verdict_sentences(run)),
         "outcomes": run.evaluation
         and _part("evaluation.json", lambda: facts.outcome_table(facts.marked(run) or {})),
         "hooks_and_edits": run.evaluation

@@ -12,6 +12,7 @@ from abliterate.report.style import (
     GOLD,
     LEGEND_BELOW,
     MUTED,
+    colour_bar,
     figure,
     finite,
     label,
@@ -31,18 +32,19 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of the candidates: its key, its name, what it says, whether 0 is its middle."""
+    """A score of the candidates: its key, its name, what it says, whether 0 is its middle, unit."""
 
     key: str
     name: str
     axis: str
     diverging: bool
+    unit: str
 
 
 METRICS = (
-    Metric("bypass_score", "Bypass", "refusal score, harmful, ablated", True),
-    Metric("induce_score", "Induce", "refusal score, harmless, added", True),
-    Metric("kl_divergence", "KL", "KL divergence, harmless, ablated", False),
+    Metric("bypass_score", "Bypass", "refusal score, harmful, ablated", True, "log-odds"),
+    Metric("induce_score", "Induce", "refusal score, harmless, added", True, "log-odds"),
+    Metric("kl_divergence", "KL", "KL divergence, harmless, ablated", False, "nats"),
 )
 
 
@@ -113,7 +115,7 @@ def heatmap(table: Table, metric: Metric) -> Any:
             hoverongaps=True,
             xgap=1,
             ygap=1,
-            colorbar={"thickness": 12, "outlinewidth": 0},
+            colorbar=colour_bar(metric.unit),
             **scale,
         )
     )
@@ -199,7 +201,9 @@ def _draw_verdicts(made: Any, table: Table) -> None:
 def lines(table: Table, metric: Metric) -> Any:
     """A metric by layer, a line for each position, as in the paper's appendix."""
     objects = plotly()
-    made = figure(f"{metric.name} by layer", "layer", metric.axis.partition(",")[0], 340)
+    made = figure(
+        f"{metric.name} by layer", "layer", f"{metric.axis.partition(',')[0]} ({metric.unit})", 340
+    )
     for row, position in enumerate(table.positions):
         cells = [table.at(position, layer) for layer in range(table.n_layers)]
         made.add_trace(

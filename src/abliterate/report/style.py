@@ -72,6 +72,13 @@ def figure(title: str, x: str, y: str, height: int = 360) -> Any:
     return made
 
 
+def colour_bar(title: str, **changes: Any) -> dict[str, Any]:
+    """A heatmap's colour bar: what it measures beside it, in numbers without prefixes."""
+    heading = {"text": title, "side": "right", "font": {"size": 11}}
+    look = {"thickness": 12, "outlinewidth": 0, "exponentformat": "none", "title": heading}
+    return look | changes
+
+
 def mark_stale(made: Any) -> None:
     """A mark across a figure that is of something else than the run holds now."""
     made.update_layout(title={"text": f"STALE: {made.layout.title.text}"})

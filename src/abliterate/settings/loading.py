@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from abliterate.errors import InputError, UsageError
+from abliterate.resources import config_dir
 from abliterate.settings.marks import flags_of, is_recorded, sections_of
 from abliterate.settings.sections import Settings
 from abliterate.settings.values import memory_size
@@ -30,7 +31,7 @@ def load_settings(
     """Settings from a TOML file and the options that were given.
 
     Args:
-        file: the configuration, or None for the defaults.
+        file: the configuration, or the name of a bundled one; None for the defaults.
         options: per table, the options that win over the file; None values are skipped.
         base: per table, what an earlier stage recorded; the file and the options win over it.
         schema: the settings that there are.
@@ -144,10 +145,17 @@ def take_recorded(
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
+    """A file, or where there is none of that name the bundled one: ``paper``."""
+    bundled = {path.stem: path for path in sorted(config_dir().glob("*.toml"))}
+    if not file.exists():
+        file = bundled.get(str(file), file)
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"configuration file {file} does not exist") from None
+        names = ", ".join(bundled)
+        raise UsageError(
+            f"configuration file {file} does not exist, and is none of the bundled {names}"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"configuration file {file} is not readable TOML: {error}") from None
 

@@ -21,7 +21,8 @@
 
   // ---- plots ------------------------------------------------------------------------------
   const drawn = new Map();
-  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  // Plotly's own toolbar would lie over legends; what it offers is in the menu above each plot.
+  const config = { displayModeBar: false, responsive: true };
 
   /** The layout of a figure in the colours of the page. */
   function themed(figure) {
@@ -42,9 +43,6 @@
   function draw(element) {
     const figure = data.figures[element.dataset.figure];
     Plotly.react(element, figure.data, themed(figure), config);
-    // Ten buttons a plot would stand between a keyboard and the next control; the tables below the
-    // plots hold their numbers.
-    for (const button of element.querySelectorAll(".modebar-btn")) button.tabIndex = -1;
     drawn.set(element, figure);
   }
 
@@ -232,6 +230,112 @@
     filter();
   }
 
+  // ---- downloads --------------------------------------------------------------------------
+  /** Hands over a file that is made here; no request leaves the page. */
+  function hand(name, type, parts) {
+    const link = made("a");
+    link.href = URL.createObjectURL(new Blob(parts, { type }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  }
+
+  /** A cell of a CSV; a spreadsheet must not take a prompt's text for a formula. */
+  function cell(value) {
+    let text = value === null || value === undefined ? "" : String(value);
+    if (/^[=+\-@\t\r]/.test(text) && !/^[+-]?[\d.]+(e[+-]?\d+)?$/i.test(text)) text = `'${text}`;
+    return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  }
+
+  const csv = ({ columns, rows }) =>
+    [columns, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
+
+  const records = ({ columns, rows }) =>
+    rows.map((row) => Object.fromEntries(columns.map((name, at) => [name, row[at] ?? null])));
+
+  const told = (element) => element.textContent.trim().replace(/\s+/g, " ");
+
+  /** What a table on the page says; of the answers' table every prompt that the filter leaves. */
+  function tabled(table) {
+    if (table.id === "answers") {
+      const words = (verdict) => verdict && [...badges(verdict).children].map(told).join(", ");
+      return {
+        columns: ["prompt", "kind", "category", ...data.interventions],
+        rows: shown.map((index) => data.rows[index]).map((row) =>
+          [row.prompt, row.kind, row.category, ...row.verdicts.map(words)]),
+      };
+    }
+    const rows = [...table.tBodies[0].rows].map((row) => [...row.cells].map(told));
+    const heads = table.tHead ? [...table.tHead.rows[0].cells].map(told) : ["name", "value"];
+    return { columns: heads.map((name, at) => name || `column ${at + 1}`), rows };
+  }
+
+  /** The points of a figure, a row each: of a heatmap its cells, of curves their points. */
+  function plotted(figure) {
+    const plain = (text) => new DOMParser().parseFromString(String(text), "text/html").body.textContent;
+    const named = (axis, value) => {
+      const at = figure.layout[axis]?.tickvals?.indexOf(value) ?? -1;
+      const text = at < 0 ? value : figure.layout[axis].ticktext[at];
+      return typeof text === "string" ? plain(text) : text;
+    };
+    const rows = [];
+    for (const trace of figure.data) {
+      const add = (x, y, z) => rows.push([plain(trace.name ?? ""), named("xaxis", x), named("yaxis", y), z]);
+      if (trace.z) trace.z.forEach((line, row) => line.forEach((z, column) => add(trace.x[column], trace.y[row], z)));
+      else if (trace.fill !== "toself") (trace.x ?? []).forEach((x, at) => x !== null && add(x, trace.y[at], null));
+    }
+    return { columns: ["series", "x", "y", "value"], rows };
+  }
+
+  /** A figure as a picture for a page of white paper, with its title. */
+  async function pictured(figure, element) {
+    const size = { width: Math.max(640, element.clientWidth), height: figure.layout.height ?? 360 };
+    const url = await Plotly.toImage(structuredClone(figure), { format: "png", scale: 2, ...size });
+    const bytes = Uint8Array.from(atob(url.split(",")[1]), (letter) => letter.charCodeAt(0));
+    return [bytes];
+  }
+
+  function menu(before, name, what, offers) {
+    const holder = made("details", undefined, "save");
+    const head = made("summary", "Download");
+    head.setAttribute("aria-label", `Download ${what}`);
+    holder.append(head);
+    for (const [label, act] of offers) {
+      const button = made("button", label);
+      button.type = "button";
+      button.addEventListener("click", () => Promise.resolve(act(name)).catch((error) => trouble(String(error))));
+      holder.append(button);
+    }
+    before.before(holder);
+  }
+
+  /** The name of a file says where it is of something stale. */
+  const fileName = (element, name) => name.replace(/[^\w-]+/g, "-") + (element.closest(".stale") ? "-stale" : "");
+
+  function setUpDownloads() {
+    const texts = (get, json) => [
+      ["CSV", (name) => hand(`${name}.csv`, "text/csv", [csv(get())])],
+      ["JSON", (name) => hand(`${name}.json`, "application/json", [JSON.stringify(json(), null, 1)])],
+    ];
+    for (const element of document.querySelectorAll(".canvas")) {
+      const figure = data.figures[element.dataset.figure];
+      menu(element.parentElement, fileName(element, element.dataset.figure), element.getAttribute("aria-label"), [
+        ["PNG", async (name) => hand(`${name}.png`, "image/png", await pictured(figure, element))],
+        ...texts(() => plotted(figure), () => figure),
+        ["Reset view", () => draw(element)],
+      ]);
+    }
+    document.querySelectorAll(".scroll > table").forEach((table, at) => {
+      const box = table.parentElement;
+      const what = `table ${at + 1}, ${box.getAttribute("aria-label")}`;
+      const holder = made("div", undefined, "held");
+      box.before(holder);
+      holder.append(box);
+      menu(box, fileName(box, `${box.closest("section").id}-table-${at + 1}`), what,
+        texts(() => tabled(table), () => records(tabled(table))));
+    });
+  }
+
   // ---- theme and print --------------------------------------------------------------------
   const THEMES = ["system", "light", "dark"];
 
@@ -254,6 +358,7 @@
   setUpTheme();
   setUpSlider();
   setUpCompletions();
+  setUpDownloads();
   unpacked("plotly")
     .then((code) => {
       const script = made("script", code);
