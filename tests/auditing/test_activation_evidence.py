@@ -75,7 +75,7 @@ def test_prompts_of_an_edited_model_alone_leave_the_gap_out_and_say_why(
     assert "note: checkpoint: the first tokens do not tell refusals from answers" in result.out
 
 
-def test_prompts_errors_are_one_line(fails: Callable[..., str], tmp_path: Path) -> None:
+def test_prompts_errors_are_one_line(cli: Cli, fails: Callable[..., str], tmp_path: Path) -> None:
     model = demo_model_dir()
     assert "--n-prompts goes with --prompts" in fails("audit", model, "--n-prompts", "4", code=2)
     asked = ("audit", model, "--prompts")
@@ -89,4 +89,8 @@ def test_prompts_errors_are_one_line(fails: Callable[..., str], tmp_path: Path) 
     config = json.loads((bare / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
-    assert "chat template" in fails("audit", bare, "--prompts", "--n-prompts", "2", code=3)
+    assert "chat template" in fails("audit", bare, "--prompts", "--n-prompts", "2", code=4)
+    told = ("--template", "plain", "--refusal-token", "I", "--n-prompts", "2", "--json", "-q")
+    result = cli("audit", bare, "--prompts", *told)
+    assert result.code == 0, result.err
+    assert result.json["activations"]["checkpoint"]["refusal_scores"] is not None

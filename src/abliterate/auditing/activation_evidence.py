@@ -255,6 +255,7 @@ def gather(
     texts: Mapping[str, Sequence[str]],
     names: Sequence[str] = (),
     device: str = "cpu",
+    chat: ChatFormat | None = None,
 ) -> Gathered:
     """Run the checkpoint, and its base in the same way, one after the other in memory.
 
@@ -267,6 +268,7 @@ def gather(
         texts: prompts, by kind.
         names: refusal tokens, as ``--refusal-token`` gives them; empty to detect.
         device: where to run them.
+        chat: how prompts become conversations; None for the templates as they are.
 
     Raises:
         CheckpointError: a model cannot be loaded, or has no logit for a named token.
@@ -274,15 +276,14 @@ def gather(
         UnsupportedArchitectureError: the model's writers are not known.
         UsageError: a model does not fit into memory, or a name is not a single token.
     """
+    chat = chat or ChatFormat()
     tokens, written, source, notes = list[int](), tuple[str, ...](), None, list[str]()
     seen: dict[str, Seen] = {}
     for label, model in (("base", base), ("checkpoint", checkpoint)):
         if model is None:
             continue
         loaded = in_memory_opener(model, OpenOptions(device)).open(model)
-        prompts = {
-            kind: ask(loaded, texts[kind], ChatFormat(), kind=kind).finished(kind) for kind in KINDS
-        }
+        prompts = {kind: ask(loaded, texts[kind], chat, kind=kind).finished(kind) for kind in KINDS}
         seen[label] = look_at_outputs(loaded, prompts, label)
         if not tokens:
             try:

@@ -95,7 +95,7 @@ def audit(
     from abliterate.storage.artifacts import check_writable, finite, write_atomically
     from abliterate.storage.ownership import claim_file, has_metadata, is_page
 
-    load_settings(None, given)
+    settings = load_settings(None, given)
     asked = audit_prompts.chosen(prompts, harmful, harmless, n_prompts, refusal_token or ())
     if direction is not None:
         find_direction(direction)
@@ -136,7 +136,7 @@ def audit(
         place = linear_algebra_device(pick_device(device))
         known = None if direction is None else load_direction(direction)
         # What cannot be run is refused before the weights are read.
-        seen = None if asked is None else asked.gather(target, other, device)
+        seen = None if asked is None else asked.gather(target, other, device, settings.chat)
         found = judge(target, other, known, place)
         document = finite(found.document())
         document["activations"] = None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from abliterate.direction import Direction
     from abliterate.models.loading import Checkpoint
     from abliterate.prompts.sources import Prompt
+    from abliterate.settings.model_sections import ChatSettings
 
 Harmful = Annotated[
     str | None,
@@ -61,13 +62,25 @@ class Asked:
     sources: dict[str, str]
     names: tuple[str, ...]
 
-    def gather(self, target: Checkpoint, base: Checkpoint | None, device: str) -> Gathered:
+    def gather(
+        self, target: Checkpoint, base: Checkpoint | None, device: str, chat: ChatSettings
+    ) -> Gathered:
         """Run the models; see :func:`abliterate.auditing.activation_evidence.gather`."""
         from abliterate.auditing.activation_evidence import gather
         from abliterate.models.loading import pick_device
+        from abliterate.prompts.chat_template import ChatFormat
 
+        told = ChatFormat(
+            chat.system,
+            chat.arguments,
+            chat.response_prefix,
+            chat.template,
+            chat.date,
+            chat.thinking,
+            chat.max_thinking_tokens,
+        )
         texts = {kind: [prompt.text for prompt in some] for kind, some in self.prompts.items()}
-        return gather(target, base, texts, self.names, str(pick_device(device)))
+        return gather(target, base, texts, self.names, str(pick_device(device)), told)
 
     def document(
         self, seen: Gathered, given: Direction | None, found: Tensor | None
