@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from abliterate.cli import audit_prompts
 from abliterate.cli import options as opt
 from abliterate.cli.diff_command import show_differences
 from abliterate.console import print_json, print_line, print_table
@@ -64,6 +65,18 @@ def audit(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Also list every unit and tensor.")
     ] = False,
+    prompts: Annotated[
+        bool,
+        typer.Option(
+            "--prompts",
+            help="Also run the model: what it does with harmful and harmless prompts. The verdict "
+            "rests on the weights alone.",
+        ),
+    ] = False,
+    harmful: audit_prompts.Harmful = None,
+    harmless: audit_prompts.Harmless = None,
+    n_prompts: audit_prompts.Count = None,
+    refusal_token: audit_prompts.Tokens = None,
     given: opt.Given,
     device: Annotated[
         str, typer.Option("--device", help="Where to compute: cpu, cuda, auto, ...")
@@ -82,7 +95,8 @@ def audit(
     from abliterate.storage.artifacts import check_writable, finite, write_atomically
     from abliterate.storage.ownership import claim_file, has_metadata, is_page
 
-    load_settings(None, given)
+    settings = load_settings(None, given)
+    asked = audit_prompts.chosen(prompts, harmful, harmless, n_prompts, refusal_token or ())
     if direction is not None:
         find_direction(direction)
     as_page = output is not None and output.suffix.lower() in (".html", ".htm")
@@ -121,8 +135,13 @@ def audit(
 
         place = linear_algebra_device(pick_device(device))
         known = None if direction is None else load_direction(direction)
+        # What cannot be run is refused before the weights are read.
+        seen = None if asked is None else asked.gather(target, other, device, settings.chat)
         found = judge(target, other, known, place)
         document = finite(found.document())
+        document["activations"] = None
+        if seen is not None and asked is not None:
+            document["activations"] = finite(asked.document(seen, known, found.direction))
         document["direction"] = None
         if output is not None and as_page:
             from abliterate.report.edit_strip import audit_page
@@ -198,6 +217,8 @@ def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: boo
         word = {True: "confirmed", False: "NOT borne out", None: "cannot be checked"}[confirmed]
         rows.append(["abliterate.json", word])
     print_table("", ["", ""], rows, left=2)
+    if document["activations"] is not None:
+        audit_prompts.show(document["activations"])
     if base is not None:
         _show_summary(base)
     elif document["units"]:

@@ -150,7 +150,7 @@ class ChatSettings(Section):
     """How a prompt becomes a conversation."""
 
     system: Annotated[
-        str | None, Recorded(), Option("System message.", CHAT, (*STAGES, "chat"))
+        str | None, Recorded(), Option("System message.", CHAT, (*STAGES, "chat", "audit"))
     ] = None
     template_kwargs: Annotated[
         dict[str, Any],
@@ -159,7 +159,7 @@ class ChatSettings(Section):
         Option(
             "JSON object of chat template variables.",
             CHAT,
-            (*STAGES, "chat"),
+            (*STAGES, "chat", "audit"),
             "--chat-template-kwargs",
         ),
     ] = Field(default_factory=dict)
@@ -170,7 +170,7 @@ class ChatSettings(Section):
         Option(
             "A chat template variable as NAME=VALUE, the value JSON or text; repeatable.",
             CHAT,
-            (*STAGES, "chat"),
+            (*STAGES, "chat", "audit"),
             "--template-arg",
         ),
     ] = ()
@@ -182,7 +182,7 @@ class ChatSettings(Section):
             "Instead of the checkpoint's chat template: plain (the text as it is, for base models) "
             "or a file.",
             CHAT,
-            (*STAGES, "chat", "inspect", "trace", "fragility"),
+            (*STAGES, "chat", "inspect", "trace", "fragility", "audit"),
         ),
     ] = None
     date: Annotated[
@@ -192,13 +192,13 @@ class ChatSettings(Section):
         Option(
             "Day (YYYY-MM-DD) for chat templates that ask for it. Default: the run's, else today.",
             CHAT,
-            (*STAGES, "chat"),
+            (*STAGES, "chat", "audit"),
         ),
     ] = None
     response_prefix: Annotated[
         str,
         Recorded(),
-        Option("Text that the assistant's turn starts with.", CHAT, (*STAGES, "chat")),
+        Option("Text that the assistant's turn starts with.", CHAT, (*STAGES, "chat", "audit")),
     ] = ""
     thinking: Annotated[
         Literal["answer", "skip", "whole"] | None,
@@ -207,13 +207,13 @@ class ChatSettings(Section):
             "Of a model that thinks first. answer: the prompt ends where the answer begins. skip: "
             "it thinks, and what follows counts. whole: as it comes. Default: by its template.",
             CHAT,
-            (*STAGES, "chat"),
+            (*STAGES, "chat", "audit"),
         ),
     ] = None
     max_thinking_tokens: Annotated[
         int,
         Recorded(),
-        Option("Longest thought under --thinking skip.", CHAT, (*STAGES, "chat")),
+        Option("Longest thought under --thinking skip.", CHAT, (*STAGES, "chat", "audit")),
     ] = Field(1024, ge=1)
 
     @property
