@@ -14,7 +14,9 @@ from architectures.zoo import require
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from abliterate.errors import UnsupportedArchitectureError
 from abliterate.inference.interventions import ablate_at, unit_direction
+from abliterate.writers import proof_of
 from abliterate.writers.discovery import discover, leak, project
 from abliterate.writers.plan import Gain, Writer, WriterPlan
 from abliterate.writers.proof import EXACT, prove
@@ -395,3 +397,18 @@ def test_tables_with_fewer_rows_than_traced_tokens(
     result = cli("writers", tmp_path, "--json")
     assert result.code == 0, result.err
     assert "cannot be found" not in result.err
+
+
+def test_an_architecture_without_a_small_copy_is_tried_once_a_process(monkeypatch) -> None:
+    tried = []
+
+    def none(config: Any) -> None:
+        tried.append(config)
+        raise ShrinkError("no copy runs")
+
+    monkeypatch.setattr("abliterate.writers._proofs", {})
+    monkeypatch.setattr("abliterate.writers.prove", none)
+    for _ in range(2):
+        with pytest.raises(UnsupportedArchitectureError, match=r"cannot be found .no copy runs"):
+            proof_of(LlamaConfig())
+    assert len(tried) == 1
