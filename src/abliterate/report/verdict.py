@@ -28,7 +28,7 @@ def verdict_sentences(run: Run) -> list[str]:
         for name, held in evaluation["interventions"].items()
         if name not in run.stale_rows
     }
-    found = []
+    found: list[str] = []
     for name, kind, start in _CLAIMS:
         now = (results.get(name) or {}).get(kind)
         if now is None or now.get("refusal_rate") is None:  # a streamed model answers nothing
