@@ -78,6 +78,7 @@ def test_prompts_of_an_edited_model_alone_leave_the_gap_out_and_say_why(
 def test_prompts_errors_are_one_line(cli: Cli, fails: Callable[..., str], tmp_path: Path) -> None:
     model = demo_model_dir()
     assert "--n-prompts goes with --prompts" in fails("audit", model, "--n-prompts", "4", code=2)
+    assert "chat format go with" in fails("audit", model, "--template", "plain", code=2)
     asked = ("audit", model, "--prompts")
     assert "--n-prompts must be at least 1" in fails(*asked, "--n-prompts", "0", code=3)
     assert "absent.txt" in fails(*asked, "--harmful", tmp_path / "absent.txt", code=3)

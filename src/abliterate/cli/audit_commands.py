@@ -96,6 +96,8 @@ def audit(
     from abliterate.storage.ownership import claim_file, has_metadata, is_page
 
     settings = load_settings(None, given)
+    if not prompts and any(value is not None for value in given["chat"].values()):
+        raise UsageError("the options of the chat format go with --prompts: give both, or neither")
     asked = audit_prompts.chosen(prompts, harmful, harmless, n_prompts, refusal_token or ())
     if direction is not None:
         find_direction(direction)
