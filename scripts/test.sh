@@ -24,5 +24,6 @@ if [ "$lowest" = no ]; then # what lint and types say depends on the versions: t
     $venv/bin/mypy
     $venv/bin/lint-imports --no-cache --no-logo
 fi
-# One worker a core and a file a worker (its fixtures run once); each keeps torch to one thread (tests/conftest.py).
-exec $venv/bin/python -m pytest -n "$(nproc 2>/dev/null || echo 2)" --dist loadfile "$@"
+# One worker a core and a file a worker (its fixtures run once), in the order of tests/conftest.py, which also
+# keeps each to one thread of torch.
+exec $venv/bin/python -m pytest -n "$(nproc 2>/dev/null || echo 2)" --dist loadfile --no-loadscope-reorder "$@"

@@ -42,6 +42,26 @@ CHAT_TEMPLATE = (
 VOCABULARY = 512
 
 
+# Files that take longest, in the order of their time: a worker that begins one of them last keeps
+# the others waiting (``--dist loadfile`` gives a file to one worker).
+_LONGEST = (
+    "writers/test_architectures.py", "emulated/test_emulated_accelerator.py",
+    "writers/test_disk_tensors.py", "distributed/test_ranks.py", "selection/test_staged_search.py",
+    "models/test_device_placement.py", "report/test_report_files.py", "test_demo.py",
+    "report/test_report.py", "checkpoints/test_hub_faults.py", "cli/test_tampered_files.py",
+    "auditing/test_edit_forms.py", "offload/test_offload.py", "offload/test_offload_memory.py",
+    "evaluation/test_thinking_modes.py", "pipeline/test_run.py", "test_without_posix.py",
+    "cli/test_startup.py", "editing/test_edit_ranks.py", "checkpoints/test_hub_commits.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; ``scripts/test.sh`` tells xdist to keep the order."""
+    here = Path(__file__).parent
+    place = {str(here / name): at for at, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE tokenizer with a ChatML-like template, trained on the bundled prompts."""

@@ -19,7 +19,7 @@ from abliterate.models.loading import load_model
 from abliterate.prompts.chat_template import ChatFormat, render
 from abliterate.prompts.corpora import Corpus, Example, parse_corpora, read_corpus
 
-SMALL = ("--refusal-token", "I", "--n-test", "4", "--max-new-tokens", "5")
+SMALL = ("--refusal-token", "I", "--n-test", "4", "--max-new-tokens", "5", "--controls", "0")
 TEXTS = [
     "a plain text",
     "another one that is quite a bit longer than the first",

@@ -22,7 +22,18 @@ from abliterate.models import library_versions
 from abliterate.models.device_placement import Placement, check_plan, find_placement, own_device
 from abliterate.models.library_versions import has_distributed_tensors
 
-SIZES = ("--n-train", "12", "--n-val", "9", "--n-test", "3", "--max-new-tokens", "5")
+SIZES = (
+    "--n-train",
+    "12",
+    "--n-val",
+    "9",
+    "--n-test",
+    "3",
+    "--max-new-tokens",
+    "5",
+    "--controls",
+    "1",
+)
 LOOSE = ("--no-filter", "--refusal-token", "40", "--kl-threshold", "1000",
          "--induce-threshold=-1000")  # fmt: skip
 

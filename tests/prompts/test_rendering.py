@@ -21,7 +21,7 @@ from abliterate.prompts.chat_template import ChatFormat, encode, render
 
 TRAIN = ("--no-filter", "--refusal-token", "I", "--n-train", "4")
 OPEN = ("--no-filter", "--n-val", "4", "--kl-threshold", "1e9", "--induce-threshold=-1e9")
-SHORT = ("--n-test", "2", "--max-new-tokens", "2")
+SHORT = ("--n-test", "2", "--max-new-tokens", "2", "--controls", "0")
 TURN = "<|start|>{{ m.role }}\n%s<|end|>\n"
 OPENING = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 

@@ -161,7 +161,7 @@ def test_a_template_may_only_loop_for_some_texts(tokenizer: Any, monkeypatch) ->
 
 
 def test_all_conversations_together_are_bounded(tokenizer: Any, monkeypatch) -> None:
-    """Each just within its time, a thousand would still take an hour."""
+    """Each just within its time, a hundred would still take minutes."""
     monkeypatch.setattr(template_process, "SECONDS", 1.0)
     monkeypatch.setattr(template_process, "MORE_SECONDS", 0.01)
     template_process._rendering.close()
@@ -171,8 +171,8 @@ def test_all_conversations_together_are_bounded(tokenizer: Any, monkeypatch) -> 
     )
     begun = time.monotonic()
     with pytest.raises(CheckpointError, match="does not end"):
-        encode(tokenizer, ["a"] * 1000, ChatFormat())
-    assert time.monotonic() - begun < 60
+        encode(tokenizer, ["a"] * 100, ChatFormat())
+    assert time.monotonic() - begun < 30
     template_process._rendering.close()
 
 
