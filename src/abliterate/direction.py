@@ -242,9 +242,12 @@ def load_directions(
     """
     path = find_direction(source, position)
     if position is not None:
-        found: Direction | DirectionSet = _of_means(path, position, project_harmless)
+        means = _of_means(path, position, project_harmless)
+        found: Direction | DirectionSet = replace(means, place=str(path))
     else:
         found = _read(path)
+        if isinstance(found, DirectionSet):
+            found = replace(found, place=str(path))
         if project_harmless and not found.project_harmless:
             if isinstance(found, DirectionSet):
                 found = _projected_set(found, path)

@@ -51,6 +51,7 @@ class DirectionSet:
         position: all are differences of means at this position, counted from the prompt's end.
         file: hash of the file alone.
         listed: its layers are listed one by one, so that it does not say how many the model has.
+        place: the file, for messages; empty for one that is made in memory.
     """
 
     vectors: Tensor
@@ -62,6 +63,7 @@ class DirectionSet:
     position: int | None = None
     file: str | None = None
     listed: bool = field(default=False)
+    place: str = field(default="", compare=False)
 
     @property
     def layers(self) -> list[int]:
@@ -93,7 +95,7 @@ class DirectionSet:
         """
         if self.vectors.ndim != 2 or not self.vectors.is_floating_point():
             raise InputError(
-                f"the directions must be [n_layers, d_model] floats, not "
+                f"{self._named}: the directions must be [n_layers, d_model] floats, not "
                 f"{list(self.vectors.shape)} {self.vectors.dtype}"
             )
         rows, width = self.vectors.shape
@@ -104,18 +106,18 @@ class DirectionSet:
         if width != d_model or not (rows == n_layers or (self.listed and rows < n_layers)):
             held = f"layers up to {rows - 1}" if self.listed else f"{rows} layers"
             raise InputError(
-                f"the direction set is for {held} of width {width}, the model has {n_layers} of "
+                f"{self._named} is for {held} of width {width}, the model has {n_layers} of "
                 f"width {d_model}: it was made for another model"
             )
         if self.embedding is not None and tuple(self.embedding.shape) != (d_model,):
             raise InputError(
-                f"the embedding's direction has shape {list(self.embedding.shape)}, the model "
-                f"needs [{d_model}]"
+                f"{self._named}: the embedding's direction has shape "
+                f"{list(self.embedding.shape)}, the model needs [{d_model}]"
             )
         wide = self.vectors.detach().cpu().double()
         own = None if self.embedding is None else self.embedding.detach().cpu().double()
         if not bool(wide.isfinite().all()) or not (own is None or bool(own.isfinite().all())):
-            raise InputError("the direction set holds NaN or infinity")
+            raise InputError(f"{self._named} holds NaN or infinity")
         if rows < n_layers:
             after = wide[-1:] if self.interpolate else wide.new_zeros(1, width)
             wide = _concatenated(wide, after.expand(n_layers - rows, -1))
@@ -124,8 +126,12 @@ class DirectionSet:
             self, vectors=wide, embedding=own, candidates=candidates[:n_layers], listed=False
         )
         if not fitted.layers:
-            raise InputError("the direction set holds no direction: every row is zero")
+            raise InputError(f"{self._named} holds no direction: every row is zero")
         return fitted
+
+    @property
+    def _named(self) -> str:
+        return f"the direction set of {self.place}" if self.place else "the direction set"
 
     def _first(self, n_layers: int) -> DirectionSet:
         return replace(self, vectors=self.vectors[:n_layers], candidates=self.candidates[:n_layers])
@@ -297,7 +303,7 @@ def interpolated(directions: DirectionSet, kind: str, chosen: Sequence[int] | No
                 f"have: {', '.join(map(str, held)) or 'none'})"
             )
     if not layers:
-        raise InputError("the direction set holds no direction: every row is zero")
+        raise InputError(f"{directions._named} holds no direction: every row is zero")
     rows = directions.vectors.double()
     units = {layer: rows[layer] / rows[layer].norm() for layer in layers}
     made = [_between(units, layer, kind) for layer in range(len(rows))]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from abliterate.cli.app import main
 from abliterate.selection.candidate_filters import Score, Thresholds
@@ -115,3 +115,19 @@ def test_the_means_at_a_position_are_a_set(run: Path, tiny, cli, fails, tmp_path
     checked = ("verify", out, "--direction", run, "--position", "-2", "--source", tiny("llama"))
     assert cli(*checked, "--project-harmless").code == 0
     assert cli(*checked).code == 6  # not projected: another set
+
+
+def test_a_paragraph_for_a_paper_says_what_is_ablated(run: Path, cli) -> None:
+    told = " ".join(cli("methods", run).out.split())
+    assert "a direction of each layer's own" in told
+    assert "(3 of 4 layers have one" in told
+
+
+def test_what_is_wrong_with_a_set_names_its_file(run: Path, tiny, fails, tmp_path: Path) -> None:
+    held = load_file(run / "direction.safetensors")["directions"]
+    for rows, words in ((held[:2], "for 2 layers"), (held * torch.nan, "holds NaN")):
+        save_file({"directions": rows.clone()}, path := tmp_path / "set.safetensors")
+        line = fails("orthogonalize", tiny("llama"), "--direction", path, "-o", tmp_path / "x",
+                     code=3)  # fmt: skip
+        assert words in line
+        assert str(path) in line

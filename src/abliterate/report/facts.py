@@ -102,6 +102,8 @@ def _direction_cards(run: Run) -> list[Card]:
         c for c in run.selection["candidates"] if all(c[key] == winner[key] for key in winner)
     )
     base, counts = run.selection["baselines"], run.selection["counts"]
+    if (best := run.selection.get("per_layer")) is not None:
+        place += f"; ablated: a direction of its own in {sum(map(bool, best))} layers"
     return [
         Card("Direction", f"layer {winner['layer']} of {layers}", place),
         Card(

@@ -158,6 +158,14 @@ def _choice(run: Run, selection: Document) -> Iterator[str]:
         f"{number(base['harmless_refusal_score'], '+.2f')}, KL "
         f"{number(chosen.get('kl_divergence'))} nats)"
     )
+    if (best := selection.get("per_layer")) is not None:
+        own = [one for one in best if one is not None]
+        passed = sum(one["reason"] is None for one in own)
+        yield (
+            f"Ablation and edit use a direction of each layer's own, the best position of that "
+            f"layer by the same scores ({len(own)} of {selection['n_layers']} layers have one, "
+            f"{passed} of which pass the filters); the one above is what is added"
+        )
     sure = []
     if (extract := run.current("extract")) is not None:
         held = recorded_stability(extract, winner["position"], winner["layer"])
