@@ -140,6 +140,13 @@ def test_verify_holds_each_layer_against_its_own(
     result = cli("verify", damaged, "--direction", held, "--json")
     assert result.code == 6
     assert {w["name"] for w in result.json["writers"] if not w["clean"]} == {attention, mlp}
+    # The checkpoint's own record is held against each layer's direction as well.
+    shutil.copy(edited / "abliterate.json", damaged / "abliterate.json")
+    claimed = {one: cli("audit", one, "--json").json["declared"] for one in (edited, damaged)}
+    assert (claimed[edited]["confirmed"], claimed[edited]["mismatches"]) == (True, [])
+    assert claimed[edited]["tensors_checked"] == 1 + 2 * LAYERS
+    assert claimed[damaged]["confirmed"] is False
+    assert {line.split("'")[1] for line in claimed[damaged]["mismatches"]} == {attention, mlp}
 
 
 def test_verify_measures_what_each_layer_adds(

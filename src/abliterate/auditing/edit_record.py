@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from abliterate.auditing.components import CheckpointWriters, Part, every_column
 from abliterate.direction import Direction
+from abliterate.direction_set import DirectionSet, recorded_set
 from abliterate.editing.file_names import CARD, RECORD
 from abliterate.errors import InputError
 from abliterate.models.loading import Checkpoint
@@ -69,11 +70,12 @@ def read_declared_edit(
     record = _read_record(folder / RECORD)
     mismatches = _other_inputs(record, given, base)
     unit = _unit(given, record.vector, reading.d_model)
-    if unit is None or record.adds:
+    along = _by_layer(unit, record if given is None else None, reading.d_model)
+    if along is None or record.adds:
         reason = "adds the direction" if record.adds else "holds no direction"
         mismatches.append(f"the record {reason}: its tensors cannot be measured")
-        unit = None
-    if unit is None or record.is_adapter:  # an adapter beside the weights leaves them as they are
+        unit = along = None
+    if along is None or record.is_adapter:  # an adapter beside the weights leaves them as they are
         return DeclaredEdit(
             card=card,
             record=True,
@@ -81,7 +83,7 @@ def read_declared_edit(
             direction=unit,
             limits=record.limits,
         )
-    checked, differing = _check_tensors(reading, record, unit)
+    checked, differing = _check_tensors(reading, record, along)
     mismatches += differing
     if not any(tensor.after < 0.95 * tensor.before for tensor in record.tensors):
         mismatches.append("the record declares no tensor that lost the direction")
@@ -98,12 +100,16 @@ def read_declared_edit(
 
 @dataclass(frozen=True)
 class _RecordedTensor:
-    """``|r^T W| / |W|`` of a tensor, or of the box ``region`` of it, before and after the edit."""
+    """``|r^T W| / |W|`` of a tensor, or of the box ``region`` of it, before and after the edit.
+
+    ``r`` is the direction of its layer, where the edit had one for each.
+    """
 
     name: str
     before: float
     after: float
     region: Any
+    layer: int | None
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class _Record:
     is_adapter: bool
     direction_sha256: str | None
     vector: Any
+    directions: DirectionSet | None
     source_files: Mapping[str, Any]
     limits: tuple[str, ...]
 
@@ -127,7 +134,11 @@ def _read_record(path: Path) -> _Record:
         return _Record(
             tensors=tuple(
                 _RecordedTensor(
-                    str(t["name"]), _share(t["before"]), _share(t["after"]), _box(t["region"])
+                    str(t["name"]),
+                    _share(t["before"]),
+                    _share(t["after"]),
+                    _box(t["region"]),
+                    None if t.get("layer") is None else int(t["layer"]),
                 )
                 for t in document["tensors"]
             ),
@@ -136,6 +147,7 @@ def _read_record(path: Path) -> _Record:
             is_adapter=bool(options.get("as_lora")),
             direction_sha256=document["direction"]["sha256"],
             vector=document.get("vector"),
+            directions=recorded_set(document, path),
             source_files=dict(document["source"].get("files") or {}),
             limits=tuple(map(str, (document.get("promise") or {}).get("limits", ()))),
         )
@@ -157,7 +169,7 @@ def _other_inputs(record: _Record, given: Direction | None, base: Checkpoint | N
 
 
 def _check_tensors(
-    reading: CheckpointWriters, record: _Record, unit: Tensor
+    reading: CheckpointWriters, record: _Record, along: Callable[[int | None], Tensor | None]
 ) -> tuple[int, list[str]]:
     """How many recorded tensors were measured, and a sentence for each that is not as recorded."""
     parts: dict[tuple[str, str], list[Part]] = {}
@@ -170,6 +182,10 @@ def _check_tensors(
             conflicts.append(
                 f"tensor '{tensor.name}' of the record is no writer of this checkpoint"
             )
+            continue
+        unit = along(tensor.layer)
+        if unit is None:
+            conflicts.append(f"the record has no direction for the layer of '{tensor.name}'")
             continue
         share = share_along(reading, stored[0], unit)
         if not record.keeps_norms:  # the record is relative to the norm before the edit
@@ -210,6 +226,30 @@ def _unit(given: Direction | None, recorded: Any, width: int) -> Tensor | None:
         raise InputError(f"the direction has shape {list(vector.shape)}, the model needs [{width}]")
     unit: Tensor = vector / vector.norm()
     return unit
+
+
+def _by_layer(
+    unit: Tensor | None, record: _Record | None, width: int
+) -> Callable[[int | None], Tensor | None] | None:
+    """The unit direction of each layer; None where nothing says which it is."""
+    if unit is not None:
+        return lambda layer: unit
+    held = None if record is None else record.directions
+    if held is None:
+        return None
+    if held.width != width or not bool(held.vectors.isfinite().all()):
+        raise InputError(
+            f"the record's directions have shape {list(held.vectors.shape)}, the model needs "
+            f"numbers of width {width}"
+        )
+
+    def of_layer(layer: int | None) -> Tensor | None:
+        if layer is not None and not 0 <= layer < len(held.vectors):
+            return None
+        vector = held.at(layer)
+        return None if vector is None else vector / vector.norm()
+
+    return of_layer
 
 
 def _share(value: Any) -> float:
