@@ -201,16 +201,7 @@ class Session:
 
     @property
     def chat(self) -> ChatFormat:
-        chat = self.settings.chat
-        return ChatFormat(
-            chat.system,
-            chat.arguments,
-            chat.response_prefix,
-            chat.template,
-            chat.date,
-            chat.thinking,
-            chat.max_thinking_tokens,
-        )
+        return ChatFormat.of(self.settings.chat)
 
     def set_date(self, date: str) -> None:
         """From now on templates that ask for the date are told this one, and records hold it."""

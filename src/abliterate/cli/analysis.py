@@ -124,12 +124,7 @@ def report(
         Path | None,
         typer.Option("--png", help="Also write the figures as PNG here.", show_default=False),
     ] = None,
-    edited: Annotated[
-        Path | None,
-        typer.Option(
-            "--edited", help="The edited checkpoint, if not RUN/model.", show_default=False
-        ),
-    ] = None,
+    edited: opt.Edited = None,
     as_json: opt.Json = False,
 ) -> None:
     """Write one self-contained page of everything that a run folder holds."""

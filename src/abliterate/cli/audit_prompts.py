@@ -70,17 +70,10 @@ class Asked:
         from abliterate.models.loading import pick_device
         from abliterate.prompts.chat_template import ChatFormat
 
-        told = ChatFormat(
-            chat.system,
-            chat.arguments,
-            chat.response_prefix,
-            chat.template,
-            chat.date,
-            chat.thinking,
-            chat.max_thinking_tokens,
-        )
         texts = {kind: [prompt.text for prompt in some] for kind, some in self.prompts.items()}
-        return gather(target, base, texts, self.names, str(pick_device(device)), told)
+        return gather(
+            target, base, texts, self.names, str(pick_device(device)), ChatFormat.of(chat)
+        )
 
     def document(
         self, seen: Gathered, given: Direction | None, found: Tensor | None

@@ -28,12 +28,7 @@ def methods(
             show_default=False,
         ),
     ] = None,
-    edited: Annotated[
-        Path | None,
-        typer.Option(
-            "--edited", help="The edited checkpoint, if not RUN/model.", show_default=False
-        ),
-    ] = None,
+    edited: opt.Edited = None,
     as_json: opt.Json = False,
 ) -> None:
     """Write a paragraph and tables for a paper, from the records of a run folder alone."""

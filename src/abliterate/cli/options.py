@@ -57,6 +57,10 @@ Config = Annotated[
         show_default=False,
     ),
 ]
+Edited = Annotated[
+    Path | None,
+    typer.Option("--edited", help="The edited checkpoint, if not RUN/model.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, warnings only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library logs.")]

@@ -18,6 +18,7 @@ from abliterate.prompts.template_checks import (
 )
 from abliterate.prompts.template_process import TemplateError
 from abliterate.prompts.thinking import Mode, find_thinking
+from abliterate.settings.model_sections import ChatSettings
 
 #: The template that writes texts as they are.
 PLAIN = "plain"
@@ -50,6 +51,19 @@ class ChatFormat:
     date: str | None = None
     thinking: Mode | None = None
     max_thinking_tokens: int = 1024
+
+    @classmethod
+    def of(cls, chat: ChatSettings) -> ChatFormat:
+        """As the settings have it."""
+        return cls(
+            chat.system,
+            chat.arguments,
+            chat.response_prefix,
+            chat.template,
+            chat.date,
+            chat.thinking,
+            chat.max_thinking_tokens,
+        )
 
     @property
     def is_plain(self) -> bool:
