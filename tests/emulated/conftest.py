@@ -2,4 +2,8 @@
 
 import os
 
-collect_ignore = [] if os.environ.get("EMULATED_ACCELERATOR") else ["inside"]
+_ASKED = ("EMULATED_ACCELERATOR", "REAL_ACCELERATOR")
+
+collect_ignore = [] if any(map(os.environ.get, _ASKED)) else ["inside"]
+if os.environ.get("REAL_ACCELERATOR"):
+    collect_ignore.append("test_emulated_accelerator.py")

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from on_device import MODEL, TRAIN, VAL, accelerator, on_device, on_host
+from on_device import MODEL, REAL, TRAIN, VAL, on_device, on_host
+
+# What looks into the emulated device; the others run on a real one as well.
+collect_ignore = [
+    "test_accelerator_itself.py",
+    "test_architectures_on_accelerator.py",
+    "test_gpu_check_on_accelerator.py",
+    "test_scores_without_float64.py",
+    "test_small_devices.py",
+    "test_waiting.py",
+] * bool(REAL)
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +36,14 @@ def edited_on_cpu(on_cpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-@pytest.fixture(scope="session", params=[False, True], ids=["mps-like", "cuda-like"])
+@pytest.fixture(
+    scope="session",
+    params=[True] if REAL else [False, True],
+    ids=["real"] if REAL else ["mps-like", "cuda-like"],
+)
 def on_emu(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, bool, dict[str, accelerator.State]]:
+) -> tuple[Path, bool, dict[str, Any]]:
     """The same on the device without and with float64: folder, float64, counts by command."""
     run = tmp_path_factory.mktemp("emu") / "run"
     kind = {"float64": request.param}

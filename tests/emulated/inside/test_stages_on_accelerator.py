@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import MODEL, TRAIN, VAL, check_same, on_device, on_host
+from on_device import MODEL, NAME, TRAIN, VAL, check_same, on_device, on_host
 from safetensors.torch import load_file
 
 _SCORES = ("bypass_score", "induce_score", "kl_divergence")
@@ -55,7 +55,7 @@ def check_selection(run: Path, reference: Path) -> None:
 
 def test_extract_and_select_are_the_same(on_emu, on_cpu: Path) -> None:
     run, _, _ = on_emu
-    assert "emu" in _record(run, "extract.json")["device"]
+    assert NAME in _record(run, "extract.json")["device"]
     check_directions(run, on_cpu)
     check_selection(run, on_cpu)
 
@@ -95,7 +95,8 @@ def test_an_edited_checkpoint_is_the_same_and_holds_what_it_says(
     assert differing <= 1e-4 * sum(tensor.numel() for tensor in theirs.values())
     verify = ("verify", tmp_path / "emu", "--source", MODEL, "--direction", on_cpu, "--forward")
     state = on_device(*verify, "--n-prompts", "2", float64=False)
-    assert state.synchronisations("abliterate", "residual_stream") <= 4  # one a prompt
+    if state is not None:
+        assert state.synchronisations("abliterate", "residual_stream") <= 4  # one a prompt
 
 
 def test_a_float32_checkpoint_is_edited_as_exactly(
@@ -106,7 +107,7 @@ def test_a_float32_checkpoint_is_edited_as_exactly(
     generator = torch.Generator().manual_seed(3)
     save_file({"direction": torch.randn(48, generator=generator)}, tmp_path / "r.safetensors")
     edit = ("orthogonalize", tiny("llama-bias"), "--direction", tmp_path / "r.safetensors", "-q")
-    on_device(*edit, "-o", tmp_path / "emu", "--device", "emu", float64=False)
+    on_device(*edit, "-o", tmp_path / "emu", "--device", NAME, float64=False)
     on_host(*edit, "-o", tmp_path / "cpu")
     ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("emu", "cpu"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -152,7 +153,7 @@ def test_analyses_are_the_same(on_cpu: Path, tmp_path: Path) -> None:
         shutil.copytree(on_cpu, folder)
     for command, *options in commands:
         state = on_device(command, folders[0], *options, "-q", float64=False)
-        assert not state.synchronisations("abliterate", "hook")
+        assert state is None or not state.synchronisations("abliterate", "hook")
         on_host(command, folders[1], *options, "-q")
     wanted = {"trace": ("cosines", "heads"), "inspect": ("layers",), "fragility": ("points",)}
     for name, keys in wanted.items():
@@ -164,7 +165,7 @@ def test_analyses_are_the_same(on_cpu: Path, tmp_path: Path) -> None:
 
 def test_an_audit_says_the_same(edited_on_cpu: Path, capfd) -> None:
     said = []
-    for device in ("emu", "cpu"):
+    for device in (NAME, "cpu"):
         capfd.readouterr()
         on_device("audit", edited_on_cpu, "--json", "--device", device, code=7)
         said.append(json.loads(capfd.readouterr().out))
@@ -175,7 +176,7 @@ def test_a_streamed_model_parks_what_waits_and_gives_the_same(on_cpu: Path, tmp_
     run = tmp_path / "run"
     kind = {"float64": False}
     state = on_device("extract", MODEL, "-o", run, *TRAIN, "--offload", **kind)
-    assert state.synchronisations("abliterate", "Parked.put") > 0
+    assert state is None or state.synchronisations("abliterate", "Parked.put") > 0
     on_device("select", run, *VAL, "--offload", **kind)
     check_directions(run, on_cpu)
     check_selection(run, on_cpu)
