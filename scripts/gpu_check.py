@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -60,9 +61,11 @@ from abliterate.resources import demo_model_dir
 from abliterate.selection.candidate_filters import Score, Thresholds, apply_filters
 from abliterate.storage.artifacts import versions
 
-# Counts waits within its context: yields what gives their number so far, None where none counts.
-CountWaits = Callable[[torch.device], AbstractContextManager[Callable[[], int | None]]]
+# Counts waits within its context: yields what gives their number so far by the line of code that
+# waited, None where none counts.
+CountWaits = Callable[[torch.device], AbstractContextManager[Callable[[], dict[str, int] | None]]]
 
+POSITIONS = "-5,-4,-3,-2,-1"  # as many as the template of the bundled tokenizer has
 _TINY: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -171,7 +174,7 @@ def in_turn(
 
 
 @contextlib.contextmanager
-def count_cuda_waits(device: torch.device) -> Iterator[Callable[[], int | None]]:
+def count_cuda_waits(device: torch.device) -> Iterator[Callable[[], dict[str, int] | None]]:
     """Count by ``torch.cuda.set_sync_debug_mode``, which warns of every wait."""
     if device.type != "cuda":
         yield lambda: None
@@ -181,7 +184,11 @@ def count_cuda_waits(device: torch.device) -> Iterator[Callable[[], int | None]]
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield lambda: sum("synchronizing" in str(one.message) for one in caught)
+            yield lambda: Counter(
+                f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}"
+                for one in caught
+                if "synchronizing" in str(one.message)
+            )
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
@@ -247,7 +254,7 @@ class Bench:
             return sum(self.bare(rows) for rows in ids.values())
 
         def run() -> Extraction:
-            return self.extraction("-5,-4,-3,-2,-1")
+            return self.extraction(POSITIONS)
 
         passes = bare()
         best = in_turn({"floor": bare, "extract": run}, self.device, self.repeats)
@@ -265,10 +272,11 @@ class Bench:
 
     def select(self) -> dict[str, Any]:
         """select over the naive number of passes."""
-        extraction = self.extraction("-1")
+        extraction = self.extraction(POSITIONS)
         val = {k: self.prompts(k, "val", self.sizes.n_val) for k in ("harmful", "harmless")}
         ids = self.ids("val", self.sizes.n_val)
         n_layers = extraction.directions.shape[1]
+        n_candidates = n_layers * len(extraction.positions)
 
         def run(search: Any, thresholds: Thresholds) -> Any:
             return abliterate.select(
@@ -277,11 +285,11 @@ class Bench:
             )  # fmt: skip
 
         passed = opened(run("exhaustive", Thresholds()).scores, n_layers)
-        winners: dict[str, int | None] = {}
+        winners: dict[str, list[int] | None] = {}
 
         def search(name: str) -> None:
             winner = run(name, passed).winner
-            winners[name] = None if winner is None else winner.layer
+            winners[name] = None if winner is None else [winner.position, winner.layer]
 
         runs = {
             "harmful": lambda: self.bare(ids["harmful"]),
@@ -290,15 +298,15 @@ class Bench:
             "staged": lambda: search("staged"),
         }
         best = in_turn(runs, self.device, self.repeats)
-        naive = best["harmless"] + n_layers * (2 * best["harmless"] + best["harmful"])
+        naive = best["harmless"] + n_candidates * (2 * best["harmless"] + best["harmful"])
         return {
             "seconds": {name: best[name] for name in ("exhaustive", "staged")},
             "floor": {
-                "what": f"1 + 3 x {n_layers} passes over {self.sizes.n_val} prompts a kind",
+                "what": f"1 + 3 x {n_candidates} passes over {self.sizes.n_val} prompts a kind",
                 "seconds": naive,
             },
             "faster": {name: naive / best[name] for name in ("exhaustive", "staged")},
-            "winning_layer": winners,
+            "winner": winners,
             **self._watched(lambda: search("staged"), None, "at most one a batch"),
         }
 
@@ -346,7 +354,12 @@ class Bench:
         # The tool's own meter resets torch's count, and remembers what it was.
         most = max(int(module.max_memory_allocated(self.device)), seen()) if tells else None
         return {
-            "waits": {"count": waited, "floor": floor, "what": what},
+            "waits": {
+                "count": None if waited is None else sum(waited.values()),
+                "floor": floor,
+                "what": what,
+                "most": None if waited is None else dict(Counter(waited).most_common(6)),
+            },
             "memory": {
                 "bytes": most, "floor": {"what": "the weights", "bytes": self.weights},
             },
@@ -369,17 +382,19 @@ class Bench:
             shutil.rmtree(place / "copy", ignore_errors=True)
             shutil.copytree(source, place / "copy")
 
-        def edit() -> None:
+        def edit(where: str) -> None:
             shutil.rmtree(place / "edited", ignore_errors=True)
-            options = EditOptions(device=str(self.device))
+            options = EditOptions(device=where)
             abliterate.orthogonalize(str(source), direction, place / "edited", options=options)
 
-        best = in_turn({"floor": copy, "edit": edit}, self.device, self.repeats)
+        runs = {"floor": copy, "edit": partial(edit, str(self.device)), "cpu": partial(edit, "cpu")}
+        best = in_turn(runs, self.device, self.repeats)
         return {
             "seconds": best["edit"],
             "bytes_per_second": size / best["edit"],
             "floor": {"what": "a copy of the folder", "seconds": best["floor"]},
             "ratio": best["edit"] / best["floor"],
+            "seconds_on_cpu": best["cpu"],
         }
 
 

@@ -61,7 +61,7 @@ def summed_rows(rows: Tensor, which: Tensor) -> tuple[Tensor, ...]:
 
     Args:
         rows: ``[n, ...]``, at least one.
-        which: which of them count, bool ``[n]`` on the same device.
+        which: which of them count, bool ``[n]`` (or of more leading axes) on the same device.
 
     Returns:
         Tensors ``[...]`` on the device, in its widest dtype, which add up to the sum in float64:
@@ -70,7 +70,8 @@ def summed_rows(rows: Tensor, which: Tensor) -> tuple[Tensor, ...]:
     if rows.device.type == "cpu":
         return (rows[which].sum(0, dtype=torch.float64),)
     # Not a product: what does not count may be NaN.
-    chosen = torch.where(which.view(-1, *[1] * (rows.ndim - 1)), rows, torch.zeros_like(rows[:1]))
+    mask = which.view(*which.shape, *[1] * (rows.ndim - which.ndim))
+    chosen = torch.where(mask, rows, rows.new_zeros(()))
     if has_float64(rows.device):
         return (chosen.sum(0, dtype=torch.float64),)
     return _two_sums(chosen.float())

@@ -105,7 +105,7 @@ class State:
         return sum(
             count
             for wait, count in self.waits.items()
-            if wait.kind != "up" and package in (None, wait.package) and where in wait.where
+            if package in (None, wait.package) and where in wait.where
         )
 
 

@@ -103,6 +103,10 @@ class DiskMatrix(Protocol):
     """A matrix on disk."""
 
     @property
+    def device(self) -> torch.device:
+        """Where blocks are computed."""
+
+    @property
     def rows(self) -> int: ...
 
     @property

@@ -285,6 +285,10 @@ class _Measuring:
         return self.matrix.rows
 
     @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
     def columns(self) -> int:
         return self.matrix.columns
 

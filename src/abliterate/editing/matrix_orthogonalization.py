@@ -22,8 +22,10 @@ from abliterate.checkpoints.safetensors_header import TensorEntry
 from abliterate.errors import CheckpointError
 from abliterate.precision import widened
 
-# A block stays in a core's cache through the handful of passes over it.
+# A block stays in a core's cache through the handful of passes over it. On an accelerator every
+# block is a dozen launches and a few waits, whatever its size.
 _BLOCK_ELEMENTS = 1 << 19
+_BLOCK_ELEMENTS_ACCELERATOR = 1 << 23
 
 
 Norms = Literal["rows", "columns"]
@@ -214,7 +216,9 @@ def naming_tensor(entry: TensorEntry) -> Iterator[None]:
 
 
 def _blocks(matrix: DiskMatrix, first: int, last: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _BLOCK_ELEMENTS // matrix.columns)
+    on_cpu = matrix.device.type == "cpu"
+    elements = _BLOCK_ELEMENTS if on_cpu else _BLOCK_ELEMENTS_ACCELERATOR
+    step = max(1, elements // matrix.columns)
     step = max(matrix.row_step, step - step % matrix.row_step)
     for row in range(first, last, step):
         yield row, min(row + step, last)

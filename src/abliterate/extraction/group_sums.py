@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from abliterate.models.device_placement import to_device
+from abliterate.precision import summed_rows
+
 # Groups of prompts: as many as there are prompts, as far as their sums take no more than this; of
 # large models at least so many. Half of them make up each half of the prompts.
 _BYTES, _LEAST = 64 << 20, 8
@@ -73,6 +76,48 @@ def assign_groups(n_prompts: int, shape: Sequence[int], seed: int, kind: str) ->
     for rank, prompt in enumerate(order.tolist()):
         groups[prompt] = rank % n_groups
     return groups
+
+
+@dataclass(frozen=True)
+class PartialSums:
+    """What the rows of one batch add to the sums of their groups.
+
+    Attributes:
+        groups: of which groups.
+        parts: tensors ``[groups, ...]`` on the rows' device that add up to the sums.
+    """
+
+    groups: tuple[int, ...]
+    parts: tuple[Tensor, ...]
+
+
+def sum_groups(rows: Tensor, which: Tensor, groups: Sequence[int]) -> list[PartialSums]:
+    """The sums of some of ``rows`` by group, in float64's precision.
+
+    On an accelerator groups of as many rows are summed at once: one after the other, launching them
+    would take longer than the model.
+
+    Args:
+        rows: ``[n, ...]``.
+        which: which of them count, bool ``[n]`` on the same device.
+        groups: the group of each.
+    """
+    members: dict[int, list[int]] = {}
+    for at, group in enumerate(groups):
+        members.setdefault(group, []).append(at)
+    if rows.device.type == "cpu":
+        return [
+            PartialSums((group,), tuple(part[None] for part in summed_rows(rows[own], which[own])))
+            for group, own in members.items()
+        ]
+    by_size: dict[int, list[int]] = {}
+    for group, own in members.items():
+        by_size.setdefault(len(own), []).append(group)
+    found = []
+    for same in by_size.values():
+        index = to_device(torch.tensor([members[g] for g in same]).T.contiguous(), rows.device)
+        found.append(PartialSums(tuple(same), summed_rows(rows[index], which[index])))
+    return found
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,13 @@ from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import InputError
-from abliterate.extraction.group_sums import GroupSums, Stability, assign_groups, stability
+from abliterate.extraction.group_sums import (
+    GroupSums,
+    Stability,
+    assign_groups,
+    stability,
+    sum_groups,
+)
 from abliterate.extraction.refusal_token_search import DETECT_PROMPTS, named_refusal_tokens, summed
 from abliterate.extraction.robust_means import CollectedRows, Robust, clipped, require_one_process
 from abliterate.inference.engine import ActivationReader, BatchActivations
@@ -27,8 +33,9 @@ from abliterate.inference.token_batches import attempt
 from abliterate.metrics.geometry import without_component
 from abliterate.metrics.refusal import log_odds
 from abliterate.metrics.refusal_evidence import find_first_refusal_tokens
+from abliterate.models.device_placement import to_device
 from abliterate.models.loading import LoadedModel
-from abliterate.precision import summed_rows, to_host, widest
+from abliterate.precision import to_host, widest
 from abliterate.prompts.chat_template import ChatFormat, parse_positions, position_tokens
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.storage.artifacts import read_tensors
@@ -381,27 +388,26 @@ def _sums(
     kept = [True] * len(groups)
 
     def accumulate(batch: BatchActivations) -> None:
-        counts = torch.ones(len(batch.rows), dtype=torch.bool)
+        device = batch.activations.device
+        counts = torch.ones(len(batch.rows), dtype=torch.bool, device=device)
         if refusal_tokens is not None:
             counts = sign * log_odds(batch.logits, refusal_tokens) > 0
         if ended is not None and not all(ended):
             whole = torch.tensor([ended[row] for row in batch.rows])
-            counts = counts & whole.to(counts.device)
-        counts = counts.to(batch.activations.device)
-        members: dict[int, list[int]] = {}
-        for index, row in enumerate(batch.rows):
-            members.setdefault(groups[row], []).append(index)
-        parts = [summed_rows(batch.activations[which], counts[which]) for which in members.values()]
+            counts = counts & to_device(whole, counts.device)
+        counts = counts.to(device)
+        of_rows = [groups[row] for row in batch.rows]
+        partial_sums = sum_groups(batch.activations, counts, of_rows)
         # What a batch has to say comes in one transfer, for which an accelerator is waited for.
-        flags, *sums = to_host(counts, *(part for of_group in parts for part in of_group))
+        flags, *sums = to_host(counts, *(part for some in partial_sums for part in some.parts))
         for take in keep:
             take(list(batch.rows), batch.activations)
         # Last: what has run out of memory by here comes again.
         fetched = iter(sums)
-        for (group, which), of_group in zip(members.items(), parts, strict=True):
-            for _ in of_group:
-                totals[group] += next(fetched)
-            counted[group] += flags[which].sum()
+        for some in partial_sums:
+            for _ in some.parts:
+                totals[list(some.groups)] += next(fetched)
+        counted.index_add_(0, torch.tensor(of_rows), flags)
         for row, flag in zip(batch.rows, flags.tolist(), strict=True):
             kept[row] = bool(flag)
 

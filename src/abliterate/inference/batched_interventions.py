@@ -42,6 +42,7 @@ from abliterate.inference.interventions import ablate_at, add_vectors, shifted
 from abliterate.inference.partial_forward import last_token_only, recorded, rows_join_at_layer
 from abliterate.inference.token_batches import TokenBudget, attempt, note_budget
 from abliterate.metrics.logit_metrics import LogitMetric
+from abliterate.models.device_placement import to_device
 from abliterate.writers import WriterPlan, decoder_blocks, find_writers
 
 _CACHE_BYTES = 1 << 30
@@ -273,6 +274,8 @@ class InterventionRunner:
             change = ablate_at(self.model, vectors, self._sites)
         elif self.tricks.resume and streams:
             starts = {}
+            first_start = streams[layers[0]]  # they go to the device once, not with every layer
+            vectors = to_device(vectors.to(first_start.dtype), first_start.device)
             for layer in set(layers):
                 first, count = layers.index(layer), layers.count(layer)
                 start = streams[layer].repeat(count, *([1] * (streams[layer].ndim - 1)))

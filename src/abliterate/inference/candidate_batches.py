@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from abliterate.inference.forward import Batch
+from abliterate.models.device_placement import to_device
 
 # Keys and values ``[candidates, heads, tokens, head size]`` of each layer.
 Cache = tuple[tuple[Tensor, Tensor], ...]
@@ -73,14 +74,17 @@ class Candidates:
         layers = self.layers and tuple(self.layers[at] for at in index)
         cache = self.cache
         if cache is not None:
-            # What is picked goes to a device once, not with every layer.
-            rows: dict[tuple[int, torch.device], Tensor] = {}
+            # What is picked goes to a device once, not with every layer; neighbours need not.
+            rows: dict[tuple[int, torch.device], Tensor | slice] = {}
             picked = []
             for layer, (keys, values) in enumerate(cache):
                 key = self.active(layer), keys.device
                 if key not in rows:
                     own = [at for at in index if at < key[0]] or [0]
-                    rows[key] = torch.tensor(own, device=keys.device)
+                    if own == list(range(own[0], own[-1] + 1)):
+                        rows[key] = slice(own[0], own[-1] + 1)
+                    else:
+                        rows[key] = to_device(torch.tensor(own), keys.device)
                 picked.append((keys[rows[key]], values[rows[key]]))
             cache = tuple(picked)
         return replace(self, vectors=self.vectors[index], layers=layers, cache=cache)

@@ -14,16 +14,17 @@ from abliterate.inference.batched_interventions import InterventionRunner
 from abliterate.inference.candidate_batches import FastPathFlags
 from abliterate.inference.forward import can_pad, last_logits, left_pad
 from abliterate.inference.interventions import ablate, add
+from abliterate.inference.rounding import COARSE, computes_finely, off_by
 from abliterate.inference.token_batches import out_of_memory
-from abliterate.models.quantized_loading import is_quantized
 from abliterate.precision import widened
 from abliterate.writers import decoder_blocks
 
-# Largest difference of logits, relative to their spread, that is rounding in a given dtype.
+# Difference of logits, relative to their spread, that is rounding in a given dtype: the largest,
+# and in half precision the root mean square.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-4}
-_ROUNDING_HALF = 2e-2
+_ROUNDING_HALF = 1e-2
 # A difference that no rounding explains.
-_WRONG = 0.1
+_WRONG = {True: 0.1, False: COARSE}
 # From the fastest to what any architecture allows that treats the rows of a batch alike.
 _LADDER = (
     FastPathFlags(),
@@ -59,13 +60,14 @@ def verified_runner(
     layer = len(decoder_blocks(model)) // 2
     layers = (layer, min(layer + 1, len(decoder_blocks(model)) - 1))
     full = _full_passes(model, ends, vectors, layers)
-    spread = float(widened(full).std()) + 1e-30
+    fine = computes_finely(model)
+    spread = float(widened(full).std())
 
     def off(tricks: FastPathFlags) -> float:
         """How far from full passes, relative to the logits' spread; infinite if it fails."""
         try:
             replay = InterventionRunner(model, prompts, batch_size, tricks)
-            return _difference(replay, ends, vectors, layers, full) / spread
+            return _difference(replay, ends, vectors, layers, full, fine, spread)
         except _FAILURES as error:
             if out_of_memory(error):
                 raise
@@ -73,14 +75,13 @@ def verified_runner(
             return float("inf")
 
     # Rounding, from one candidate and prompt at a time to batches; measured where it matters.
-    fine = None if is_quantized(model) else _ROUNDING.get(model.dtype)
-    rounding = fine or _ROUNDING_HALF
+    rounding = _ROUNDING[model.dtype] if fine else _ROUNDING_HALF
     noise = 0.0
     for tricks in _LADDER:
         difference = off(tricks)
-        if rounding < difference < _WRONG and not noise:
+        if rounding < difference < _WRONG[fine] and not noise:
             noise = off(_LADDER[-1])
-        if difference <= max(rounding, 4 * noise):
+        if difference <= max(rounding, min(4 * noise, _WRONG[fine])):
             return InterventionRunner(model, prompts, batch_size, tricks)
         log.info("%s differs from full passes by %.1e: not used", tricks, difference)
     return InterventionRunner(model, prompts, batch_size, replace(_LADDER[-1], rows=False))
@@ -108,8 +109,10 @@ def _difference(
     vectors: Tensor,
     layers: tuple[int, int],
     full: Tensor,
+    fine: bool,
+    spread: float,
 ) -> float:
-    """Largest difference of logits from those of full passes."""
+    """How far the logits of the row that is farthest are from those of full passes."""
     units = vectors / vectors.norm(dim=1, keepdim=True)
     off = 0.0
     both = list(range(len(prompts)))
@@ -121,6 +124,5 @@ def _difference(
         got.append(torch.cat([replay.logits(part, piece) for part in parts]))
         for at, row in enumerate(rows):
             for way in (0, 1):
-                error = (got[way][row, at, -1] - full[way, row]).abs().max()
-                off = max(off, float(error.nan_to_num(float("inf"))))
+                off = max(off, off_by(got[way][row, at, -1], full[way, row], fine, spread))
     return off

@@ -18,12 +18,11 @@ from transformers import PreTrainedModel
 from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE, RankGroup
 from abliterate.errors import UnsupportedArchitectureError
+from abliterate.inference.rounding import same_logits
 from abliterate.inference.token_batches import TokenBudget, group_rows, note_budget
 from abliterate.models.device_placement import to_device
 from abliterate.models.embedding_rows import embedding_rows, require_token
 from abliterate.models.model_classes import text_config
-from abliterate.models.quantized_loading import is_quantized
-from abliterate.precision import widest
 from abliterate.writers import decoder_blocks, find_writers, stream_width
 
 _PADDABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -97,10 +96,7 @@ def _padding_is_masked(model: PreTrainedModel) -> bool:
     ids = list(range(3, 43))
     alone = last_logits(model, left_pad(model, [ids[:16]], [0]), 8)[0]
     padded = last_logits(model, left_pad(model, [ids[:16], ids], [0, 1]), 8)[0]
-    alone, padded = (logits.to(widest(logits.device)) for logits in (alone, padded))
-    fine = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
-    rounding = 1e-3 if fine else 5e-2
-    return bool((padded - alone).abs().max() <= rounding * alone.std())
+    return same_logits(model, padded, alone)
 
 
 def left_pad(
@@ -314,7 +310,7 @@ def capture_resid_pre(
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = block_input(args, kwargs)
             if hidden.device not in moved:
-                moved[hidden.device] = where.to(hidden.device)
+                moved[hidden.device] = to_device(where, hidden.device)
             streams = token_streams(hidden, shape, width)[:, moved[hidden.device]]
             seen[layer] = streams.mean(2) if streams.shape[2] > 1 else streams[:, :, 0]
 

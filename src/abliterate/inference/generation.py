@@ -30,6 +30,7 @@ from abliterate.inference.forward import (
 )
 from abliterate.inference.prompt_pass import PromptPass, bytes_of_a_token, can_join
 from abliterate.inference.token_batches import TokenBudget, attempt, group_rows, note_answers
+from abliterate.models.device_placement import to_device
 from abliterate.models.library_versions import cache_name
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
@@ -281,7 +282,7 @@ class _Decoder:
                     keep(rows[index], answers[rows[index]][: ids.shape[1] - width])
                 return
             # Go on with the others alone.
-            chosen = torch.tensor(going, device=ids.device)
+            chosen = to_device(torch.tensor(going), ids.device)
             cache = _select(getattr(output, cache_name(), None), chosen)
             grown = ids.shape[1] - mask.shape[1]
             mask = torch.cat([mask, mask.new_ones(len(rows), grown)], dim=1)[chosen]

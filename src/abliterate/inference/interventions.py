@@ -20,6 +20,7 @@ from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
 from abliterate.inference.forward import block_input
 from abliterate.inference.layer_directions import LayerUnits, check_sites, layer_units
+from abliterate.models.device_placement import to_device
 from abliterate.writers import HookPoint, decoder_blocks, find_writers, stream_width
 
 
@@ -171,7 +172,7 @@ def ablate_at(
                 now = now.of_module(site.module)
             if now is None:
                 return value
-            here = now.to(value.device, value.dtype)
+            here = to_device(now.to(value.dtype), value.device)
             if not callable(units):
                 moved[key] = here
             return project_out(value, here, inplace)
@@ -234,7 +235,7 @@ def add_vectors(block: nn.Module, vectors: Tensor) -> Iterator[None]:
         hidden = block_input(args, kwargs)
         key = hidden.device, hidden.dtype
         if key not in ready:
-            ready[key] = vectors.to(*key)
+            ready[key] = to_device(vectors.to(key[1]), key[0])
         moved = shifted(hidden, ready[key])
         if args:
             return (moved, *args[1:]), kwargs
@@ -255,7 +256,7 @@ def shifted(hidden: Tensor, vectors: Tensor) -> Tensor:
             by side in the last axis, or on one of their own) each is shifted.
         vectors: ``[d_model]`` for all rows of a batch, or ``[batch, d_model]``, one for each.
     """
-    moved: Tensor = hidden + per_row(vectors.to(hidden.device, hidden.dtype), hidden)
+    moved: Tensor = hidden + per_row(to_device(vectors.to(hidden.dtype), hidden.device), hidden)
     return moved
 
 

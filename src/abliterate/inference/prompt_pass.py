@@ -27,11 +27,11 @@ from abliterate.inference.forward import (
     left_pad,
     padding_token,
 )
+from abliterate.inference.rounding import same_logits
 from abliterate.inference.token_batches import TokenBudget, group_rows, out_of_memory
+from abliterate.models.device_placement import to_device
 from abliterate.models.library_versions import cache_name
 from abliterate.models.model_classes import text_config
-from abliterate.models.quantized_loading import is_quantized
-from abliterate.precision import widest
 
 # Reading in groups is worth it where it saves as much as so many batches cost.
 _WORTH = 8
@@ -129,13 +129,13 @@ class PromptPass:
     def _place(self, whole: Tensor, where: list[int], batch: Batch, found: Tensor) -> None:
         """Put a group's keys or values into the rows ``where``, at their right ends."""
         width, own = whole.shape[2], found.shape[2] - self.prefix
-        index = torch.tensor(where, device=whole.device)
+        index = to_device(torch.tensor(where), whole.device)
         whole[index, :, width - own :] = found[:, :, self.prefix :]
         if not self.prefix:
             return
         for length in set(batch.lengths):  # the opening stands right before what is a row's own
             some = [at for at, own in enumerate(batch.lengths) if own == length]
-            picked = torch.tensor(some, device=whole.device)
+            picked = to_device(torch.tensor(some), whole.device)
             start = width - length - self.prefix
             whole[index[picked], :, start : start + self.prefix] = found[picked, :, : self.prefix]
 
@@ -172,9 +172,7 @@ def _try_out(model: PreTrainedModel) -> bool:
         if cache is None:
             return False
         plain, joined = (_two_steps(model, batch, past) for past in (None, cache))
-        fine = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
-        rounding = 1e-3 if fine else 5e-2
-        if not (plain - joined).abs().max() <= rounding * plain.std():
+        if not same_logits(model, joined, plain):
             return False
     return True
 
@@ -191,8 +189,7 @@ def _two_steps(model: Any, batch: Batch, cache: DynamicCache | None) -> Tensor:
             **{cache_name(): cache},
             generation_config=config,
         )
-    logits = torch.stack(said.logits)
-    return logits.to(widest(logits.device))
+    return torch.stack(said.logits)
 
 
 def bytes_of_a_token(model: PreTrainedModel, prompt: Sequence[int]) -> float:

@@ -30,9 +30,9 @@ def test_the_check_runs_whole_on_an_accelerator(capfd: pytest.CaptureFixture[str
     with accelerator.accelerator(float64=True, memory=1 << 31) as state:
 
         @contextlib.contextmanager
-        def count_waits(device: torch.device) -> Iterator[Callable[[], int]]:
+        def count_waits(device: torch.device) -> Iterator[Callable[[], dict[str, int]]]:
             before = state.synchronisations()
-            yield lambda: state.synchronisations() - before
+            yield lambda: {"all": state.synchronisations() - before}
 
         code = gpu_check.main(["--device", "emu", "--tiny"], count_waits)
     captured = capfd.readouterr()

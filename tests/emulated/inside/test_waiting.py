@@ -34,7 +34,7 @@ def _ours(state: accelerator.State) -> dict[str, int]:
     """Waits in this project's code, by place."""
     found: dict[str, int] = {}
     for wait, count in state.waits.items():
-        if wait.kind != "up" and wait.package == "abliterate":
+        if wait.package == "abliterate":
             found[wait.where] = found.get(wait.where, 0) + count
     return found
 
