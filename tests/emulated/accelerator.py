@@ -101,7 +101,10 @@ class State:
     made: list[Made] | None = None
 
     def synchronisations(self, package: str | None = None, where: str = "") -> int:
-        """How often the host waited for the device in the code of a package."""
+        """How often the host waited for the device in the code of a package.
+
+        What goes up from memory that is not pinned counts: CUDA waits for it.
+        """
         return sum(
             count
             for wait, count in self.waits.items()
