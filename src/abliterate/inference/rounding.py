@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.models.quantized_loading import is_quantized
-from abliterate.precision import widened
+from abliterate.precision import widest
 
 # Of the root mean square in half precision, relative to the spread.
 COARSE = 5e-2
@@ -39,7 +39,7 @@ def off_by(found: Tensor, expected: Tensor, fine: bool, spread: float | None = N
     Returns:
         A number; infinity where a difference is no number.
     """
-    ours, theirs = widened(found), widened(expected)
+    ours, theirs = (logits.to(widest(logits.device)) for logits in (found, expected))
     difference = ours - theirs
     size = difference.abs().max() if fine else difference.square().mean().sqrt()
     told = [size] if spread is not None else [size, theirs.std()]
