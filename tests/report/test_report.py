@@ -260,6 +260,22 @@ def test_a_phone_does_not_scroll_sideways(browser, page_file: Path) -> None:
     made.page.context.close()
 
 
+@needs_browser
+def test_a_comparison_fits_a_phone_and_draws_its_figures(
+    browser, run: Path, small_runs: list[Path]
+) -> None:
+    path = BUILD / "compared.html"
+    folders = [str(folder) for folder in (run, *small_runs)]
+    assert main(["report", *folders, "-o", str(path), "--quiet", "--json"]) == 0
+    made = Opened(browser, path, viewport={"width": 390, "height": 844})
+    made.wait_for_all()
+    assert made.page.evaluate(OVERFLOW) == 390
+    assert made.page.locator(".canvas .main-svg").count() >= 2 * (2 + 9)
+    made.page.screenshot(path=BUILD / "compared-phone.png", full_page=True)
+    made.check()
+    made.page.context.close()
+
+
 def saved(page, menu: str, button: str) -> tuple[str, bytes]:
     """What a button of a download menu hands over: the name of the file, and its bytes."""
     holder = page.locator(menu)

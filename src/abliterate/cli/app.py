@@ -27,6 +27,7 @@ from abliterate.cli import (
     fragility_command,
     methods_command,
     plan_command,
+    report_command,
 )
 from abliterate.cli import options as opt
 from abliterate.cli.commands import open_session
@@ -178,7 +179,7 @@ app.command()(commands.run)
 app.command()(checks.writers)
 app.command()(analysis.inspect)
 app.command()(analysis.trace)
-app.command()(analysis.report)
+app.command()(report_command.report)
 app.command()(audit_commands.audit)
 app.command()(diff_command.diff)
 app.command()(fragility_command.fragility)

@@ -11,6 +11,7 @@ from abliterate.report.style import (
     HARMFUL,
     HARMLESS,
     colour_bar,
+    error_bars,
     figure,
     finite,
     plain,
@@ -39,15 +40,7 @@ def refusals(evaluation: Document) -> Any | None:
                 y=rates,
                 name=f"{kind} prompts",
                 marker={"color": _COLOURS[kind]},
-                error_y={
-                    "visible": any(spans),
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [_above(r, s) for r, s in zip(rates, spans, strict=True)],
-                    "arrayminus": [_below(r, s) for r, s in zip(rates, spans, strict=True)],
-                    "thickness": 1.3,
-                    "width": 4,
-                },
+                error_y=error_bars(rates, spans),
                 customdata=[
                     counted(result[kind]) if result[kind]["n"] else "no answers"
                     for result in results.values()
@@ -59,14 +52,6 @@ def refusals(evaluation: Document) -> Any | None:
     made.update_yaxes(range=[0, 1.04], tickformat=".0%")
     made.update_xaxes(type="category")
     return made
-
-
-def _above(rate: float | None, span: Any) -> float:
-    return max(0.0, float(span[1]) - rate) if span and rate is not None else 0.0
-
-
-def _below(rate: float | None, span: Any) -> float:
-    return max(0.0, rate - float(span[0])) if span and rate is not None else 0.0
 
 
 def categories(evaluation: Document, kind: str = "harmful") -> Any | None:

@@ -90,13 +90,25 @@ def verdict(candidate: Document | None, thresholds: Thresholds) -> str:
     return "dropped: " + words.format(kl=thresholds.kl, induce=thresholds.induce)
 
 
-def heatmap(table: Table, metric: Metric) -> Any:
-    """A metric over layer and position, the filters drawn and the winner marked."""
+def values_of(table: Table, metric: Metric) -> list[float]:
+    """The values of a metric that are known, in no order that says anything."""
+    found = (finite(c[metric.key]) for c in table.candidates)
+    return [value for value in found if value is not None]
+
+
+def heatmap(table: Table, metric: Metric, beside: Sequence[float] = ()) -> Any:
+    """A metric over layer and position, the filters drawn and the winner marked.
+
+    Args:
+        table: the candidates.
+        metric: what the colours show.
+        beside: values of this and other tables that the colours are to tell apart.
+    """
     objects = plotly()
     rows = len(table.positions)
     made = figure(f"{metric.name}: {metric.axis}", "layer", "position", 175 + 30 * rows)
     values = table.grid(lambda c: None if c is None else finite(c[metric.key]))
-    known = [v for row in values for v in row if v is not None]
+    known = beside or values_of(table, metric)
     scale: dict[str, Any] = {"colorscale": "Viridis", "reversescale": True}
     if metric.diverging:
         reach = max(map(abs, known), default=1.0) or 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from abliterate.extras import import_extra
@@ -77,6 +78,25 @@ def colour_bar(title: str, **changes: Any) -> dict[str, Any]:
     heading = {"text": title, "side": "right", "font": {"size": 11}}
     look = {"thickness": 12, "outlinewidth": 0, "exponentformat": "none", "title": heading}
     return look | changes
+
+
+def error_bars(rates: Sequence[float | None], spans: Sequence[Any]) -> dict[str, Any]:
+    """Intervals about the bars of a figure; no bar where there is none."""
+    ends = [
+        (0.0, 0.0)
+        if rate is None or not span
+        else (max(0.0, rate - float(span[0])), max(0.0, float(span[1]) - rate))
+        for rate, span in zip(rates, spans, strict=True)
+    ]
+    return {
+        "visible": any(spans),
+        "type": "data",
+        "symmetric": False,
+        "arrayminus": [below for below, _ in ends],
+        "array": [above for _, above in ends],
+        "thickness": 1.3,
+        "width": 4,
+    }
 
 
 def mark_stale(made: Any) -> None:
