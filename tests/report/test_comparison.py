@@ -143,3 +143,24 @@ def test_comparison_refuses_what_cannot_be_compared(
     out.write_text("mine")
     assert "no earlier output" in fails("report", first, second, "-o", out, code=2)
     assert out.read_text() == "mine"
+
+
+def test_a_map_says_which_cells_were_not_computed_and_which_are_left_out(
+    small_runs: list[Path],
+) -> None:
+    """Its legend names a cell's look, and the cells that look so are those that the record has."""
+    (first, _) = runs = read_runs(small_runs)
+    made = build_comparison(runs, compare(runs)).figures["kl_heatmap_1"]
+    absent = next(trace for trace in made.data if trace.name == "not computed")
+    assert absent.showlegend
+    missing = {
+        c["layer"]
+        for c in first.selection["candidates"]
+        if c["kl_divergence"] is None and "kl_divergence" not in c["computed"]
+    }
+    assert missing > {3}
+    drawn = {layer for layer, cell in enumerate(absent.z[0]) if cell is not None}
+    assert drawn == missing - {3}  # the last of four layers is left out
+    (left,) = [shape for shape in made.layout.shapes if shape.showlegend]
+    assert left.name == "left out: the last 20% of layers"
+    assert (left.x0, left.x1) == (2.5, 3.5)

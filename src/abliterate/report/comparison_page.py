@@ -16,6 +16,8 @@ from abliterate.report.style import (
     HARMFUL,
     HARMLESS,
     colour_bar,
+    coloured,
+    dark_scales,
     error_bars,
     figure,
     mark_stale,
@@ -56,7 +58,10 @@ def build_comparison(runs: Sequence[ComparedRun], document: Mapping[str, Any]) -
         "figures": figures,
         "versions": versions(),
     }
-    payload = {"figures": {name: json.loads(made.to_json()) for name, made in figures.items()}}
+    payload = {
+        "figures": {name: json.loads(made.to_json()) for name, made in figures.items()},
+        "scales": dark_scales(),
+    }
     html = render("comparison.html.j2", page, payload)
     return Report(html, figures, ("summary", "cosines", "selection", "settings"))
 
@@ -140,8 +145,7 @@ def _cosines(document: Mapping[str, Any]) -> Any:
             z=values,
             x=names,
             y=names,
-            colorscale="RdBu",
-            reversescale=True,
+            **coloured("diverging"),
             zmin=-1,
             zmax=1,
             xgap=1,
@@ -153,5 +157,5 @@ def _cosines(document: Mapping[str, Any]) -> Any:
     )
     made.update_yaxes(autorange="reversed", showgrid=False, type="category")
     made.update_xaxes(showgrid=False, type="category")
-    made.update_layout(plot_bgcolor="#eceff3", margin={"t": 50})
+    made.update_layout(margin={"t": 50})
     return made

@@ -30,7 +30,7 @@ from abliterate.report.provenance import provenance
 from abliterate.report.rendering import packed, part, render
 from abliterate.report.reproduce import commands, notes, renewals
 from abliterate.report.selection_figures import METRICS, Table
-from abliterate.report.style import mark_stale
+from abliterate.report.style import dark_scales, mark_stale
 from abliterate.report.verdict import verdict_sentences
 from abliterate.selection.certainty import sentences
 from abliterate.storage.artifacts import versions
@@ -204,7 +204,8 @@ def _slider(run: Run) -> dict[str, Any] | None:
 def _payload(run: Run, figures: Figures, completions: Completions | None) -> dict[str, Any]:
     """What the page's script works on; the answers are apart, compressed."""
     payload: dict[str, Any] = {
-        "figures": {name: json.loads(made.to_json()) for name, made in figures.items()}
+        "figures": {name: json.loads(made.to_json()) for name, made in figures.items()},
+        "scales": dark_scales(),
     }
     if run.inspect is not None and run.inspect.get("projections"):
         payload["projections"] = run.inspect["projections"]
