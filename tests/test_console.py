@@ -200,6 +200,11 @@ ALLOWED = {
     ("prompts/template_worker.py", "sys.stdout"),  # the pipe of a process of its own
     ("prompts/template_worker.py", "sys.stderr"),
     ("cli/options.py", "rich.markup"),  # of help texts, which are ours
+    # Arranges cells that the console has made safe, and hands them back to it.
+    *(
+        ("table_layout.py", f"rich.{part}")
+        for part in ("console", "measure", "padding", "table", "text")
+    ),
 }
 SINKS = {
     "typer.echo", "typer.secho", "typer.confirm", "typer.prompt", "logging.StreamHandler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -42,3 +43,15 @@ def test_the_cli_reference_has_every_option(monkeypatch: pytest.MonkeyPatch) -> 
         for parameter in command.params:
             assert all(f"`{option}`" in section for option in parameter.opts if option[0] == "-")
     sys.modules.pop("docs_pages", None)
+
+
+def test_links_and_pictures_of_the_readme_lead_to_files() -> None:
+    """They are relative, so that they work in a checkout and in the source distribution."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    found = [place.partition("#")[0] for place in re.findall(r"\]\(([^)\s]+)\)", text)]
+    inside = [place for place in found if not place.startswith(("https://", "http://"))]
+    assert {"docs/demo.svg", "docs/report.png"} <= set(inside)
+    assert [place for place in inside if place and not (ROOT / place).is_file()] == []
+    picture = (ROOT / "docs" / "report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 200_000

@@ -308,18 +308,27 @@ def print_table(
         beside_results: it explains why there is no result, and goes to stderr.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=_cell(title), title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(_cell(column), justify="left" if index < left else "right")
-    for row in rows:
-        table.add_row(*map(_cell, row))
-    # Off a terminal rich would fold everything into 80 columns: let each table be as wide as it is.
+    from abliterate.table_layout import laid_out
+
     stream, name = (sys.stderr, "standard error") if beside_results else (sys.stdout, STDOUT)
-    width = None if stream.isatty() else 1000
+    console = Console(file=stream, width=_width(stream), highlight=False)
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    heads = [_cell(column) for column in columns]
     with naming(name):
-        Console(file=stream, width=width, highlight=False).print(table)
+        console.print(laid_out(console, _cell(title), heads, cells, left))
+
+
+def _width(stream: Any) -> int | None:
+    """How wide tables may be; None for a terminal, which says so itself.
+
+    Off a terminal rich would fold everything into 80 columns: there each table is as wide as it
+    is, unless COLUMNS says otherwise.
+    """
+    named = os.environ.get("COLUMNS", "")
+    if named.isdecimal() and int(named) > 0:
+        return int(named)
+    return None if stream.isatty() else 1000
 
 
 def _cell(text: object) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from reporting import make_run
+from reporting import make_run, make_small_runs
 from sharing import made_once
 
 
@@ -13,3 +13,11 @@ from sharing import made_once
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of every stage, with markup in names, prompts and answers; never written to."""
     return made_once(tmp_path_factory, "report", make_run) / "run"
+
+
+@pytest.fixture(scope="session")
+def small_runs(tiny, tmp_path_factory) -> list[Path]:
+    place = made_once(
+        tmp_path_factory, "small-runs", lambda where: make_small_runs(where, tiny("llama"))
+    )
+    return [place / "seed0" / "small", place / "seed1" / "small"]

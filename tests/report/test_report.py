@@ -138,7 +138,7 @@ def test_answers_to_harmful_prompts_are_hidden_until_asked_for_one_by_one(opened
     page.keyboard.press("Enter")
     page.wait_for_selector(".replies p")
     assert page.locator(".replies").count() == 1
-    assert page.locator(".replies h4").all_inner_texts() == [
+    assert page.locator(".replies h3").all_inner_texts() == [
         "baseline", "ablate", "add", "orthogonalized",
     ]  # fmt: skip
     assert button.get_attribute("aria-expanded") == "true"
@@ -231,6 +231,15 @@ CONTRAST = """() => {
   }
   return seen;
 }"""
+# How bright the middle of each diverging scale is drawn, 0 to 1, by figure.
+MIDDLE = """() => Object.fromEntries([...document.querySelectorAll(".canvas")].flatMap((e) => {
+  const map = e._fullData.find((t) => ["diverging", "removed"].includes(t.meta?.scale));
+  if (!map) return [];
+  const text = map.colorscale[(map.colorscale.length - 1) / 2][1];
+  const parts = text.startsWith("#") ? text.slice(1).match(/../g).map((x) => parseInt(x, 16))
+    : text.match(/\\d+/g).map(Number);
+  return [[e.id, parts.reduce((sum, v) => sum + v, 0) / 765]];
+}))"""
 OVERFLOW = "document.documentElement.scrollWidth"
 
 
@@ -241,6 +250,53 @@ def check_contrast(page) -> None:
     assert {name: ratio for name, ratio in found.items() if ratio < 4.5} == {}
 
 
+# Text boxes of a figure that lie on each other, or beyond the figure's edge.
+CRAMPED = """() => {
+  const found = [];
+  for (const canvas of document.querySelectorAll(".canvas")) {
+    const edge = canvas.getBoundingClientRect();
+    const texts = [...canvas.querySelectorAll("svg text")]
+      .filter((e) => e.textContent.trim() && !e.closest(".hoverlayer"))
+      .map((e) => [e.textContent, e.getBoundingClientRect()])
+      .filter(([, box]) => box.width && box.height);
+    texts.forEach(([text, one], at) => {
+      const outside = Math.max(edge.left - one.left, one.right - edge.right,
+        edge.top - one.top, one.bottom - edge.bottom);
+      if (outside > 1) found.push([canvas.id, text, "is cut"]);
+      for (const [other, two] of texts.slice(at + 1)) {
+        const wide = Math.min(one.right, two.right) - Math.max(one.left, two.left);
+        const high = Math.min(one.bottom, two.bottom) - Math.max(one.top, two.top);
+        if (wide > 1 && high > 1) found.push([canvas.id, text, other]);
+      }
+    });
+  }
+  return found;
+}"""
+
+
+def check_figures(page) -> None:
+    """Every figure's text can be read."""
+    # A figure that has been given another width is drawn again when the browser has time.
+    page.wait_for_function(
+        """() => [...document.querySelectorAll(".canvas")].every((e) =>
+          Math.abs(e.querySelector(".main-svg").clientWidth - e.clientWidth) < 2)"""
+    )
+    assert page.locator(".canvas svg text").count() > 50
+    assert page.evaluate(CRAMPED) == []
+
+
+def check_axe(page) -> None:
+    """axe-core has nothing to say against the page.
+
+    What is drawn inside a figure is one picture to it, whose thousands of shapes take it long.
+    """
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page, context={"exclude": [[".canvas > *"]]}).response
+    wrong = found["violations"]
+    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in wrong] == []
+
+
 @needs_browser
 def test_a_phone_does_not_scroll_sideways(browser, page_file: Path) -> None:
     made = Opened(browser, page_file, viewport={"width": 390, "height": 844})
@@ -248,6 +304,7 @@ def test_a_phone_does_not_scroll_sideways(browser, page_file: Path) -> None:
     assert made.page.evaluate(OVERFLOW) == 390
     made.page.locator("#answers tbody button").first.click()
     made.page.wait_for_selector(".replies p")
+    check_axe(made.page)
     for details in made.page.locator("details:not(.save)").all():
         details.evaluate("e => { e.open = true; }")
     assert made.page.evaluate(OVERFLOW) == 390
@@ -255,7 +312,34 @@ def test_a_phone_does_not_scroll_sideways(browser, page_file: Path) -> None:
     boxes = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
     assert made.page.evaluate(f"{boxes}.length") > 3
     check_contrast(made.page)
+    check_figures(made.page)
     made.page.screenshot(path=BUILD / "phone.png", full_page=True)
+    made.page.emulate_media(color_scheme="dark")
+    check_figures(made.page)
+    made.page.screenshot(path=BUILD / "phone-dark.png", full_page=True)
+    made.check()
+    made.page.context.close()
+
+
+@needs_browser
+def test_a_comparison_fits_a_phone_and_draws_its_figures(
+    browser, run: Path, small_runs: list[Path]
+) -> None:
+    path = BUILD / "compared.html"
+    folders = [str(folder) for folder in (run, *small_runs)]
+    assert main(["report", *folders, "-o", str(path), "--quiet", "--json"]) == 0
+    made = Opened(browser, path, viewport={"width": 390, "height": 844})
+    made.wait_for_all()
+    assert made.page.evaluate(OVERFLOW) == 390
+    assert made.page.locator(".canvas .main-svg").count() >= 2 * (2 + 9)
+    made.page.screenshot(path=BUILD / "compared-phone.png", full_page=True)
+    check_figures(made.page)
+    made.page.set_viewport_size({"width": 1400, "height": 900})
+    made.page.emulate_media(color_scheme="dark")
+    check_figures(made.page)
+    check_axe(made.page)
+    assert made.page.evaluate(OVERFLOW) == 1400
+    made.page.screenshot(path=BUILD / "compared-dark.png", full_page=True)
     made.check()
     made.page.context.close()
 
@@ -307,20 +391,26 @@ def test_every_table_and_figure_can_be_downloaded(opened: Opened, run: Path) -> 
 
 @needs_browser
 def test_light_dark_toggle_and_print(browser, page_file: Path) -> None:
-    grounds = {}
+    grounds, middles = {}, {}
     for scheme in ("light", "dark"):
-        made = Opened(browser, page_file, color_scheme=scheme)
+        wide = {"width": 1400, "height": 900}
+        made = Opened(browser, page_file, color_scheme=scheme, viewport=wide)
         made.wait_for_all()
         page = made.page
         ground = "getComputedStyle(document.body).backgroundColor"
         grounds[scheme] = page.evaluate(ground)
         page.screenshot(path=BUILD / f"{scheme}.png", full_page=True)
         check_contrast(page)
+        check_figures(page)
+        # A heatmap's middle is as bright as its page.
+        middles[scheme] = page.evaluate(MIDDLE)
         ink = page.evaluate("document.getElementById('plot-trace').layout.font.color")
         assert ink == page.evaluate(
             "getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()"
         )
-        if scheme == "light":
+        if scheme == "dark":
+            check_axe(page)
+        else:
             page.locator("#theme").focus()
             page.keyboard.press("Enter")
             page.keyboard.press("Enter")
@@ -334,6 +424,11 @@ def test_light_dark_toggle_and_print(browser, page_file: Path) -> None:
         made.check()
         page.context.close()
     assert grounds["light"] != grounds["dark"] == toggled
+    assert min(middles["light"].values()) > 0.9
+    assert max(middles["dark"].values()) < 0.1
+    assert set(middles["light"]) == {
+        "plot-bypass_heatmap", "plot-induce_heatmap", "plot-cosines", "plot-edit_strip",
+    }  # fmt: skip
     assert (BUILD / "dark.png").stat().st_size > 50_000
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from abliterate.cli.app import main
+from abliterate.report.cards import cards
 from abliterate.report.collect import read_run
-from abliterate.report.facts import cards
 from abliterate.report.page import make_figures
 
 FREE = ("--kl-threshold", "1e9", "--induce-threshold=-1e9")

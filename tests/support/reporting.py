@@ -53,3 +53,21 @@ def make_run(place: Path) -> Path:
     record["outputs"] = {n: hash_file(folder / "completions" / n) for n in record["outputs"]}
     (folder / "evaluation.json").write_text(json.dumps(record))
     return folder
+
+
+OPEN = ("--kl-threshold", "1e9", "--induce-threshold=-1e9", "--no-filter", "--n-val", "3")
+TRAIN = ("--no-filter", "--refusal-token", "I", "--positions", "last", "--n-train", "6")
+
+
+def make_small_runs(place: Path, model: Path) -> None:
+    """Two runs of one model and one name, of two seeds; the first is evaluated."""
+    for seed in ("0", "1"):
+        folder = place / f"seed{seed}" / "small"
+        for line in (
+            ("extract", model, "-o", folder, *TRAIN, "--seed", seed),
+            ("select", folder, *OPEN),
+        ):
+            assert main([*map(str, line), "--quiet", "--json"]) == 0, line
+    first = place / "seed0" / "small"
+    words = ["evaluate", str(model), "--direction", str(first), "--n-test", "3", "--controls", "0"]
+    assert main([*words, "--max-new-tokens", "2", "--quiet", "--json"]) == 0

@@ -1,8 +1,7 @@
-"""The commands that look at a run folder: inspect, trace and report."""
+"""The commands that look at a run folder: inspect and trace."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,8 +9,7 @@ import typer
 from abliterate.cli import options as opt
 from abliterate.cli.commands import later_session
 from abliterate.cli.stale_parts import say_stale
-from abliterate.console import print_json, print_line
-from abliterate.errors import UsageError
+from abliterate.console import print_json
 
 
 @opt.command()
@@ -99,64 +97,3 @@ def trace(
     record = trace_stage(session, run, request)
     print_json(record) if as_json else show_trace(record, run)
     say_stale(run, "selection", "trace")
-
-
-@opt.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="File to write; replaces an earlier report, nothing else. "
-            "Default: RUN/report.html.",
-            show_default=False,
-        ),
-    ] = None,
-    completions: Annotated[
-        bool,
-        typer.Option(
-            "--completions/--no-completions", help="Put prompts and answers into the file."
-        ),
-    ] = True,
-    png: Annotated[
-        Path | None,
-        typer.Option("--png", help="Also write the figures as PNG here.", show_default=False),
-    ] = None,
-    edited: opt.Edited = None,
-    as_json: opt.Json = False,
-) -> None:
-    """Write one self-contained page of everything that a run folder holds."""
-    from abliterate.cli.stale_parts import tell_stale
-    from abliterate.report import build_report, read_run, write_pngs
-    from abliterate.storage.artifacts import check_writable, write_atomically
-    from abliterate.storage.ownership import claim_file, is_page
-
-    path = output or run / "report.html"
-    if path.is_dir():
-        raise UsageError(f"-o {path} is a folder: name the file to write")
-    held = read_run(run, edited)
-    check_writable(path.parent)
-    claim_file(path, is_page, "report")
-    page = build_report(held, completions, edited)
-    # Pictures first: what can fail there must not leave a page behind.
-    pictures = [] if png is None else write_pngs(page.figures, png)
-    content = page.html.encode()
-    write_atomically(path, content)
-    stale = tell_stale(held, edited)
-    if as_json:
-        return print_json(
-            {
-                "report": str(path),
-                "bytes": len(content),
-                "sections": list(page.sections),
-                "figures": list(page.figures),
-                "png": [str(picture) for picture in pictures],
-                "stale": stale,
-            }
-        )
-    print_line(f"wrote {path} ({len(content) / 1e6:.1f} MB; {', '.join(page.sections)})")
-    for picture in pictures:
-        print_line(f"wrote {picture}")
-    return None

@@ -115,7 +115,7 @@ def _heads(heads: list[Any], count: int) -> None:
             "harmful",
             "+ suffix",
             "+ random",
-            "change",
+            "change ± error",
             "p",
             "p (random)",
             "attention: instruction",

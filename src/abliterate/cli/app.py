@@ -27,9 +27,11 @@ from abliterate.cli import (
     fragility_command,
     methods_command,
     plan_command,
+    report_command,
 )
 from abliterate.cli import options as opt
 from abliterate.cli.commands import open_session
+from abliterate.cli.plain_help import PlainCommand, PlainGroup
 from abliterate.console import (
     debugging,
     flush_output,
@@ -51,6 +53,7 @@ UsageProblem: type[Any] = next(
 )
 
 app = typer.Typer(
+    cls=PlainGroup,
     help="Find, test and remove the refusal direction of a language model "
     "(Arditi et al. 2024, arXiv 2406.11717).",
     epilog="Exit codes: 0 done, 1 unexpected failure, 2 wrong option, 3 unusable prompts or "
@@ -151,7 +154,7 @@ def root(
     pass
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @opt.command()
 def prompts(
     source: Annotated[
@@ -168,27 +171,27 @@ def prompts(
     print_json(document) if as_json else show_source(document)
 
 
-app.command()(commands.extract)
-app.command()(commands.select)
-app.command()(commands.orthogonalize)
-app.command()(checks.verify)
-app.command()(evaluate_commands.evaluate)
-app.command()(evaluate_commands.score)
-app.command()(commands.run)
-app.command()(checks.writers)
-app.command()(analysis.inspect)
-app.command()(analysis.trace)
-app.command()(analysis.report)
-app.command()(audit_commands.audit)
-app.command()(diff_command.diff)
-app.command()(fragility_command.fragility)
-app.command()(chat.chat)
-app.command()(plan_command.plan)
-app.command()(export_command.export)
-app.command()(methods_command.methods)
+app.command(cls=PlainCommand)(commands.extract)
+app.command(cls=PlainCommand)(commands.select)
+app.command(cls=PlainCommand)(commands.orthogonalize)
+app.command(cls=PlainCommand)(checks.verify)
+app.command(cls=PlainCommand)(evaluate_commands.evaluate)
+app.command(cls=PlainCommand)(evaluate_commands.score)
+app.command(cls=PlainCommand)(commands.run)
+app.command(cls=PlainCommand)(checks.writers)
+app.command(cls=PlainCommand)(analysis.inspect)
+app.command(cls=PlainCommand)(analysis.trace)
+app.command(cls=PlainCommand)(report_command.report)
+app.command(cls=PlainCommand)(audit_commands.audit)
+app.command(cls=PlainCommand)(diff_command.diff)
+app.command(cls=PlainCommand)(fragility_command.fragility)
+app.command(cls=PlainCommand)(chat.chat)
+app.command(cls=PlainCommand)(plan_command.plan)
+app.command(cls=PlainCommand)(export_command.export)
+app.command(cls=PlainCommand)(methods_command.methods)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @opt.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")] = Path(

@@ -8,9 +8,9 @@ from typing import Any
 from abliterate.console import print_line, print_table
 
 _FIGURES = {
-    "harmful_score": "harmful metric",
-    "harmless_score": "harmless metric",
-    "kl_divergence": "harmless KL",
+    "harmful_score": "harmful log-odds",
+    "harmless_score": "harmless log-odds",
+    "kl_divergence": "harmless KL (nats)",
 }
 _FAMILIES = {
     "covariance": "random, covariance of the activations",

@@ -55,12 +55,12 @@ def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     scored = record.get("n_scored") or {}
     n = {kind: f" (n={scored[kind]})" if kind in scored else "" for kind in _KINDS}
     cells |= {
-        f"{kind} metric{n[kind]}": _mean(found[kind], "refusal_metric", ".2f") for kind in _KINDS
+        f"{kind} log-odds{n[kind]}": _mean(found[kind], "refusal_metric", ".2f") for kind in _KINDS
     }
-    cells["harmless KL"] = _mean(found, "kl_divergence", ".4f")
-    cells["exact KL"] = _with_change(found["kl_exact"], None, ".4f")
+    cells["harmless KL (nats)"] = _mean(found, "kl_divergence", ".4f")
+    cells["exact KL (nats)"] = _with_change(found["kl_exact"], None, ".4f")
     for corpus, loss in found["losses"].items():
-        for key, title in (("loss", "loss"), ("perplexity", "PPL")):
+        for key, title in (("loss", "loss (nats per token)"), ("perplexity", "PPL")):
             less = change.get("losses", {}).get(corpus, {}).get(key)
             column = f"{corpus} {title} (n={loss['n_tokens']})"
             cells[column] = _with_change(loss[key], less, ".3f")
@@ -165,7 +165,7 @@ def _points(record: Mapping[str, Any], name: str, kind: str, key: str) -> str:
     if change.get(key) is None:
         return ""
     low, high = change[f"{key}_ci"]
-    return f" {change[key]:+.0%} ({low:+.0%} to {high:+.0%})"
+    return f" {100 * change[key]:+.0f} pp ({100 * low:+.0f} to {100 * high:+.0f})"
 
 
 def _mean(part: Mapping[str, Any], key: str, form: str) -> str:
@@ -247,7 +247,7 @@ def _show_sets(record: Mapping[str, Any]) -> None:
     if rows:
         print_table(
             "By test set (a prompt of two sets counts once where they are pooled)",
-            ["intervention", "set", "n", "refused", "metric", "KL"],
+            ["intervention", "set", "n", "refused", "log-odds", "KL (nats)"],
             rows,
             left=2,
         )

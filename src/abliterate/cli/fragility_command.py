@@ -70,7 +70,7 @@ def fragility(
     counts = ", ".join(f"{kind} n={count}" for kind, count in record["n_prompts"].items())
     print_table(
         f"{record['model']['id']} ({counts}; 95% intervals; means ± standard error)",
-        ["removed", "refusal rate", "refusal score", "harmless refused", "KL"],
+        ["share removed", "refused", "harmful log-odds", "harmless refused", "KL (nats)"],
         [
             [
                 f"{p['fraction']:.2f}",

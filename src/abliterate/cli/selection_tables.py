@@ -31,7 +31,15 @@ def show_certainty(record: Mapping[str, Any], shown: int = 8) -> None:
     ]
     print_table(
         f"{held['resamples']} resamples of the validation prompts",
-        ["position", "layer", "wins", "passes", "bypass, 95%", "induce, 95%", "KL, 95%"],
+        [
+            "position",
+            "layer",
+            "wins",
+            "passes",
+            "bypass, 95% (log-odds)",
+            "induce, 95% (log-odds)",
+            "KL, 95% (nats)",
+        ],
         rows,
         left=0,
     )
@@ -67,7 +75,15 @@ def _front(front: Sequence[Mapping[str, Any]], shown: int = 16) -> None:
     print_table(
         "No candidate passes. No other beats these in bypass, induce and KL at once"
         f" ({len(front)}{more})",
-        ["position", "layer", "bypass", "induce", "KL", "fails", "admitted by"],
+        [
+            "position",
+            "layer",
+            "bypass (log-odds)",
+            "induce (log-odds)",
+            "KL (nats)",
+            "fails",
+            "admitted by",
+        ],
         rows,
         left=0,
         beside_results=True,

@@ -73,7 +73,7 @@ def show_extraction(record: Mapping[str, Any], run: Path) -> None:
                 [f"{kind} prompts", f"{count['used']} of {count['given']}{_unfinished(count)}"]
                 for kind, count in record["counts"].items()
             ),
-            ["seconds", f"{record['seconds']:.1f}"],
+            ["time", f"{record['seconds']:.1f} s"],
         ],
     )
     _stability(record)
@@ -162,7 +162,7 @@ def _candidates(record: Mapping[str, Any], shown: int = 8) -> None:
         + f" what was measured, {lost} of them without KL, as they cannot win" * bool(lost)
         + f" (dropped: {reasons})"
         + f"; means over {counts}" * bool(counts),
-        ["position", "layer", "bypass", "induce", "KL", ""],
+        ["position", "layer", "bypass (log-odds)", "induce (log-odds)", "KL (nats)", ""],
         rows,
         left=0,
     )

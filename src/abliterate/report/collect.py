@@ -101,7 +101,7 @@ def read_run(folder: Path, edited: Path | None = None) -> Run:
             f"{folder} is no run folder: run `{command('extract', 'MODEL', '-o', folder)}`"
         )
     for name in (EXTRACT, SELECTION, INSPECT, TRACE, EVALUATION, FRAGILITY):
-        _stay_inside(folder / name, folder)
+        stay_inside(folder / name, folder)
     extracted = _record(folder / EXTRACT, "extract MODEL -o RUN")
     selection = _record(folder / SELECTION, "select RUN")
     inspected = _record(folder / INSPECT, "inspect RUN")
@@ -160,7 +160,7 @@ def read_completions(run: Run) -> Completions | None:
             path = run.folder / COMPLETIONS / f"{name}-{kind}.jsonl"
             if path.name not in named or not path.is_file():
                 continue
-            _stay_inside(path, run.folder)
+            stay_inside(path, run.folder)
             for line in _lines(path):
                 row = rows.setdefault(
                     (kind, line["prompt"]),
@@ -189,7 +189,7 @@ def _hit(labelled: Any) -> bool | None:
     return hit if isinstance(hit, bool) else None
 
 
-def _stay_inside(path: Path, folder: Path) -> None:
+def stay_inside(path: Path, folder: Path) -> None:
     """Refuse a link that would bring a file from outside a run folder into the page."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{path} is a link out of the run folder: put the file itself there")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from abliterate.report.style import colour_bar, figure, finite, plain, plotly
+from abliterate.report.style import colour_bar, coloured, figure, finite, plain, plotly
 from abliterate.storage.web_page import figure_page
 
 Document = Mapping[str, Any]
@@ -65,7 +65,7 @@ def strip(title: str, cells: Iterable[Cell]) -> Any | None:
             z=[[_mean(sums.get((c, layer))) for layer in layers] for c in components],
             x=[_OUTSIDE if layer is None else str(layer) for layer in layers],
             y=[plain(component) for component in components],
-            colorscale="RdBu",
+            **coloured("removed"),
             zmid=0,
             zmin=-1,
             zmax=1,

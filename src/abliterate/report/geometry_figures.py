@@ -14,6 +14,7 @@ from abliterate.report.style import (
     HARMLESS,
     MUTED,
     colour_bar,
+    coloured,
     figure,
     finite,
     label,
@@ -101,7 +102,7 @@ def pca_curve(inspect: Document) -> Any:
         "auc": "AUC along the direction",
         "silhouette": "silhouette along the direction",
     }
-    made = figure("Subspace by layer", "layer", "", 360)
+    made = figure("Subspace by layer", "layer", "0 to 1, no unit", 360)
     rows = inspect["layers"]
     for at, (key, name) in enumerate(names.items()):
         values = [finite((row["geometry"] or {}).get(key)) for row in rows]
@@ -118,7 +119,7 @@ def norms(inspect: Document) -> Any:
         "norm_mean_harmless": "mean, harmless",
     }
     colours = (COLOURS[2], HARMFUL, HARMLESS)
-    made = figure("Norms by layer", "layer", "norm", 360)
+    made = figure("Norms by layer", "layer", "norm (of activations)", 360)
     rows = inspect["layers"]
     for (key, name), colour in zip(names.items(), colours, strict=True):
         values = [finite(row[key]) or None for row in rows]
@@ -138,8 +139,7 @@ def cosines(inspect: Document) -> Any:
             z=held["values"],
             x=list(range(len(held["values"][0]))),
             y=list(range(rows)),
-            colorscale="RdBu",
-            reversescale=True,
+            **coloured("diverging"),
             zmin=-1,
             zmax=1,
             xgap=1,
@@ -154,7 +154,7 @@ def cosines(inspect: Document) -> Any:
     ]
     made.update_yaxes(tickvals=list(range(rows)), ticktext=labels, showgrid=False)
     layer_axis(made, len(held["values"][0]))
-    made.update_layout(plot_bgcolor="#eceff3", margin={"t": 50})
+    made.update_layout(margin={"t": 50})
     return made
 
 

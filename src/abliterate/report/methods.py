@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.report import facts
+from abliterate.report import outcome_tables
 from abliterate.report.collect import Document, Run
 from abliterate.report.facts import number, percent
+from abliterate.report.provenance import computed_line
 from abliterate.run_records import recorded_stability
 from abliterate.run_staleness import hash_prompts
 
@@ -64,7 +65,7 @@ def describe_methods(run: Run) -> Methods:
     evaluation = _without_stale_rows(run)
     results = None
     if evaluation is not None:
-        held = facts.outcome_table(evaluation)
+        held = outcome_tables.outcome_table(evaluation)
         rows = [[row["name"], *row["cells"]] for row in held["rows"]]
         results = (["intervention", *held["columns"]], rows)
     return Methods(
@@ -252,7 +253,7 @@ def _settings(run: Run) -> Iterator[tuple[str, str]]:
     if evaluation is not None:
         yield from _measured(evaluation)
     for record, title in ((extract, "extract"), (selection, "select"), (evaluation, "evaluate")):
-        if record is not None and (line := facts.computed_line(record)):
+        if record is not None and (line := computed_line(record)):
             yield f"computed, {title}", line
     if first.get("seed") is not None:
         yield "seed", str(first["seed"])

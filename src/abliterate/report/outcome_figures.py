@@ -11,10 +11,13 @@ from abliterate.report.style import (
     HARMFUL,
     HARMLESS,
     colour_bar,
+    coloured,
+    error_bars,
     figure,
     finite,
     plain,
     plotly,
+    shortened,
 )
 
 _COLOURS = {"harmful": HARMFUL, "harmless": HARMLESS, "borderline": COLOURS[4]}
@@ -28,7 +31,7 @@ def refusals(evaluation: Document) -> Any | None:
     kinds = kinds_of(evaluation)
     if all(r[kind]["n"] == 0 for r in evaluation["interventions"].values() for kind in kinds):
         return None
-    made = figure("Refusal rate by intervention", "", "refused", 360)
+    made = figure("Refusal rate by intervention", "", "prompts refused (%)", 360)
     results: Document = evaluation["interventions"]
     for kind in kinds:
         rates = [finite(result[kind]["refusal_rate"]) for result in results.values()]
@@ -39,15 +42,7 @@ def refusals(evaluation: Document) -> Any | None:
                 y=rates,
                 name=f"{kind} prompts",
                 marker={"color": _COLOURS[kind]},
-                error_y={
-                    "visible": any(spans),
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [_above(r, s) for r, s in zip(rates, spans, strict=True)],
-                    "arrayminus": [_below(r, s) for r, s in zip(rates, spans, strict=True)],
-                    "thickness": 1.3,
-                    "width": 4,
-                },
+                error_y=error_bars(rates, spans),
                 customdata=[
                     counted(result[kind]) if result[kind]["n"] else "no answers"
                     for result in results.values()
@@ -57,16 +52,16 @@ def refusals(evaluation: Document) -> Any | None:
         )
     made.update_layout(barmode="group", bargap=0.3)
     made.update_yaxes(range=[0, 1.04], tickformat=".0%")
-    made.update_xaxes(type="category")
+    made.update_xaxes(type="category", **_named(results))
     return made
 
 
-def _above(rate: float | None, span: Any) -> float:
-    return max(0.0, float(span[1]) - rate) if span and rate is not None else 0.0
-
-
-def _below(rate: float | None, span: Any) -> float:
-    return max(0.0, rate - float(span[0])) if span and rate is not None else 0.0
+def _named(results: Document) -> dict[str, list[str]]:
+    """The ticks of interventions, which checkpoints may give long names."""
+    return {
+        "tickvals": [plain(name) for name in results],
+        "ticktext": [shortened(name, 18) for name in results],
+    }
 
 
 def categories(evaluation: Document, kind: str = "harmful") -> Any | None:
@@ -96,17 +91,20 @@ def categories(evaluation: Document, kind: str = "harmful") -> Any | None:
             customdata=[
                 ["no prompts" if cell is None else counted(cell) for cell in row] for row in cells
             ],
-            colorscale="Blues",
+            **coloured("share"),
             zmin=0,
             zmax=1,
             xgap=1,
             ygap=1,
             hovertemplate="%{y}, %{x}<br>%{z:.1%} refused (%{customdata})<extra></extra>",
-            colorbar=colour_bar("refused", tickformat=".0%"),
+            colorbar=colour_bar("refused (%)", tickformat=".0%"),
         )
     )
-    made.update_yaxes(autorange="reversed", showgrid=False, type="category")
-    made.update_xaxes(showgrid=False, type="category", side="top")
+    made.update_yaxes(
+        autorange="reversed", showgrid=False, type="category",
+        tickvals=[plain(name) for name in names], ticktext=[shortened(name) for name in names],
+    )  # fmt: skip
+    made.update_xaxes(showgrid=False, type="category", side="top", **_named(results))
     made.update_layout(margin={"t": 70})
     return made
 

@@ -7,36 +7,33 @@ here may run (by their hashes), so that nothing out of a prompt or a model ever 
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChainableUndefined, Environment, PackageLoader
-from markupsafe import Markup
-
-from abliterate.errors import InputError
 from abliterate.evaluation.hooks_and_edits_text import hooks_and_edits_lines
 from abliterate.report import (
     edit_strip,
     facts,
     geometry_figures,
     outcome_figures,
+    outcome_tables,
+    record_tables,
     selection_figures,
 )
+from abliterate.report.cards import cards
 from abliterate.report.collect import Completions, Run, read_completions
+from abliterate.report.provenance import provenance
+from abliterate.report.rendering import packed, part, render
 from abliterate.report.reproduce import commands, notes, renewals
 from abliterate.report.selection_figures import METRICS, Table
-from abliterate.report.style import mark_stale, plotly
+from abliterate.report.style import dark_scales, mark_stale
 from abliterate.report.verdict import verdict_sentences
 from abliterate.selection.certainty import sentences
-from abliterate.storage.artifacts import OTHER_THINGS, versions
-from abliterate.storage.ownership import GENERATOR
-from abliterate.storage.web_page import content_policy, script_json
+from abliterate.storage.artifacts import versions
 
 Figures = dict[str, Any]
 # What the page's script knows of an answer, in this order.
@@ -64,49 +61,23 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         InputError: a record lacks what its section needs.
         UsageError: plotly is missing.
     """
-    bundle = plotly("offline").get_plotlyjs()
     figures = make_figures(run)
-    completions = _part("evaluation.json", lambda: read_completions(run))
+    completions = part("evaluation.json", lambda: read_completions(run))
     if not with_completions:
         completions = None
     page: dict[str, Any] = {
         "run": run,
-        "cards": _part("selection.json", lambda: facts.cards(run)),
-        "verdict": _part("evaluation.json", lambda: verdict_sentences(run)),
-        "outcomes": run.evaluation
-        and _part("evaluation.json", lambda: facts.outcome_table(facts.marked(run) or {})),
-        "hooks_and_edits": run.evaluation
-        and _part("evaluation.json", lambda: hooks_and_edits_lines(run.evaluation or {})),
-        "sets": run.evaluation
-        and _part("evaluation.json", lambda: facts.set_rows(run.evaluation or {})),
-        "agreement": run.evaluation
-        and _part("evaluation.json", lambda: facts.agreement_rows(run.evaluation or {})),
-        "disagreements": run.evaluation
-        and _part(
-            "evaluation.json", lambda: facts.disagreement_rows(run.evaluation or {}, completions)
-        ),
-        "controls": run.evaluation
-        and _part("evaluation.json", lambda: facts.control_rows(run.evaluation or {})),
-        "candidates": run.selection
-        and _part("selection.json", lambda: facts.candidate_rows(_table(run), _own_extract(run))),
-        "resamples": run.selection
-        and _part("selection.json", lambda: facts.resample_rows(run.selection or {})),
-        "certainty": run.selection
-        and _part("selection.json", lambda: sentences(run.selection or {})),
-        "front": run.selection
-        and _part("selection.json", lambda: facts.front_rows(run.selection or {})),
-        "layers": run.inspect
-        and _part("inspect.json", lambda: facts.layer_rows(run.inspect or {})),
-        "heads": run.trace and _part("trace.json", lambda: facts.head_rows(run.trace or {})),
-        "kinds": run.edit and _part("abliterate.json", lambda: facts.kind_rows(run.edit or {})),
+        "cards": part("selection.json", lambda: cards(run)),
+        "verdict": part("evaluation.json", lambda: verdict_sentences(run)),
+        **_tables(run, completions),
         "slider": _slider(run),
-        "provenance": _part("extract.json", lambda: facts.provenance(run)),
-        "commands": _part("a record", lambda: commands(run, edited)),
-        "renewals": _part("a record", lambda: renewals(run, edited)),
+        "provenance": part("extract.json", lambda: provenance(run)),
+        "commands": part("a record", lambda: commands(run, edited)),
+        "renewals": part("a record", lambda: renewals(run, edited)),
         "columns": [facts.mark_row(run, name) for name in completions.interventions]
         if completions
         else [],
-        "notes": _part("a record", lambda: notes(run)),
+        "notes": part("a record", lambda: notes(run)),
         "versions": versions(),
         "number": facts.number,
         "figures": figures,
@@ -115,23 +86,44 @@ def build_report(run: Run, with_completions: bool = True, edited: Path | None = 
         if completions
         else [],
     }
-    payload = _part("a record", lambda: _payload(run, figures, completions))
-    html = _part("a record", lambda: _render(page, bundle, payload, completions))
+    payload = part("a record", lambda: _payload(run, figures, completions))
+    answers = None if completions is None else packed(json.dumps(_answers(completions)))
+    html = part("a record", lambda: render("report.html.j2", page, payload, answers))
     names = ("selection", "inspect", "trace", "evaluation", "edit")
     sections = tuple(name for name in names if getattr(run, name) is not None)
     return Report(html, figures, sections)
 
 
-def _part(file: str, make: Callable[[], Any]) -> Any:
-    """A part of the page; a record that does not hold what it should is named."""
-    try:
-        return make()
-    except OTHER_THINGS as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"{file} of the run folder does not hold what the report needs ({reason}): make it "
-            "again with this version"
-        ) from None
+def _tables(run: Run, completions: Completions | None) -> dict[str, Any]:
+    """The page's tables by name, each None where its stage has not run."""
+    found: dict[str, Any] = {}
+
+    def add(record: Any, file: str, **tables: Callable[[Any], Any]) -> None:
+        for name, make in tables.items():
+            found[name] = None if record is None else part(file, partial(make, record))
+
+    add(
+        run.evaluation,
+        "evaluation.json",
+        outcomes=lambda _: outcome_tables.outcome_table(facts.marked(run) or {}),
+        hooks_and_edits=hooks_and_edits_lines,
+        sets=outcome_tables.set_rows,
+        agreement=outcome_tables.agreement_rows,
+        disagreements=lambda record: outcome_tables.disagreement_rows(record, completions),
+        controls=outcome_tables.control_rows,
+    )
+    add(
+        run.selection,
+        "selection.json",
+        candidates=lambda _: record_tables.candidate_rows(_table(run), _own_extract(run)),
+        resamples=record_tables.resample_rows,
+        certainty=sentences,
+        front=record_tables.front_rows,
+    )
+    add(run.inspect, "inspect.json", layers=record_tables.layer_rows)
+    add(run.trace, "trace.json", heads=record_tables.head_rows)
+    add(run.edit, "abliterate.json", kinds=record_tables.kind_rows)
+    return found
 
 
 def _own_extract(run: Run) -> Mapping[str, Any] | None:
@@ -154,23 +146,23 @@ def make_figures(run: Run) -> Figures:
         drawn_of.update({name: part for name in found if name not in drawn_of})
 
     if (evaluation := facts.marked(run)) is not None:
-        found["refusals"] = _part("evaluation.json", lambda: outcome_figures.refusals(evaluation))
-        found["categories"] = _part(
+        found["refusals"] = part("evaluation.json", lambda: outcome_figures.refusals(evaluation))
+        found["categories"] = part(
             "evaluation.json", lambda: outcome_figures.categories(evaluation)
         )
-        found["borderline_categories"] = _part(
+        found["borderline_categories"] = part(
             "evaluation.json", lambda: outcome_figures.categories(evaluation, "borderline")
         )
     are_of("evaluation")
     if run.selection is not None:
-        table = _part("selection.json", lambda: _table(run))
+        table = part("selection.json", lambda: _table(run))
         for name, draw in (
             ("heatmap", selection_figures.heatmap),
             ("lines", selection_figures.lines),
         ):
             for metric in METRICS:
                 key = f"{metric.key.partition('_')[0]}_{name}"
-                found[key] = _part("selection.json", partial(draw, table, metric))
+                found[key] = part("selection.json", partial(draw, table, metric))
     are_of("selection")
     if run.inspect is not None:
         inspect = run.inspect
@@ -183,16 +175,16 @@ def make_figures(run: Run) -> Figures:
                 "pca_curve": geometry_figures.pca_curve,
             }
         for key, make in drawn.items():
-            found[key] = _part("inspect.json", partial(make, inspect))
+            found[key] = part("inspect.json", partial(make, inspect))
     are_of("inspect")
     if run.trace is not None:
         trace = run.trace
-        found["trace"] = _part("trace.json", lambda: geometry_figures.trace_curves(trace))
+        found["trace"] = part("trace.json", lambda: geometry_figures.trace_curves(trace))
     are_of("trace")
     if run.edit is not None:
         edit = run.edit
-        found["edit_strip"] = _part("abliterate.json", lambda: edit_strip.record_strip(edit))
-        found["leaks"] = _part("abliterate.json", lambda: outcome_figures.leaks(edit))
+        found["edit_strip"] = part("abliterate.json", lambda: edit_strip.record_strip(edit))
+        found["leaks"] = part("abliterate.json", lambda: outcome_figures.leaks(edit))
     are_of("edit")
     kept = {name: made for name, made in found.items() if made is not None}
     for name, made in kept.items():
@@ -205,14 +197,15 @@ def make_figures(run: Run) -> Figures:
 def _slider(run: Run) -> dict[str, Any] | None:
     if run.inspect is None or not run.inspect.get("projections"):
         return None
-    layers, start = _part("inspect.json", lambda: geometry_figures.slider_layers(run.inspect or {}))
+    layers, start = part("inspect.json", lambda: geometry_figures.slider_layers(run.inspect or {}))
     return {"last": len(layers) - 1, "start": layers.index(start), "layer": start}
 
 
 def _payload(run: Run, figures: Figures, completions: Completions | None) -> dict[str, Any]:
     """What the page's script works on; the answers are apart, compressed."""
     payload: dict[str, Any] = {
-        "figures": {name: json.loads(made.to_json()) for name, made in figures.items()}
+        "figures": {name: json.loads(made.to_json()) for name, made in figures.items()},
+        "scales": dark_scales(),
     }
     if run.inspect is not None and run.inspect.get("projections"):
         payload["projections"] = run.inspect["projections"]
@@ -245,41 +238,3 @@ def _answers(completions: Completions) -> list[list[Any]]:
         return answer["response"] if told is None else [told.thought, told.answer]
 
     return [[text(answer) for answer in row["answers"]] for row in completions.rows]
-
-
-def _packed(text: str) -> str:
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
-
-
-@cache
-def _packed_plotly() -> str:
-    return _packed(plotly("offline").get_plotlyjs())
-
-
-def _render(
-    page: Mapping[str, Any],
-    bundle: str,
-    payload: Mapping[str, Any],
-    completions: Completions | None,
-) -> str:
-    loader = PackageLoader("abliterate.report", "assets")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    assert environment.loader is not None
-    environment.filters["quoted"] = repr
-    script, styles = (
-        environment.loader.get_source(environment, name)[0] for name in ("report.js", "report.css")
-    )
-    rendered: str = environment.get_template("report.html.j2").render(
-        page,
-        policy=content_policy([script, bundle]),
-        generator=Markup(GENERATOR),
-        script=Markup(script),
-        styles=Markup(styles),
-        data=Markup(script_json(payload)),
-        plotly=_packed_plotly(),
-        answers=_packed(json.dumps(_answers(completions))) if completions else None,
-    )
-    return rendered

@@ -13,6 +13,7 @@ from abliterate.report.style import (
     LEGEND_BELOW,
     MUTED,
     colour_bar,
+    coloured,
     figure,
     finite,
     label,
@@ -90,17 +91,29 @@ def verdict(candidate: Document | None, thresholds: Thresholds) -> str:
     return "dropped: " + words.format(kl=thresholds.kl, induce=thresholds.induce)
 
 
-def heatmap(table: Table, metric: Metric) -> Any:
-    """A metric over layer and position, the filters drawn and the winner marked."""
+def values_of(table: Table, metric: Metric) -> list[float]:
+    """The values of a metric that are known, in no order that says anything."""
+    found = (finite(c[metric.key]) for c in table.candidates)
+    return [value for value in found if value is not None]
+
+
+def heatmap(table: Table, metric: Metric, beside: Sequence[float] = ()) -> Any:
+    """A metric over layer and position, the filters drawn and the winner marked.
+
+    Args:
+        table: the candidates.
+        metric: what the colours show.
+        beside: values of this and other tables that the colours are to tell apart.
+    """
     objects = plotly()
     rows = len(table.positions)
-    made = figure(f"{metric.name}: {metric.axis}", "layer", "position", 175 + 30 * rows)
+    made = figure(f"{metric.name}: {metric.axis}", "layer", "position", 250 + max(30 * rows, 110))
     values = table.grid(lambda c: None if c is None else finite(c[metric.key]))
-    known = [v for row in values for v in row if v is not None]
-    scale: dict[str, Any] = {"colorscale": "Viridis", "reversescale": True}
+    known = beside or values_of(table, metric)
+    scale = coloured("diverging" if metric.diverging else "amount")
     if metric.diverging:
         reach = max(map(abs, known), default=1.0) or 1.0
-        scale = {"colorscale": "RdBu", "reversescale": True, "zmin": -reach, "zmax": reach}
+        scale |= {"zmin": -reach, "zmax": reach}
     elif known:
         # Most of a KL map lies far below its largest values.
         ranked = sorted(known)
@@ -119,14 +132,39 @@ def heatmap(table: Table, metric: Metric) -> Any:
             **scale,
         )
     )
+    # What is left out has a look of its own.
+    absent = table.grid(
+        lambda c: 0 if c and c["layer"] < table.pruned and _is_absent(c, metric) else None
+    )
+    if any(cell is not None for row in absent for cell in row):
+        made.add_trace(
+            objects.Heatmap(
+                z=absent,
+                x=list(range(table.n_layers)),
+                y=list(range(rows)),
+                name="not computed",
+                showlegend=True,
+                showscale=False,
+                hoverinfo="skip",
+                xgap=1,
+                ygap=1,
+                **coloured("absent"),
+            )
+        )
     made.update_yaxes(
         tickvals=list(range(rows)), ticktext=table.labels, showgrid=False, range=[-0.5, rows - 0.5]
     )
     layer_axis(made, table.n_layers)
     _draw_pruned(made, table)
     _draw_verdicts(made, table)
-    made.update_layout(plot_bgcolor="#eceff3", legend=LEGEND_BELOW, margin={"b": 92})
+    made.update_layout(legend=LEGEND_BELOW, margin={"b": 130})
     return made
+
+
+def _is_absent(candidate: Document, metric: Metric) -> bool:
+    """Whether a candidate's value was not computed; one that was may still not be finite."""
+    value = finite(candidate[metric.key])
+    return value is None and metric.key not in candidate.get("computed", ())
 
 
 def _hover(candidate: Document | None, metric: Metric, table: Table) -> str:
@@ -134,8 +172,8 @@ def _hover(candidate: Document | None, metric: Metric, table: Table) -> str:
         return "no candidate"
     value = finite(candidate[metric.key])
     if value is not None:
-        text = f"{metric.name} {value:.4g}"
-    elif metric.key in candidate.get("computed", ()):
+        text = f"{metric.name} {value:.4g} {metric.unit}"
+    elif not _is_absent(candidate, metric):
         text = f"{metric.name}: not finite"
     else:
         text = f"{metric.name}: not computed, the choice did not need it"
@@ -153,19 +191,10 @@ def _draw_pruned(made: Any, table: Table, named: bool = True) -> None:
         opacity=0.28,
         line_width=0,
         layer="above",
+        showlegend=named,
+        name=f"left out: the last {table.thresholds.prune_layers:.0%} of layers",
     )
     made.add_vline(x=table.pruned - 0.5, line={"color": MUTED, "width": 1.5, "dash": "dash"})
-    if not named:
-        return
-    made.add_annotation(
-        x=(table.pruned + table.n_layers - 1) / 2,
-        y=1.0,
-        yref="paper",
-        yanchor="bottom",
-        text=f"last {table.thresholds.prune_layers:.0%} dropped",
-        showarrow=False,
-        font={"size": 10},
-    )
 
 
 def _draw_verdicts(made: Any, table: Table) -> None:

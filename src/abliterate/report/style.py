@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from abliterate.extras import import_extra
@@ -16,6 +17,42 @@ GOLD = "#ffc400"
 #: For the figures whose top margin is taken; in the container, whatever the height of the plot.
 LEGEND_BELOW = {"yref": "container", "y": 0.01, "yanchor": "bottom"}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
+
+
+#: A heatmap's colours by what they say, on white (plotly's names) and on near-black: what is not
+#: there fades into the ground of either.
+SCALES: dict[str, tuple[dict[str, Any], list[tuple[float, str]]]] = {
+    "diverging": (
+        {"colorscale": "RdBu", "reversescale": True},
+        [(0, "#8cc8ff"), (0.25, "#2f75b0"), (0.5, "#0c1116"), (0.75, "#b04a2f"), (1, "#ffb294")],
+    ),
+    "removed": (
+        {"colorscale": "RdBu"},
+        [(0, "#ffb294"), (0.25, "#b04a2f"), (0.5, "#0c1116"), (0.75, "#2f75b0"), (1, "#8cc8ff")],
+    ),
+    "amount": (
+        {"colorscale": "Viridis", "reversescale": True},
+        [(0, "#440154"), (0.25, "#3b528b"), (0.5, "#21918c"), (0.75, "#5ec962"), (1, "#fde725")],
+    ),
+    "share": (
+        {"colorscale": "Blues"},
+        [(0, "#0c1116"), (0.5, "#2f75b0"), (1, "#a9d6ff")],
+    ),
+    "absent": (
+        {"colorscale": [(0, "#d3dae2"), (1, "#d3dae2")]},
+        [(0, "#3b4754"), (1, "#3b4754")],
+    ),
+}
+
+
+def coloured(scale: str) -> dict[str, Any]:
+    """What a heatmap's colours are called, so that the page can change them with its theme."""
+    return {**SCALES[scale][0], "meta": {"scale": scale}}
+
+
+def dark_scales() -> dict[str, list[tuple[float, str]]]:
+    """The colours on a dark ground, for the page's script."""
+    return {name: dark for name, (_, dark) in SCALES.items()}
 
 
 def plotly(module: str = "graph_objects") -> Any:
@@ -32,6 +69,12 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
+def shortened(text: object, most: int = 26) -> str:
+    """The beginning of a text that labels an axis, escaped; the rest is in what hovers."""
+    held = " ".join(str(text).split())
+    return plain(held if len(held) <= most else held[: most - 1].rstrip() + "…")
+
+
 def label(token: str) -> str:
     """A token as an axis label: white space made visible, escaped."""
     return plain(repr(token)[1:-1])
@@ -46,7 +89,10 @@ def figure(title: str, x: str, y: str, height: int = 360) -> Any:
     """An empty figure with the report's look; ``title`` is for the exported picture."""
     objects = plotly()
     made = objects.Figure()
-    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "automargin": True}
+    axis = {
+        "gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "automargin": True,
+        "exponentformat": "none",
+    }  # fmt: skip
     made.update_layout(
         template="none",
         title={
@@ -77,6 +123,26 @@ def colour_bar(title: str, **changes: Any) -> dict[str, Any]:
     heading = {"text": title, "side": "right", "font": {"size": 11}}
     look = {"thickness": 12, "outlinewidth": 0, "exponentformat": "none", "title": heading}
     return look | changes
+
+
+def error_bars(rates: Sequence[float | None], spans: Sequence[Any]) -> dict[str, Any]:
+    """Intervals about the bars of a figure; no bar where there is none."""
+    ends = [
+        (0.0, 0.0)
+        if rate is None or not span
+        else (max(0.0, rate - float(span[0])), max(0.0, float(span[1]) - rate))
+        for rate, span in zip(rates, spans, strict=True)
+    ]
+    return {
+        "visible": any(spans),
+        "type": "data",
+        "symmetric": False,
+        "arrayminus": [below for below, _ in ends],
+        "array": [above for _, above in ends],
+        "thickness": 1.3,
+        "width": 4,
+        "color": INK,
+    }
 
 
 def mark_stale(made: Any) -> None:

@@ -28,7 +28,7 @@
   function themed(figure) {
     const layout = structuredClone(figure.layout);
     layout.paper_bgcolor = "rgba(0,0,0,0)";
-    layout.plot_bgcolor = figure.layout.plot_bgcolor === "white" ? "rgba(0,0,0,0)" : colour("--cell");
+    layout.plot_bgcolor = "rgba(0,0,0,0)";
     layout.font = { ...layout.font, color: colour("--ink") };
     layout.title = { text: "" };
     layout.margin = { ...layout.margin, t: Math.max(20, layout.margin.t - 30) };
@@ -40,10 +40,30 @@
     return layout;
   }
 
+  const isDark = () => getComputedStyle(root).colorScheme.includes("dark");
+
+  /** The traces of a figure in the colours of the page. */
+  function inked(traces) {
+    const dark = isDark();
+    return traces.map((trace) => {
+      const scale = dark && data.scales[trace.meta?.scale];
+      const changed = scale ? { ...trace, colorscale: scale, reversescale: false } : { ...trace };
+      if (changed.error_y) changed.error_y = { ...changed.error_y, color: colour("--ink") };
+      return changed;
+    });
+  }
+
   function draw(element) {
     const figure = data.figures[element.dataset.figure];
-    Plotly.react(element, figure.data, themed(figure), config);
+    Plotly.react(element, inked(figure.data), themed(figure), config);
+    reach(element.parentElement);
     drawn.set(element, figure);
+  }
+
+  /** A box that scrolls can be reached by keyboard; one that does not is no stop on the way. */
+  function reach(box) {
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
   }
 
   function redraw() {
@@ -142,7 +162,7 @@
     data.interventions.forEach((name, column) => {
       if (answers[column] === null) return;
       const part = made("div");
-      part.append(made("h4", name), ...spoken(answers[column]));
+      part.append(made("h3", name), ...spoken(answers[column]));
       holder.append(part);
     });
     return holder;
@@ -281,7 +301,10 @@
     const rows = [];
     for (const trace of figure.data) {
       const add = (x, y, z) => rows.push([plain(trace.name ?? ""), named("xaxis", x), named("yaxis", y), z]);
-      if (trace.z) trace.z.forEach((line, row) => line.forEach((z, column) => add(trace.x[column], trace.y[row], z)));
+      if (trace.z && trace.meta?.scale === "absent") {
+        trace.z.forEach((line, row) => line.forEach((z, column) =>
+          z !== null && add(trace.x[column], trace.y[row], null)));
+      } else if (trace.z) trace.z.forEach((line, row) => line.forEach((z, column) => add(trace.x[column], trace.y[row], z)));
       else if (trace.fill !== "toself") (trace.x ?? []).forEach((x, at) => x !== null && add(x, trace.y[at], null));
     }
     return { columns: ["series", "x", "y", "value"], rows };
@@ -350,6 +373,7 @@
       redraw();
     });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+    addEventListener("resize", () => [...drawn.keys()].forEach((each) => reach(each.parentElement)));
     addEventListener("beforeprint", () => waiting().forEach(draw));
     matchMedia("print").addEventListener("change", redraw);
   }
