@@ -108,7 +108,7 @@ class Sizes:
 
 
 _TINY_DEMO = ("--n-train", "16", "--n-val", "4", "--n-test", "1", "--positions=-1",
-              "--max-new-tokens", "2")  # fmt: skip
+              "--max-new-tokens", "2", "--controls", "0")  # fmt: skip
 TINY = Sizes(8, 2, 2, 3, _TINY_DEMO)
 
 

@@ -174,26 +174,12 @@ backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
 
 
 class Emulated(torch.Tensor):
-    """A tensor of the device; ``raw`` is the CPU tensor that it stands for."""
+    """A tensor of the device; ``raw`` is the CPU tensor that it stands for, ``at`` the device's
+    index."""
 
     raw: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, raw: torch.Tensor, index: int) -> Emulated:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            raw.shape,
-            strides=raw.stride(),
-            storage_offset=raw.storage_offset(),
-            dtype=raw.dtype,
-            layout=raw.layout,
-            device=torch.device(NAME, index),
-            requires_grad=raw.requires_grad,
-        )
-        made.raw = raw
-        return made
-
-    def __init__(self, raw: torch.Tensor, index: int) -> None: ...
+    at: int
+    hold: _Hold
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -221,7 +207,27 @@ class Emulated(torch.Tensor):
 
     def set_(self, *source: Any) -> Emulated:  # type: ignore[override]
         raws = [one.raw if isinstance(one, Emulated) else one for one in source]
-        return Emulated(torch.empty(0, dtype=self.dtype).set_(*raws), _index(self.device))
+        return _emulated(torch.empty(0, dtype=self.dtype).set_(*raws), self.at)
+
+
+_DEVICES = [torch.device(NAME, index) for index in range(8)]
+_make = torch.Tensor._make_wrapper_subclass
+
+
+def _emulated(raw: torch.Tensor, at: int) -> Emulated:
+    """What shows a CPU tensor as one of the device."""
+    made = _make(
+        Emulated,
+        raw.shape,
+        strides=raw.stride(),
+        storage_offset=raw.storage_offset(),
+        dtype=raw.dtype,
+        device=_DEVICES[at],
+        requires_grad=raw.requires_grad,
+    )
+    made.raw = raw
+    made.at = at
+    return made
 
 
 def _index(device: torch.device) -> int:
@@ -278,11 +284,72 @@ _SIZED = {
 _RESHAPING = {"resize_", "t_", "transpose_", "squeeze_", "unsqueeze_", "as_strided_", "swapaxes_"}
 
 
+# Masks may choose in them, or the CPU has them otherwise.
+_LOOKED_AT = {"index", "index_put_", "index_put", "_unsafe_index", "histc"}
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.layout, torch.memory_format}
+# Operators of which nothing needs to be known but that their tensors lie on one device, and what
+# carries them out.
+_ordinary: dict[Any, Any] = {}
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Carry an operator out on the CPU, as the device would or would not have."""
+    """Carry an operator out on the CPU, as the device would or would not have.
+
+    Every operator of a model comes here: the short way is for those that need no looking at.
+    """
+    try:
+        kernel = _ordinary[func]
+    except KeyError:
+        name = func._schema.name.rpartition("::")[2]
+        special = name in _CROSSING | _TO_HOST | _SIZED | _RESHAPING | _LOOKED_AT
+        kernel = _ordinary[func] = None if special else func._op
+    if kernel is None:
+        return _run_with_care(func, args, kwargs)
+    seen: list[Emulated] = []
+    plain: list[Any] = []
+    for arg in (*args, *kwargs.values()) if kwargs else args:
+        kind = type(arg)
+        if kind is Emulated:
+            seen.append(arg)
+            plain.append(arg.raw)
+        elif kind in _PLAIN:
+            plain.append(arg)
+        elif kind is list or kind is tuple:
+            inner = []
+            for one in arg:
+                kind = type(one)
+                if kind is Emulated:
+                    seen.append(one)
+                    inner.append(one.raw)
+                elif kind in _PLAIN:
+                    inner.append(one)
+                else:
+                    return _run_with_care(func, args, kwargs)
+            plain.append(inner)
+        else:  # a tensor of another device, a device
+            return _run_with_care(func, args, kwargs)
+    if not seen or "pin_memory" in kwargs:
+        return _run_with_care(func, args, kwargs)
+    at = seen[0].at
+    for one in seen:
+        if one.at != at:
+            return _run_with_care(func, args, kwargs)
+    if kwargs:
+        out = kernel(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
+    else:
+        out = kernel(*plain)
+    if STATE.made is not None:
+        _note_made(func._schema.name.rpartition("::")[2], out, [one.raw for one in seen])
+    if type(out) is torch.Tensor:
+        for one in seen:
+            if one.raw is out:  # what was changed in place
+                return one
+        return _new(out, at)
+    return _wrap(out, at, {id(one.raw): one for one in seen})
+
+
+def _run_with_care(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same for operators that move, wait, choose or must be refused."""
     name = func._schema.name.rpartition("::")[2]
     homes: set[int] = set()
     wrapped: dict[int, Emulated] = {}
@@ -293,7 +360,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if type(value) in _PLAIN:
             return value
         if isinstance(value, Emulated):
-            homes.add(_index(value.device))
+            homes.add(value.at)
             wrapped[id(value.raw)] = value
             return value.raw
         if isinstance(value, torch.Tensor):
@@ -323,7 +390,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     home: int | None
     if name in ("copy_", "_copy_from"):
         goal = args[0] if name == "copy_" else args[1]
-        home = _index(goal.device) if isinstance(goal, Emulated) else None
+        home = goal.at if isinstance(goal, Emulated) else None
     elif device is not None:
         home = _index(device) if on_device else None
     else:
@@ -365,9 +432,10 @@ def _wrap(value: Any, index: int, wrapped: dict[int, Emulated]) -> Any:
 
 
 def _new(raw: torch.Tensor, index: int) -> Emulated:
-    _refuse_wide(raw.dtype)
+    if not STATE.float64:
+        _refuse_wide(raw.dtype)
     if STATE.memory is None:
-        return Emulated(raw, index)
+        return _emulated(raw, index)
     storage = raw.untyped_storage()
     key, size = (index, storage._cdata), storage.nbytes()
     if key not in _held:
@@ -381,16 +449,24 @@ def _new(raw: torch.Tensor, index: int) -> Emulated:
         STATE.peak = max(STATE.peak, STATE.used[index])
         _held[key] = [0, size]
     _held[key][0] += 1
-    made = Emulated(raw, index)
-    weakref.finalize(made, _let_go, key, STATE.used)
+    made = _emulated(raw, index)
+    made.hold = _Hold(key, STATE.used)
     return made
 
 
-def _let_go(key: tuple[int, int], used: Counter[int]) -> None:
-    if key in _held:
-        _held[key][0] -= 1
-        if not _held[key][0]:
-            used[key[0]] -= _held.pop(key)[1]
+class _Hold:
+    """What a tensor takes of its device, until it is gone."""
+
+    __slots__ = ("key", "used")
+
+    def __init__(self, key: tuple[int, int], used: Counter[int]) -> None:
+        self.key, self.used = key, used
+
+    def __del__(self) -> None:
+        if self.key in _held:
+            _held[self.key][0] -= 1
+            if not _held[self.key][0]:
+                self.used[self.key[0]] -= _held.pop(self.key)[1]
 
 
 def _refuse_wide(dtype: torch.dtype | None) -> None:
@@ -439,6 +515,20 @@ def _copy_from(source: Any, goal: Any, non_blocking: bool = False) -> Any:
 _LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")
 _LIBRARY.impl("empty_strided", _empty_strided, "PrivateUse1")
 _LIBRARY.impl("empty.memory_format", _empty, "PrivateUse1")
+
+
+def _whole(operator: Any) -> Any:
+    return lambda *args, **kwargs: _run(operator, args, kwargs)
+
+
+# They would come here in many parts, each of which takes its time; a device has a kernel for each.
+# Their gradients are lost: nothing in this project takes any on a device.
+for _operator in (
+    torch.ops.aten.linear.default,
+    torch.ops.aten.matmul.default,
+    torch.ops.aten.scaled_dot_product_attention.default,
+):
+    _LIBRARY.impl(_operator, _whole(_operator), "AutogradPrivateUse1")
 
 
 def snapshot(state: State) -> State:

@@ -163,7 +163,8 @@ def test_a_template_may_only_loop_for_some_texts(tokenizer: Any, monkeypatch) ->
 def test_all_conversations_together_are_bounded(tokenizer: Any, monkeypatch) -> None:
     """Each just within its time, a hundred would still take minutes."""
     monkeypatch.setattr(template_process, "SECONDS", 1.0)
-    monkeypatch.setattr(template_process, "MORE_SECONDS", 0.01)
+    monkeypatch.setattr(template_process, "MORE_SECONDS", 0.001)
+    monkeypatch.setattr(template_process, "_GRACE", 0.5)
     template_process._rendering.close()
     tokenizer.chat_template = (
         "{% for i in range(300) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"

@@ -39,7 +39,7 @@ def make_run(place: Path) -> Path:
         sources += [f"--{kind}", str(place / f"{kind}.json")]
     quiet = ["--quiet", "--json"]
     small = ["--n-train", "16", "--n-val", "5", "--max-new-tokens", "6", "--save-activations"]
-    small += ["--n-test", "13", "--search", "exhaustive", "--no-filter"]
+    small += ["--n-test", "13", "--search", "exhaustive", "--no-filter", "--controls", "1"]
     assert main(["run", str(model), "-o", str(folder), *sources, *small, *quiet]) == 0
     assert main(["inspect", str(folder), *quiet]) == 0
     suffix = ["--suffix", f"kindly {BREAKOUT}", "--n-prompts", "4"]

@@ -134,6 +134,7 @@ def scripted(
     size = 200
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=size - 2, n_embd=size, n_layer=4, n_head=1,
+        n_inner=1,  # an MLP of zeros needs no width
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
     )  # fmt: skip

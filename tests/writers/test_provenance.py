@@ -107,3 +107,21 @@ def test_a_tensor_with_another_between_its_rows_stays_in_boxes() -> None:
         Region(0, ((6, 8), (0, 6)), ((2, 4), (0, 6)), (0, 1)),
         Region(1, ((2, 6), (0, 6)), ((0, 4), (0, 6)), (0, 1)),
     ]
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1, 6), (6, 1), (5,), (2, 3, 4)], ids=str)
+def test_a_tensor_as_it_lies_on_disk_is_the_box_that_the_long_way_finds(
+    shape: tuple[int, ...],
+) -> None:
+    there = leaf(0, shape)
+    unknown = Traced(there.meta, there.origin)
+    for axis in range(len(shape)):
+        assert regions(there, axis, [shape]) == regions(unknown, axis, [shape])
+
+
+def test_only_a_tensor_as_it_lies_on_disk_is_known_to_be_whole() -> None:
+    square = leaf(3, (4, 4))
+    assert square[...].whole == square.view(4, 4).whole == 3  # type: ignore[attr-defined]
+    for changed in (square.T, square[:3], square.reshape(2, 8), torch.cat([square, square])):
+        assert changed.whole is None  # type: ignore[attr-defined]
+    assert regions(square.T, 0, [(4, 4)] * 4)[0].axes == (1, 0)  # type: ignore[arg-type]

@@ -5,6 +5,10 @@ A configuration may come from anyone: nothing is built far beyond the tensors th
 
 from __future__ import annotations
 
+import json
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -65,9 +69,50 @@ def build_model(config: Any, **options: Any) -> PreTrainedModel:
 
 
 def empty_model(
-    config: Any, trust_remote_code: bool = False, shards: ShardSet | None = None, **options: Any
+    config: Any, trust_remote_code: bool = False, shards: ShardSet | None = None
 ) -> PreTrainedModel:
     """The model of a configuration on the meta device: names and shapes, no memory.
+
+    Plans, checks and tables ask for the same one several times a command: the last few are kept,
+    so nobody may change what this gives. For one to fill see :func:`build_empty`.
+
+    Args:
+        config: its configuration.
+        trust_remote_code: the checkpoint's own code may run.
+        shards: its tensors, which a model is not built far beyond.
+
+    Raises:
+        CheckpointError: the configuration contradicts itself, or is that of a larger model.
+    """
+    if trust_remote_code:  # whose code it is does not stand in the configuration
+        return build_empty(config, trust_remote_code, shards)
+    values = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    model = _kept_empty(_Asked(type(config), values, _bounds(config, shards), config, shards))
+    _check_layers(config, model, shards)
+    return model
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What decides an empty model, and what it is built from."""
+
+    kind: type
+    values: str
+    bounds: tuple[int, int]
+    config: Any = field(compare=False)
+    shards: ShardSet | None = field(compare=False)
+
+
+# A source, its edited copy, and each with embedding and output head untied.
+@lru_cache(maxsize=4)
+def _kept_empty(asked: _Asked) -> PreTrainedModel:
+    return build_empty(deepcopy(asked.config), shards=asked.shards)
+
+
+def build_empty(
+    config: Any, trust_remote_code: bool = False, shards: ShardSet | None = None, **options: Any
+) -> PreTrainedModel:
+    """As :func:`empty_model`, a new one that belongs to the caller.
 
     Args:
         config: its configuration.
@@ -78,9 +123,8 @@ def empty_model(
     Raises:
         CheckpointError: the configuration contradicts itself, or is that of a larger model.
     """
-    bounds = (NUMBERS, TENSORS) if shards is None else size_bounds(config, shards)
     try:
-        with torch.device("meta"), bounded_build(*bounds):
+        with torch.device("meta"), bounded_build(*_bounds(config, shards)):
             model = build_model(config, trust_remote_code=trust_remote_code, **options)
     except TooLargeError as error:
         raise too_large(config, error, shards) from None
@@ -89,11 +133,22 @@ def empty_model(
         raise CheckpointError(
             f"a '{config.model_type}' model cannot be built from config.json ({reason})"
         ) from None
-    layers = Held(dict.fromkeys(name for name, _ in model.named_parameters())).layers
-    held = None if shards is None else Held.of(shards)
-    if held is not None and layers is not None and held.layers is not None and layers > held.layers:
-        raise too_large(config, TooLargeError(f"{layers:,} layers"), shards)
+    _check_layers(config, model, shards)
     return model
+
+
+def _bounds(config: Any, shards: ShardSet | None) -> tuple[int, int]:
+    return (NUMBERS, TENSORS) if shards is None else size_bounds(config, shards)
+
+
+def _check_layers(config: Any, model: PreTrainedModel, shards: ShardSet | None) -> None:
+    """Raise where a model has more layers than its tensors are of."""
+    held = None if shards is None else Held.of(shards)
+    if held is None or held.layers is None:
+        return
+    layers = Held(dict.fromkeys(name for name, _ in model.named_parameters())).layers
+    if layers is not None and layers > held.layers:
+        raise too_large(config, TooLargeError(f"{layers:,} layers"), shards)
 
 
 def size_bounds(config: Any, shards: ShardSet) -> tuple[int, int]:

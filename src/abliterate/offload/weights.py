@@ -29,7 +29,7 @@ from abliterate.checkpoints.shards import read_shards
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.models.library_versions import load_tensors
 from abliterate.models.loading import Checkpoint, incomplete, name_of
-from abliterate.models.model_classes import empty_model
+from abliterate.models.model_classes import build_empty
 from abliterate.offload.mmap_weights import Mapped
 from abliterate.writers.loaded_names import loaded_names
 
@@ -88,7 +88,7 @@ class Weights:
     ) -> None:
         self.device, self.checkpoint = device, checkpoint
         shards = read_shards(checkpoint.folder)
-        self.model: PreTrainedModel = empty_model(
+        self.model: PreTrainedModel = build_empty(
             config, trust_remote_code, shards, dtype=dtype, **(attention or {})
         ).eval()
         self.mapped = Mapped(shards)

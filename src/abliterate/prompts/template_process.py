@@ -30,6 +30,7 @@ SECONDS, MORE_SECONDS = 10.0, 0.1
 #: that went in.
 LONGEST, MOST, TIMES = 1 << 20, 1 << 24, 4
 _START_SECONDS = 120.0
+_GRACE = 10.0  # seconds beyond all, after which the worker itself stops
 _SHOWN = 300
 _TICK = 0.25  # between looks at a process that has not answered
 _MEMORY = template_worker.MEMORY + (512 << 20)
@@ -205,7 +206,7 @@ class _Worker:
             self._wait(_START_SECONDS)
             self.ready = True
         self.credit += MORE_SECONDS * count
-        bounds = {"longest": LONGEST, "most": MOST, "times": TIMES, "seconds": self.credit + 10}
+        bounds = {"longest": LONGEST, "most": MOST, "times": TIMES, "seconds": self.credit + _GRACE}
         self._send(json.dumps(bounds)[:-1] + ", " + body[1:])
         found: list[Any] = []
         while len(found) < count:

@@ -26,17 +26,25 @@ class TraceError(Exception):
 
 
 class Traced(torch.Tensor):
-    """A tensor without values whose every element knows where on disk it comes from."""
+    """A tensor without values whose every element knows where on disk it comes from.
+
+    Attributes:
+        meta: of its shape, on the meta device.
+        origin: where each element comes from.
+        whole: the number of the tensor on disk that it is, whole and as it is there; None where it
+            is made of something else, or that is not known.
+    """
 
     meta: Tensor
     origin: Origin
+    whole: int | None
 
     @staticmethod
-    def __new__(cls, meta: Tensor, origin: Origin) -> Traced:
+    def __new__(cls, meta: Tensor, origin: Origin, whole: int | None = None) -> Traced:
         new: Traced = torch.Tensor._make_wrapper_subclass(
             cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=torch.device("cpu")
         )
-        new.meta, new.origin = meta, origin
+        new.meta, new.origin, new.whole = meta, origin, whole
         return new
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -74,6 +82,7 @@ def leaf(number: int, shape: Sequence[int]) -> Traced:
     return Traced(
         torch.empty(tuple(shape), device="meta"),
         lambda offsets: (torch.full_like(offsets, number), offsets),
+        number,
     )
 
 
@@ -90,7 +99,13 @@ def _view(out: Tensor, source: Traced, packet: Any) -> Traced:
     """``out`` as a view of ``source``; a new storage means that values were computed."""
     if out.untyped_storage()._cdata != source.meta.untyped_storage()._cdata:
         raise TraceError(f"cannot follow {packet}")
-    return Traced(out, source.origin)
+    meta = source.meta
+    same = (out.shape, out.stride(), out.storage_offset()) == (
+        meta.shape,
+        meta.stride(),
+        meta.storage_offset(),
+    )
+    return Traced(out, source.origin, source.whole if same else None)
 
 
 def _cat(pieces: Sequence[Traced], dim: int) -> Traced:

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from abliterate.models.device_placement import to_device
 from abliterate.precision import widest
 from abliterate.writers.op_trace import Call, elements_of, tensors_in
 
@@ -149,7 +150,7 @@ def leak(
     if blocks:
         sizes = {name: sizes[name] for name in blocks}
     seen: list[tuple[int, int, Tensor]] = []
-    on = cache(lambda device: unit.to(device, widest(device)))
+    on = cache(lambda device: to_device(unit.to(widest(device)), device))
 
     def hook(size: int) -> Callable[[nn.Module, object, object, object], None]:
         def measure(module: nn.Module, args: object, kwargs: object, output: object) -> None:

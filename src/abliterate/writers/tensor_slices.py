@@ -46,6 +46,10 @@ class Region:
 
 def regions(traced: Traced, axis: int, shapes: Sequence[tuple[int, ...]]) -> list[Region]:
     """The boxes that ``traced`` is made of, each of which spans ``axis`` whole and in order."""
+    if traced.whole is not None and traced.numel():  # as most are
+        part = tuple((0, size) for size in traced.shape)
+        axes = tuple(None if size == 1 else i for i, size in enumerate(traced.shape))
+        return [Region(traced.whole, part, part, axes)]
     lines = [_breaks(traced, i, shapes) for i in range(traced.ndim)]
     if len(lines[axis]) > 2:
         raise RegionError("its d_model axis is cut or permuted on disk")

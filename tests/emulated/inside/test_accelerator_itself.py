@@ -36,6 +36,33 @@ def test_tensors_of_two_devices_do_not_meet() -> None:
             here.numpy()
 
 
+@pytest.mark.parametrize("operator", ["linear", "matmul", "attention"])
+def test_operators_in_one_piece_are_as_strict_as_in_parts(operator: str) -> None:
+    """What the device carries out whole meets no tensor of another place and nothing wide."""
+    function = torch.nn.functional
+    carried_out = {
+        "linear": lambda one, other: function.linear(one, other),
+        "matmul": torch.matmul,
+        "attention": lambda one, other: function.scaled_dot_product_attention(
+            one, one, one, attn_mask=other
+        ),
+    }[operator]
+    shape = (2, 3, 4, 4) if operator == "attention" else (4, 4)
+    one, other = torch.randn(shape), torch.randn(4, 4)
+    with accelerator.accelerator(float64=False, devices=2) as state, torch.no_grad():
+        here, there = one.to("emu"), other.to("emu")
+        state.waits.clear()
+        found = carried_out(here, there)
+        assert str(found.device) == "emu:0"
+        assert not state.waits
+        torch.testing.assert_close(found.cpu(), carried_out(one, other))
+        for foreign in (other, other.to("emu:1")):
+            with pytest.raises(RuntimeError, match="at least two devices"):
+                carried_out(here, foreign)
+        with pytest.raises(TypeError, match="doesn't support float64"):
+            carried_out(here.double(), there.double())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_wide_numbers_exist_where_they_are_said_to(dtype: torch.dtype) -> None:
     with accelerator.accelerator(float64=True):

@@ -118,7 +118,7 @@ def test_an_evaluation_is_the_same(on_cpu: Path, tmp_path: Path) -> None:
     texts.write_text("\n".join(f"A plain sentence, the {n}th of some." for n in range(3, 5)))
     options = ("--direction", on_cpu, "--n-test", "1", "--max-new-tokens", "3", "-q",
                "--dtype", "float32", "--corpus", f"pile={texts}", "--intervention", "ablate",
-               "--intervention", "add")  # fmt: skip
+               "--intervention", "add", "--controls", "1")  # fmt: skip
     on_device("evaluate", MODEL, *options, "-o", tmp_path / "emu", float64=False)
     on_host("evaluate", MODEL, *options, "-o", tmp_path / "cpu")
     ours, theirs = (
@@ -145,6 +145,8 @@ def test_analyses_are_the_same(on_cpu: Path, tmp_path: Path) -> None:
             "1",
             "--max-new-tokens",
             "2",
+            "--controls",
+            "1",
             "--dtype",
             "float32",
         ),
