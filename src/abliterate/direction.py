@@ -365,10 +365,15 @@ def _read(path: Path, winner: bool = False) -> Direction | DirectionSet:
     metadata = tensor_metadata(path)
 
     def number(key: str) -> int | None:
-        try:
-            return int(metadata[key])
-        except (KeyError, ValueError):
+        text = metadata.get(key, "None")
+        if text == "None":
             return None
+        try:
+            return int(text)
+        except ValueError:
+            raise InputError(
+                f"{path}: metadata '{key}' must be a whole number, not '{text[:40]}'"
+            ) from None
 
     return Direction(
         vector.double(),

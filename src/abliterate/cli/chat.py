@@ -296,21 +296,23 @@ def chat(
         find_direction(direction, settings.select.position)
         settings = load_settings(config, given, _format_of(Path(direction)))
     sources = [] if direction is None else [source_of_direction(direction)]
+    made, vector = settings.select, None
+    if direction is not None:
+        vector = load_directions(direction, made.project_harmless, made.position, made.interpolate)
+    from abliterate.inference.dialogue import Conversation, Decoding, Steering, check_steering
+
+    first = Steering("ablate") if ablate else Steering()
+    first = first if coeff is None else Steering("add", coeff)
+    check_steering(first, vector)
     session = open_session(model, settings, sources=sources)
-    from abliterate.inference.dialogue import Conversation, Decoding, Steering
     from abliterate.run_rendering import settle_rendering
 
     settle_rendering(session, several=True)
     decoding = Decoding(settings.evaluate.max_new_tokens, temperature, settings.model.seed)
-    made, vector = settings.select, None
-    if direction is not None:
-        vector = load_directions(direction, made.project_harmless, made.position, made.interpolate)
 
     def conversation() -> Conversation:
         return Conversation(session.load_in_memory(), vector, session.chat, decoding)
 
-    first = Steering("ablate") if ablate else Steering()
-    first = first if coeff is None else Steering("add", coeff)
     screen = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     talk = _Talk(conversation() if compare else None, conversation(), first, screen, as_json)
     talk.steered.check()

@@ -27,6 +27,7 @@ from abliterate.evaluation.outcomes import BORDERLINE, KINDS, deltas
 from abliterate.evaluation.raters import agreements
 from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
+from abliterate.metrics.refusal_tokens import resolve_refusal_tokens
 from abliterate.models.loading import Checkpoint
 from abliterate.run_folder import COMPLETIONS, EVALUATION, Session, prompt_keys
 from abliterate.run_rendering import extracted_of, settle_rendering
@@ -78,6 +79,8 @@ def evaluate_stage(
             return done
         settle_rendering(session, run, extracted_of(session, run))
         stage.depends_on(summary, files)  # the date may have been open
+        if inputs.here:  # before the model is loaded, which takes long
+            resolve_refusal_tokens(session.tokenizer, inputs.named_tokens)
         if inputs.here and session.opener.limits:
             log.info("%s", session.opener.limits)
         if inputs.servers:
