@@ -20,7 +20,7 @@ from architectures.zoo import (
 
 from abliterate import add
 from abliterate.errors import UnsupportedArchitectureError
-from abliterate.extraction.means import mean_resid_pre
+from abliterate.extraction.mean_activations import mean_resid_pre
 from abliterate.writers import find_writers, stream_width
 
 # No constant edit of the weights is exact for these: what each refusal has to name.
