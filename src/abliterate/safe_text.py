@@ -20,7 +20,7 @@ _UNSAFE = re.compile(
 UNSAFE_IN_JSON = re.compile(f"(?![\t\n]){_UNSAFE.pattern}")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
-_SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SECRET_VARIABLES = ("OPENAI_API_KEY", "SECOND_JUDGE_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _NO_SECRETS = ("", "none", "None", "empty", "EMPTY")
 _HIDDEN = "***"
 # A password may hold what it should not; in addresses of the hub (hf://) an @ has its own meaning.

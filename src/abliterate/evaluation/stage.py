@@ -148,6 +148,8 @@ def _measure(measurements: Measurements, out: Path | None) -> None:
             classify_files(inputs.classifier, files)
         if inputs.judge is not None:
             judge_files(inputs.judge, files)
+        if inputs.second_judge is not None:
+            judge_files(inputs.second_judge, files, inputs.second_judge_key)
     except KeyboardInterrupt:
         if out is None:
             raise
@@ -185,6 +187,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "controls": _controls(measurements),
         "hooks_and_edits": hooks_and_edits(outcomes, list(inputs.edited)),
         "judge": inputs.judge and inputs.judge.summary(),
+        **({"second_judge": two.summary()} if (two := inputs.second_judge) else {}),
         "classifier": inputs.classifier and inputs.classifier.summary(),
         "judge_failures": failures(completions),
         **_agreement(inputs, completions, session.settings.model.seed),
