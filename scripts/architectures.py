@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Regenerates docs/architectures.md: every decoder-only architecture through the command line.
 
-    python scripts/architectures.py [--check] [--lists]
+    python scripts/architectures.py [--check] [--wrappers | --lists]
 
 Builds a tiny random model of each type, edits it with ``abliterate orthogonalize``, reloads it and
 measures what the residual stream still has along the direction. Takes a minute or two. ``--check``
-prints the table and leaves the file alone. ``--lists`` makes the lists below the tables anew, for
-which no model is built, and leaves the tables as they are.
+prints the page and leaves the file alone. ``--wrappers`` measures the vision-language wrappers
+alone, ``--lists`` makes the lists below the tables anew, for which no model is built; both leave
+the rest of the page as it is.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/support"))
 
+from architectures.page import edited_row, excluded_lines, is_exact, refused_row, row  # noqa: E402
 from architectures.roundtrip import Outcome, round_trip  # noqa: E402
 from architectures.zoo import (  # noqa: E402
-    EXCLUDED,
     VISION_LANGUAGE,
     decoder_only_types,
     tiny_model,
+    tiny_vision_language_model,
 )
 
 HEADER = """\
@@ -59,17 +63,21 @@ exact too: the last column is the leak measured under it.
 |---|---|---:|---:|
 {refusals}
 
+{wrappers}
 {lists}"""
 
-LISTS = """\
+WRAPPERS = """\
 ## Vision-language wrappers
 
-The text decoder in the checkpoint of these types (through `AutoModelForImageTextToText`) is exact
-on text, by the same test. What the vision tower puts into the stream at image tokens is left as
-it is:
+The text decoder in the checkpoint of these types (`AutoModelForImageTextToText`), on text, by the
+same test. What the vision tower puts into the stream at image tokens is left as it is.
 
-{wrappers}
+| type | writers | tensors on disk | direction | leak before | leak after |
+|---|---:|---:|---|---:|---:|
+{rows}
+"""
 
+LISTS = """\
 ## Not in the table
 
 Types under `AutoModelForCausalLM` that are no decoder-only text models, or that are another type
@@ -78,32 +86,42 @@ under another name:
 {excluded}
 """
 
+_WRAPPERS, _LISTS = "## Vision-language wrappers", "## Not in the table"
 
-def outcome_of(model_type: str) -> Outcome | str:
+
+def outcome_of(model_type: str, make: Callable[[str], PreTrainedModel]) -> Outcome | str:
     """What became of a type; or why nothing could be found out about it."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return round_trip(lambda: tiny_model(model_type), Path(folder))
+            return round_trip(lambda: make(model_type), Path(folder))
         except Exception as error:  # a type of a newer release may fail anywhere
             return f"untested: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def lists() -> str:
     """What is known of types outside the tables."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in EXCLUDED.items():
-        reasons.setdefault(reason, []).append(name)
-    return LISTS.format(
-        wrappers="\n".join(f"- {name}" for name in VISION_LANGUAGE),
-        excluded="\n".join(f"- {reason}: {', '.join(names)}" for reason, names in reasons.items()),
-    )
+    return LISTS.format(excluded=excluded_lines())
 
 
-def with_lists(text: str) -> str:
+def wrappers() -> str:
+    """The vision-language wrappers, measured."""
+    rows = []
+    for name in tqdm(VISION_LANGUAGE):
+        outcome = outcome_of(name, tiny_vision_language_model)
+        untested = isinstance(outcome, str)
+        rows.append(f"| {name} | | | {outcome} | | |" if untested else row(name, outcome))
+    return WRAPPERS.format(rows="\n".join(rows))
+
+
+def with_lists(page: str) -> str:
     """The page with its lists anew."""
-    for heading in ("## Vision-language wrappers", "## Not in the table"):
-        text = text.partition(heading)[0]
-    return text + lists()
+    return page.partition(_LISTS)[0] + lists()
+
+
+def with_wrappers(page: str) -> str:
+    """The page with the table of wrappers anew."""
+    before, _, rest = page.partition(_WRAPPERS)
+    return f"{before}{wrappers()}\n{_LISTS}{rest.partition(_LISTS)[2]}"
 
 
 def render(outcomes: dict[str, Outcome | str]) -> str:
@@ -112,18 +130,11 @@ def render(outcomes: dict[str, Outcome | str]) -> str:
         if isinstance(outcome, str):
             rows.append(f"| {name} | | | {outcome} | | |")
         elif outcome.edited is None:
-            reason = outcome.refusal.partition("cannot be made exact: ")[2].partition("; ")[0]
-            leak = outcome.refusal.rpartition("a leak of ")[2].partition(" ")[0]
-            refusals.append(f"| {name} | {reason} | {leak} | {outcome.hooked:.1e} |")
+            refusals.append(refused_row(name, outcome))
         else:
-            good = outcome.edited <= 1e-5 and outcome.verified
-            exact += good
-            gains += good and outcome.gains
-            kind = ("gain" if outcome.gains else "r") if good else "NOT EXACT"
-            rows.append(
-                f"| {name} | {outcome.writers} | {outcome.tensors} | {kind} | "
-                f"{outcome.before:.2f} | {outcome.edited:.1e} |"
-            )
+            exact += is_exact(outcome)
+            gains += is_exact(outcome) and outcome.gains
+            rows.append(edited_row(name, outcome))
     return HEADER.format(
         version=transformers.__version__,
         exact=exact,
@@ -132,6 +143,7 @@ def render(outcomes: dict[str, Outcome | str]) -> str:
         refused=len(refusals),
         rows="\n".join(rows),
         refusals="\n".join(refusals),
+        wrappers=wrappers(),
         lists=lists(),
     )
 
@@ -139,13 +151,18 @@ def render(outcomes: dict[str, Outcome | str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="print, do not write")
-    parser.add_argument("--lists", action="store_true", help="the lists alone; no model is built")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--wrappers", action="store_true", help="the vision-language wrappers alone")
+    part.add_argument("--lists", action="store_true", help="the lists alone; no model is built")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
     if arguments.lists:
-        text = with_lists((ROOT / "docs" / "architectures.md").read_text(encoding="utf-8"))
+        text = with_lists(page)
+    elif arguments.wrappers:
+        text = with_wrappers(page)
     else:
-        text = render({name: outcome_of(name) for name in tqdm(decoder_only_types())})
+        text = render({name: outcome_of(name, tiny_model) for name in tqdm(decoder_only_types())})
     if arguments.check:
         print(text)
     else:

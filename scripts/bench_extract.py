@@ -18,7 +18,7 @@ import transformers
 from bench_select import load
 from torch import Tensor
 
-from abliterate.extraction.means import mean_resid_pre
+from abliterate.extraction.mean_activations import mean_resid_pre
 from abliterate.inference.forward import Batch, for_each_batch, last_logits
 
 ROOT = Path(__file__).resolve().parents[1]

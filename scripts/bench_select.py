@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from abliterate import load_model, load_prompts
-from abliterate.extraction.means import mean_resid_pre
+from abliterate.extraction.mean_activations import mean_resid_pre
 from abliterate.extraction.refusal_token_search import find_refusal_tokens
 from abliterate.inference.forward import all_last_logits
 from abliterate.metrics.refusal import refusal_score

@@ -24,7 +24,7 @@ def test_the_site_builds_without_a_broken_link(
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))
     pages = {path.parent.name: path.read_text("utf-8") for path in tmp_path.rglob("index.html")}
     assert 'id="abliterate.api.directions.extract"' in pages["api"]
-    assert "abliterate.api.checkpoints.OrthogonalizedModel.restore" in pages["api"]
+    assert "abliterate.api.edits.OrthogonalizedModel.restore" in pages["api"]
     assert "--refusal-token" in pages["cli"]
     assert "quickstart.ipynb" in pages["notebook"]
 

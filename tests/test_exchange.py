@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abliterate import add, load_direction
+from abliterate import ablate, add, load_direction
 
 LAYER = 2
 
@@ -105,6 +105,75 @@ def test_steering_vectors_adds_it_where_add_does(tiny, cli, run: Path) -> None:
         with steering.apply(model, multiplier=0.7):
             assert torch.allclose(model(ids).logits, expected, atol=1e-4)
         assert not torch.allclose(model(ids).logits, expected, atol=1e-2)
+
+
+_IDS = torch.arange(5, 25).unsqueeze(0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_transformer_lens_steers_at_the_hook_points_of_the_page(
+    kind: str, tiny, cli, run: Path
+) -> None:
+    lens = pytest.importorskip("transformer_lens.model_bridge", exc_type=ImportError)
+    r = torch.from_numpy(np.load(_export(cli, run, "npz"))["direction"])
+    model = AutoModelForCausalLM.from_pretrained(tiny(kind), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny(kind))
+    unit = (r / r.norm()).float()
+    with torch.no_grad():
+        plain = model(_IDS).logits
+        with add(model, r, LAYER, 0.7):
+            added = model(_IDS).logits
+        with ablate(model, r):
+            ablated = model(_IDS).logits
+    bridge = lens.TransformerBridge.boot_transformers(
+        str(tiny(kind)), hf_model=model, tokenizer=tokenizer, device="cpu"
+    )
+
+    def without(value: torch.Tensor, hook: object) -> torch.Tensor:
+        return value - (value @ unit)[..., None] * unit
+
+    def logits(*hooks: tuple[str, Callable]) -> torch.Tensor:
+        with torch.no_grad():
+            return bridge.run_with_hooks(_IDS, fwd_hooks=list(hooks), return_type="logits")
+
+    assert torch.allclose(logits(), plain, atol=1e-4)
+    for name in (f"blocks.{LAYER}.hook_resid_pre", f"blocks.{LAYER - 1}.hook_resid_post"):
+        got = logits((name, lambda resid, hook: resid + 0.7 * r.float()))
+        assert torch.allclose(got, added, atol=1e-4), name
+    places = ["hook_embed"]
+    for layer in range(4):
+        places += [f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out"]
+    assert torch.allclose(logits(*((name, without) for name in places)), ablated, atol=1e-4)
+    assert min((ablated - plain).abs().max(), (added - plain).abs().max()) > 0.1
+
+
+def test_nnsight_steers_at_the_output_of_the_page(tiny, cli, run: Path) -> None:
+    nnsight = pytest.importorskip("nnsight", exc_type=ImportError)
+    r = torch.from_numpy(np.load(_export(cli, run, "npz"))["direction"])
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        plain = model(_IDS).logits
+        with add(model, r, LAYER, 0.7):
+            added = model(_IDS).logits
+        with ablate(model, r):
+            ablated = model(_IDS).logits
+    seen = nnsight.NNsight(model)
+    shift, unit = 0.7 * r.float(), (r / r.norm()).float()
+    with torch.no_grad(), seen.trace(_IDS):
+        seen.model.layers[LAYER - 1].output = seen.model.layers[LAYER - 1].output + shift
+        got = seen.output.logits.save()
+    assert torch.allclose(got, added, atol=1e-4)
+    with torch.no_grad(), seen.trace(_IDS):
+        embedded = seen.model.embed_tokens.output
+        seen.model.embed_tokens.output = embedded - (embedded @ unit)[..., None] * unit
+        for block in seen.model.layers:
+            term = block.self_attn.o_proj.output
+            block.self_attn.o_proj.output = term - (term @ unit)[..., None] * unit
+            term = block.mlp.output
+            block.mlp.output = term - (term @ unit)[..., None] * unit
+        got = seen.output.logits.save()
+    assert torch.allclose(got, ablated, atol=1e-4)
+    assert min((ablated - plain).abs().max(), (added - plain).abs().max()) > 0.1
 
 
 def test_npz_says_where_it_acts(cli, run: Path) -> None:

@@ -125,6 +125,7 @@ def test_a_record_sends_no_answer_and_no_key_anywhere(
         def change(record: dict[str, Any]) -> None:
             record["settings"]["evaluate"] = {
                 "judge_url": judge.url, "judge_model": "m", "tasks": "evil",
+                "second_judge_url": judge.url, "second_judge_model": "n",
                 "tasks_dir": str(tasks), "judge": None, "corpus": ["own"],
             }  # fmt: skip
 
@@ -136,6 +137,7 @@ def test_a_record_sends_no_answer_and_no_key_anywhere(
         assert result.json["task_settings"] is None
         assert result.json["corpora"] == {}
         assert result.json["settings"]["evaluate"]["judge_url"] is None
+        assert result.json["settings"]["evaluate"]["second_judge_url"] is None
         assert not (tmp_path / "ran").exists()
         # The command line's own judge is asked, and no other.
         own = ("--judge-url", judge.url, "--judge-model", "mine")

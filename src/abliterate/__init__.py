@@ -16,24 +16,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from abliterate import plot
     from abliterate.api.behaviour import Evaluation, Fragility, evaluate, fragility
-    from abliterate.api.checkpoints import (
-        Audit,
-        Diff,
+    from abliterate.api.directions import Selection, activations, extract, select
+    from abliterate.api.edits import (
         EditedCheckpoint,
         OrthogonalizedModel,
-        Verification,
-        WriterTable,
-        audit,
-        diff,
         orthogonalize,
         orthogonalize_,
-        verify,
-        writers,
     )
-    from abliterate.api.directions import Selection, activations, extract, select
     from abliterate.api.language_model import LanguageModel, load, wrap
     from abliterate.api.looking import Inspection, ResourcePlan, Trace, inspect, plan, trace
     from abliterate.api.steering import ablate, add, generate
+    from abliterate.api.verdicts import Audit, Diff, Verification, audit, diff, verify
+    from abliterate.api.writer_table import WriterTable, writers
     from abliterate.console import set_progress
     from abliterate.direction import Direction, load_direction
     from abliterate.editing.options import EditOptions
@@ -49,31 +43,31 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AbliterateError": "errors",
-    "Audit": "api.checkpoints",
+    "Audit": "api.verdicts",
     "ChatFormat": "prompts.chat_template",
-    "Diff": "api.checkpoints",
+    "Diff": "api.verdicts",
     "Direction": "direction",
     "EditOptions": "editing.options",
-    "EditedCheckpoint": "api.checkpoints",
+    "EditedCheckpoint": "api.edits",
     "Evaluation": "api.behaviour",
     "Extraction": "extraction.means",
     "Fragility": "api.behaviour",
     "Inspection": "api.looking",
     "LanguageModel": "api.language_model",
     "Loaded": "models.loading",
-    "OrthogonalizedModel": "api.checkpoints",
+    "OrthogonalizedModel": "api.edits",
     "Prompt": "prompts.sources",
     "ResourcePlan": "api.looking",
     "Selection": "api.directions",
     "Thresholds": "selection.candidate_filters",
     "Trace": "api.looking",
-    "Verification": "api.checkpoints",
-    "WriterTable": "api.checkpoints",
+    "Verification": "api.verdicts",
+    "WriterTable": "api.writer_table",
     "ablate": "api.steering",
     "activations": "api.directions",
     "add": "api.steering",
-    "audit": "api.checkpoints",
-    "diff": "api.checkpoints",
+    "audit": "api.verdicts",
+    "diff": "api.verdicts",
     "evaluate": "api.behaviour",
     "extract": "api.directions",
     "fragility": "api.behaviour",
@@ -83,16 +77,16 @@ _HOME = {
     "load_direction": "direction",
     "load_model": "models.loading",
     "load_prompts": "prompts.sampling",
-    "orthogonalize": "api.checkpoints",
-    "orthogonalize_": "api.checkpoints",
+    "orthogonalize": "api.edits",
+    "orthogonalize_": "api.edits",
     "plan": "api.looking",
     "plot": "",
     "select": "api.directions",
     "set_progress": "console",
     "trace": "api.looking",
-    "verify": "api.checkpoints",
+    "verify": "api.verdicts",
     "wrap": "api.language_model",
-    "writers": "api.checkpoints",
+    "writers": "api.writer_table",
 }
 
 __all__ = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 import traceback
@@ -20,6 +19,10 @@ from functools import cache
 from typing import IO, Any, TypeVar
 
 from abliterate.errors import addressed
+from abliterate.safe_text import CELL, LINE, UNSAFE_IN_JSON, forget, one_line, without_users
+from abliterate.safe_text import hide as hide
+from abliterate.safe_text import redact as redact
+from abliterate.safe_text import safe as safe
 from abliterate.storage.artifacts import finite
 from abliterate.storage.guarded_files import naming
 
@@ -28,86 +31,6 @@ T = TypeVar("T")
 log = logging.getLogger("abliterate")
 #: What an error about it calls it.
 STDOUT = "standard output"
-
-#: Characters of a line, and of a cell of a table; what is longer loses its middle.
-LINE, CELL = 4000, 600
-
-# Characters that act instead of showing, or do not show: C0, DEL and C1 controls, separators of
-# lines and paragraphs, bidi marks, embeddings, overrides and isolates, zero-width and other
-# invisible format characters, fillers that look empty, tags and variation selectors beyond the
-# sixteenth, and surrogates without their half.
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    "\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufeff\uffa0\ufff0-\ufffb"
-    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
-_UNSAFE_IN_JSON = re.compile(f"(?![\t\n]){_UNSAFE.pattern}")
-_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-_SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_NO_SECRETS = ("", "none", "None", "empty", "EMPTY")
-_HIDDEN = "***"
-# A password may hold what it should not; in addresses of the hub (hf://) an @ has its own meaning.
-_USERINFO = re.compile(r"\b(?:(https?://)[^\s'\"<>]*@|([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@)")
-_secrets: set[str] = set()
-
-
-def safe(text: object, limit: int | None = None, lines: bool = False) -> str:
-    """``text`` as a terminal may have it.
-
-    Args:
-        text: whatever a stranger wrote.
-        limit: most characters; of a longer text the middle is left out.
-        lines: line breaks and tabs stay; without, they are shown as ``\\n`` and ``\\t``.
-    """
-    shown = str(text)
-    if limit is not None and len(shown) > limit:
-        tail = limit // 4
-        shown = f"{shown[: limit - tail - 1]}…{shown[-tail:]}"
-
-    def visible(match: re.Match[str]) -> str:
-        character = match[0]
-        if lines and character in "\n\t":
-            return character
-        return _SHORT.get(character) or _escaped(character)
-
-    return _UNSAFE.sub(visible, shown)
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    return (
-        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
-    )
-
-
-def _one_line(text: str) -> str:
-    """A message on one line: lines and runs of white space closed up, secrets out, safe."""
-    return safe(_without_users(redact(" ".join(text.split()))), LINE)
-
-
-def _without_users(text: str) -> str:
-    return _USERINFO.sub(rf"\1\2{_HIDDEN}@", text)
-
-
-def hide(*secrets: str) -> None:
-    """Never show these, from now on and until the next command."""
-    _secrets.update(secrets)
-
-
-def redact(text: str) -> str:
-    """``text`` without what :func:`hide` was told, and without the keys in the environment.
-
-    A secret of less than four characters goes only where it stands alone: anywhere else it is more
-    likely part of a word.
-    """
-    known = _secrets | {os.environ.get(name, "") for name in _SECRET_VARIABLES}
-    for secret in sorted(known.difference(_NO_SECRETS), key=len, reverse=True):
-        if len(secret) >= 4:
-            text = text.replace(secret, _HIDDEN)
-        else:
-            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", _HIDDEN, text)
-    return text
 
 
 def _write(stream: IO[str], text: str) -> None:
@@ -130,7 +53,7 @@ class _SafeRecord(logging.LogRecord):
     """A record of any library's logger, whose text is safe whatever handler writes it."""
 
     def getMessage(self) -> str:
-        return _one_line(super().getMessage())
+        return one_line(super().getMessage())
 
 
 def _new_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -142,7 +65,7 @@ def _new_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
 
 def _make_safe(record: logging.LogRecord) -> bool:
     """A filter that also holds where :func:`set_up` was not called, as in a notebook."""
-    record.msg, record.args = _one_line(addressed(record.getMessage())), ()
+    record.msg, record.args = one_line(addressed(record.getMessage())), ()
     return True
 
 
@@ -156,7 +79,7 @@ def set_up(quiet: bool, debug: bool) -> None:
         quiet: warnings and errors only, no progress bars.
         debug: libraries may speak, and our debug messages show.
     """
-    _secrets.clear()
+    forget()
     log.handlers = [_StderrHandler()]
     log.propagate = False
     log.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
@@ -281,7 +204,7 @@ def print_json(document: Any) -> None:
     parses the document has the very same text.
     """
     text = json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
-    escaped = _UNSAFE_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)
+    escaped = UNSAFE_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)
     encoding = sys.stdout.encoding or "utf-8"
     try:
         escaped.encode(encoding)
@@ -385,7 +308,7 @@ def print_note(text: str) -> None:
 
 def print_error(message: str) -> None:
     """Write the line ``error: MESSAGE`` to stderr."""
-    _write(sys.stderr, f"error: {_one_line(message)}\n")
+    _write(sys.stderr, f"error: {one_line(message)}\n")
 
 
 def print_traceback(error: BaseException) -> None:
@@ -395,7 +318,7 @@ def print_traceback(error: BaseException) -> None:
 
 def _trace(error: BaseException) -> str:
     text = "".join(traceback.format_exception(error)).rstrip("\n")
-    text = _without_users(redact(text))
+    text = without_users(redact(text))
     return "\n".join(f"| {line}" for line in safe(text, lines=True).split("\n"))
 
 

@@ -25,12 +25,9 @@ from abliterate.direction_set import (
     set_of_means,
     set_of_tensors,
 )
-from abliterate.errors import AbliterateError, InputError, UsageError
+from abliterate.errors import InputError, UsageError
 from abliterate.exchange import (
-    SUFFIXES,
     ForeignVectors,
-    check_format,
-    encode,
     is_foreign,
     read_foreign,
     steering_layers,
@@ -43,7 +40,6 @@ from abliterate.storage.artifacts import (
     read_record,
     read_tensors,
     tensor_metadata,
-    write_atomically,
     write_tensors,
 )
 from abliterate.storage.ownership import claim_file, has_metadata
@@ -365,10 +361,15 @@ def _read(path: Path, winner: bool = False) -> Direction | DirectionSet:
     metadata = tensor_metadata(path)
 
     def number(key: str) -> int | None:
-        try:
-            return int(metadata[key])
-        except (KeyError, ValueError):
+        text = metadata.get(key, "None")
+        if text == "None":
             return None
+        try:
+            return int(text)
+        except ValueError:
+            raise InputError(
+                f"{path}: metadata '{key}' must be a whole number, not '{text[:40]}'"
+            ) from None
 
     return Direction(
         vector.double(),
@@ -390,63 +391,6 @@ def _foreign(path: Path) -> Direction | DirectionSet:
     return Direction(
         torch.from_numpy(found.values), found.position, found.layer, sha256=hash_file(path)
     )
-
-
-def export_direction(
-    source: str | Path, to: str, output: Path | None = None
-) -> tuple[Path, Direction]:
-    """Write a direction as a file of another program (``abliterate.exchange``).
-
-    Args:
-        source: anything that :func:`load_direction` takes.
-        to: the format.
-        output: the file; None for one in the run folder.
-
-    Returns:
-        The file, and the direction.
-
-    Raises:
-        InputError: there is no direction, or the format cannot hold it.
-        UsageError: the format is unknown, its package is missing, or the file is something else.
-    """
-    kind = check_format(to)
-    direction = load_direction(source)
-    if output is None:
-        if not Path(source).is_dir():
-            raise UsageError(f"-o FILE is needed: {source} is no run folder")
-        name = f"direction-{kind}.safetensors" if kind == "steering-vectors" else "direction"
-        output = Path(source) / (name if "." in name else name + SUFFIXES[kind])
-    if output.suffix != SUFFIXES[kind]:
-        raise UsageError(f"-o {output}: a file for {kind} ends in {SUFFIXES[kind]}")
-    content = encode(
-        direction.vector.double().numpy(),
-        direction.layer,
-        direction.position,
-        kind,
-        _model_type(source),
-    )
-    claim_file(output, _is_exported, "export")
-    write_atomically(output, content)
-    return output, direction
-
-
-def _is_exported(path: Path) -> bool:
-    """Whether a file is one that holds nothing but a direction."""
-    try:
-        if isinstance(_read(path), DirectionSet):
-            return False
-    except AbliterateError:
-        return False
-    return path.suffix != ".safetensors" or bool(steering_layers(list(read_tensors(path))))
-
-
-def _model_type(source: str | Path) -> str:
-    """What the run folder's ``extract.json`` says of the model, or nothing."""
-    path = Path(source) / "extract.json"
-    if not path.is_file():
-        return ""
-    found = read_record(path, "extract").get("model_type")
-    return found if isinstance(found, str) and found.isascii() and len(found) < 100 else ""
 
 
 def recorded_direction(record: Mapping[str, Any], path: Path) -> Direction:

@@ -34,6 +34,8 @@ Candidate = tuple[int, int] | None
 _NOTHING = 1e-9
 # Between vectors that point this much against each other there is no way halfway.
 _OPPOSITE = -1 + 1e-6
+# No prompt is longer; what is read of a file is to stay a number that others can hold.
+_FURTHEST = 1 << 31
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,21 +205,43 @@ def set_of_tensors(
     return DirectionSet(
         vectors.double(),
         None if embedding is None else embedding.double(),
-        _candidates(metadata.get("candidates"), len(vectors)),
+        _candidates(metadata.get("candidates"), len(vectors), f"{path}: metadata 'candidates'"),
         sha256,
         metadata.get("project_harmless") == "true",
         file=sha256,
     )
 
 
-def _candidates(text: str | None, count: int) -> tuple[Candidate, ...]:
-    """Those that a file names; none where it names no such thing."""
+def _candidates(text: str | None, count: int, named: str) -> tuple[Candidate, ...]:
+    """Those that a file names; none where it names none.
+
+    Raises:
+        InputError: they are no positions and layers, one for each of ``count`` rows.
+    """
     try:
-        held = json.loads(text or "[]")
-        found = tuple(None if one is None else (int(one[0]), int(one[1])) for one in held)
-    except (LookupError, TypeError, ValueError, RecursionError):
+        held = json.loads("null" if text is None else text)
+    except (ValueError, RecursionError):
+        held = text
+    if held is None or held == []:
         return (None,) * count
-    return found if len(found) == count else (None,) * count
+    if not isinstance(held, list):
+        raise InputError(f"{named} must be a JSON list: [position, layer] or null for each row")
+    if len(held) != count:
+        raise InputError(f"{named} lists {len(held)} candidates for {count} directions")
+    for row, one in enumerate(held):
+        if one is not None and not _is_candidate(one, count):
+            raise InputError(
+                f"{named}: entry {row} must be null or [position, layer], a position counted from "
+                f"the prompt's end (-1, -2, ...) and a layer from 0 to {count - 1}"
+            )
+    return tuple(None if one is None else (one[0], one[1]) for one in held)
+
+
+def _is_candidate(one: Any, n_layers: int) -> bool:
+    if not isinstance(one, list) or len(one) != 2 or not all(type(n) is int for n in one):
+        return False
+    position, layer = map(int, one)
+    return -_FURTHEST <= position < 0 <= layer < n_layers
 
 
 def set_of_foreign(found: ForeignVectors, sha256: str) -> DirectionSet:
@@ -374,7 +398,7 @@ def recorded_set(record: Mapping[str, Any], path: Path) -> DirectionSet | None:
     return DirectionSet(
         vectors,
         embedding,
-        _candidates(json.dumps(of_it.get("candidates")), len(rows)),
+        _candidates(json.dumps(of_it.get("candidates")), len(rows), f"{path}: 'candidates'"),
         sha256 if isinstance(sha256, str) else None,
         of_it.get("project_harmless") is True,
         kind if isinstance(kind, str) else None,

@@ -16,7 +16,7 @@ FUNCTIONS = {
     "plot.projections": ab.plot.projections,
 }
 # ``abliterate.writers`` is the package of that name, called as the function.
-FUNCTIONS["writers"] = __import__("abliterate.api.checkpoints", fromlist=["writers"]).writers
+FUNCTIONS["writers"] = __import__("abliterate.api.writer_table", fromlist=["writers"]).writers
 
 
 def test_examples_run_on_the_demo_model(tmp_path: Path) -> None:

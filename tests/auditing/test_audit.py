@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -463,6 +464,42 @@ def test_chance_levels_of_the_statistic() -> None:
     least = torch.linalg.svdvals(planes[:, 0].mT @ planes[:, 1])[:, -1].square()
     for level in (0.2, 0.3, 0.5):
         assert float((least > level).double().mean()) <= p_agreement(level, 16, 2)
+
+
+def test_the_gap_of_writers_with_shared_eigenbases_has_a_wider_null() -> None:
+    """Where halves agree on further directions the null of independent writers does not hold."""
+    generator = torch.Generator().manual_seed(11)
+    width, halves = 64, [i % 2 == 1 for i in range(12)]
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    slope = torch.linspace(0.7, 1.4, width, dtype=torch.float64)
+    r = torch.randn(width, generator=generator, dtype=torch.float64)
+    r = r / r.norm()
+
+    def units(shared: bool, scale: float) -> list[SoftNullProjector]:
+        made = []
+        for _ in range(12):
+            w = torch.randn(width, 2 * width, generator=generator, dtype=torch.float64)
+            if shared:
+                w = basis @ (slope[:, None] * w)
+            w = w - scale * torch.outer(r, r @ w)
+            made.append(of_matrix(soft_null_space.emptiness(w @ w.T, 0, 0.0)[0]))
+        return made
+
+    alone, common = (gap(units(shared, 0.0), halves) for shared in (False, True))
+    assert 0.5 < alone.shared < 2 < 3 < common.shared
+    # The same ratio is much less of a surprise there.
+    from abliterate.auditing.eigengap_test import _p_gap
+
+    assert common.p_gap == _p_gap(common.ratio, True) >= _p_gap(common.ratio, False)
+    assert _p_gap(1.12, True) == pytest.approx(0.25 * math.exp(-5 * 0.62))
+    assert _p_gap(1.12, True) > 100 * _p_gap(1.12, False)
+    assert _p_gap(2.0, True) == pytest.approx(0.25 * math.exp(-5 - 12 * 0.5))
+    # An edit is claimed in both, and is no reason to take the other null.
+    for shared in (False, True):
+        found = gap(units(shared, 1.0), halves)
+        assert (found.count, found.shared > 3) == (1, shared)
+        assert found.p_value < 1e-8
+        assert abs(float(found.directions[:, 0] @ r)) > 0.99
 
 
 def test_readers_and_several_directions_are_found_without_a_base(cli: Cli, tmp_path: Path) -> None:

@@ -239,6 +239,72 @@ def test_what_a_set_cannot_do_is_said(tiny, fails, held: Path, rows, tmp_path: P
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ("[[-1, 0]]", "lists 1 candidates for 4 directions"),
+        ("[[-1, 0], [-1, 1], null, [-1, 4]]", "entry 3"),
+        ("[[-1, -1], null, null, null]", "entry 0"),
+        ("[null, [0, 1], null, null]", "entry 1"),
+        ("[null, [-1.0, 1], null, null]", "entry 1"),
+        ('[null, ["-1", 1], null, null]', "entry 1"),
+        ("[null, [-1, true], null, null]", "entry 1"),
+        ("[null, [-1], null, null]", "entry 1"),
+        ("[null, -1, null, null]", "entry 1"),
+        ("[null, [-1e400, 1], null, null]", "entry 1"),
+        ('{"0": [-1, 0]}', "must be a JSON list"),
+        ("[[-1, 0],", "must be a JSON list"),
+        ("", "must be a JSON list"),
+        ("[" * 100_000, "must be a JSON list"),
+    ],
+)
+def test_malformed_candidates_of_a_set_are_refused(
+    candidates: str, message: str, tiny, fails, rows, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "set.safetensors", tmp_path / "out"
+    save_file({"directions": rows}, path, {"candidates": candidates})
+    line = fails("orthogonalize", tiny("llama"), "--direction", path, "-o", out, code=3)
+    assert "'candidates'" in line
+    assert message in line
+    assert str(path) in line
+    assert not out.exists()
+
+
+def test_where_a_direction_was_taken_is_checked_wherever_it_is_said(
+    tiny, fails, edited: Path, rows, tmp_path: Path
+) -> None:
+    record = json.loads((edited / "abliterate.json").read_text())
+    record["direction"]["candidates"] = [[-1, 0], [-1, 9], None, None]
+    held = tmp_path / "abliterate.json"
+    held.write_text(json.dumps(record))
+    line = fails("verify", edited, "--direction", held, code=3)
+    assert "'candidates': entry 1" in line
+    single = tmp_path / "single.safetensors"
+    save_file({"direction": rows[0]}, single, {"layer": "two"})
+    line = fails("verify", edited, "--direction", single, code=3)
+    assert "metadata 'layer' must be a whole number, not 'two'" in line
+
+
+def test_what_cannot_be_done_is_said_before_the_model_is_loaded(
+    tiny, fails, held: Path, rows, tmp_path: Path, monkeypatch
+) -> None:
+    from abliterate.run_folder import Session
+
+    def load(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(Session, "load", load)
+    monkeypatch.setattr(Session, "load_in_memory", load)
+    model, bare, out = tiny("llama"), tmp_path / "bare.safetensors", tmp_path / "out"
+    save_file({"direction": rows[0]}, bare)
+    chat = ("chat", model, "--add", "1", "--direction")
+    assert "ablated, not added" in fails(*chat, held, code=2)
+    assert "does not record its layer" in fails(*chat, bare, code=2)
+    tokens = ("--refusal-token", "id:99999", "-o", out)
+    assert "the tokenizer has the ids" in fails("extract", model, *tokens, code=2)
+    assert "the tokenizer has the ids" in fails("evaluate", model, *tokens, code=2)
+
+
 def test_sets_of_other_programs(tiny, cli, rows, tmp_path: Path) -> None:
     import numpy as np
 
@@ -259,6 +325,10 @@ def test_sets_of_other_programs(tiny, cli, rows, tmp_path: Path) -> None:
         expected = _less(name, before[name], _unit(rows[3]))
         assert torch.allclose(_tensors(out)[name].double(), expected, atol=1e-5)
     assert "behind the last block" in result.err
+    # The record counts the layers of the model, and can be taken up again.
+    assert result.json["direction"]["layers"] == len(result.json["vectors"]) == LAYERS
+    record = out / "abliterate.json"
+    assert cli("verify", out, "--direction", record, "--source", tiny("llama")).code == 0
 
 
 def test_an_edit_by_layer_is_repeated_from_its_record(

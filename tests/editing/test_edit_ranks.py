@@ -90,3 +90,16 @@ def test_an_error_of_one_rank_is_told_to_all(command: list[str], tmp_path: Path)
     assert "the disk of this rank is on fire" in one_error(ended[1], 3)
     assert "rank 1 failed: the disk of this rank is on fire" in one_error(ended[0], 4)
     assert not (tmp_path / "out").exists()
+
+
+def test_ranks_edit_by_layer(tiny, tmp_path: Path) -> None:
+    from abliterate.cli.app import main
+
+    rows = torch.randn(4, 48, generator=torch.Generator().manual_seed(4))
+    save_file({"directions": rows}, tmp_path / "set.safetensors")
+    command = ["orthogonalize", str(tiny("qwen2", True)), "--direction",
+               str(tmp_path / "set.safetensors"), "-o"]  # fmt: skip
+    assert main([*command, str(tmp_path / "whole"), "-q"]) == 0
+    ended = each_rank(2, *command, tmp_path / "out")
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")

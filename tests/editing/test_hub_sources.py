@@ -86,6 +86,21 @@ def test_low_disk_gives_the_same_bytes_and_keeps_no_shard(
     assert sorted(weights) == shards_in(hub.models[model])
 
 
+def test_low_disk_edits_by_layer(hub: Hub, run: Commands, cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "set.safetensors"
+    rows = torch.randn(4, 48, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    rows[2] = 0
+    save_file({"directions": rows}, path)
+    base = ("--direction", path, "-o")
+    assert run("orthogonalize", hub.models["org/tied"], *base, tmp_path / "local").code == 0
+    done = run("orthogonalize", "org/tied", "--low-disk", *base, tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    assert {one["layer"] for one in done.json["tensors"]} == {None, 0, 1, 3}
+    assert tree(tmp_path / "out") == tree(tmp_path / "local")
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "local")
+    assert shards_in(cache) == []
+
+
 def test_what_was_cached_before_is_used_and_stays(
     hub: Hub, run: Commands, cache: Path, direction: Path, tmp_path: Path
 ) -> None:

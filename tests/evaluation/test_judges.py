@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from abliterate.evaluation.judges import guard_ids, read_verdict
+from abliterate.prompts.sampling import prompt_key
 
 ROWS = [
     {"prompt": f"question {index}", "response": text, "category": "ab"[index % 2]}
@@ -301,6 +302,79 @@ def test_evaluate_with_a_judge_asks_again_for_missing_verdicts_alone(
     assert harmful["judged"] == 4
     for key in ("refusal_score", "refusal_metric"):
         assert harmful[key] == plain.json["interventions"]["baseline"]["harmful"][key]
+
+
+def test_two_judges_are_asked_about_the_same_answers(
+    tiny, cli, fails, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "key-of-the-first")
+    monkeypatch.setenv("SECOND_JUDGE_API_KEY", "key-of-the-second")
+    failing = True
+
+    def one(body: dict[str, Any]) -> Any:
+        return "safe" if len(body["messages"][0]["content"]) % 2 else "unsafe\nS1"
+
+    def other(body: dict[str, Any]) -> Any:
+        content = body["messages"][0]["content"]
+        if failing and len(content) % 5 == 0:
+            return (503, {}, "")
+        return "safe" if len(content) % 3 else "unsafe\nkey-of-the-second"
+
+    folder = tmp_path / "out"
+    base = ("evaluate", tiny("llama"), "-o", folder, "--refusal-token", "I", "--n-test", "12",
+            "--max-new-tokens", "2", "--judge-retries", "0")  # fmt: skip
+    with endpoint(one) as first, endpoint(other) as second:
+        two = ("--second-judge-url", second.url, "--second-judge-model", "b")
+        assert "needs a first" in fails(*base, *two, code=2)
+        same = ("--second-judge-url", first.url, "--second-judge-model", "guard")
+        options = ("--judge-url", first.url, "--judge-model", "guard")
+        assert "is the first" in fails(*base, *options, *same, code=2)
+        assert "--second-judge-model needs" in fails(*base, *options, *two[2:], code=2)
+        done = cli(*base, *options, *two, "--json")
+        assert done.code == 0, done.err
+        failed = done.json["judge_failures"]
+        assert failed
+        assert {one["judge"] for one in failed} == {"second"}
+        asked = len(first.requests), len(second.requests)
+        failing = False
+        done = cli(*base, *options, *two, "--json")
+        assert (len(first.requests), len(second.requests)) == (asked[0], asked[1] + len(failed))
+        assert {*first.keys} == {"Bearer key-of-the-first"}
+        assert {*second.keys} == {"Bearer key-of-the-second"}
+        assert done.json["judge_failures"] == []
+        assert (done.json["judge"]["model"], done.json["second_judge"]["model"]) == ("guard", "b")
+        shown = cli(*base, *options, *two)
+        assert "second judge: safe" in " ".join(shown.out.split())
+        # Another second judge starts over, and what the other said is kept beside.
+        changed = cli(*base, *options, *two[:-1], "c", "--json")
+        assert changed.code == 0
+        assert len(second.requests) == asked[1] + len(failed) + 24
+    lines = _lines(folder / "completions" / "baseline-harmful.jsonl")
+    assert "key-of-the-second" not in (folder / "completions/baseline-harmful.jsonl").read_text()
+    assert len(list((folder / "completions").glob("baseline-harmful.*.jsonl"))) == 1
+    verdicts = [(line["safe"], line["second_judge"]["safe"]) for line in lines]
+    lengths = [len(line["prompt"]) for line in lines]
+    assert verdicts == [(n % 2 == 1, n % 3 > 0) for n in lengths]
+    pair = next(p for p in done.json["agreement"]
+                if (p["kind"], p["raters"]) == ("harmful", ["safe", "second_safe"]))  # fmt: skip
+    n = len(verdicts)
+    agreed = sum(a == b for a, b in verdicts) / n
+    p, q = (sum(side) / n for side in zip(*verdicts, strict=True))
+    chance = p * q + (1 - p) * (1 - q)
+    assert pair["agreed"] == pytest.approx(agreed)
+    assert pair["kappa"] == pytest.approx((agreed - chance) / (1 - chance))
+    assert pair["kappa_ci"][0] <= pair["kappa"] <= pair["kappa_ci"][1]
+    apart = [line["prompt"] for line in lines if line["safe"] != line["second_judge"]["safe"]]
+    assert pair["disagreements"] == [prompt_key(prompt) for prompt in apart]
+    harmful = done.json["interventions"]["baseline"]["harmful"]
+    assert (harmful["safety_score"], harmful["second_safety_score"]) == (p, q)
+    # The report lists the answers of which the two say different things.
+    page = tmp_path / "page.html"
+    assert cli("report", folder, "-o", page).code == 0
+    text = page.read_text()
+    assert "safe / second_safe" in text
+    assert "safe (second judge)" in text
+    assert apart[0] in text
 
 
 @pytest.fixture(scope="module")

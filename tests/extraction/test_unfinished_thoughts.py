@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from abliterate.errors import UsageError
-from abliterate.extraction.means import extract, mean_resid_pre
+from abliterate.extraction.mean_activations import mean_resid_pre
+from abliterate.extraction.means import extract
 from abliterate.inference.thoughts import Asked
 from abliterate.models.loading import LoadedModel, load_model
 from abliterate.prompts.chat_template import ChatFormat, encode, render

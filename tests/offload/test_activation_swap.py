@@ -49,7 +49,7 @@ def test_a_pass_finds_its_tensors_as_it_left_them(
 ) -> None:
     from architectures.zoo import tiny_model
 
-    from abliterate.extraction.means import mean_resid_pre
+    from abliterate.extraction.mean_activations import mean_resid_pre
 
     monkeypatch.setattr(open_model, "load_tokenizer", lambda *_: None)  # prompts are token ids
     tiny_model(model_type).save_pretrained(tmp_path)

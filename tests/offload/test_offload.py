@@ -193,7 +193,7 @@ def test_unusual_architectures_stream_as_they_run(
     """The whole table: scripts/offload_architectures.py."""
     from architectures.zoo import tiny_model
 
-    from abliterate.extraction.means import mean_resid_pre
+    from abliterate.extraction.mean_activations import mean_resid_pre
     from abliterate.models.loading import Checkpoint, load_weights
     from abliterate.offload import open_model
     from abliterate.offload.weight_passes import look

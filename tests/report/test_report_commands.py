@@ -65,12 +65,15 @@ EVERY: dict[str, dict[str, Any]] = {
         "judge": "org/guard", "judge_url": "https://me:pass@host:8/v1?key=secret",
         "judge_model": "guard", "judge_template": "prompt", "judge_timeout": 2.5,
         "judge_retries": 0, "judge_concurrency": 2,
+        "second_judge": "org/guard-2", "second_judge_url": "https://me:pass@host:9/v1?key=secret",
+        "second_judge_model": "guard-2", "second_judge_template": "prompt",
     },
 }  # fmt: skip
 ALL = load_settings(options=EVERY)
 # What no command line gives back: placeholders, and what does not shape the result.
 GRANTS: dict[str, Any] = {
-    "judge_url": "JUDGE_URL", "tasks_dir": "TASKS_DIR", "server": ("SERVER", "-m=SERVER"),
+    "judge_url": "JUDGE_URL", "second_judge_url": "SECOND_JUDGE_URL",
+    "tasks_dir": "TASKS_DIR", "server": ("SERVER", "-m=SERVER"),
 }  # fmt: skip
 NAMES = {
     "template_kwargs": "chat_template_kwargs", "refusal_tokens": "refusal_token",

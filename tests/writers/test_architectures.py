@@ -6,10 +6,13 @@ name with its reason; none is edited in part.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from architectures.page import row
 from architectures.roundtrip import Outcome, Shape, half_precision, round_trip
 from architectures.zoo import (
     VISION_LANGUAGE,
@@ -20,7 +23,7 @@ from architectures.zoo import (
 
 from abliterate import add
 from abliterate.errors import UnsupportedArchitectureError
-from abliterate.extraction.means import mean_resid_pre
+from abliterate.extraction.mean_activations import mean_resid_pre
 from abliterate.writers import find_writers, stream_width
 
 # No constant edit of the weights is exact for these: what each refusal has to name.
@@ -61,10 +64,26 @@ PROMPTS = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40,
 TABLE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
 
 
-def wrappers_said_exact() -> list[str]:
-    """The vision-language types that the published page calls exact."""
-    section = TABLE.partition("## Vision-language wrappers")[2].partition("\n## ")[0]
-    return [line.removeprefix("- ") for line in section.splitlines() if line.startswith("- ")]
+def _cells(name: str, heading: str) -> list[str]:
+    """The row of a type on the published page, behind a heading."""
+    rows = TABLE.partition(heading)[2].splitlines()
+    (row, *_) = [row for row in rows if row.startswith(f"| {name} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def _is_published(name: str, outcome: Outcome, heading: str = "# Architectures") -> None:
+    """The page says what was measured, but for the digits of what is rounding."""
+    if transformers.__version__ not in TABLE:
+        return  # made with another release
+    measured = [cell.strip() for cell in row(name, outcome).strip("|").split("|")]
+    *said, rounding = _cells(name, heading)
+    for ours, theirs in zip(said, measured, strict=False):
+        if "." in ours and ours.replace(".", "").replace("e-", "").isdigit():
+            assert float(ours) == pytest.approx(float(theirs), rel=0.1, abs=0.011), name
+        else:
+            assert ours == theirs, name
+    assert len(said) + 1 == len(measured)
+    assert float(rounding) <= 1e-5
 
 
 def _assert_exact(outcome: Outcome) -> None:
@@ -89,6 +108,7 @@ def test_every_architecture_is_exact_or_refused(model_type: str, tmp_path: Path)
     else:
         assert model_type not in ADDED, outcome.added
         assert f"'{model_type}" in outcome.added or REFUSED.get(model_type, "?") in outcome.added
+    _is_published(model_type, outcome)
     if model_type not in REFUSED:
         _assert_exact(outcome)
         if ROUNDED.setdefault(outcome.shape, model_type) == model_type:
@@ -105,13 +125,32 @@ def test_every_architecture_is_exact_or_refused(model_type: str, tmp_path: Path)
 
 @pytest.mark.parametrize("model_type", VISION_LANGUAGE)
 def test_text_decoders_of_vision_language_models(model_type: str, tmp_path: Path) -> None:
-    _assert_exact(round_trip(lambda: tiny_vision_language_model(model_type), tmp_path))
-    assert model_type in wrappers_said_exact()
+    outcome = round_trip(lambda: tiny_vision_language_model(model_type), tmp_path)
+    _assert_exact(outcome)
+    _is_published(model_type, outcome, "## Vision-language wrappers")
 
 
-def test_the_published_list_of_wrappers_is_the_one_that_is_tested() -> None:
-    assert wrappers_said_exact() == list(VISION_LANGUAGE)
-    excluded = TABLE.partition("## Not in the table")[2]
+def test_the_published_page_is_what_the_script_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the figures, which the other tests compare."""
+    # By its path: it has the name of the package that it reads.
+    path = Path(__file__).parents[2] / "scripts" / "architectures.py"
+    spec = importlib.util.spec_from_file_location("architectures_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.with_lists(TABLE) == TABLE
+    monkeypatch.setattr(script, "VISION_LANGUAGE", ("gemma3",))
+    monkeypatch.setattr(script, "tqdm", iter)
+    made = script.with_wrappers(TABLE)
+    before, _, rest = TABLE.partition("## Vision-language wrappers")
+    assert made.startswith(before)
+    assert made.endswith(rest.partition("## Not in the table")[2])
+    rows = [line.split("|")[1].strip() for line in rest.splitlines() if line.startswith("| ")]
+    assert rows == ["type", *VISION_LANGUAGE]
+    (row_of,) = [line for line in made.splitlines() if line.startswith("| gemma3 |")]
+    assert row_of.rpartition(" | ")[0] in TABLE
+    excluded = rest.partition("## Not in the table")[2]
     for line in excluded.splitlines():
         names = line.rpartition(": ")[2].split(", ")
         if {*names} & {*VISION_LANGUAGE}:

@@ -121,6 +121,7 @@ def _blind_document(blind: Blind) -> dict[str, Any]:
                 "ratio": gap.ratio,
                 "distance": gap.distance,
                 "agreement": gap.agreement,
+                "shared": gap.shared,
                 "p_gap": gap.p_gap,
             }
             for name, gap in blind.gaps.items()

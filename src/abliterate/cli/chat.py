@@ -25,6 +25,8 @@ from abliterate.errors import AbliterateError, InputError, UsageError
 from abliterate.settings import load_settings
 
 if TYPE_CHECKING:
+    from abliterate.direction import Direction
+    from abliterate.direction_set import DirectionSet
     from abliterate.inference.dialogue import Conversation, Steering
     from abliterate.metrics.answers import Parts
 
@@ -296,15 +298,23 @@ def chat(
         find_direction(direction, settings.select.position)
         settings = load_settings(config, given, _format_of(Path(direction)))
     sources = [] if direction is None else [source_of_direction(direction)]
-    session = open_session(model, settings, sources=sources)
+    made = settings.select
+
+    def found() -> Direction | DirectionSet | None:
+        if direction is None:
+            return None
+        return load_directions(direction, made.project_harmless, made.position, made.interpolate)
+
+    if coeff is not None:  # what cannot be added is told before the model is fetched
+        from abliterate.inference.dialogue import Steering, check_steering
+
+        check_steering(Steering("add", coeff), found())
+    session, vector = open_session(model, settings, sources=sources), found()
     from abliterate.inference.dialogue import Conversation, Decoding, Steering
     from abliterate.run_rendering import settle_rendering
 
     settle_rendering(session, several=True)
     decoding = Decoding(settings.evaluate.max_new_tokens, temperature, settings.model.seed)
-    made, vector = settings.select, None
-    if direction is not None:
-        vector = load_directions(direction, made.project_harmless, made.position, made.interpolate)
 
     def conversation() -> Conversation:
         return Conversation(session.load_in_memory(), vector, session.chat, decoding)

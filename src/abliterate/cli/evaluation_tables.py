@@ -48,6 +48,10 @@ def _cells(record: Mapping[str, Any], name: str) -> dict[str, str]:
     cells["broken"] = _each_kind(found, asked, _broken)
     if record["judge"]:
         cells |= {f"{kind} safe": _safe(record, name, kind) for kind in asked}
+    if record.get("second_judge"):
+        cells |= {
+            f"{kind} safe (second judge)": _safe(record, name, kind, "second_") for kind in asked
+        }
     if record.get("classifier"):
         label = record["classifier"]["label"]
         cells |= {f"{kind} {label}": _labelled(record, name, kind) for kind in asked}
@@ -135,10 +139,10 @@ def _broken(part: Mapping[str, Any]) -> str:
     return "-" if count is None else f"{count} ({refused} refused)" if refused else str(count)
 
 
-def _safe(record: Mapping[str, Any], name: str, kind: str) -> str:
-    found = record["interventions"][name][kind]
-    judged = "" if found["safety_score"] is None else f" n={found['judged']}"
-    return _share(found, "safety_score") + judged + _points(record, name, kind, "safety_score")
+def _safe(record: Mapping[str, Any], name: str, kind: str, judge: str = "") -> str:
+    found, score = record["interventions"][name][kind], f"{judge}safety_score"
+    judged = "" if found[score] is None else f" n={found[f'{judge}judged']}"
+    return _share(found, score) + judged + _points(record, name, kind, score)
 
 
 def _labelled(record: Mapping[str, Any], name: str, kind: str) -> str:
@@ -260,10 +264,11 @@ def _pooled_kl(found: Mapping[str, Any]) -> dict[str, Any]:
 def _show_agreement(
     pairs: Sequence[Mapping[str, Any]], classifier: Mapping[str, Any] | None
 ) -> None:
-    """How far refusal phrases, judge and classifier say the same of the answers."""
+    """How far refusal phrases, judges and classifier say the same of the answers."""
     if not pairs:
         return
     titles = {"refused": "phrases: refused", "safe": "judge: safe"}
+    titles["second_safe"] = "second judge: safe"
     titles["labelled"] = f"classifier: {classifier['label']}" if classifier else "classifier"
     print_table(
         "Agreement of those who rate the answers (Cohen's kappa, 95% intervals)",

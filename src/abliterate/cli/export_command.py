@@ -41,7 +41,7 @@ def export(
     as_json: opt.Json = False,
 ) -> None:
     """Write the direction as a file of another program; --direction reads it back."""
-    from abliterate.direction import export_direction
+    from abliterate.direction_export import export_direction
 
     path, found = export_direction(direction, to, output)
     if Path(direction).is_dir():

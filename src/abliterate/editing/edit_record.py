@@ -60,7 +60,7 @@ def edit_record(plan: OutputPlan, edited: Sequence[EditedTensor], files: Path) -
     full = plan.edit.full
     return {
         "source": plan.source.identity(),
-        "direction": plan.direction.summary(),
+        "direction": (full.directions or plan.direction).summary(),
         **_values(plan),
         "options": plan.options.summary(),
         "promise": promise(full, plan.edit.plan.edits, plan.options),

@@ -54,6 +54,37 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class SecondVerdict:
+    """What a second judge said of an answer.
+
+    Attributes:
+        safe: its verdict; None where ``error`` says why there is none.
+        judge: its own words.
+        by: hash of the judge.
+        error: why there is no verdict.
+    """
+
+    safe: bool | None
+    judge: str | None
+    by: str
+    error: str | None = None
+
+    @classmethod
+    def of(cls, held: Any) -> SecondVerdict | None:
+        """The verdict that a line holds; None if it holds none."""
+        if not isinstance(held, dict) or not isinstance(held.get("safe"), bool):
+            return None
+        judge, by = held.get("judge"), held.get("by")
+        if not isinstance(by, str):
+            return None
+        return cls(held["safe"], judge if isinstance(judge, str) else None, by)
+
+    def record(self) -> dict[str, Any]:
+        line = {"safe": self.safe, "judge": _writable(self.judge), "by": self.by}
+        return line | ({} if self.error is None else {"error": _writable(self.error)})
+
+
+@dataclass(frozen=True)
 class Completion:
     """One answer, whether it holds a refusal phrase, and what a judge said of it.
 
@@ -71,6 +102,7 @@ class Completion:
         refused_at: how many tokens of the answer stand before its first refusal phrase; None
             without one.
         labelled: what a classifier said of the answer; None without one.
+        second: what a second judge said of it; None without one.
     """
 
     prompt: str
@@ -84,6 +116,7 @@ class Completion:
     broken: str | None = None
     refused_at: int | None = None
     labelled: Labelled | None = None
+    second: SecondVerdict | None = None
 
     @property
     def parts(self) -> Parts:
@@ -116,6 +149,8 @@ class Completion:
             line |= {"safe": self.safe, "judge": _writable(self.judge)}
         if self.judge_error is not None:
             line["judge_error"] = _writable(self.judge_error)
+        if self.second is not None:
+            line["second_judge"] = self.second.record()
         return line
 
 
@@ -140,6 +175,7 @@ class CompletionFile:
         phrases: RefusalPhrases = ALL,
         count_tokens: CountTokens = count_pieces,
         classifier_key: str | None = None,
+        second_key: str | None = None,
     ) -> None:
         """Take over what an earlier run left, if it was made with the same ``key``.
 
@@ -151,8 +187,9 @@ class CompletionFile:
             phrases: what counts as a refusal.
             count_tokens: of a text, to say where a refusal begins.
             classifier_key: hash of the classifier; what another one said is dropped.
+            second_key: hash of the second judge; verdicts of another one are dropped.
         """
-        self._classifier_key = classifier_key
+        self._classifier_key, self._second_key = classifier_key, second_key
         self.path, self.phrases, self.count_tokens = path, phrases, count_tokens
         self.prompts = {prompt.text: prompt for prompt in prompts}
         self._kept: dict[str, Completion] = {}
@@ -171,7 +208,7 @@ class CompletionFile:
         # A judge that is not asked now keeps its verdicts.
         judged_by = judge_key or (made.get("judge") if same else None)
         manifest[path.name] = {"completions": key, "judge": judged_by}
-        if not (same and verdicts):
+        if not (same and verdicts) or self._has_other_seconds(path):
             keep_verdicts(path)
         if not same:
             path.unlink(missing_ok=True)
@@ -191,7 +228,17 @@ class CompletionFile:
         labelled = Labelled.of(line.get("classifier"))
         if labelled is not None and self._classifier_key in (None, labelled.by):
             held = replace(held, labelled=labelled)
+        second = SecondVerdict.of(line.get("second_judge"))
+        if second is not None and self._second_key in (None, second.by):
+            held = replace(held, second=second)
         self._kept[prompt.text] = held
+
+    def _has_other_seconds(self, path: Path) -> bool:
+        """Whether the file holds verdicts of another second judge than the one asked now."""
+        if self._second_key is None:
+            return False
+        seconds = (SecondVerdict.of(line.get("second_judge")) for line in read_lines(path))
+        return any(one is not None and one.by != self._second_key for one in seconds)
 
     def adopt(self, completions: Sequence[Completion]) -> None:
         """Take over what another rank has read from the file."""
@@ -299,12 +346,18 @@ def keep_verdicts(path: Path) -> None:
 
     The copy lies beside it, under a name made of its content: ``NAME.<hash>.jsonl``.
     """
-    if not path.is_file() or not any(isinstance(one.get("safe"), bool) for one in read_lines(path)):
+    if not path.is_file() or not any(map(_has_verdict, read_lines(path))):
         return
     content = path.read_bytes()
     kept = path.with_name(f"{path.stem}.{sha256(content).hexdigest()[:8]}{path.suffix}")
     write_atomically(kept, content)
     log.info("verdicts that %s no longer holds are kept in %s", path, kept)
+
+
+def _has_verdict(line: Mapping[str, Any]) -> bool:
+    return (
+        isinstance(line.get("safe"), bool) or SecondVerdict.of(line.get("second_judge")) is not None
+    )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -349,6 +402,8 @@ def no_scores() -> dict[str, Any]:
         "classifier_rate_ci",
     )
     judged = {"safety_score": None, "safety_score_ci": None, "judged": 0, "judge_failed": 0}
+    judged |= {"second_safety_score": None, "second_safety_score_ci": None}
+    judged |= {"second_judged": 0, "second_judge_failed": 0}
     judged |= {"classified": 0, "classifier_truncated": 0}
     return {"n": 0} | dict.fromkeys(shares) | judged | {"categories": {}}
 
@@ -371,6 +426,8 @@ def rates(completions: Sequence[Completion]) -> dict[str, Any]:
     broken = [c for c in completions if c.broken is not None]
     labelled = [c.labelled for c in completions if c.labelled is not None]
     hits = sum(one.hit for one in labelled)
+    seconds = [c.second for c in completions if c.second is not None]
+    second = [one.safe for one in seconds if one.safe is not None]
     return {
         "n": len(completions),
         "refused": refused,
@@ -385,6 +442,10 @@ def rates(completions: Sequence[Completion]) -> dict[str, Any]:
         "broken_refused": sum(bool(c.refused) for c in broken),
         "safety_score": sum(safe) / len(safe) if safe else None,
         "safety_score_ci": wilson(sum(safe), len(safe)) if safe else None,
+        "second_safety_score": sum(second) / len(second) if second else None,
+        "second_safety_score_ci": wilson(sum(second), len(second)) if second else None,
+        "second_judged": len(second),
+        "second_judge_failed": sum(one.error is not None for one in seconds),
         "classifier_rate": hits / len(labelled) if labelled else None,
         "classifier_rate_ci": wilson(hits, len(labelled)) if labelled else None,
         "classified": len(labelled),
@@ -414,7 +475,8 @@ def share_changes(
         before: those of the baseline, in the same order.
 
     Returns:
-        ``refusal_score``, ``safety_score`` and ``classifier_rate``, each the difference over the
+        ``refusal_score``, ``safety_score``, ``second_safety_score`` (of a second judge) and
+        ``classifier_rate``, each the difference over the
         prompts that have the figure in both, ``..._ci`` its interval, ``..._n`` how many prompts
         these are and ``..._p`` the exact McNemar test's; None, None, 0 and None where there are
         none.
@@ -435,10 +497,19 @@ def share_changes(
         for one, other in together
         if one.labelled is not None and other.labelled is not None
     ]
+    second = [
+        (one.second.safe, other.second.safe)
+        for one, other in together
+        if one.second is not None
+        and one.second.safe is not None
+        and other.second is not None
+        and other.second.safe is not None
+    ]
     changes: dict[str, Any] = {}
     for score, pairs in (
         ("refusal_score", refused),
         ("safety_score", safe),
+        ("second_safety_score", second),
         ("classifier_rate", labelled),
     ):
         gained = sum(one - other for one, other in pairs)

@@ -118,16 +118,19 @@ def check_url(url: str, option: str = "--judge-url") -> None:
         raise UsageError(f"{option} {public_url(url)} is no address: check it") from None
 
 
-def open_client(url: str, seconds: float, retries: int) -> openai.AsyncOpenAI:
+def open_client(
+    url: str, seconds: float, retries: int, key: str = "OPENAI_API_KEY"
+) -> openai.AsyncOpenAI:
     """A client for the endpoint at ``url``, whose user and password it sends as Basic
-    authentication, and whose query with every request; the key is in ``OPENAI_API_KEY``."""
+    authentication, and whose query with every request; the key is in the variable ``key``, or else
+    in ``OPENAI_API_KEY``."""
     parts = urlsplit(url)
     login = None
     if parts.username or parts.password:
         login = httpx2.BasicAuth(unquote(parts.username or ""), unquote(parts.password or ""))
     return openai.AsyncOpenAI(
         base_url=public_url(url),
-        api_key=os.environ.get("OPENAI_API_KEY") or "none",
+        api_key=os.environ.get(key) or os.environ.get("OPENAI_API_KEY") or "none",
         timeout=seconds,
         max_retries=retries,
         default_query=dict(parse_qsl(parts.query, keep_blank_values=True)),

@@ -16,7 +16,7 @@ from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.classifier import Classifier, find_classifier
 from abliterate.evaluation.compare import check_intervention
 from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
-from abliterate.evaluation.judges import Judge, find_judge
+from abliterate.evaluation.judges import Judge, find_judge, find_second_judge
 from abliterate.evaluation.outcomes import BORDERLINE
 from abliterate.evaluation.servers import Server, find_servers
 from abliterate.extraction.other_layers import other_layers
@@ -52,6 +52,7 @@ class EvaluationInputs:
         used: keys of the prompts that the run has used, by kind; None without a run folder.
         other_layers: candidates of other layers that the direction is compared with.
         sets: where a kind of prompts has several sources, the keys of each one's prompts.
+        second_judge: who judges completions beside the judge.
     """
 
     direction: Direction | DirectionSet | None
@@ -69,6 +70,7 @@ class EvaluationInputs:
     used: Mapping[str, Sequence[str]] | None = None
     other_layers: Mapping[int, Tensor] = field(default_factory=dict)
     sets: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    second_judge: Judge | None = None
 
     @property
     def here(self) -> list[str]:
@@ -85,6 +87,11 @@ class EvaluationInputs:
     def judge_key(self) -> str | None:
         """The hash of what a verdict depends on."""
         return None if self.judge is None else hash_json(self.judge.summary())
+
+    @property
+    def second_judge_key(self) -> str | None:
+        """The same, of the second judge."""
+        return None if self.second_judge is None else hash_json(self.second_judge.summary())
 
     def summary(self, session: Session) -> dict[str, Any]:
         """What the record depends on beside the model."""
@@ -104,6 +111,7 @@ class EvaluationInputs:
             "tasks_dir": self.tasks_hash,
             "intervals": share_methods(),
             "other_layers": self.others_key,
+            **({"second_judge": two.summary()} if (two := self.second_judge) else {}),
             **self.served(),
         }
 
@@ -138,7 +146,7 @@ def read_inputs(
     _check_vocabulary(session, edited)
     # All that can be wrong with the options shows before anything is fetched.
     servers = find_servers(session.settings, rows, edited)
-    judge, classifier = check_options(session, all(row in servers for row in rows))
+    raters = check_options(session, all(row in servers for row in rows))
     phrases = parse_phrases(settings.refusal_phrases, settings.refusal_phrase)
     corpora = {
         name: None
@@ -159,9 +167,10 @@ def read_inputs(
         corpora=corpora,
         tasks_dir=tasks_dir,
         tasks_hash=_folder_hash(tasks_dir),
-        judge=judge,
+        judge=raters.judge,
+        second_judge=raters.second_judge,
         phrases=phrases,
-        classifier=classifier,
+        classifier=raters.classifier,
         servers=servers,
         used=None if run is None else used_prompts(records),
         sets=sets,
@@ -223,9 +232,16 @@ def borderline_prompts(session: Session, source: str, used: Collection[str] = ()
     return chosen
 
 
-def check_options(
-    session: Session, elsewhere: bool = False
-) -> tuple[Judge | None, Classifier | None]:
+@dataclass(frozen=True)
+class Raters:
+    """Who rates answers beside the refusal phrases."""
+
+    judge: Judge | None
+    second_judge: Judge | None
+    classifier: Classifier | None
+
+
+def check_options(session: Session, elsewhere: bool = False) -> Raters:
     """Find what is wrong with the settings of an evaluation before any model is loaded.
 
     Args:
@@ -233,7 +249,7 @@ def check_options(
         elsewhere: servers answer all rows, so that the model is not opened here.
 
     Returns:
-        The judge and the classifier that they name.
+        The judges and the classifier that they name.
 
     Raises:
         UsageError: they contradict each other, or the model, or name what there is not.
@@ -281,7 +297,9 @@ def check_options(
     further = settings.tasks_dir is not None or settings.task_limit is not None
     if settings.tasks is None and further:
         raise UsageError("--tasks-dir and --task-limit need --tasks")
-    return find_judge(session.settings), find_classifier(session.settings)
+    judge = find_judge(session.settings)
+    second = find_second_judge(session.settings, judge)
+    return Raters(judge, second, find_classifier(session.settings))
 
 
 def _check_engine(session: Session) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from abliterate.console import log, progress_bar
-from abliterate.evaluation.completions import Completion, CompletionFile
+from abliterate.evaluation.completions import Completion, CompletionFile, SecondVerdict
 from abliterate.evaluation.judges import Judge, Verdict
 from abliterate.prompts.sampling import prompt_key
 
@@ -19,19 +19,37 @@ def judged(completion: Completion, verdict: Verdict) -> Completion:
     return replace(completion, safe=verdict.safe, judge=verdict.answer, judge_error=verdict.error)
 
 
-def judge_files(judge: Judge, files: Sequence[CompletionFile]) -> None:
-    """Judge every completion that has no verdict yet; each verdict is written as it comes."""
+def _second_judged(completion: Completion, verdict: Verdict, by: str) -> Completion:
+    """``completion`` with what the second judge said of it."""
+    second = SecondVerdict(verdict.safe, verdict.answer, by, verdict.error)
+    return replace(completion, second=second)
+
+
+def judge_files(
+    judge: Judge, files: Sequence[CompletionFile], second_key: str | None = None
+) -> None:
+    """Judge every completion that has no verdict yet; each verdict is written as it comes.
+
+    Args:
+        judge: who is asked.
+        files: the completions.
+        second_key: the hash of the judge, where it is the second one.
+    """
+
+    def lacks(c: Completion) -> bool:
+        if second_key is None:
+            return c.safe is None
+        return c.second is None or c.second.safe is None
+
+    title = "judge" if second_key is None else "second judge"
     # A thought that has not ended is no answer that could be judged.
     todo = [
-        (file, c)
-        for file in files
-        for c in file.completions
-        if c.safe is None and c.refused is not None
+        (file, c) for file in files for c in file.completions if lacks(c) and c.refused is not None
     ]
     if not todo:
         return
     failed: Counter[str] = Counter()
-    with ExitStack() as stack, progress_bar("judge", len(todo)) as bar:
+    with ExitStack() as stack, progress_bar(title, len(todo)) as bar:
         for file in files:
             stack.enter_context(file.writing())
         unsafe = 0
@@ -39,7 +57,10 @@ def judge_files(judge: Judge, files: Sequence[CompletionFile]) -> None:
         def keep(index: int, verdict: Verdict) -> None:
             nonlocal unsafe
             file, completion = todo[index]
-            file.put(judged(completion, verdict))
+            if second_key is None:
+                file.put(judged(completion, verdict))
+            else:
+                file.put(_second_judged(completion, verdict, second_key))
             unsafe += verdict.safe is False
             if verdict.error:
                 failed[verdict.error] += 1
@@ -47,17 +68,18 @@ def judge_files(judge: Judge, files: Sequence[CompletionFile]) -> None:
             bar.update(1)
 
         judge.judge([(c.prompt, c.answer) for _, c in todo], keep)
-    warn(failed, len(todo))
+    warn(failed, len(todo), title)
 
 
-def warn(failed: Counter[str], total: int) -> None:
+def warn(failed: Counter[str], total: int, title: str = "judge") -> None:
     """Say how many completions have no verdict and the commonest reason."""
     if failed:
         (reason, count), *others = failed.most_common()
         more = f" and {len(others)} other reasons" if others else ""
         log.warning(
-            "judge: %d of %d completions have no verdict (%d: %s%s); the same command asks about "
+            "%s: %d of %d completions have no verdict (%d: %s%s); the same command asks about "
             "these alone",
+            title,
             failed.total(),
             total,
             count,
@@ -68,14 +90,12 @@ def warn(failed: Counter[str], total: int) -> None:
 
 def failures(completions: Mapping[tuple[str, str], Sequence[Completion]]) -> list[dict[str, Any]]:
     """The completions without a verdict, by intervention and kind, as records list them."""
-    return [
-        {
-            "intervention": name,
-            "kind": kind,
-            "prompt_key": prompt_key(completion.prompt),
-            "error": completion.judge_error,
-        }
-        for (name, kind), group in completions.items()
-        for completion in group
-        if completion.judge_error is not None
-    ]
+    found = []
+    for (name, kind), group in completions.items():
+        for one in group:
+            line = {"intervention": name, "kind": kind, "prompt_key": prompt_key(one.prompt)}
+            if one.judge_error is not None:
+                found.append(line | {"error": one.judge_error})
+            if one.second is not None and one.second.error is not None:
+                found.append(line | {"error": one.second.error, "judge": "second"})
+    return found

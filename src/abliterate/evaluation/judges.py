@@ -96,6 +96,8 @@ class EndpointJudge:
         timeout: seconds for one attempt, from the connection to the last byte of the reply.
         retries: further attempts after a time-out, a lost connection, a 408, 409, 429 or 5xx.
         concurrency: requests at once.
+        option: what names it, for messages.
+        key: the variable that has its key; without it OPENAI_API_KEY counts.
     """
 
     url: str = field(repr=False)
@@ -104,15 +106,17 @@ class EndpointJudge:
     timeout: float = 60.0
     retries: int = 4
     concurrency: int = 8
+    option: str = "--judge"
+    key: str = "OPENAI_API_KEY"
 
     def __post_init__(self) -> None:
         if self.template not in TEMPLATES:
             known = " or ".join(TEMPLATES)
-            raise UsageError(f"--judge-template must be {known}, not '{self.template}'")
-        import_openai("--judge-url")
+            raise UsageError(f"{self.option}-template must be {known}, not '{self.template}'")
+        import_openai(f"{self.option}-url")
         from abliterate.evaluation.endpoint_client import check_url, secrets_in
 
-        check_url(self.url)
+        check_url(self.url, f"{self.option}-url")
         hide(*secrets_in(self.url))
 
     def summary(self) -> dict[str, Any]:
@@ -170,7 +174,7 @@ class _Inquiry:
         from abliterate.evaluation.endpoint_client import open_client
 
         self.judge = judge
-        self.client: Any = open_client(judge.url, judge.timeout, judge.retries)
+        self.client: Any = open_client(judge.url, judge.timeout, judge.retries, judge.key)
         self.given_up = False
         self._turn = Semaphore(judge.concurrency)
 
@@ -258,6 +262,7 @@ class LocalJudge:
         dtype: as for a model.
         batch_size: conversations per batch, or ``auto``.
         trust_remote_code: run the checkpoint's own code.
+        option: what names it, for messages.
     """
 
     name: str
@@ -265,6 +270,7 @@ class LocalJudge:
     dtype: str = "auto"
     batch_size: int | str = "auto"
     trust_remote_code: bool = False
+    option: str = "--judge"
 
     def __post_init__(self) -> None:
         from abliterate.checkpoints.checkpoint import find_checkpoint
@@ -296,7 +302,7 @@ class LocalJudge:
         from abliterate.models.loading import load_model
 
         loaded = load_model(self._found(), self.device, self.dtype, self.trust_remote_code)
-        ids = [guard_ids(loaded.tokenizer, *item) for item in items]
+        ids = [guard_ids(loaded.tokenizer, *item, self.option) for item in items]
 
         def answered(index: int, answer: list[int]) -> None:
             text = loaded.tokenizer.decode(answer, skip_special_tokens=True)
@@ -305,17 +311,18 @@ class LocalJudge:
         greedy_answers(loaded, ids, _LOCAL_TOKENS, self.batch_size, "judge", answered)
 
 
-def guard_ids(tokenizer: Any, prompt: str, response: str) -> list[int]:
+def guard_ids(tokenizer: Any, prompt: str, response: str, option: str = "--judge") -> list[int]:
     """The judge's question as token ids; special tokens are its template's, never the texts' own.
 
     Raises:
         CheckpointError: its template loses the answer.
     """
     spelled = SpelledOut(tokenizer)
-    return spelled.encode(_guard_text(tokenizer, spelled.hide(prompt), spelled.hide(response)))
+    text = _guard_text(tokenizer, spelled.hide(prompt), spelled.hide(response), option)
+    return spelled.encode(text)
 
 
-def _guard_text(tokenizer: Any, prompt: str, response: str) -> str:
+def _guard_text(tokenizer: Any, prompt: str, response: str, option: str) -> str:
     """The judge's question: its own chat template over the conversation.
 
     Llama Guard 1 and 2 take texts, 3-1B and 4 take lists of parts: whatever keeps the answer.
@@ -335,7 +342,7 @@ def _guard_text(tokenizer: Any, prompt: str, response: str) -> str:
             return text
         failure = "it leaves the answer out"
     raise CheckpointError(
-        f"--judge {tokenizer.name_or_path}: its chat template cannot ask about an answer "
+        f"{option} {tokenizer.name_or_path}: its chat template cannot ask about an answer "
         f"({failure}): give a Llama Guard checkpoint"
     )
 
@@ -347,27 +354,66 @@ def find_judge(settings: Settings) -> Judge | None:
         UsageError: the options contradict each other, or the client library is missing.
         CheckpointError: there is no such local checkpoint.
     """
+    asked = settings.evaluate
+    named = asked.judge, asked.judge_url, asked.judge_model, asked.judge_template
+    return _found(settings, "judge", *named)
+
+
+def find_second_judge(settings: Settings, first: Judge | None) -> Judge | None:
+    """The judge that is asked about the same answers as the first, or None.
+
+    Raises:
+        UsageError: as :func:`find_judge`; or it is the first, or there is no first.
+        CheckpointError: there is no such local checkpoint.
+    """
+    asked = settings.evaluate
+    found = _found(
+        settings,
+        "second-judge",
+        asked.second_judge,
+        asked.second_judge_url,
+        asked.second_judge_model,
+        asked.second_judge_template,
+    )
+    if found is not None and first is None:
+        raise UsageError("a second judge needs a first: give --judge, or --judge-url, beside it")
+    if found is not None and first is not None and found.summary() == first.summary():
+        raise UsageError("the second judge is the first: give another, or one of them alone")
+    return found
+
+
+def _found(
+    settings: Settings,
+    option: str,
+    name: str | None,
+    url: str | None,
+    served: str | None,
+    template: str,
+) -> Judge | None:
     asked, model = settings.evaluate, settings.model
-    if asked.judge is not None:
-        if asked.judge_url or asked.judge_model:
-            raise UsageError("give --judge (a local checkpoint) or --judge-url, not both")
+    if name is not None:
+        if url or served:
+            raise UsageError(f"give --{option} (a local checkpoint) or --{option}-url, not both")
         return LocalJudge(
-            asked.judge,
+            name,
             device=model.device,
             dtype=model.dtype,
             batch_size=model.batch_size,
             trust_remote_code=model.trust_remote_code,
+            option=f"--{option}",
         )
-    if asked.judge_url is None and asked.judge_model is None:
+    if url is None and served is None:
         return None
-    if asked.judge_url is None or asked.judge_model is None:
-        given, other = ("url", "model") if asked.judge_url else ("model", "url")
-        raise UsageError(f"--judge-{given} needs --judge-{other} beside it")
+    if url is None or served is None:
+        given, other = ("url", "model") if url else ("model", "url")
+        raise UsageError(f"--{option}-{given} needs --{option}-{other} beside it")
     return EndpointJudge(
-        asked.judge_url,
-        asked.judge_model,
-        asked.judge_template,
+        url,
+        served,
+        template,
         asked.judge_timeout,
         asked.judge_retries,
         asked.judge_concurrency,
+        option=f"--{option}",
+        key="OPENAI_API_KEY" if option == "judge" else "SECOND_JUDGE_API_KEY",
     )

@@ -136,6 +136,7 @@ class Measurements:
             self.inputs.phrases,
             token_counter(lambda: self.session.tokenizer),
             None if self.inputs.classifier is None else self.inputs.classifier.key,
+            self.inputs.second_judge_key,
         )
         file.adopt(ranks.broadcast(file.completions))
         if len(file.completions) < len(prompts) and (server := self.inputs.servers.get(name)):
@@ -198,6 +199,8 @@ class Measurements:
         completions = self.files[name, kind].completions
         if self.inputs.judge is None:
             completions = _unjudged(completions)
+        if self.inputs.second_judge is None:
+            completions = tuple(replace(c, second=None) for c in completions)
         if self.inputs.classifier is None:
             completions = tuple(replace(c, labelled=None) for c in completions)
         return completions

@@ -1,4 +1,4 @@
-"""Refusal phrases, judge and classifier as raters of the same answers: where they agree."""
+"""Refusal phrases, judges and classifier as raters of the same answers: where they agree."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from abliterate.evaluation.completions import Completion
 from abliterate.metrics.agreement import agreement
 from abliterate.prompts.sampling import prompt_key
 
-PHRASES, JUDGE, CLASSIFIER = "refused", "safe", "labelled"
+PHRASES, JUDGE, SECOND, CLASSIFIER = "refused", "safe", "second_safe", "labelled"
 
 
 def agreements(completions: Sequence[Completion], seed: int) -> list[dict[str, Any]]:
     """For each two raters that said something of the same answers, how far they agree.
 
-    The verdicts are those that the shares count: the answer refuses (phrases), is safe (judge), has
-    the label (classifier).
+    The verdicts are those that the shares count: the answer refuses (phrases), is safe (judge and
+    second judge), has the label (classifier).
 
     Args:
         completions: the answers.
@@ -28,7 +28,7 @@ def agreements(completions: Sequence[Completion], seed: int) -> list[dict[str, A
         keys of the prompts of which they say different things.
     """
     found = []
-    for one, other in combinations((PHRASES, JUDGE, CLASSIFIER), 2):
+    for one, other in combinations((PHRASES, JUDGE, SECOND, CLASSIFIER), 2):
         both = [
             (completion, first, second)
             for completion in completions
@@ -49,4 +49,6 @@ def _verdict(completion: Completion, rater: str) -> bool | None:
         return completion.refused
     if rater == JUDGE:
         return completion.safe
+    if rater == SECOND:
+        return None if completion.second is None else completion.second.safe
     return None if completion.labelled is None else completion.labelled.hit

@@ -27,6 +27,7 @@ from abliterate.evaluation.outcomes import BORDERLINE, KINDS, deltas
 from abliterate.evaluation.raters import agreements
 from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
+from abliterate.metrics.refusal_tokens import resolve_refusal_tokens
 from abliterate.models.loading import Checkpoint
 from abliterate.run_folder import COMPLETIONS, EVALUATION, Session, prompt_keys
 from abliterate.run_rendering import extracted_of, settle_rendering
@@ -78,6 +79,8 @@ def evaluate_stage(
             return done
         settle_rendering(session, run, extracted_of(session, run))
         stage.depends_on(summary, files)  # the date may have been open
+        if inputs.here:  # before the model is loaded, which takes long
+            resolve_refusal_tokens(session.tokenizer, inputs.named_tokens)
         if inputs.here and session.opener.limits:
             log.info("%s", session.opener.limits)
         if inputs.servers:
@@ -145,6 +148,8 @@ def _measure(measurements: Measurements, out: Path | None) -> None:
             classify_files(inputs.classifier, files)
         if inputs.judge is not None:
             judge_files(inputs.judge, files)
+        if inputs.second_judge is not None:
+            judge_files(inputs.second_judge, files, inputs.second_judge_key)
     except KeyboardInterrupt:
         if out is None:
             raise
@@ -182,6 +187,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "controls": _controls(measurements),
         "hooks_and_edits": hooks_and_edits(outcomes, list(inputs.edited)),
         "judge": inputs.judge and inputs.judge.summary(),
+        **({"second_judge": two.summary()} if (two := inputs.second_judge) else {}),
         "classifier": inputs.classifier and inputs.classifier.summary(),
         "judge_failures": failures(completions),
         **_agreement(inputs, completions, session.settings.model.seed),

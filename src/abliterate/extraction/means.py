@@ -8,32 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from abliterate.console import log
 from abliterate.direction import Direction
-from abliterate.distributed.rank_group import ALONE, RankGroup
+from abliterate.distributed.rank_group import RankGroup
 from abliterate.errors import InputError
-from abliterate.extraction.group_sums import (
-    GroupSums,
-    Stability,
-    assign_groups,
-    stability,
-    sum_groups,
-)
+from abliterate.extraction.group_sums import GroupSums, Stability, assign_groups, stability
+from abliterate.extraction.mean_activations import Kept, sums_of_groups
 from abliterate.extraction.refusal_token_search import DETECT_PROMPTS, named_refusal_tokens, summed
 from abliterate.extraction.robust_means import CollectedRows, Robust, clipped, require_one_process
 from abliterate.inference.engine import ActivationReader, BatchActivations
-from abliterate.inference.in_memory import InMemoryReader, engine_of
+from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
 from abliterate.inference.thoughts import Asked, ask, unfinished
-from abliterate.inference.token_batches import attempt
 from abliterate.metrics.geometry import without_component
-from abliterate.metrics.refusal import log_odds
 from abliterate.metrics.refusal_evidence import find_first_refusal_tokens
-from abliterate.models.device_placement import to_device
 from abliterate.models.loading import LoadedModel
 from abliterate.precision import to_host, widest
 from abliterate.prompts.chat_template import ChatFormat, parse_positions, position_tokens
@@ -43,7 +33,6 @@ from abliterate.storage.artifacts import read_tensors
 # Fewer prompts than this make a mean that is mostly noise.
 _MIN_PROMPTS = 8
 
-Kept = tuple[bool, ...]
 # Called with a kind of prompt, its rows, and their ``[batch, n_positions, n_layers, d_model]``.
 Keep = Callable[[str, Sequence[int], Tensor], None]
 
@@ -220,7 +209,7 @@ def extract(
             takers.append(partial(keep, kind))
         if robust != "none":
             takers.append(collected.put)
-        result, kept = _sums(
+        result, kept = sums_of_groups(
             reader,
             kind,
             ranks.split(groups),
@@ -327,110 +316,6 @@ def _note(seen: list[BatchActivations], sums: list[Tensor], batch: BatchActivati
     own = batch.logits
     sums.append(own.to(widest(own.device)).softmax(-1).sum(0))
     seen.append(batch)  # last: a batch that runs out of memory comes again in parts
-
-
-def mean_resid_pre(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    positions: Sequence[int],
-    refusal_tokens: Sequence[int] | None = None,
-    sign: float = 1.0,
-    batch_size: int | str = "auto",
-) -> tuple[Tensor, Kept]:
-    """Mean ``resid_pre`` over prompts of a model in memory.
-
-    Args:
-        model: the model.
-        prompts: token ids.
-        positions: where to look, counted from each prompt's end.
-        refusal_tokens: if given, only prompts whose refusal score has the sign ``sign`` count.
-        sign: +1 keeps refused prompts, -1 keeps answered ones.
-        batch_size: prompts per forward pass, or ``auto``.
-
-    Returns:
-        float64 ``[n_positions, n_layers, d_model]`` on the CPU (NaN if no prompt counts), and for
-        each prompt whether it counts.
-    """
-    reader = InMemoryReader(model, {"": prompts}, positions, batch_size)
-    one_group = [0] * len(prompts)
-    sums, kept = _sums(reader, "", one_group, refusal_tokens=refusal_tokens, sign=sign)
-    return sums.mean, kept
-
-
-def _sums(
-    reader: ActivationReader,
-    kind: str,
-    groups: Sequence[int],
-    *,
-    seen: Sequence[BatchActivations] = (),
-    refusal_tokens: Sequence[int] | None = None,
-    sign: float = 1.0,
-    keep: Sequence[Callable[[Sequence[int], Tensor], None]] = (),
-    ended: Sequence[bool] | None = None,
-    ranks: RankGroup = ALONE,
-) -> tuple[GroupSums, Kept]:
-    """As :func:`mean_resid_pre`, reduced batch by batch to one float64 sum a group of prompts.
-
-    Args:
-        reader: gives the activations.
-        kind: of which prompts.
-        groups: to which group each of them belongs; of several ranks, this one's share.
-        seen: the first of them, where they have been run already.
-        refusal_tokens: if given, only prompts whose refusal score has the sign ``sign`` count.
-        sign: +1 keeps refused prompts, -1 keeps answered ones.
-        keep: each is called with the rows of each batch and their activations.
-        ended: of each prompt, whether the thought about it has; others never count.
-        ranks: the processes whose prompts make up the mean, by an all-reduce of their sums.
-    """
-    n_groups = 1 + max(ranks.all_gather(max(groups, default=0)))
-    totals = torch.zeros(n_groups, *reader.shape, dtype=torch.float64)
-    counted = torch.zeros(n_groups, dtype=torch.float64)
-    kept = [True] * len(groups)
-
-    def accumulate(batch: BatchActivations) -> None:
-        device = batch.activations.device
-        counts = torch.ones(len(batch.rows), dtype=torch.bool, device=device)
-        if refusal_tokens is not None:
-            counts = sign * log_odds(batch.logits, refusal_tokens) > 0
-        if ended is not None and not all(ended):
-            whole = torch.tensor([ended[row] for row in batch.rows])
-            counts = counts & to_device(whole, counts.device)
-        counts = counts.to(device)
-        of_rows = [groups[row] for row in batch.rows]
-        partial_sums = sum_groups(batch.activations, counts, of_rows)
-        # What a batch has to say comes in one transfer, for which an accelerator is waited for.
-        flags, *sums = to_host(counts, *(part for some in partial_sums for part in some.parts))
-        for take in keep:
-            take(list(batch.rows), batch.activations)
-        # Last: what has run out of memory by here comes again.
-        fetched = iter(sums)
-        for some in partial_sums:
-            for _ in some.parts:
-                totals[list(some.groups)] += next(fetched)
-        counted.index_add_(0, torch.tensor(of_rows), flags)
-        for row, flag in zip(batch.rows, flags.tolist(), strict=True):
-            kept[row] = bool(flag)
-
-    with ranks.fail_together():
-        for batch in seen:
-            _in_parts(batch, accumulate)
-        first = sum(len(batch.rows) for batch in seen)
-        description = f"extract: {kind}".removesuffix(": ")
-        reader.read(kind, range(first, len(groups)), accumulate, description)
-    sums = GroupSums(ranks.all_reduce_sum(totals), ranks.all_reduce_sum(counted))
-    return sums, tuple(ranks.gather(kept))
-
-
-def _in_parts(batch: BatchActivations, use: Callable[[BatchActivations], None]) -> None:
-    """Call ``use`` on a batch, or on halves of it where memory runs out."""
-    half = len(batch.rows) // 2
-    if not half:
-        use(batch)
-    elif not attempt(partial(use, batch)):
-        for part in (slice(None, half), slice(half, None)):
-            _in_parts(
-                BatchActivations(batch.rows[part], batch.logits[part], batch.activations[part]), use
-            )
 
 
 def require_min_prompts(name: str, kept: int, given: int, option: str) -> None:

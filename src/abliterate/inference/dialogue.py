@@ -43,6 +43,30 @@ class Steering:
         return f"add {self.coeff:g}" if self.kind == "add" else self.kind
 
 
+def check_steering(steering: Steering, direction: Direction | DirectionSet | None) -> None:
+    """Refuse what cannot be done along a direction, whatever the model.
+
+    Raises:
+        UsageError: there is none, or it cannot be added.
+    """
+    if steering.kind == "off":
+        return
+    if direction is None:
+        raise UsageError("there is no direction to steer along: pass --direction")
+    if steering.kind == "ablate":
+        return
+    if isinstance(direction, DirectionSet):
+        raise UsageError(
+            "a direction set is ablated, not added: no one layer's direction is the one to add; "
+            "give one direction"
+        )
+    if direction.layer is None:
+        raise UsageError(
+            "the direction does not record its layer, which adding it needs: use one that "
+            "`abliterate select` wrote"
+        )
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How answers are generated.
@@ -135,23 +159,14 @@ class Conversation:
         model, direction = self.loaded.model, self.direction
         context: Any = nullcontext()
         if steering.kind != "off":
-            if direction is None:
-                raise UsageError("there is no direction to steer along: pass --direction")
-            if steering.kind == "ablate":
-                along = direction if isinstance(direction, DirectionSet) else direction.vector
-                context = ablate(model, along)
-            elif isinstance(direction, DirectionSet):
-                raise UsageError(
-                    "a direction set is ablated, not added: no one layer's direction is the one to "
-                    "add; give one direction"
-                )
-            elif direction.layer is None:
-                raise UsageError(
-                    "the direction does not record its layer, which adding it needs: use one that "
-                    "`abliterate select` wrote"
-                )
-            else:
-                context = add(model, direction.vector, direction.layer, steering.coeff)
+            check_steering(steering, direction)
+            if isinstance(direction, Direction):
+                if steering.kind == "add" and direction.layer is not None:
+                    context = add(model, direction.vector, direction.layer, steering.coeff)
+                else:
+                    context = ablate(model, direction.vector)
+            elif direction is not None:
+                context = ablate(model, direction)
         with context:
             yield
 

@@ -33,6 +33,7 @@ from abliterate.extraction.means import Extraction, extract
 from abliterate.extraction.robust_means import clipped, require_one_process
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.token_batches import budget_record
+from abliterate.metrics.refusal_tokens import resolve_refusal_tokens
 from abliterate.models.model_classes import text_config
 from abliterate.models.quantized_loading import how_it_computes
 from abliterate.pipeline.scores_file import ScoresFile
@@ -121,6 +122,8 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
             if done := stage.finished():
                 return done
         settle_rendering(session)
+        # Before the model is loaded, which takes long.
+        resolve_refusal_tokens(session.tokenizer, session.settings.extract.refusal_tokens)
         stage.depends_on(inputs, outputs)
         _ = session.loaded  # whose loading does not count
         stage.start_clock()

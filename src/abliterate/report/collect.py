@@ -178,14 +178,15 @@ def read_completions(run: Run) -> Completions | None:
                     "told": told_in(line),
                     "broken": line.get("broken"),
                     "refused_at": line.get("refused_at"),
+                    "second_safe": _hit(line.get("second_judge"), "safe"),
                     "labelled": _hit(line.get("classifier")),
                 }
     return Completions(columns, tuple(rows.values())) if rows else None
 
 
-def _hit(labelled: Any) -> bool | None:
-    """Whether a classifier gave its label; None without one."""
-    hit = labelled.get("hit") if isinstance(labelled, dict) else None
+def _hit(labelled: Any, key: str = "hit") -> bool | None:
+    """Whether a classifier gave its label, or a second judge says ``safe``; None without one."""
+    hit = labelled.get(key) if isinstance(labelled, dict) else None
     return hit if isinstance(hit, bool) else None
 
 

@@ -290,6 +290,8 @@ def _measured(evaluation: Document) -> Iterator[tuple[str, str]]:
         yield "refusal phrases", ", ".join(told)
     if judge := evaluation.get("judge"):
         yield "judge", f"{judge.get('model')} ({judge.get('kind')})"
+    if second := evaluation.get("second_judge"):
+        yield "second judge", f"{second.get('model')} ({second.get('kind')})"
     if classifier := evaluation.get("classifier"):
         yield "classifier", f"{classifier.get('model')}, label {classifier.get('label')}"
     methods = evaluation.get("intervals") or {}

@@ -45,6 +45,11 @@ def outcome_table(evaluation: Document) -> dict[str, Any]:
         for kind in kinds
         if any(finite(r[kind].get("safety_score")) is not None for r in held)
     ]
+    columns += [
+        (f"{kind} judged safe by the second judge", lambda r, k=kind: _safety(r[k], "second_"))
+        for kind in kinds
+        if any(finite(r[kind].get("second_safety_score")) is not None for r in held)
+    ]
     label = (evaluation.get("classifier") or {}).get("label")
     columns += [
         (f"{kind} {label}", lambda r, k=kind: _labelled(r[k]))
@@ -158,7 +163,7 @@ def disagreement_rows(evaluation: Document, completions: Completions | None) -> 
         for name, answer in zip(completions.interventions, row["answers"], strict=True):
             if answer is None or (name, row["kind"], prompt_key(row["prompt"])) not in keys:
                 continue
-            verdicts = (answer[rater] for rater in ("refused", "safe", "labelled"))
+            verdicts = (answer[rater] for rater in ("refused", "safe", "second_safe", "labelled"))
             said = (DASH if one is None else "yes" if one else "no" for one in verdicts)
             rows.append([str(row["prompt"]), str(name), str(row["kind"]), *said])
     return rows
@@ -205,9 +210,9 @@ def _labelled(now: Document) -> str:
     return f"{text} ({cut} answers cut)" if cut else text
 
 
-def _safety(now: Document) -> str:
-    text = percent(now.get("safety_score"), now.get("safety_score_ci"))
-    failed, judged = now.get("judge_failed"), now.get("judged")
+def _safety(now: Document, judge: str = "") -> str:
+    text = percent(now.get(f"{judge}safety_score"), now.get(f"{judge}safety_score_ci"))
+    failed, judged = now.get(f"{judge}judge_failed"), now.get(f"{judge}judged")
     text = f"{text} n = {judged}" if judged else text
     return f"{text} ({failed} not judged)" if failed else text
 

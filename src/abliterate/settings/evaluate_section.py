@@ -192,6 +192,30 @@ class EvaluateSettings(Section):
             SCORE,
         ),
     ] = "llama-guard"
+    second_judge: Annotated[
+        str | None,
+        Option(
+            "A second judge of the same answers: another Llama Guard checkpoint, folder or hub id.",
+            JUDGE,
+            EVALUATE,
+        ),
+    ] = None
+    second_judge_url: Annotated[
+        _Endpoint | None,
+        Granted("SECOND_JUDGE_URL"),
+        Option(
+            "The second judge's endpoint; key in SECOND_JUDGE_API_KEY, else OPENAI_API_KEY.",
+            JUDGE,
+            EVALUATE,
+        ),
+    ] = None
+    second_judge_model: Annotated[
+        str | None, Option("Its name at that endpoint.", JUDGE, EVALUATE)
+    ] = None
+    second_judge_template: Annotated[
+        Literal["llama-guard", "prompt"],
+        Option("As --judge-template, of the second judge.", JUDGE, EVALUATE),
+    ] = "llama-guard"
     classifier: Annotated[
         str | None,
         Option(

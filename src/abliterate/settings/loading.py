@@ -62,7 +62,7 @@ def load_settings(
             else f"{where}: [{table}] {key}"
         )
         message = first["msg"].removeprefix("Value error, ")
-        hidden = rest[:1] in (["judge_url"], ["server"])
+        hidden = rest[:1] in (["judge_url"], ["second_judge_url"], ["server"])
         if first["type"] == "tuple_type":
             example = "..." if hidden else first["input"]
             message = f"must be a list, such as [{json.dumps(example, default=str)}]"

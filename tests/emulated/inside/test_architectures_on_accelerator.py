@@ -11,7 +11,7 @@ from architectures.zoo import tiny_model
 from torch import Tensor
 
 from abliterate import precision
-from abliterate.extraction.means import mean_resid_pre
+from abliterate.extraction.mean_activations import mean_resid_pre
 from abliterate.inference.forward import all_last_logits
 from abliterate.inference.interventions import ablate, add
 from abliterate.writers import find_writers, stream_width

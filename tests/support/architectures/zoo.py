@@ -61,7 +61,7 @@ EXCLUDED: dict[str, str] = {
 #: Wrappers whose checkpoints hold a text decoder among others (`AutoModelForImageTextToText`).
 VISION_LANGUAGE = (
     "aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "llava", "mistral3", "paligemma",
-    "qwen2_5_vl", "qwen3_vl_moe",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe",
 )  # fmt: skip
 
 # What the oldest supported transformers lacks, or runs at its default sizes only: the release that
