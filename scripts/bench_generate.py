@@ -11,6 +11,7 @@ sides must say the same.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,13 +102,16 @@ def bare(loaded: LoadedModel, prompts: Sequence[list[int]], size: int) -> list[l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=str(DEMO))
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--sizes", default="8,16,32,64,128")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=128, help="16 take minutes on a 0.5B shape")
+    parser.add_argument("--sizes", help="of bare batches (8,16,32,64,128, up to all prompts)")
+    parser.add_argument("--repeats", type=int, default=1, help="of all sides in turn; best counts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    sizes = [int(size) for size in (args.sizes or "8,16,32,64,128").split(",")]
+    if args.sizes is None:  # the smallest that holds all of them, and none beyond
+        sizes = [size for size in sizes if size < args.prompts] + [args.prompts]
     loaded = load(args.model, args.device)
     end_by_period(loaded)
     generator = torch.Generator().manual_seed(0)
@@ -128,32 +132,36 @@ def main() -> None:
 
     sides: dict[str, Callable[[], list[list[int]]]] = {
         **{f"bare, {n} rows": lambda n=n: bare(loaded, prompts, n)  # type: ignore[misc]
-           for n in map(int, args.sizes.split(","))},
+           for n in sizes},
         "abliterate": ours,
         "abliterate, hooks on": hooked,
     }  # fmt: skip
     bare(loaded, prompts[:2], 2)
-    best: dict[str, float] = {}
+    best: dict[str, tuple[float, float]] = {}
     said: dict[str, list[list[int]]] = {}
-    for _ in range(args.repeats):
+    for turn in range(args.repeats):
         for name, run in sides.items():
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             said[name] = run()
             if args.device != "cpu":
                 torch.accelerator.synchronize()
-            best[name] = min(best.get(name, float("inf")), time.perf_counter() - started)
+            took = time.perf_counter() - started, time.process_time() - worked
+            best[name] = min(best.get(name, took), took)
+            print(f"turn {turn + 1}: {name} {took[0]:.1f} s", file=sys.stderr, flush=True)
     counts = [len(answer) for answer in said["abliterate"]]
     print(f"{args.model}: {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, "
           f"answers of {min(counts)} to {max(counts)} ({sum(counts):,} in all), "
           f"{loaded.model.dtype}, {args.device}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}, transformers {transformers.__version__}\n")  # fmt: skip
-    for name, value in best.items():
-        print(f"{name:<24} {value:8.2f} s   {sum(counts) / value:8.1f} tokens/s")
+    for name, (value, cpu) in best.items():
+        print(f"{name:<24} {value:8.2f} s   {sum(counts) / value:8.1f} tokens/s   "
+              f"{cpu:8.2f} CPU s")  # fmt: skip
     fastest = min((name for name in best if name.startswith("bare")), key=best.__getitem__)
     same = sum(a == b for a, b in zip(said["abliterate"], said[fastest], strict=True))
     print(f"\nsame answers as {fastest}: {same} of {len(prompts)}")
     for name in ("abliterate", "abliterate, hooks on"):
-        print(f"{name}: {best[fastest] / best[name]:.2f}x {fastest}")
+        wall, cpu = (base / own for base, own in zip(best[fastest], best[name], strict=True))
+        print(f"{name}: {wall:.2f}x {fastest} ({cpu:.2f}x in CPU seconds)")
 
 
 if __name__ == "__main__":

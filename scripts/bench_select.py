@@ -1,11 +1,12 @@
 """Time selection against a plain implementation of the paper's procedure, in one process.
 
-    python scripts/bench_select.py [data/demo-model | qwen2.5-0.5b | llama-3.2-1b | MODEL]
+    python scripts/bench_select.py [data/demo-model | smollm2-135m | qwen2.5-0.5b | llama-3.2-1b |
+                                    MODEL] [--profile]
 
 Runs, on the same prompts and candidates, (a) a plain loop (per candidate three full passes with
 hooks, all logits, fixed batches of 32), (b) ``--search exhaustive`` and (c) the default search;
 prints a markdown table and fails unless all three select the same candidate and the scores that
-they share agree. The two named shapes are built with random weights; their thresholds are set so
+they share agree. The named shapes are built with random weights; their thresholds are set so
 that about ``--induce-share`` of the candidates pass the induce filter, and ``--kl-share`` of those
 the KL filter. By default an eighth passes both, as in the score tables that the paper's authors
 published: of the candidates outside the last 20% of layers 4% (Llama-2-7B), 6% (Yi-6B), 13%
@@ -30,13 +31,14 @@ import psutil
 import torch
 import transformers
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from abliterate import load_model, load_prompts
 from abliterate.extraction.mean_activations import mean_resid_pre
 from abliterate.extraction.refusal_token_search import find_refusal_tokens
 from abliterate.inference.forward import all_last_logits
-from abliterate.metrics.refusal import refusal_score
+from abliterate.metrics.refusal import MAX_REFUSAL_SCORE, refusal_score
 from abliterate.prompts.chat_template import ChatFormat, encode, parse_positions
 from abliterate.selection.candidate_filters import Score, Thresholds, apply_filters, best_candidate
 from abliterate.selection.candidate_search import CandidateSearch
@@ -46,6 +48,19 @@ from abliterate.writers import decoder_blocks
 ROOT = Path(__file__).resolve().parents[1]
 # Dimensions, and the tokens of the chat template before and after the user's text.
 SHAPES: dict[str, tuple[Any, int, int]] = {
+    "smollm2-135m": (
+        lambda: LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        ),
+        24,
+        5,
+    ),
     "qwen2.5-0.5b": (
         lambda: Qwen2Config(
             vocab_size=151936,
@@ -169,10 +184,11 @@ def plain_scores(task: SearchInputs) -> list[Score]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: its scores, wall seconds, tokens x layers that ran, and peak memory in bytes."""
+    """One run: its scores, wall and CPU seconds, tokens x layers that ran, peak memory in bytes."""
 
     scores: list[Score]
     seconds: float
+    cpu: float
     products: int
     memory: int
 
@@ -199,17 +215,16 @@ def measured(model: PreTrainedModel, run: Callable[[], list[Score]]) -> Measured
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     with hooks(handles):
         scores = run()
         if on_gpu:
             torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - worked
     done.set()
     watcher.join()
-    return Measured(
-        scores, seconds, products, torch.cuda.max_memory_allocated() if on_gpu else peak
-    )
+    memory = torch.cuda.max_memory_allocated() if on_gpu else peak
+    return Measured(scores, seconds, cpu, products, memory)
 
 
 def compare(first: Sequence[Score], other: Sequence[Score], tolerance: float) -> float:
@@ -224,6 +239,108 @@ def compare(first: Sequence[Score], other: Sequence[Score], tolerance: float) ->
             assert abs(a - b) <= tolerance, f"{metric} of {two}: {b} is not {a}"
             worst = max(worst, abs(a - b))
     return worst
+
+
+# --- where the time goes ----------------------------------------------------------------------
+
+
+def operators(
+    run: Callable[[], object], on_gpu: bool
+) -> tuple[float, list[tuple[str, int, float]]]:
+    """The share of one run that is spent within operators; name, calls and share of the longest.
+
+    On a GPU it is the device's time. All else of a run is Python's, between them. Both are taken
+    from the same run, which the profiler makes longer.
+    """
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=kinds, acc_events=True) as seen:
+        started = time.perf_counter()
+        run()
+        whole = time.perf_counter() - started
+    found = [
+        (event.key, event.count, getattr(event, f"self_{'device' if on_gpu else 'cpu'}_time_total"))
+        for event in seen.key_averages()
+    ]
+    found = [(key, count, micros / 1e6 / whole) for key, count, micros in found if micros]
+    found.sort(key=lambda row: -row[2])
+    return sum(row[2] for row in found), found[:8]
+
+
+def fewest_passes(task: SearchInputs, search: CandidateSearch) -> dict[str, float]:
+    """How much of a pass over the prompts of one kind no exact method can do without, by metric.
+
+    A method is exact if it rejects by the paper's filters and by the bounds in docs/performance.md
+    alone. Counted is what one would run that knew every score beforehand: of each candidate the
+    metric and the prompts that reject it soonest, and all three of the one that is chosen. ``add``
+    starts at its own layer.
+
+    Args:
+        task: what was searched.
+        search: exhaustive, so that every score of every prompt is known.
+    """
+    state, thresholds = search.state, task.thresholds
+    judged = apply_filters(list(state.scores.values()), task.n_layers, thresholds)
+    winner = best_candidate(judged)
+    assert winner is not None
+    passes = {"baseline": 1.0, "induce": 0.0, "kl": 0.0, "bypass": 0.0}
+    for score in judged:
+        key = score.position, score.layer
+        if key not in state.usable or score.layer >= task.grid.first_pruned:
+            continue
+        depth = (task.n_layers - score.layer) / task.n_layers
+        of = {"induce": 1.0, "kl": 1.0, "bypass": 1.0}
+        if key != (winner.position, winner.layer):
+            induce, kl = state.row("induce", key), state.row("kl", key)
+            highest = torch.full_like(induce, MAX_REFUSAL_SCORE)
+            ways = [{"bypass": 1.0}]
+            low = rejects(induce.sort().values, highest, lambda mean: mean < thresholds.induce)
+            order = (kl - state.floor).argsort(descending=True)
+            high = rejects(kl[order], state.floor[order], lambda mean: mean > thresholds.kl)
+            ways += [{"induce": low}] if low else []
+            ways += [{"kl": high}] if high else []
+            of = min(ways, key=lambda way: way.get("induce", 0.0) * depth + way.get("kl", 0.0)
+                     + way.get("bypass", 0.0))  # fmt: skip
+        for metric, share in of.items():
+            passes[metric] += share * (depth if metric == "induce" else 1.0)
+    return passes
+
+
+def rejects(values: Tensor, missing: Tensor, fails: Callable[[float], bool]) -> float | None:
+    """The share of prompts, from the first, after which a bound rejects; None if none does."""
+    for count in range(1, len(values) + 1):
+        if fails(float(torch.cat([values[:count], missing[count:]]).mean())):
+            return count / len(values)
+    return None
+
+
+def show_profile(task: SearchInputs, runs: dict[str, Callable[[], object]]) -> None:
+    """Print where the time of each run goes, and the floor."""
+    model, on_gpu = task.model, task.model.device.type == "cuda"
+    search = CandidateSearch(replace(task, search="exhaustive"))
+    search.run()
+    passes = fewest_passes(task, search)
+    plain = min(measured(model, lambda: unhooked(task)).seconds for _ in range(3))
+    print(f"\nfloor: {sum(passes.values()):.2f} passes over the prompts of one kind ("
+          + ", ".join(f"{metric} {count:.2f}" for metric, count in passes.items())
+          + f") of {1e3 * plain:.1f} ms: {sum(passes.values()) * plain:.2f} s")  # fmt: skip
+    print("\n| run | seconds | operators | Python between them |")
+    print("|---|---:|---:|---:|")
+    longest = {}
+    for name, run in runs.items():
+        seconds = min(measured(model, run).seconds for _ in range(2))
+        share, longest[name] = operators(run, on_gpu)
+        inside = seconds * min(1.0, share)
+        print(f"| {name} | {seconds:.2f} | {inside:.2f} | {seconds - inside:.2f} |")
+    for name, rows in longest.items():
+        said = ", ".join(f"{key.removeprefix('aten::')} {100 * share:.0f}% in {count:,}"
+                         for key, count, share in rows)  # fmt: skip
+        print(f"\n{name}: {said}")
+
+
+def unhooked(task: SearchInputs) -> list[Score]:
+    """One pass over the harmless prompts as fast as it gets: no hooks, good batches."""
+    all_last_logits(task.model, task.harmless)
+    return []
 
 
 # --- what to run on ---------------------------------------------------------------------------
@@ -279,6 +396,10 @@ def main() -> None:
     parser.add_argument("--positions", help="e.g. -2,-1 (post-instruction; -1 for random shapes)")
     parser.add_argument("--induce-share", type=float, default=0.25)
     parser.add_argument("--kl-share", type=float, default=0.5)
+    parser.add_argument("--profile", action="store_true", help="where the time goes, and the floor")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="each side, in turn; the best counts"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -306,8 +427,16 @@ def main() -> None:
     if random_shape:
         shares = args.induce_share, args.kl_share
         task = replace(task, thresholds=opened(exhaustive.scores, task.n_layers, *shares))
-    plain = measured(model, lambda: plain_scores(task))
-    staged = measured(model, lambda: CandidateSearch(task).run())
+    sides: dict[str, Callable[[], list[Score]]] = {
+        "plain": lambda: plain_scores(task),
+        "default": lambda: CandidateSearch(task).run(),
+    }
+    best: dict[str, Measured] = {}
+    for _ in range(args.repeats):
+        for name, run in sides.items():
+            now = measured(model, run)
+            best[name] = min(best.get(name, now), now, key=lambda one: one.seconds)
+    plain, staged = best["plain"], best["default"]
 
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
     names = ("plain", "exhaustive", "default")
@@ -331,12 +460,15 @@ def main() -> None:
               for metric in ("induce_score", "kl_divergence", "bypass_score")}  # fmt: skip
     print(f"default computed: {counts}; kept {sum(s.kept for s in judged)}; winner "
           f"{winners.pop()}; largest difference of a score {worst:.1e}\n")  # fmt: skip
-    print("| run | seconds | faster | token-layers | fewer | peak memory |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print("| run | seconds | faster | CPU seconds | less | token-layers | fewer | peak memory |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, run in runs.items():
         print(f"| {name} | {run.seconds:.2f} | {plain.seconds / run.seconds:.1f}x | "
+              f"{run.cpu:.2f} | {plain.cpu / run.cpu:.1f}x | "
               f"{run.products:,} | {plain.products / run.products:.1f}x | "
               f"{run.memory / 2**20:,.0f} MiB |")  # fmt: skip
+    if args.profile:
+        show_profile(task, {"default": sides["default"]})
 
 
 if __name__ == "__main__":

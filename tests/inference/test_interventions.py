@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 from abliterate import ablate, add
 from abliterate.errors import InputError
 from abliterate.inference.forward import capture_resid_pre
+from abliterate.inference.interventions import AblationSites
 from abliterate.metrics.refusal import kl_divergence, refusal_score
+from abliterate.writers import find_writers
 
 IDS = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(1))
 DIRECTION = torch.randn(48, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3
@@ -65,6 +67,21 @@ def test_hooks_are_removed_after_an_error(tiny) -> None:
     for context in (ablate(model, DIRECTION), add(model, DIRECTION, 1)):
         with pytest.raises(ZeroDivisionError), context:
             raise ZeroDivisionError
+    assert torch.equal(_stream(model), plain)
+
+
+def test_sites_that_are_used_again_project_the_direction_of_that_time(tiny) -> None:
+    model = _load(tiny("llama"))
+    plain = _stream(model)
+    sites = AblationSites(model, find_writers(model).sites)
+    other = torch.roll(DIRECTION, 1)
+    for direction in (DIRECTION, other, DIRECTION):
+        unit = direction / direction.norm()
+        with sites.under(unit):
+            once = _stream(model)
+        with ablate(model, direction):
+            assert torch.equal(once, _stream(model))
+        assert ((once @ unit).abs() / once.norm(dim=-1)).max() < 1e-6
     assert torch.equal(_stream(model), plain)
 
 

@@ -28,6 +28,7 @@ from abliterate.inference.fast_path import verified_runner
 from abliterate.inference.forward import all_last_logits
 from abliterate.inference.in_memory import InMemoryEngine
 from abliterate.inference.token_batches import TokenBudget, group_rows
+from abliterate.metrics.logit_metrics import refusal_metric
 from abliterate.metrics.refusal import MAX_REFUSAL_SCORE, kl_divergence, kl_floor, refusal_score
 from abliterate.models.loading import LoadedModel
 from abliterate.selection.candidate_filters import Score, Thresholds, apply_filters, best_candidate
@@ -214,6 +215,31 @@ def test_a_batch_that_does_not_fit_is_split(tiny) -> None:
     for one, other in zip(reference, small, strict=True):
         _agree(one, other)
     assert largest > 1
+
+
+def test_candidates_that_join_late_count_by_the_blocks_they_run_on(tiny) -> None:
+    task = _task(tiny("llama"))
+    runner = InterventionRunner(task.model, task.harmless)
+    piece, _ = runner.baseline(runner.piece(task.harmless, range(10)))
+    rows, width = piece.batch.input_ids.shape
+    runner.budget.tokens = 3 * rows * width  # of 4 blocks each: 12 runs of a block
+    vectors = task.directions[1, [1, 1, 2, 2, 2, 3, 3, 3]]
+    metric = refusal_metric(TOKENS)
+    expected = [
+        runner.measure(runner.prefill(vectors[at : at + 1], [layer]), piece, metric)
+        for at, layer in enumerate((0, 0, 1, 2, 2, 3, 3, 3))
+    ]
+    sizes = []
+    handle = task.model.lm_head.register_forward_pre_hook(
+        lambda module, args: sizes.append(len(args[0]) // rows)
+    )
+    found = runner.measure(runner.prefill(vectors, (0, 0, 1, 2, 2, 3, 3, 3)), piece, metric)
+    again = runner.measure(runner.prefill(vectors), piece, metric)
+    handle.remove()
+    # Opening tokens, then 4 + 4 + 3 blocks; 2 + 2 + 1 + 1 + 1; ablated in all blocks, 3 at once.
+    assert [size for size in sizes if size] == [3, 5, 3, 3, 2]
+    assert torch.allclose(found, torch.cat(expected), atol=1e-5)
+    assert again.shape == found.shape
 
 
 def test_shortcuts_are_used_only_where_they_are_exact(tiny) -> None:

@@ -30,6 +30,7 @@ from abliterate.inference.control_directions import (
     measure_controls,
     random_controls,
 )
+from abliterate.inference.generation import RowLogits
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import ablate
 from abliterate.inference.thinks_first import or_thinks_first
@@ -40,6 +41,7 @@ from abliterate.metrics.refusal_phrases import ALL, RefusalPhrases, parse_phrase
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt
+from abliterate.prompts.thinking import find_thinking
 from abliterate.run_folder import DIRECTIONS, Session, prompt_keys, token_records
 from abliterate.run_folder import FRAGILITY as FRAGILITY
 from abliterate.run_records import read_extract, read_used, used_prompts, used_refusal_tokens
@@ -86,24 +88,50 @@ def measure(
     }
     prompt_ids = {kind: encode(loaded.tokenizer, given, chat) for kind, given in texts.items()}
     # First tokens are scored where the answer begins: behind the model's thought, if it is asked.
-    ids = {
-        kind: ask(loaded, given, chat, batch_size, kind).finished(kind)
-        for kind, given in texts.items()
-    }
+    behind_thoughts = find_thinking(loaded.tokenizer, chat).mode == "skip"
+    ids = prompt_ids
+    if behind_thoughts:
+        ids = {
+            kind: ask(loaded, given, chat, batch_size, kind).finished(kind)
+            for kind, given in texts.items()
+        }
     limits = AnswerLimits.of(
         loaded, chat, [row for rows in prompt_ids.values() for row in rows], max_new_tokens
     )
+
+    def answer(
+        kinds: Sequence[str], description: str, answered: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, list[list[int]]]]:
+        """First-token logits and answers, or the logits that known answers start from."""
+        starts = {kind: RowLogits(len(prompt_ids[kind])) for kind in kinds}
+        answers = {
+            kind: engine.answers(
+                prompt_ids[kind],
+                limits.longest,
+                batch_size,
+                description,
+                done=range(len(prompt_ids[kind])) if answered else (),
+                chat=chat,
+                on_first=None if behind_thoughts else taken.put,
+            )
+            for kind, taken in starts.items()
+        }
+        if behind_thoughts:
+            some = {kind: ids[kind] for kind in kinds}
+            return engine.last_logits(some, {"": None}, batch_size, description)[""], answers
+        return {kind: taken.rows for kind, taken in starts.items()}, answers
+
     points = []
+    unmodified: Tensor | None = None
     with engine.in_memory("fragility") as model:
-        unmodified = engine.last_logits({"harmless": ids["harmless"]}, {"": None}, batch_size)[""]
         for fraction in fractions:
             description = f"fragility: {fraction:g} of the direction"
             with ablate(model, along, fraction):
-                logits = engine.last_logits(ids, {"": None}, batch_size, description)[""]
-                answers = {
-                    kind: engine.answers(rows, limits.longest, batch_size, description, chat=chat)
-                    for kind, rows in prompt_ids.items()
-                }
+                logits, answers = answer(("harmful", "harmless"), description)
+            if unmodified is None and fraction == 0:
+                unmodified = logits["harmless"]
+            elif unmodified is None:
+                unmodified = answer(["harmless"], "fragility", answered=True)[0]["harmless"]
             verdicts = {
                 kind: _verdicts(limits, answers[kind], phrases) for kind in ("harmful", "harmless")
             }
@@ -111,7 +139,7 @@ def measure(
                 _counted, verdicts.values()
             )
             scores = refusal_score(logits["harmful"], refusal_tokens).tolist()
-            divergences = kl_divergence(unmodified["harmless"], logits["harmless"]).tolist()
+            divergences = kl_divergence(unmodified, logits["harmless"]).tolist()
             points.append(
                 Point(
                     fraction,
@@ -129,12 +157,17 @@ def measure(
                 )
             )
         controls = None
-        if n_controls and fractions[-1] == 1 and isinstance(direction, Direction):
+        if (
+            n_controls
+            and unmodified is not None
+            and fractions[-1] == 1
+            and isinstance(direction, Direction)
+        ):
             controls = _controls(
                 loaded,
                 direction,
                 ids,
-                unmodified["harmless"],
+                unmodified,
                 refusal_tokens,
                 logits,
                 n_controls,

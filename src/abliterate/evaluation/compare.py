@@ -11,15 +11,16 @@ from torch import Tensor
 from abliterate.direction import Direction
 from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
+from abliterate.evaluation.changes import change_of, check_intervention
 from abliterate.evaluation.completions import (
     Completion,
     CompletionFile,
     token_counter,
 )
-from abliterate.evaluation.intervention_names import check_name
+from abliterate.evaluation.first_tokens import Answering, FirstTokenLogits
 from abliterate.evaluation.outcomes import BORDERLINE, KINDS, Metrics, Outcome
 from abliterate.evaluation.progress import CompletionProgress
-from abliterate.inference.engine import Change
+from abliterate.inference.engine import Change, OnFirstLogits
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thoughts import AnswerLimits, Asked, ask
 from abliterate.metrics.refusal import (
@@ -31,38 +32,10 @@ from abliterate.metrics.refusal import (
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.sources import Prompt, check_prompts
+from abliterate.prompts.thinking import find_thinking
 
 # Logits that are scored in float64 at once.
 _CHUNK = 1 << 22
-
-
-def change_of(name: str, direction: Direction | DirectionSet | None) -> Change:
-    """What an intervention, checked, does to the model."""
-    if direction is None or name == "baseline":
-        return None
-    if isinstance(direction, DirectionSet):
-        return direction, None
-    if name == "ablate":
-        return direction.vector, None
-    return (direction.vector if name == "add" else -direction.vector), direction.layer
-
-
-def check_intervention(name: str, direction: Direction | DirectionSet | None) -> None:
-    """Refuse what is no ``baseline``, ``ablate``, ``add`` or ``subtract``.
-
-    Raises:
-        UsageError: the name is unknown, or it needs a direction or a source layer it lacks, or one
-            direction where there is a set.
-    """
-    check_name(name, direction)
-    if name in ("add", "subtract") and isinstance(direction, DirectionSet):
-        raise UsageError(
-            f"--intervention {name} needs one direction, and a set holds one for each layer: give "
-            "one direction, or --intervention ablate"
-        )
-    single = direction if isinstance(direction, Direction) else None
-    if name in ("add", "subtract") and single is not None and single.layer is None:
-        raise UsageError(f"--intervention {name} needs a direction file that records its layer")
 
 
 def evaluate(
@@ -109,49 +82,74 @@ def evaluate(
     chat = chat or ChatFormat()
     for name in interventions:
         check_intervention(name, direction)
-    runs: list[tuple[str, LoadedModel, Change]] = [
-        (name, loaded, change_of(name, direction)) for name in interventions
-    ]
-    runs += [(name, other, None) for name, other in (edited or {}).items()]
+    others = edited or {}
     prompts = {"harmful": harmful, "harmless": harmless}
     if borderline:
         check_prompts(borderline=borderline)
         prompts[BORDERLINE] = borderline
     ids = {kind: encode_prompts(loaded, prompts[kind], chat) for kind in prompts}
-    scored_ids = {
-        kind: ask_prompts(loaded, prompts[kind], chat, batch_size, kind).finished(kind)
-        for kind in KINDS
-    }
-    harmless_ids = {"harmless": scored_ids["harmless"]}
-    unmodified = engine_of(loaded).last_logits(harmless_ids, {"": None}, batch_size)
-    baseline = unmodified[""]["harmless"]
-    check_refusal_tokens(refusal_tokens, baseline.shape[1])
+    rows = {kind: {p.text: row for row, p in enumerate(chosen)} for kind, chosen in prompts.items()}
+    unique = {kind: [ids[kind][row] for row in rows[kind].values()] for kind in prompts}
+    scored_ids: dict[str, list[list[int]]] = {kind: unique[kind] for kind in KINDS}
+    places = {kind: _places(prompts[kind], list(rows[kind])) for kind in KINDS}
+    answering: Answering | None = Answering(chat, max_new_tokens)
+    if find_thinking(loaded.tokenizer, chat).mode == "skip":
+        for kind in KINDS:
+            scored_ids[kind] = ask_prompts(loaded, prompts[kind], chat, batch_size, kind).finished(
+                kind
+            )
+            places[kind] = list(range(len(scored_ids[kind])))
+        answering = None
+    first = FirstTokenLogits(
+        lambda name: others.get(name, loaded),
+        [name for name in interventions if name not in others],
+        direction,
+        scored_ids,
+        batch_size,
+        answering,
+    )
+    vocabulary = first.of("baseline", ["harmless"], 1)["harmless"].shape[1]
+    check_refusal_tokens(refusal_tokens, vocabulary)
     outcomes = {}
-    for name, subject, change in runs:
+    # The baseline first: KL is measured from where its answers start.
+    for name in [*sorted(interventions, key=lambda name: name != "baseline"), *others]:
+        subject = others.get(name, loaded)
         done: dict[str, tuple[Completion, ...]] = {}
         for kind in prompts:
-            rows = {prompt.text: row for row, prompt in enumerate(prompts[kind])}
-            unique = [ids[kind][row] for row in rows.values()]
+            asked = [prompts[kind][row] for row in rows[kind].values()]
             count_tokens = token_counter(lambda: loaded.tokenizer)
-            asked = [prompts[kind][row] for row in rows.values()]
             file = CompletionFile(None, asked, "", count_tokens=count_tokens)
             complete(
                 subject,
-                unique,
+                unique[kind],
                 file,
-                change=change,
+                change=None if name in others else change_of(name, direction),
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 label=(name, kind),
                 chat=chat,
+                on_first=first.taking(name, kind),
             )
             said = {completion.prompt: completion for completion in file.completions}
             done[kind] = tuple(replace(said[p.text], category=p.category) for p in prompts[kind])
-        metrics = measure(subject, scored_ids, baseline, refusal_tokens, change, batch_size, seed)
+        baseline = first.of("baseline", ["harmless"])["harmless"][places["harmless"]]
+        seen = {kind: logits[places[kind]] for kind, logits in first.of(name).items()}
+        if name != "baseline":
+            first.forget(name)
+        model = subject.checkpoint.name
+        metrics = metrics_of(
+            seen["harmful"], seen["harmless"], baseline, refusal_tokens, model, seed
+        )
         outcomes[name] = Outcome(
             done["harmful"], done["harmless"], metrics, {}, {}, done.get(BORDERLINE), seed
         )
-    return outcomes
+    return {name: outcomes[name] for name in [*interventions, *others]}
+
+
+def _places(prompts: Sequence[Prompt], unique: Sequence[str]) -> list[int]:
+    """Where each prompt's text is among the different ones."""
+    place = {text: at for at, text in enumerate(unique)}
+    return [place[prompt.text] for prompt in prompts]
 
 
 def encode_prompts(
@@ -170,35 +168,6 @@ def ask_prompts(
 ) -> Asked:
     """Token ids up to where each answer begins, and which prompts' thoughts have ended."""
     return ask(loaded, [prompt.text for prompt in prompts], chat, batch_size, kind)
-
-
-def measure(
-    subject: LoadedModel,
-    ids: Mapping[str, Sequence[Sequence[int]]],
-    baseline: Tensor,
-    refusal_tokens: Sequence[int],
-    change: Change = None,
-    batch_size: int | str = "auto",
-    seed: int = 0,
-) -> Metrics:
-    """Refusal metrics and KL of a model under an intervention.
-
-    Args:
-        subject: the model.
-        ids: token ids of the prompts, by kind.
-        baseline: last-token logits ``[n, vocabulary]`` of the unmodified model on harmless prompts.
-        refusal_tokens: ids of the first tokens that count as refusing.
-        change: the intervention.
-        batch_size: prompts per forward pass, or ``auto``.
-        seed: of the bootstrap.
-
-    Raises:
-        InputError: the model has another vocabulary than the baseline.
-    """
-    prompts = {kind: ids[kind] for kind in KINDS}
-    logits = engine_of(subject).last_logits(prompts, {"": change}, batch_size)[""]
-    harmful, harmless = (logits[kind] for kind in KINDS)
-    return metrics_of(harmful, harmless, baseline, refusal_tokens, subject.checkpoint.name, seed)
 
 
 def metrics_of(
@@ -258,6 +227,7 @@ def complete(
     chat: ChatFormat | None = None,
     begun: bool | None = None,
     stop_at_verdict: bool = False,
+    on_first: OnFirstLogits | None = None,
 ) -> None:
     """Complete the prompts of ``file`` that have no completion yet, each up to its end of turn.
 
@@ -273,6 +243,7 @@ def complete(
         begun: the prompts end within a thought; None if the model's own template says so.
         stop_at_verdict: an answer ends once it holds a refusal phrase, of which no more tokens
             can take anything away.
+        on_first: takes the logits that answers start from, of all prompts if any is left.
     """
     progress = CompletionProgress(file, label)
     limits = AnswerLimits.of(subject, chat or ChatFormat(), ids, max_new_tokens, begun)
@@ -288,6 +259,6 @@ def complete(
         with engine.in_memory(change=change), file.writing():
             engine.answers(
                 ids, limits.longest, batch_size, about, answered, progress.done, chat,
-                settled=refused if stop_at_verdict else None,
+                settled=refused if stop_at_verdict else None, on_first=on_first,
             )  # fmt: skip
     progress.finish()

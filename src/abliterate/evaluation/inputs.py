@@ -13,8 +13,8 @@ from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
+from abliterate.evaluation.changes import check_intervention
 from abliterate.evaluation.classifier import Classifier, find_classifier
-from abliterate.evaluation.compare import check_intervention
 from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
 from abliterate.evaluation.judges import Judge, find_judge, find_second_judge
 from abliterate.evaluation.outcomes import BORDERLINE

@@ -108,9 +108,13 @@ class Memo:
                 document = None
             self.known = document if isinstance(document, dict) else {}
 
+    def has(self, key: str, good: Callable[[Any], bool]) -> bool:
+        """Whether a figure is known, and ``good``."""
+        return key in self.known and good(self.known[key])
+
     def get(self, key: str, find: Callable[[], Any], good: Callable[[Any], bool]) -> Any:
         """The figure, found now if it is not known, or what is kept is not ``good``."""
-        if key not in self.known or not good(self.known[key]):
+        if not self.has(key, good):
             self.known[key] = find()
             if self.path is not None:
                 make_folder(self.path.parent)

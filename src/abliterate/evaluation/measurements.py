@@ -17,16 +17,16 @@ from typing import Any
 from torch import Tensor
 
 from abliterate.direction import Direction
+from abliterate.evaluation.changes import change_of
 from abliterate.evaluation.compare import (
     ask_prompts,
-    change_of,
     complete,
     metrics_of,
 )
 from abliterate.evaluation.completions import Completion, CompletionFile, token_counter
 from abliterate.evaluation.controls import CONTROLLED, are_controls, count_of
 from abliterate.evaluation.controls import measure as measure_controls
-from abliterate.evaluation.first_tokens import FirstTokenLogits
+from abliterate.evaluation.first_tokens import Answering, FirstTokenLogits
 from abliterate.evaluation.inputs import EvaluationInputs
 from abliterate.evaluation.kept_figures import (
     MEASURED,
@@ -50,7 +50,7 @@ from abliterate.extraction.refusal_token_search import (
     refusal_tokens_shown,
 )
 from abliterate.inference.control_directions import activations_at
-from abliterate.inference.engine import Change
+from abliterate.inference.engine import Change, OnFirstLogits
 from abliterate.inference.generation import ends_of_turn
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
@@ -99,9 +99,8 @@ class Measurements:
         if name in self.inputs.servers:  # all else is measured from logits
             self.losses[name], self.figures[name] = {}, {}
             return
-        key = self._prompts_key | {"figures": "by prompt"}
         values = self.memo.get(
-            self._key(name, "metrics", key), lambda: values_of(self._measure(name)), are_values
+            self._metrics_key(name), lambda: values_of(self._measure(name)), are_values
         )
         held = {figure: tuple(map(as_float, column)) for figure, column in values.items()}
         self.metrics[name] = Metrics(**held, seed=self.session.settings.model.seed)
@@ -154,9 +153,16 @@ class Measurements:
                 chat=self.session.chat,
                 begun=self.session.thinking.begun,
                 stop_at_verdict=settings.stop_at_verdict,
+                on_first=self._taking(name, kind),
             )
         self.files[name, kind] = file
         return file
+
+    def _taking(self, name: str, kind: str) -> OnFirstLogits | None:
+        """What takes the logits that a row's answers start from, if a figure is made of them."""
+        if self._starts_elsewhere or self.memo.has(self._metrics_key(name), are_values):
+            return None
+        return self.logits.taking(name, kind)
 
     def _ask_server(self, server: Server, file: CompletionFile, label: tuple[str, str]) -> None:
         """Have a server answer what the model here would be asked; no model is loaded."""
@@ -239,14 +245,19 @@ class Measurements:
     @cached_property
     def scored_ids(self) -> dict[str, list[list[int]]]:
         """As ``ids``, up to where the answer begins: what first tokens are scored on."""
-        if self.session.thinking.mode != "skip":
+        if not self._starts_elsewhere:
             return self.ids
         return {kind: asked.finished(kind) for kind, asked in self._asked.items()}
+
+    @property
+    def _starts_elsewhere(self) -> bool:
+        """Whether answers start from other tokens than those that first tokens are scored on."""
+        return self.session.thinking.mode == "skip"
 
     @cached_property
     def _ended(self) -> dict[str, list[bool]] | None:
         """Which prompts' thoughts have ended; None where none are had."""
-        if self.session.thinking.mode != "skip" or not self.inputs.here:
+        if not (self._starts_elsewhere and self.inputs.here):
             return None
 
         def find() -> dict[str, list[bool]]:
@@ -322,7 +333,14 @@ class Measurements:
             return self._subject(name)[0] if name in inputs.edited else self.session.loaded
 
         rows = [name for name in inputs.rows if name not in inputs.edited]
-        return FirstTokenLogits(load, rows, inputs.direction, self.scored_ids, self._batch_size)
+        session, settings = self.session, self.session.settings.evaluate
+        answering = None
+        if session.opener.generates and not self._starts_elsewhere:
+            begun = session.thinking.begun
+            answering = Answering(session.chat, settings.max_new_tokens, begun)
+        return FirstTokenLogits(
+            load, rows, inputs.direction, self.scored_ids, self._batch_size, answering
+        )
 
     @property
     def _batch_size(self) -> int | str:
@@ -333,6 +351,7 @@ class Measurements:
         seed = self.session.settings.model.seed
         baseline = self.baseline  # before another model takes the base's place
         seen = self.logits.of(name)
+        self.logits.forget(name)
         checkpoint = self.inputs.edited.get(name, self.session.checkpoint)
         return metrics_of(
             seen["harmful"], seen["harmless"], baseline, tokens, checkpoint.name, seed
@@ -408,6 +427,9 @@ class Measurements:
         subject, change = self._subject(name)
         seed = self.session.settings.model.seed
         return dict(run_tasks(subject, tasks, self._batch_size, seed, change))
+
+    def _metrics_key(self, name: str) -> str:
+        return self._key(name, "metrics", self._prompts_key | {"figures": "by prompt"})
 
     @property
     def _prompts_key(self) -> dict[str, Any]:

@@ -135,7 +135,10 @@ def _measure(measurements: Measurements, out: Path | None) -> None:
     try:
         if "own" in inputs.corpora:
             measurements.complete("baseline", "harmless")
-        for name in sorted(inputs.rows, key=lambda name: name in inputs.edited):  # the base first
+        # The base before others, and the baseline first: KL is measured from where it starts.
+        for name in sorted(
+            inputs.rows, key=lambda name: (name in inputs.edited, name != "baseline")
+        ):
             measurements.run(name)
         measurements.release()
         files = [

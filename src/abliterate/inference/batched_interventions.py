@@ -38,7 +38,7 @@ from abliterate.inference.forward import (
     last_logits,
     left_pad,
 )
-from abliterate.inference.interventions import ablate_at, add_vectors, shifted
+from abliterate.inference.interventions import AblationSites, add_vectors, shifted
 from abliterate.inference.partial_forward import last_token_only, recorded, rows_join_at_layer
 from abliterate.inference.token_batches import TokenBudget, attempt, note_budget
 from abliterate.metrics.logit_metrics import LogitMetric
@@ -69,14 +69,13 @@ class InterventionRunner:
     ) -> None:
         self.model = model
         self.tricks = tricks or FastPathFlags()
-        self.budget = TokenBudget(
-            input_device(model), batch_size, in_step=is_tensor_parallel(model), measure=True
-        )
+        self._batch_size = batch_size
+        self.start_budget()
         self.prefix = shared_prefix(prompts) if self.tricks.prefix and can_pad(model) else 0
         self._opening = list(prompts[0][: self.prefix])
         self._blocks = decoder_blocks(model)
         plan = find_writers(model)
-        self._sites = plan.sites
+        self._ablation = AblationSites(model, plan.sites)
         self._final = self._last_writers(plan)
         self._as_tuple = False
         self._base: Cache | None = None
@@ -88,6 +87,11 @@ class InterventionRunner:
             self._base_streams = tuple(recording.streams)
             self._as_tuple = recording.as_tuple
             self._base = tuple((layer.keys, layer.values) for layer in cache.layers)
+
+    def start_budget(self) -> None:
+        """Find out anew how many tokens a batch may have."""
+        device, in_step = input_device(self.model), is_tensor_parallel(self.model)
+        self.budget = TokenBudget(device, self._batch_size, in_step=in_step, measure=True)
 
     def piece(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int], keep: int = 1
@@ -182,8 +186,9 @@ class InterventionRunner:
         found: list[Tensor] = []
         done = 0
         while done < len(candidates):
-            limit = self.budget.share(n_prompts, width) if self.tricks.rows else 1
-            some = candidates.pick(slice(done, done + limit))
+            some = candidates.pick(
+                slice(done, done + self._at_once(candidates, done, piece, width))
+            )
             result: list[Tensor] = []
 
             def run(some: Candidates = some, result: list[Tensor] = result) -> None:
@@ -204,6 +209,30 @@ class InterventionRunner:
             found += result
             done += len(some)
         return torch.cat(found)
+
+    def _at_once(self, candidates: Candidates, first: int, piece: PromptBatch, width: int) -> int:
+        """How many candidates, from ``first``, share a batch.
+
+        Those that join it late do not run on all blocks: on a CPU, where batches are sized by what
+        they cost, they count by what they run on, up to twice as many.
+        """
+        if not self.tricks.rows:
+            return 1
+        rows = len(piece.batch.rows)
+        limit = self.budget.share(rows, width)
+        joined = candidates.layers is not None and candidates.resumed and bool(piece.streams)
+        if not joined or self.budget.rows is not None or self.budget.device.type != "cpu":
+            return limit
+        assert candidates.layers is not None
+        blocks = len(self._blocks)
+        # In blocks that a candidate runs on: shrinks to one where memory has run out.
+        budget, count, taken = self.budget.tokens * blocks // (rows * width), 0, 0
+        for layer in candidates.layers[first : first + 2 * limit]:
+            taken += blocks - layer
+            if taken > budget and count:
+                break
+            count += 1
+        return max(limit, count)
 
     def _last_writers(self, plan: WriterPlan) -> list[nn.Module]:
         """Modules of the last block whose output is added to the stream, token by token.
@@ -271,7 +300,7 @@ class InterventionRunner:
         vectors = vectors if n > 1 else vectors[0]
         change: AbstractContextManager[None]
         if layers is None:
-            change = ablate_at(self.model, vectors, self._sites)
+            change = self._ablation.under(vectors)
         elif self.tricks.resume and streams:
             starts = {}
             first_start = streams[layers[0]]  # they go to the device once, not with every layer

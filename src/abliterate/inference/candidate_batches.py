@@ -71,6 +71,8 @@ class Candidates:
         """Some of them, in their order."""
         every = range(len(self))
         index = list(every[which] if isinstance(which, slice) else which)
+        if len(index) == len(every) and index == list(every):
+            return self
         layers = self.layers and tuple(self.layers[at] for at in index)
         cache = self.cache
         if cache is not None:

@@ -30,6 +30,8 @@ Change = tuple[Tensor, int | None] | tuple[DirectionSet, None] | None
 OnAnswer = Callable[[int, list[int]], str | None]
 # Whether what has been said of an answer is enough.
 Settled = Callable[[list[int]], bool]
+# Called with rows and the logits ``[rows, vocabulary]`` at the last tokens of their prompts.
+OnFirstLogits = Callable[[Sequence[int], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ class Engine(Protocol):
         chat: ChatFormat | None = None,
         ends: Collection[int] = (),
         settled: Settled | None = None,
+        on_first: OnFirstLogits | None = None,
     ) -> list[list[int]]:
         """Greedy answers; see :func:`abliterate.inference.generation.greedy_answers`.
 

@@ -63,26 +63,28 @@ def verified_runner(
     fine = computes_finely(model)
     spread = float(widened(full).std())
 
-    def off(tricks: FastPathFlags) -> float:
-        """How far from full passes, relative to the logits' spread; infinite if it fails."""
+    def off(tricks: FastPathFlags) -> tuple[float, InterventionRunner | None]:
+        """How far from full passes, relative to the logits' spread, and what was tried; infinite if
+        it fails."""
         try:
             replay = InterventionRunner(model, prompts, batch_size, tricks)
-            return _difference(replay, ends, vectors, layers, full, fine, spread)
+            return _difference(replay, ends, vectors, layers, full, fine, spread), replay
         except _FAILURES as error:
             if out_of_memory(error):
                 raise
             log.debug("%s cannot be used with this architecture: %s", tricks, error)
-            return float("inf")
+            return float("inf"), None
 
     # Rounding, from one candidate and prompt at a time to batches; measured where it matters.
     rounding = _ROUNDING[model.dtype] if fine else _ROUNDING_HALF
     noise = 0.0
     for tricks in _LADDER:
-        difference = off(tricks)
+        difference, replay = off(tricks)
         if rounding < difference < _WRONG[fine] and not noise:
-            noise = off(_LADDER[-1])
-        if difference <= max(rounding, min(4 * noise, _WRONG[fine])):
-            return InterventionRunner(model, prompts, batch_size, tricks)
+            noise = off(_LADDER[-1])[0]
+        if replay is not None and difference <= max(rounding, min(4 * noise, _WRONG[fine])):
+            replay.start_budget()  # what a trial of two prompts takes is no measure
+            return replay
         log.info("%s differs from full passes by %.1e: not used", tricks, difference)
     return InterventionRunner(model, prompts, batch_size, replace(_LADDER[-1], rows=False))
 

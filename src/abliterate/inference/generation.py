@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE
 from abliterate.errors import UsageError
 from abliterate.inference.decoding import decoding_config, plain_decoding
-from abliterate.inference.engine import OnAnswer, Settled
+from abliterate.inference.engine import OnAnswer, OnFirstLogits, Settled
 from abliterate.inference.forward import (
     Batch,
     can_pad,
@@ -65,6 +66,7 @@ def greedy_answers(
     chat: ChatFormat | None = None,
     ends: Collection[int] = (),
     settled: Settled | None = None,
+    on_first: OnFirstLogits | None = None,
 ) -> list[list[int]]:
     """Token ids of greedy answers, each up to and with its end of turn.
 
@@ -86,6 +88,9 @@ def greedy_answers(
         ends: further tokens that end an answer.
         settled: whether the tokens of an answer so far are enough, asked every 8 of them; it then
             ends there.
+        on_first: called with rows and the logits ``[rows, vocabulary]``, on the CPU, that their
+            answers start from: of every row, those in ``done`` too. Where all answers of a batch
+            are known it runs for these alone, in the same shape.
 
     Raises:
         UsageError: ``max_new_tokens`` is below 1, ``batch_size`` is neither ``auto`` nor a positive
@@ -96,10 +101,13 @@ def greedy_answers(
     answers: list[list[int]] = [[] for _ in prompts]
     ranks, known = loaded.ranks, set(done)
     if not ranks.is_unsplit:
-        left = [row for row in range(len(prompts)) if row not in known]
+        wanted = range(len(prompts))
+        left = [row for row in wanted if on_first is not None or row not in known]
+        alone = replace(loaded, ranks=ALONE)
         for turn in ranks.chunks(left):
-            own = [prompts[row] for row in ranks.split(turn)]
-            alone = replace(loaded, ranks=ALONE)
+            own_rows = ranks.split(turn)
+            own = [prompts[row] for row in own_rows]
+            starts = RowLogits(len(own))
             with ranks.fail_together():
                 found = greedy_answers(
                     alone,
@@ -107,11 +115,17 @@ def greedy_answers(
                     max_new_tokens,
                     batch_size,
                     description,
+                    done=[at for at, row in enumerate(own_rows) if row in known],
                     chat=chat,
                     ends=ends,
                     settled=settled,
+                    on_first=None if on_first is None else starts.put,
                 )
+            if on_first is not None:
+                on_first(turn, ranks.gather_rows(starts.rows))
             for row, answer in zip(turn, ranks.gather(found), strict=True):
+                if row in known:
+                    continue
                 answers[row] = answer
                 if on_answer:
                     on_answer(row, answer)
@@ -125,7 +139,7 @@ def greedy_answers(
     if mix and len(prompts):
         _measure(model, prompts, budget, batch_size)
     stops = list(dict.fromkeys([*stop_tokens(loaded, chat), *ends]))
-    decoder = _Decoder(loaded, max_new_tokens, mix, stops, settled)
+    decoder = _Decoder(loaded, max_new_tokens, mix, stops, settled, on_first)
     reading = PromptPass(model, prompts)
 
     def plan(rows: Sequence[int]) -> list[tuple[int, ...]]:
@@ -152,7 +166,8 @@ def greedy_answers(
         planned = plan(range(len(prompts)))
         while planned:
             rows = planned.pop()  # the longest first: what does not fit shows at once
-            if known.issuperset(rows):
+            answered = known.issuperset(rows)
+            if answered and on_first is None:
                 continue
             batch = left_pad(loaded.model, prompts, rows)
             tokens = len(rows) * (batch.input_ids.shape[1] + max_new_tokens)
@@ -163,11 +178,35 @@ def greedy_answers(
                 max_new_tokens,
                 budget.device.type,
             )
-            run = partial(decoder.run, batch, keep, reading if reading.saves(rows) else None)
+            way = reading if reading.saves(rows) else None
+            run = partial(decoder.run, batch, keep, way, 1 if answered else max_new_tokens)
             if not budget.try_batch(run, len(rows), tokens, too_long):
                 planned = plan([row for group in [*planned, rows] for row in group])
             note_answers(model, budget)
     return answers
+
+
+class RowLogits:
+    """Logits of so many rows, put together from the batches that they ran in."""
+
+    def __init__(self, count: int) -> None:
+        self._found: list[Tensor | None] = [None] * count
+
+    def put(self, rows: Sequence[int], logits: Tensor) -> None:
+        """Keep the logits ``[rows, vocabulary]`` of some rows."""
+        for row, of_row in zip(rows, logits, strict=True):
+            self._found[row] = of_row
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows are there."""
+        return all(logits is not None for logits in self._found)
+
+    @property
+    def rows(self) -> Tensor:
+        """``[count, vocabulary]``; of no rows, an empty tensor."""
+        found = [logits for logits in self._found if logits is not None]
+        return torch.stack(found) if found else torch.empty(0, 0)
 
 
 def _measure(
@@ -235,32 +274,37 @@ class _Decoder:
         mix: bool,
         stops: list[int],
         settled: Settled | None = None,
+        on_first: OnFirstLogits | None = None,
     ) -> None:
         self.model: Any = loaded.model
         self.max_new_tokens = max_new_tokens
         self.stops = stops
         self.mix = mix
         self.settled = settled
+        self.on_first = on_first
 
     def run(
         self,
         batch: Batch,
         keep: Callable[[int, list[int]], None],
         reading: PromptPass | None = None,
+        longest: int | None = None,
     ) -> None:
         """Answer ``batch``; ``keep`` gets each row as soon as it ends.
 
-        With ``reading``, the prompts' keys and values come from there.
+        With ``reading``, the prompts' keys and values come from there; ``longest`` is another
+        longest answer.
         """
+        longest = longest or self.max_new_tokens
         ids, mask, rows = batch.input_ids, batch.attention_mask, list(batch.rows)
         width, cache = ids.shape[1], reading.cache(rows) if reading else None
         answers: dict[int, list[int]] = {row: [] for row in rows}
         while rows:
             grown = ids.shape[1] - width
-            left = self.max_new_tokens - grown
+            left = longest - grown
             watch = _Watch(self.stops, {row: answers[row][:grown] for row in rows}, ids, keep,
                            shrink=self.mix, settled=self.settled)  # fmt: skip
-            with plain_decoding(self.model):
+            with plain_decoding(self.model), self._noting_first(rows, grown):
                 output = self.model.generate(
                     input_ids=ids,
                     attention_mask=mask,
@@ -276,7 +320,7 @@ class _Decoder:
             ids, answers = output.sequences, watch.answers
             watch.look(ids)
             going = [index for index, row in enumerate(rows) if row not in watch.ended]
-            if not (going and watch.ended) or ids.shape[1] - width >= self.max_new_tokens:
+            if not (going and watch.ended) or ids.shape[1] - width >= longest:
                 for index in going:
                     # Some devices run a token too far before they learn that it is the end.
                     keep(rows[index], answers[rows[index]][: ids.shape[1] - width])
@@ -287,6 +331,24 @@ class _Decoder:
             grown = ids.shape[1] - mask.shape[1]
             mask = torch.cat([mask, mask.new_ones(len(rows), grown)], dim=1)[chosen]
             ids, rows = ids[chosen], [rows[index] for index in going]
+
+    @contextmanager
+    def _noting_first(self, rows: Sequence[int], said: int) -> Iterator[None]:
+        """Hand over what the first pass inside gives, if nothing has been ``said`` before it."""
+        on_first = self.on_first
+        if on_first is None or said:
+            yield
+            return
+
+        def note(module: Any, args: Any, output: Any) -> None:
+            handle.remove()
+            on_first(rows, output.logits[:, -1].cpu())
+
+        handle = self.model.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class _Watch(StoppingCriteria):  # type: ignore[misc]

@@ -20,6 +20,7 @@ from abliterate.inference.engine import (
     Change,
     Engine,
     OnAnswer,
+    OnFirstLogits,
     Prompts,
     Settled,
 )
@@ -170,6 +171,7 @@ class InMemoryEngine:
         chat: ChatFormat | None = None,
         ends: Collection[int] = (),
         settled: Settled | None = None,
+        on_first: OnFirstLogits | None = None,
     ) -> list[list[int]]:
         return greedy_answers(
             self.loaded,
@@ -182,6 +184,7 @@ class InMemoryEngine:
             chat,
             ends,
             settled,
+            on_first,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,42 +154,76 @@ def ablate_at(
             each layer; or what gives those of the batch that is running, None to leave it alone.
         sites: the sites of ``find_writers(model)``.
     """
-    # Moved once for each device: the hooks then stay there and in the dtype of their modules.
-    moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-    if isinstance(units, Tensor):
-        width = units.shape[-1]
-    else:
-        width = stream_width(model, find_writers(model))
-
-    def projecting(site: HookPoint) -> Callable[[Tensor, bool], Tensor]:
-        place = "" if isinstance(units, Tensor) else site.module
-
-        def ablated(value: Tensor, inplace: bool = False) -> Tensor:
-            key = place, value.device, value.dtype
-            if key in moved:
-                return project_out(value, moved[key], inplace)
-            now = units() if callable(units) else units
-            if isinstance(now, LayerUnits):
-                now = now.of_module(site.module)
-            if now is None:
-                return value
-            here = to_device(now.to(value.dtype), value.device)
-            if not callable(units):
-                moved[key] = here
-            return project_out(value, here, inplace)
-
-        return ablated
-
-    with ExitStack() as stack:
-        for site in sites:
-            module = model.get_submodule(site.module)
-            if site.at == "output":
-                handle = module.register_forward_hook(_output_hook(projecting(site), site.index))
-            else:
-                hook = _input_hook(projecting(site), width)
-                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+    with AblationSites(model, sites).under(units):
         yield
+
+
+class AblationSites:
+    """Where a model is ablated: modules and their hooks, made once for many passes.
+
+    Args:
+        model: the model.
+        sites: some of those of ``find_writers(model)``.
+    """
+
+    def __init__(self, model: PreTrainedModel, sites: Sequence[HookPoint]) -> None:
+        self._model = model
+        self._width: int | None = None
+        self._units: Units | Callable[[], Units | None] | None = None
+        # Moved once for each device: the hooks then stay there and in the dtype of their modules.
+        self._moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._hooks: list[tuple[nn.Module, bool, Callable[..., Any]]] = []
+        for site in sites:
+            ablated = partial(self._ablated, site.module)
+            leaves = site.at == "output"
+            hook = (
+                _output_hook(ablated, site.index)
+                if leaves
+                else _input_hook(ablated, lambda: self._stream_width)
+            )
+            self._hooks.append((model.get_submodule(site.module), leaves, hook))
+
+    @contextmanager
+    def under(self, units: Units | Callable[[], Units | None]) -> Iterator[None]:
+        """Project ``units`` out of what passes; see :func:`ablate_at`. One at a time."""
+        assert self._units is None
+        self._units = units
+        try:
+            with ExitStack() as stack:
+                for module, leaves, hook in self._hooks:
+                    if leaves:
+                        handle = module.register_forward_hook(hook)
+                    else:
+                        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+                yield
+        finally:
+            self._units = None
+            self._moved.clear()
+
+    @property
+    def _stream_width(self) -> int:
+        if isinstance(self._units, Tensor):
+            return self._units.shape[-1]
+        if self._width is None:
+            self._width = stream_width(self._model, find_writers(self._model))
+        return self._width
+
+    def _ablated(self, module: str, value: Tensor, inplace: bool = False) -> Tensor:
+        units = self._units
+        key = "" if isinstance(units, Tensor) else module, value.device, value.dtype
+        held = self._moved.get(key)
+        if held is not None:
+            return project_out(value, held, inplace)
+        now = units() if callable(units) else units
+        if isinstance(now, LayerUnits):
+            now = now.of_module(module)
+        if now is None:
+            return value
+        here = to_device(now.to(value.dtype), value.device)
+        if not callable(units):
+            self._moved[key] = here
+        return project_out(value, here, inplace)
 
 
 @contextmanager
@@ -309,10 +344,12 @@ def _output_hook(ablated: Callable[[Tensor, bool], Tensor], index: int) -> Calla
     return project
 
 
-def _input_hook(ablated: Callable[[Tensor, bool], Tensor], width: int) -> Callable[..., Any]:
+def _input_hook(
+    ablated: Callable[[Tensor, bool], Tensor], width: Callable[[], int]
+) -> Callable[..., Any]:
     def is_stream(value: Any) -> bool:
         is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return bool(is_float and value.shape[-1] % width == 0)
+        return bool(is_float and value.shape[-1] % width() == 0)
 
     def project(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for at, value in enumerate(args):

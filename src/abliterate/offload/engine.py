@@ -19,6 +19,7 @@ from abliterate.inference.engine import (
     CandidateRun,
     Change,
     OnAnswer,
+    OnFirstLogits,
     Prompts,
     Settled,
 )
@@ -127,6 +128,7 @@ class OffloadedEngine:
         chat: ChatFormat | None = None,
         ends: Collection[int] = (),
         settled: Settled | None = None,
+        on_first: OnFirstLogits | None = None,
     ) -> list[list[int]]:
         self.require_answers()
 
