@@ -290,6 +290,7 @@ def chat(
     settings = load_settings(config, given)
     from abliterate.cli.commands import open_session
     from abliterate.direction import find_direction, load_directions
+    from abliterate.projection import Projection
     from abliterate.run_records import source_of_direction
 
     if direction is not None:
@@ -304,7 +305,7 @@ def chat(
     decoding = Decoding(settings.evaluate.max_new_tokens, temperature, settings.model.seed)
     made, vector = settings.select, None
     if direction is not None:
-        vector = load_directions(direction, made.project_harmless, made.position, made.interpolate)
+        vector = load_directions(direction, Projection.asked(made), made.position, made.interpolate)
 
     def conversation() -> Conversation:
         return Conversation(session.load_in_memory(), vector, session.chat, decoding)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from abliterate.projection import Projection
 from abliterate.prompts.sampling import prompt_key
 from abliterate.report.collect import Completions, Document, Run, kinds_of
 from abliterate.report.selection_figures import METRICS, Table, verdict
@@ -87,6 +88,11 @@ def cards(run: Run) -> list[Card]:
     return found
 
 
+def selected_without(selection: Document) -> Projection:
+    """What the candidates of a selection were without."""
+    return Projection.recorded((selection.get("settings") or {}).get("select") or {})
+
+
 def _direction_cards(run: Run) -> list[Card]:
     winner = run.selection["winner"] if run.selection else None
     if not run.selection:
@@ -102,6 +108,8 @@ def _direction_cards(run: Run) -> list[Card]:
         c for c in run.selection["candidates"] if all(c[key] == winner[key] for key in winner)
     )
     base, counts = run.selection["baselines"], run.selection["counts"]
+    if words := selected_without(run.selection).words:
+        place += f"; without its component along {words}"
     if (best := run.selection.get("per_layer")) is not None:
         place += f"; ablated: a direction of its own in {sum(map(bool, best))} layers"
     return [

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from abliterate.projection import Projection
 from abliterate.report import facts
 from abliterate.report.collect import Document, Run
 from abliterate.report.facts import number, percent
@@ -103,6 +104,11 @@ def _sentences(run: Run) -> Iterator[str]:
             f"{extract['n_layers']} layers"
         )
     if selection is not None:
+        if words := facts.selected_without(selection).words:
+            yield (
+                f"From each candidate its component along {words} (at the candidate's own layer) "
+                "was removed"
+            )
         yield _rule(selection)
         yield from _choice(run, selection)
     if (edit := run.current("edit")) is not None:
@@ -248,7 +254,9 @@ def _settings(run: Run) -> Iterator[tuple[str, str]]:
          if record and record.get("direction")), None,
     )  # fmt: skip
     if direction is not None:
-        yield "direction", f"{short(direction.get('sha256'))}, norm {number(direction.get('norm'))}"
+        told = f"{short(direction.get('sha256'))}, norm {number(direction.get('norm'))}"
+        without = Projection.recorded(direction).words
+        yield "direction", told + (f", without its component along {without}" if without else "")
     if evaluation is not None:
         yield from _measured(evaluation)
     for record, title in ((extract, "extract"), (selection, "select"), (evaluation, "evaluate")):
