@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from abliterate.exchange import (
     steering_layers,
 )
 from abliterate.metrics.vector_algebra import VectorAlgebra
+from abliterate.projection import WHOLE, Projection
 from abliterate.settings import parse_layers
 from abliterate.storage.artifacts import (
     hash_file,
@@ -50,6 +51,12 @@ if TYPE_CHECKING:
 FILE_NAME = "direction.safetensors"
 # Of the same run folder: the means that extract left.
 MEANS_NAME = "directions.safetensors"
+# Its tensor for the first token, ``[n_layers, d_model]``, and what is said where there is none.
+FIRST_TOKEN_MEAN = "mean_first_token"
+NO_FIRST_TOKEN = (
+    "holds no mean residual stream of the first token, which --project-first-token needs: run "
+    "extract again"
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,6 +72,7 @@ class Direction(VectorAlgebra):
         sha256: hash of the file it was read from.
         project_harmless: what it had along the mean harmless activation was removed.
         model: folder or hub id of the model that it was taken from, or None if not recorded.
+        project_first_token: what it had along the first token's mean residual stream was removed.
 
     Source:
         Section 2.3.
@@ -83,12 +91,24 @@ class Direction(VectorAlgebra):
     sha256: str | None = None
     project_harmless: bool = False
     model: str | None = None
+    project_first_token: bool = False
 
     def __post_init__(self) -> None:
         # What is computed of a direction alone is float64, which not every device has.
         place = getattr(self.vector, "device", None)
         if place is not None and place.type not in ("cpu", "meta"):
             object.__setattr__(self, "vector", self.vector.detach().cpu())
+
+    @property
+    def projection(self) -> Projection:
+        """What it is without."""
+        return Projection(self.project_harmless, self.project_first_token)
+
+    @property
+    def key(self) -> str | None:
+        """What decides about the vector: the file, and what was taken out of it then."""
+        names = self.projection.names
+        return hash_text(str(self.sha256), *names) if names else self.sha256
 
     def summary(self) -> dict[str, Any]:
         """What other artifacts record of it."""
@@ -97,7 +117,7 @@ class Direction(VectorAlgebra):
             "position": self.position,
             "layer": self.layer,
             "norm": float(self.vector.double().norm()),
-            **({"project_harmless": True} if self.project_harmless else {}),
+            **self.projection.record,
         }
 
     def save(self, path: str | Path) -> Path:
@@ -139,7 +159,7 @@ def save_direction(
     """
     metadata = {"position": str(direction.position), "layer": str(direction.layer), "model": model}
     metadata |= {} if revision is None else {"revision": revision}
-    metadata |= {"project_harmless": "true"} if direction.project_harmless else {}
+    metadata |= direction.projection.metadata
     if directions is not None:
         return save_direction_set(path, directions, metadata, direction.vector)
     return write_tensors(path, {"direction": direction.vector}, metadata)
@@ -183,7 +203,11 @@ def find_direction(source: str | Path, position: int | None = None) -> Path:
 
 
 def load_direction(
-    source: str | Path, project_harmless: bool = False, winner: bool = False
+    source: str | Path,
+    project_harmless: bool = False,
+    winner: bool = False,
+    *,
+    project_first_token: bool = False,
 ) -> Direction:
     """Read a run folder's direction, a safetensors file with a tensor ``direction``, or the one
     that the record of an edit holds.
@@ -193,6 +217,7 @@ def load_direction(
         project_harmless: remove what the direction has along the mean harmless activation of its
             position and layer, which the run folder holds; nothing where that was done before.
         winner: of a set that ``select --per-layer`` wrote, the one direction that it chose.
+        project_first_token: likewise, what it has along the first token's mean residual stream.
 
     Raises:
         InputError: there is none, it is not one vector of numbers, or nothing is left of it.
@@ -212,14 +237,12 @@ def load_direction(
             f"{path} holds a direction for each layer, and this needs one for all: give a file "
             "that holds one, or run select without --per-layer"
         )
-    if project_harmless and not found.project_harmless:
-        return _projected(found, path)
-    return found
+    return _projected(found, Projection(project_harmless, project_first_token), path)
 
 
 def load_directions(
     source: str | Path,
-    project_harmless: bool = False,
+    projection: Projection = WHOLE,
     position: int | None = None,
     interpolate: str | None = None,
 ) -> Direction | DirectionSet:
@@ -227,7 +250,7 @@ def load_directions(
 
     Args:
         source: the folder or file.
-        project_harmless: as for :func:`load_direction`, for each layer of a set.
+        projection: what is to be taken out as by :func:`load_direction`, for each layer of a set.
         position: take the differences of the run folder's means at this position.
         interpolate: ``linear`` or ``spherical``: fill the layers between those that have a
             direction, or (``linear:4,10``) between these.
@@ -238,17 +261,14 @@ def load_directions(
     """
     path = find_direction(source, position)
     if position is not None:
-        means = _of_means(path, position, project_harmless)
+        means = _of_means(path, position, projection)
         found: Direction | DirectionSet = replace(means, place=str(path))
     else:
         found = _read(path)
         if isinstance(found, DirectionSet):
-            found = replace(found, place=str(path))
-        if project_harmless and not found.project_harmless:
-            if isinstance(found, DirectionSet):
-                found = _projected_set(found, path)
-            else:
-                found = _projected(found, path)
+            found = _projected_set(replace(found, place=str(path)), projection, path)
+        else:
+            found = _projected(found, projection, path)
     if interpolate is None:
         return found
     kind, layers = parse_interpolation(interpolate)
@@ -261,7 +281,7 @@ def load_directions(
     return interpolated(found, kind, None if chosen is None else sorted(chosen))
 
 
-def _of_means(path: Path, position: int, project_harmless: bool) -> DirectionSet:
+def _of_means(path: Path, position: int, projection: Projection) -> DirectionSet:
     """The differences of a run folder's means at one position.
 
     Raises:
@@ -284,57 +304,98 @@ def _of_means(path: Path, position: int, project_harmless: bool) -> DirectionSet
             f"--position {position}: {path} holds positions {', '.join(map(str, held))}"
         )
     row, sha256 = held.index(position), hash_file(path)
-    return set_of_means(harmful[row], harmless[row], position, sha256, project_harmless)
+    first_token = find_first_token(path, harmful.shape[1:])
+    if projection.first_token and first_token is None:
+        raise InputError(f"{path} {NO_FIRST_TOKEN}")
+    return set_of_means(harmful[row], harmless[row], position, sha256, projection, first_token)
 
 
-def _projected(direction: Direction, path: Path) -> Direction:
-    """The direction less what it has along the mean harmless activation.
+def find_first_token(means: Path, shape: Sequence[int]) -> Tensor | None:
+    """The mean residual stream of the first token, if ``extract`` has left it.
+
+    Args:
+        means: a run folder's file of means.
+        shape: ``n_layers, d_model``.
+
+    Raises:
+        InputError: it is of another shape.
+    """
+    mean: Tensor | None = read_tensors(means).get(FIRST_TOKEN_MEAN)
+    if mean is not None and tuple(mean.shape) != tuple(shape):
+        raise InputError(
+            f"{means}: tensor '{FIRST_TOKEN_MEAN}' has shape {list(mean.shape)}, the other means "
+            f"need {list(shape)}: run extract again"
+        )
+    return mean
+
+
+def _projected(direction: Direction, projection: Projection, path: Path) -> Direction:
+    """The direction less what is to be taken out and has not been.
 
     Raises:
         InputError: the file does not lie in a run folder, or nothing is left.
     """
-    from abliterate.metrics.geometry import without_component
-
-    means = path.with_name(MEANS_NAME)
+    # Of all at once: what one leaves behind the other could bring back.
+    wanted = direction.projection | projection
+    if wanted == direction.projection:
+        return direction
+    options, means = " and ".join(projection.options), path.with_name(MEANS_NAME)
     if path.name != FILE_NAME or not means.is_file():
         raise InputError(
-            f"{path}: --project-harmless needs the mean harmless activation, which lies in a run "
-            f"folder's {MEANS_NAME}: give that folder as --direction"
+            f"{path}: {options} needs {projection.words}, which a run folder's {MEANS_NAME} "
+            "holds: give that folder as --direction"
         )
     mean = read_tensors(means, "mean_harmless")["mean_harmless"]
+    first_token = find_first_token(means, mean.shape[1:])
+    if wanted.first_token and first_token is None:
+        raise InputError(f"{means} {NO_FIRST_TOKEN}")
     try:
         row = json.loads(tensor_metadata(means)["positions"]).index(direction.position)
-        along = mean[row, direction.layer].double()
-        vector = without_component(direction.vector.double(), along)
+        layer = range(mean.shape[1])[direction.layer]  # type: ignore[index]
+        along = None if first_token is None else first_token[layer]
+        vector = wanted.of(direction.vector.double(), mean[row, layer], along)
     except (LookupError, TypeError, ValueError, RuntimeError):
         raise InputError(
             f"{means} does not hold position {direction.position}, layer {direction.layer} of "
             f"{path}: run select again"
         ) from None
     if not vector.any():
-        raise InputError(
-            f"{path} lies along the mean harmless activation: --project-harmless leaves nothing"
-        )
-    return replace(direction, vector=vector, project_harmless=True)
+        raise InputError(f"{path} lies along {wanted.words}: {options} leaves nothing")
+    return replace(
+        direction,
+        vector=vector,
+        project_harmless=wanted.harmless,
+        project_first_token=wanted.first_token,
+    )
 
 
-def _projected_set(directions: DirectionSet, path: Path) -> DirectionSet:
-    """Each direction less what it has along the mean harmless activation of where it was taken.
+def _projected_set(directions: DirectionSet, projection: Projection, path: Path) -> DirectionSet:
+    """Each direction less what is to be taken out, by the means of where it was taken.
 
     Raises:
         InputError: where one was taken is not known, or nothing is left of it.
     """
+    held, wanted = directions.projection, directions.projection | projection
+    if wanted == held:
+        return directions
     rows = directions.vectors.clone()
     for layer in directions.layers:
         candidate = directions.candidates[layer]
         if candidate is None:
             raise InputError(
                 f"{path} does not say where its direction of layer {layer} was taken, which "
-                "--project-harmless needs: give the run folder of select --per-layer, or --position"
+                f"{' and '.join(projection.options)} needs: give the run folder of select "
+                "--per-layer, or --position"
             )
-        rows[layer] = _projected(Direction(rows[layer], *candidate), path).vector
-    sha256 = hash_text(str(directions.sha256), "project_harmless")
-    return replace(directions, vectors=rows, sha256=sha256, project_harmless=True)
+        own = Direction(
+            rows[layer],
+            *candidate,
+            project_harmless=held.harmless,
+            project_first_token=held.first_token,
+        )
+        rows[layer] = _projected(own, projection, path).vector
+    sha256 = hash_text(str(directions.sha256), *wanted.names)
+    return replace(directions, vectors=rows, sha256=sha256, projection=wanted)
 
 
 def _read(path: Path, winner: bool = False) -> Direction | DirectionSet:
@@ -359,6 +420,7 @@ def _read(path: Path, winner: bool = False) -> Direction | DirectionSet:
             f"{list(vector.shape)} {vector.dtype} (a set is called 'directions')"
         )
     metadata = tensor_metadata(path)
+    projection = Projection.recorded(metadata)
 
     def number(key: str) -> int | None:
         text = metadata.get(key, "None")
@@ -376,8 +438,9 @@ def _read(path: Path, winner: bool = False) -> Direction | DirectionSet:
         number("position"),
         number("layer"),
         hash_file(path),
-        metadata.get("project_harmless") == "true",
+        projection.harmless,
         metadata.get("model"),
+        projection.first_token,
     )
 
 
@@ -421,14 +484,15 @@ def recorded_direction(record: Mapping[str, Any], path: Path) -> Direction:
         value = of_it.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
-    sha256 = of_it.get("sha256")
+    sha256, projection = of_it.get("sha256"), Projection.recorded(of_it)
     vector = torch.tensor([*map(float, unit if values is None else values)], dtype=torch.float64)
     return Direction(
         vector * float(norm) if values is None else vector,
         whole("position"),
         whole("layer"),
         sha256 if isinstance(sha256, str) else None,
-        of_it.get("project_harmless") is True,
+        projection.harmless,
+        project_first_token=projection.first_token,
     )
 
 

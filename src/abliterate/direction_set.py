@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from abliterate.console import log
 from abliterate.errors import InputError, UsageError
 from abliterate.exchange import ForeignVectors
+from abliterate.projection import WHOLE, Projection
 from abliterate.storage.artifacts import hash_text, write_tensors
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class DirectionSet:
             is left alone; None for the first row that is not zero.
         candidates: position and layer that each row was taken from, as far as that is known.
         sha256: hash of the file it was read from, and of what was done to it then.
-        project_harmless: what each had along the mean harmless activation was removed.
+        projection: what each is without.
         interpolate: how rows between others were made, as ``--interpolate`` has it, or None.
         position: all are differences of means at this position, counted from the prompt's end.
         file: hash of the file alone.
@@ -60,12 +61,17 @@ class DirectionSet:
     embedding: Tensor | None = None
     candidates: tuple[Candidate, ...] = ()
     sha256: str | None = None
-    project_harmless: bool = False
+    projection: Projection = WHOLE
     interpolate: str | None = None
     position: int | None = None
     file: str | None = None
     listed: bool = field(default=False)
     place: str = field(default="", compare=False)
+
+    @property
+    def key(self) -> str | None:
+        """What decides about the vectors: the file, and what was done to them then."""
+        return self.sha256
 
     @property
     def layers(self) -> list[int]:
@@ -162,7 +168,7 @@ class DirectionSet:
             "norm": None,
             "layers": len(self.vectors),
             "candidates": [held and list(held) for held in self.candidates],
-            **({"project_harmless": True} if self.project_harmless else {}),
+            **self.projection.record,
             **({"interpolate": self.interpolate} if self.interpolate else {}),
             **({"file": self.file} if self.file else {}),
         }
@@ -207,7 +213,7 @@ def set_of_tensors(
         None if embedding is None else embedding.double(),
         _candidates(metadata.get("candidates"), len(vectors), f"{path}: metadata 'candidates'"),
         sha256,
-        metadata.get("project_harmless") == "true",
+        Projection.recorded(metadata),
         file=sha256,
     )
 
@@ -265,7 +271,8 @@ def set_of_means(
     mean_harmless: Tensor,
     position: int,
     sha256: str,
-    project_harmless: bool = False,
+    projection: Projection = WHOLE,
+    mean_first_token: Tensor | None = None,
 ) -> DirectionSet:
     """The differences of means at one position, a direction for each layer.
 
@@ -274,14 +281,11 @@ def set_of_means(
         mean_harmless: the same.
         position: counted from the prompt's end.
         sha256: of the file of means.
-        project_harmless: remove what each has along the mean harmless activation.
+        projection: what each is to be without.
+        mean_first_token: ``[n_layers, d_model]``, if that is among it.
     """
-    from abliterate.metrics.geometry import without_component
-
     harmful, harmless = mean_harmful.double(), mean_harmless.double()
-    vectors = harmful - harmless
-    if project_harmless:
-        vectors = without_component(vectors, harmless)
+    vectors = projection.of(harmful - harmless, harmless, mean_first_token)
     # A token of the template has the same embedding in every prompt.
     scale = harmful.norm(dim=1) + harmless.norm(dim=1)
     vectors = vectors.masked_fill((vectors.norm(dim=1) <= _NOTHING * scale)[:, None], 0.0)
@@ -289,8 +293,8 @@ def set_of_means(
     return DirectionSet(
         vectors,
         candidates=tuple((position, layer) if here else None for layer, here in enumerate(there)),
-        sha256=hash_text(sha256, f"position {position}", str(project_harmless)),
-        project_harmless=project_harmless,
+        sha256=hash_text(sha256, f"position {position}", *projection.names),
+        projection=projection,
         position=position,
         file=sha256,
     )
@@ -400,7 +404,7 @@ def recorded_set(record: Mapping[str, Any], path: Path) -> DirectionSet | None:
         embedding,
         _candidates(json.dumps(of_it.get("candidates")), len(rows), f"{path}: 'candidates'"),
         sha256 if isinstance(sha256, str) else None,
-        of_it.get("project_harmless") is True,
+        Projection.recorded(of_it),
         kind if isinstance(kind, str) else None,
         position if isinstance(position, int) else None,
     )
@@ -426,5 +430,4 @@ def save_direction_set(
     if winner is not None:
         tensors["direction"] = winner
     more = {"candidates": json.dumps([held and list(held) for held in directions.candidates])}
-    more |= {"project_harmless": "true"} if directions.project_harmless else {}
-    write_tensors(path, tensors, {**more, **metadata})
+    write_tensors(path, tensors, {**more, **directions.projection.metadata, **metadata})

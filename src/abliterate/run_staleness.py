@@ -193,11 +193,15 @@ def _of_another_model(record: Document, now: _Now, key: str = "model") -> Iterat
 
 def _of_direction(record: Document, now: _Now) -> Iterator[str]:
     held = _mapping(record, "direction")
-    if held.get("sha256") is None:  # nothing of it is of a direction
+    digest = held.get("file") or held.get("sha256")  # of what is made of a file, that file
+    if digest is None:  # nothing of it is of a direction
         return
-    if now.chose_none:
+    if "layers" in held and held.get("position") is not None:  # the means, whatever was chosen
+        if now.candidates is not None and digest != now.candidates:
+            yield f"of other means than {DIRECTIONS} holds now"
+    elif now.chose_none:
         yield f"{SELECTION} chose no direction since"
-    elif now.direction is not None and held["sha256"] != now.direction:
+    elif now.direction is not None and digest != now.direction:
         winner = _mapping(now.selection, "winner")
         places = [(part.get("position"), part.get("layer")) for part in (held, winner)]
         if winner and places[0] != places[1]:

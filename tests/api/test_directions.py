@@ -116,3 +116,18 @@ def test_selection_has_its_direction_and_a_table(
     assert "no candidate passes" in repr(nothing)
     with pytest.raises(UsageError, match=r"ab\.extract returns"):
         ab.select(lm, extraction.directions, *texts.values())  # type: ignore[arg-type]
+
+
+def test_selection_without_the_first_tokens_stream(
+    lm: ab.LanguageModel, texts, extraction: ab.Extraction
+) -> None:
+    asked = {"filter": False, "project_first_token": True}
+    found = ab.select(lm, extraction, *texts.values(), LOOSE, **asked).direction
+    assert (found.project_first_token, found.project_harmless) == (True, False)
+    ids = lm.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_dict=False)
+    with torch.no_grad():
+        states = lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    sink = states[found.layer][0, 0].double()
+    plain = extraction[found.position, found.layer].vector
+    cosines = [abs(float(torch.cosine_similarity(v, sink, dim=0))) for v in (found.vector, plain)]
+    assert cosines[0] < 1e-6 < 1e-3 < cosines[1]

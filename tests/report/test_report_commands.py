@@ -41,7 +41,7 @@ EVERY: dict[str, dict[str, Any]] = {
         "harmful": "harmbench", "harmless": "alpaca", "n_val": 8, "filter": False,
         "kl_threshold": 1e9, "induce_threshold": -1e9, "prune_layers": 0.0,
         "search": "exhaustive", "all_layers": True, "kl_on": "response:4",
-        "project_harmless": True, "per_layer": True, "position": -2,
+        "project_harmless": True, "project_first_token": True, "per_layer": True, "position": -2,
         "interpolate": "spherical:4,10",
     },
     "orthogonalize": {

@@ -86,18 +86,6 @@ def test_the_edit_is_along_the_projected_direction(tiny, cli, run: Path, tmp_pat
         assert torch.equal(torch.tensor(record["unnormalised"], dtype=torch.float64), chosen)
 
 
-def test_hooks_use_the_projected_direction(tiny, cli, run: Path) -> None:
-    _selected(cli, run)
-    options = ("--intervention", "ablate", "--n-test", "8", "--max-new-tokens", "2", "--json")
-    norms = []
-    for more in ((), ("--project-harmless",)):
-        result = cli("evaluate", tiny("llama"), "--direction", run, *options, *more)
-        assert result.code == 0, result.err
-        norms.append(result.json["direction"]["norm"])
-        assert result.json["direction"].get("project_harmless", False) is bool(more)
-    assert norms[1] < norms[0]
-
-
 def test_without_means_there_is_nothing_to_project_on(
     tiny, cli, fails, run: Path, tmp_path: Path
 ) -> None:

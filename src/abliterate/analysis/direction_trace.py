@@ -88,7 +88,7 @@ def trace_stage(session: Session, run: Path, request: TraceRequest) -> dict[str,
             log.info("%s", note)
         stage.depends_on(
             {
-                "direction": direction.sha256,
+                "direction": direction.key,
                 "suffix": request.suffix,
                 "prompts": texts,
                 "n_heads": request.n_heads,

@@ -283,6 +283,8 @@ def select(
     kl_on: str = "last",
     *,
     seed: int = 0,
+    project_harmless: bool = False,
+    project_first_token: bool = False,
 ) -> Selection:
     """Score every candidate on validation prompts and choose one.
 
@@ -303,6 +305,9 @@ def select(
         all_layers: ``staged`` scores the candidates of the pruned layers like the others.
         kl_on: ``last``, or ``response:N`` for the first N tokens of the unmodified answers.
         seed: of the resamples of the prompts.
+        project_harmless: remove from each candidate what it has along the mean harmless activation.
+        project_first_token: likewise along the mean residual stream of the prompt's first token,
+            which is an attention sink in many models.
 
     Returns:
         Scores and winner; ``.direction`` is the winner's.
@@ -326,6 +331,12 @@ def select(
         raise UsageError(
             f"the candidates must be what ab.extract returns, not a {type(extraction).__name__}"
         )
+    extraction = replace(
+        extraction,
+        model=lm.name,
+        project_harmless=extraction.project_harmless or project_harmless,
+        project_first_token=extraction.project_first_token or project_first_token,
+    )
     found = _select(
         lm.loaded,
         extraction,
@@ -341,7 +352,7 @@ def select(
         seed=seed,
     )
     values = {field.name: getattr(found, field.name) for field in fields(found)}
-    return Selection(**values, extraction=replace(extraction, model=lm.name))
+    return Selection(**values, extraction=extraction)
 
 
 _select = search.select

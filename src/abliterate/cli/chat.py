@@ -292,6 +292,7 @@ def chat(
     settings = load_settings(config, given)
     from abliterate.cli.commands import open_session
     from abliterate.direction import find_direction, load_directions
+    from abliterate.projection import Projection
     from abliterate.run_records import source_of_direction
 
     if direction is not None:
@@ -303,7 +304,8 @@ def chat(
     def found() -> Direction | DirectionSet | None:
         if direction is None:
             return None
-        return load_directions(direction, made.project_harmless, made.position, made.interpolate)
+        without = Projection.asked(made)
+        return load_directions(direction, without, made.position, made.interpolate)
 
     if coeff is not None:  # what cannot be added is told before the model is fetched
         from abliterate.inference.dialogue import Steering, check_steering

@@ -44,6 +44,7 @@ def verify(
     from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.cli.commands import find_recorded
     from abliterate.direction import find_direction, load_directions
+    from abliterate.projection import Projection
     from abliterate.run_records import source_of_direction, source_of_edit
     from abliterate.settings import load_settings
 
@@ -58,7 +59,7 @@ def verify(
         records = [source_of_edit(checkpoint.folder), source_of_direction(direction)]
         base = find_recorded(source, model["revision"], records, trust, need="copy")
     vector = load_directions(
-        direction, bool(chosen["project_harmless"]), chosen["position"], chosen["interpolate"]
+        direction, Projection.recorded(chosen), chosen["position"], chosen["interpolate"]
     )
     from abliterate.checkpoints.shards import read_shards
     from abliterate.inference.in_memory import engine_of

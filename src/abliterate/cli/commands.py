@@ -110,6 +110,7 @@ def orthogonalize(
     settings = load_settings(config, given)
     from abliterate.cli.tables import show_edit
     from abliterate.direction import find_direction, is_edit_record, load_directions
+    from abliterate.projection import Projection
 
     parse_layers(settings.orthogonalize.layers)
     chosen = settings.select
@@ -135,7 +136,7 @@ def orthogonalize(
         record = replay_stage(session, path, output)
     else:
         vector = load_directions(
-            direction, chosen.project_harmless, chosen.position, chosen.interpolate
+            direction, Projection.asked(chosen), chosen.position, chosen.interpolate
         )
         from abliterate.pipeline.stages import orthogonalize_stage
 
@@ -146,7 +147,7 @@ def orthogonalize(
     if push_to_hub is None:
         return 0
     vector = load_directions(
-        direction, chosen.project_harmless, chosen.position, chosen.interpolate
+        direction, Projection.asked(chosen), chosen.position, chosen.interpolate
     )
     return push(push_to_hub, public, session, vector, output, show=not as_json)
 

@@ -59,6 +59,7 @@ def evaluate(
     from abliterate.cli.evaluation_tables import show_evaluation
     from abliterate.direction import Direction, find_direction, load_directions
     from abliterate.evaluation.intervention_names import check_name
+    from abliterate.projection import Projection
     from abliterate.run_records import source_of_direction, sources_of_evaluation
 
     for name in intervention or ():
@@ -79,7 +80,7 @@ def evaluate(
     made = session.settings.select
     vector = None
     if direction is not None:
-        vector = load_directions(direction, made.project_harmless, made.position, made.interpolate)
+        vector = load_directions(direction, Projection.asked(made), made.position, made.interpolate)
     # A set is ablated alone: no one layer's vector is the one to add.
     usual = ["baseline", "ablate", *(["add"] if isinstance(vector, Direction) else [])]
     names = intervention or (usual if vector else ["baseline"])

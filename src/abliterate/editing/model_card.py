@@ -116,13 +116,19 @@ def _taken_from(direction: Direction | DirectionSet, fitted: DirectionSet | None
     """The card's line on what was removed."""
     sha256 = code(str(direction.sha256))
     if isinstance(direction, Direction):
-        return _ONE_LINE.format(layer=direction.layer, position=direction.position, sha256=sha256)
+        line = _ONE_LINE.format(layer=direction.layer, position=direction.position, sha256=sha256)
+        return line + _without(direction)
     held = fitted or direction
     own = "left alone" if not held.outside.any() else "the first of these"
     outside = own if held.embedding is None or own == "left alone" else "one of their own"
     return _SET_LINE.format(
         count=len(held.layers), n_layers=len(held.vectors), sha256=sha256, outside=outside
-    )
+    ) + _without(direction)
+
+
+def _without(direction: Direction | DirectionSet) -> str:
+    words = direction.projection.words
+    return f"; without what lay along {words}" if words else ""
 
 
 def markdown(text: str) -> str:

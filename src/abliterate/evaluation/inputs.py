@@ -98,7 +98,7 @@ class EvaluationInputs:
         return {
             "settings": session.settings.evaluate.model_dump(),
             "prompts": prompt_keys(self.prompts, keep_text=True),
-            "direction": self.direction and self.direction.sha256,
+            "direction": self.direction and self.direction.key,
             "rows": self.rows,
             "edited": {  # by what they hold, wherever they lie
                 name: {key: value for key, value in other.identity().items() if key != "id"}

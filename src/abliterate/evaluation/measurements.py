@@ -443,7 +443,7 @@ class Measurements:
         edited, direction = self.inputs.edited, self.inputs.direction
         subject: Any = {
             "intervention": name,
-            "direction": None if name == "baseline" else direction and direction.sha256,
+            "direction": None if name == "baseline" else direction and direction.key,
         }
         if name in edited:
             subject = {"checkpoint": edited[name].identity()}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from abliterate.console import log
-from abliterate.direction import Direction
+from abliterate.direction import NO_FIRST_TOKEN, Direction, find_first_token
 from abliterate.distributed.rank_group import RankGroup
 from abliterate.errors import InputError
 from abliterate.extraction.group_sums import GroupSums, Stability, assign_groups, stability
@@ -22,16 +24,19 @@ from abliterate.inference.engine import ActivationReader, BatchActivations
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
 from abliterate.inference.thoughts import Asked, ask, unfinished
-from abliterate.metrics.geometry import without_component
 from abliterate.metrics.refusal_evidence import find_first_refusal_tokens
 from abliterate.models.loading import LoadedModel
 from abliterate.precision import to_host, widest
+from abliterate.projection import Projection
 from abliterate.prompts.chat_template import ChatFormat, parse_positions, position_tokens
 from abliterate.prompts.sources import Prompt, check_prompts
 from abliterate.storage.artifacts import read_tensors
 
 # Fewer prompts than this make a mean that is mostly noise.
 _MIN_PROMPTS = 8
+
+# What the reader calls the beginnings of prompts.
+_FIRST = "first token"
 
 # Called with a kind of prompt, its rows, and their ``[batch, n_positions, n_layers, d_model]``.
 Keep = Callable[[str, Sequence[int], Tensor], None]
@@ -54,6 +59,9 @@ class Extraction:
         project_harmless: of the candidates what they have along their mean harmless activation is
             removed.
         model: folder or hub id of the model.
+        mean_first_token: mean ``resid_pre`` of the first token of the harmless prompts, float64
+            ``[n_layers, d_model]``; None of an extraction that has not taken it.
+        project_first_token: of the candidates what they have along it is removed.
 
     ``extraction[position, layer]`` is the candidate there, a :class:`Direction`.
     """
@@ -69,6 +77,8 @@ class Extraction:
     stability: Stability | None = None
     project_harmless: bool = False
     model: str | None = None
+    mean_first_token: Tensor | None = None
+    project_first_token: bool = False
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.mean_harmful.shape))
@@ -91,15 +101,34 @@ class Extraction:
                 f"{list(self.positions)} and layers 0 to {n_layers - 1}"
             ) from None
         vector = self.directions[row, column]
-        return Direction(vector, position, layer, None, self.project_harmless, self.model)
+        return Direction(
+            vector,
+            position,
+            layer,
+            None,
+            self.project_harmless,
+            self.model,
+            self.project_first_token,
+        )
+
+    @property
+    def projection(self) -> Projection:
+        """What the candidates are without."""
+        return Projection(self.project_harmless, self.project_first_token)
 
     @property
     def directions(self) -> Tensor:
-        """The candidates, ``mean_harmful - mean_harmless``."""
+        """The candidates, ``mean_harmful - mean_harmless``.
+
+        Raises:
+            InputError: they are to be without what the extraction does not hold.
+        """
         differences = self.mean_harmful - self.mean_harmless
-        if not self.project_harmless:
+        if not self.projection:
             return differences
-        return without_component(differences, self.mean_harmless)
+        if self.project_first_token and self.mean_first_token is None:
+            raise InputError(f"the extraction {NO_FIRST_TOKEN}")
+        return self.projection.of(differences, self.mean_harmless, self.mean_first_token)
 
     def check(self, n_layers: int, d_model: int) -> None:
         """Refuse means that are not of a model with so many blocks of that width.
@@ -108,11 +137,15 @@ class Extraction:
             InputError: their shape or number of positions is another.
         """
         expected = (len(self.positions), n_layers, d_model)
-        for name, mean in (("harmful", self.mean_harmful), ("harmless", self.mean_harmless)):
-            if tuple(mean.shape) != expected:
+        for name, mean, shape in (
+            ("harmful prompts", self.mean_harmful, expected),
+            ("harmless prompts", self.mean_harmless, expected),
+            ("first token", self.mean_first_token, expected[1:]),
+        ):
+            if mean is not None and tuple(mean.shape) != shape:
                 raise InputError(
-                    f"the mean of the {name} prompts has shape {list(mean.shape)}, the model and "
-                    f"its positions need {list(expected)}: extract from this model again"
+                    f"the mean of the {name} has shape {list(mean.shape)}, the model and "
+                    f"its positions need {list(shape)}: extract from this model again"
                 )
 
     @classmethod
@@ -137,6 +170,7 @@ class Extraction:
             tuple(entry["position"] for entry in record["positions"]),
             tuple(entry["token"] for entry in record["positions"]),
             tuple(entry["id"] for entry in record["refusal_tokens"]),
+            mean_first_token=find_first_token(tensors, means["mean_harmful"].shape[1:]),
         )
 
 
@@ -190,6 +224,8 @@ def extract(
     _check_positions(position_list, ids)
     ranks, harmful_ids = loaded.ranks, asked["harmful"].finished("harmful")
     local_ids = {kind: ranks.split(rows) for kind, rows in ids.items()}
+    openings = _openings(ids["harmless"], -position_list[0])
+    local_ids |= {_FIRST: list(openings.values())}
     reader = engine_of(loaded).resid_pre(local_ids, position_list, batch_size)
     # What the refusal tokens are detected from is not run again for the means.
     seen: dict[str, list[BatchActivations]] = {kind: [] for kind in ids}
@@ -236,6 +272,9 @@ def extract(
 
     sums_harmful, kept_harmful = sums("harmful", 1.0)
     sums_harmless, kept_harmless = sums("harmless", -1.0)
+    used = Counter(row[0] for row, kept in zip(ids["harmless"], kept_harmless, strict=True) if kept)
+    with ranks.fail_together():
+        mean_first_token = _first_token_mean(reader, list(openings), used)
     return Extraction(
         sums_harmful.mean,
         sums_harmless.mean,
@@ -246,7 +285,38 @@ def extract(
         kept_harmless,
         unfinished(asked),
         stability(sums_harmful, sums_harmless),
+        mean_first_token=mean_first_token,
     )
+
+
+def _openings(prompts: Sequence[Sequence[int]], length: int) -> dict[int, list[int]]:
+    """The different first tokens of prompts, each with the ``length`` tokens that one begins with.
+
+    What a causal model computes at its first token depends on that token alone, so these stand for
+    all prompts; a chat template has most often one.
+    """
+    return {row[0]: list(row[:length]) for row in reversed(prompts)}
+
+
+def _first_token_mean(
+    reader: ActivationReader, tokens: Sequence[int], used: Mapping[int, int]
+) -> Tensor:
+    """Mean ``resid_pre`` of the first token over prompts, float64 ``[n_layers, d_model]``.
+
+    Args:
+        reader: gives, as kind ``_FIRST``, prompts that begin at its first position.
+        tokens: what each of them begins with.
+        used: how many prompts begin with each.
+    """
+    found: dict[int, Tensor] = {}
+
+    def take(batch: BatchActivations) -> None:
+        (streams,) = to_host(batch.activations[:, 0])
+        found.update((tokens[row], streams[index]) for index, row in enumerate(batch.rows))
+
+    reader.read(_FIRST, range(len(tokens)), take, "extract: first token")
+    streams = sum(used[token] * stream.double() for token, stream in found.items())
+    return torch.as_tensor(streams) / sum(used.values())
 
 
 def _positions(

@@ -35,7 +35,11 @@ def other_layers(
     extraction = Extraction.load(means, extracted)
     if direction.position not in extraction.positions:
         return {}
-    projected = replace(extraction, project_harmless=direction.project_harmless)
+    projected = replace(
+        extraction,
+        project_harmless=direction.project_harmless,
+        project_first_token=direction.project_first_token,
+    )
     candidates = projected.directions[extraction.positions.index(direction.position)]
     lengths = candidates.norm(dim=1)
     usable = [

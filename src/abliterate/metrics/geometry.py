@@ -95,19 +95,24 @@ def measure(harmful: Tensor, harmless: Tensor, selected: Tensor) -> Geometry | N
     )
 
 
-def without_component(vectors: Tensor, along: Tensor) -> Tensor:
-    """``vectors`` less what they have along ``along``; zero where nothing else is there.
+def without_components(vectors: Tensor, *along: Tensor) -> Tensor:
+    """``vectors`` less what they have in the span of ``along``; zero where nothing else is there.
 
     Args:
         vectors: float64 ``[..., d_model]``.
-        along: of the same shape; where it is zero a vector stays as it is.
+        along: each of a shape that broadcasts to theirs; what is zero, or in the span of those
+            before it, changes nothing.
 
     Returns:
-        Vectors whose cosine with ``along`` is rounding, or that are zero.
+        Vectors whose cosine with each of ``along`` is rounding, or that are zero.
     """
-    unit = along / along.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+    units: list[Tensor] = []
+    for one in along:
+        own = without_components(one, *units)
+        units.append(own / own.norm(dim=-1, keepdim=True).clamp_min(1e-300))
     left = vectors
     for _ in range(2):  # what the first pass leaves is rounding of the whole vector
-        left = left - (left * unit).sum(-1, keepdim=True) * unit
+        for unit in units:
+            left = left - (left * unit).sum(-1, keepdim=True) * unit
     emptied = left.norm(dim=-1, keepdim=True) <= 1e-9 * vectors.norm(dim=-1, keepdim=True)
     return left.masked_fill(emptied, 0.0)

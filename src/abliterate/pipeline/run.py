@@ -22,6 +22,7 @@ from abliterate.pipeline.stages import (
     orthogonalize_stage,
     select_stage,
 )
+from abliterate.projection import Projection
 from abliterate.prompts.sources import read_source
 from abliterate.run_folder import EDITED, MODEL, RUN, Session
 from abliterate.run_stage import writing
@@ -63,7 +64,7 @@ def _run_stages(session: Session, run: Path) -> dict[str, Any]:
     log.info("select")
     selection = select_stage(session, run, reuse=True)
     made = session.settings.select
-    direction = load_directions(run, False, made.position, made.interpolate)
+    direction = load_directions(run, Projection.asked(made), made.position, made.interpolate)
     log.info("orthogonalize")
     edit = orthogonalize_stage(session, direction, run / MODEL, reuse=True)
     log.info("evaluate")

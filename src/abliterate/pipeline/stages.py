@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.console import log
-from abliterate.direction import FILE_NAME, Direction, save_direction
+from abliterate.direction import FILE_NAME, FIRST_TOKEN_MEAN, Direction, save_direction
 from abliterate.direction_set import DirectionSet
 from abliterate.editing.file_names import RECORD
 from abliterate.editing.options import EditOptions, edit_options
@@ -37,6 +37,7 @@ from abliterate.metrics.refusal_tokens import resolve_refusal_tokens
 from abliterate.models.model_classes import text_config
 from abliterate.models.quantized_loading import how_it_computes
 from abliterate.pipeline.scores_file import ScoresFile
+from abliterate.projection import Projection
 from abliterate.prompts.chat_template import parse_positions
 from abliterate.prompts.sources import Prompt
 from abliterate.run_folder import (
@@ -216,7 +217,11 @@ def _write_means(session: Session, run: Path, result: Extraction) -> None:
         (run / ACTIVATIONS).unlink(missing_ok=True)  # of an earlier extraction, so of other prompts
     write_tensors(
         run / DIRECTIONS,
-        {"mean_harmful": result.mean_harmful, "mean_harmless": result.mean_harmless},
+        {
+            "mean_harmful": result.mean_harmful,
+            "mean_harmless": result.mean_harmless,
+            FIRST_TOKEN_MEAN: result.mean_first_token,
+        },
         {
             "positions": json.dumps(result.positions),
             "model": session.checkpoint.name,
@@ -268,8 +273,8 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
             "directions": main(lambda: _hash_if_there(run / DIRECTIONS)),
             "refusal_tokens": extracted["refusal_tokens"],
         }
-        if settings.project_harmless:  # else records stay what they were without it
-            scored_on["project_harmless"] = True
+        projection = Projection.asked(settings)
+        scored_on |= projection.record  # empty: records stay what they were without it
         inputs = {"settings": settings.model_dump(), **scored_on}
         outputs = {FILE_NAME: run / FILE_NAME}
         stage.depends_on(inputs, outputs)
@@ -279,7 +284,8 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         stage.depends_on(inputs, outputs)  # the date may have been open
         extraction = replace(
             main(lambda: Extraction.load(run / DIRECTIONS, extracted)),
-            project_harmless=settings.project_harmless,
+            project_harmless=projection.harmless,
+            project_first_token=projection.first_token,
         )
         scores = ScoresFile(stage, run / SCORES, extraction, prompts, scored_on)
         stage.start_clock()

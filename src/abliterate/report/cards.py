@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from abliterate.report.collect import Document, Run
-from abliterate.report.facts import answers, number, prompt_count, tokens_of
+from abliterate.report.facts import answers, number, prompt_count, selected_without, tokens_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ def _direction_cards(run: Run) -> list[Card]:
         c for c in run.selection["candidates"] if all(c[key] == winner[key] for key in winner)
     )
     base, counts = run.selection["baselines"], run.selection["counts"]
+    if words := selected_without(run.selection).words:
+        place += f"; without its component along {words}"
     if (best := run.selection.get("per_layer")) is not None:
         place += f"; ablated: a direction of its own in {sum(map(bool, best))} layers"
     return [

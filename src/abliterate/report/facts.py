@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from abliterate.projection import Projection
 from abliterate.report.collect import Document, Run
 from abliterate.report.style import finite
 
@@ -70,3 +71,8 @@ def prompt_count(evaluation: Document, kind: str) -> str:
     """How many test prompts there are, as a text to put before them; records of old lack it."""
     count = (evaluation.get("n_prompts") or {}).get(kind)
     return "" if count is None else f"{count} "
+
+
+def selected_without(selection: Document) -> Projection:
+    """What the candidates of a selection were without."""
+    return Projection.recorded((selection.get("settings") or {}).get("select") or {})

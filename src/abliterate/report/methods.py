@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from abliterate.projection import Projection
 from abliterate.report import outcome_tables
 from abliterate.report.collect import Document, Run
-from abliterate.report.facts import number, percent
+from abliterate.report.facts import number, percent, selected_without
 from abliterate.report.provenance import computed_line
 from abliterate.run_records import recorded_stability
 from abliterate.run_staleness import hash_prompts
@@ -104,6 +105,11 @@ def _sentences(run: Run) -> Iterator[str]:
             f"{extract['n_layers']} layers"
         )
     if selection is not None:
+        if words := selected_without(selection).words:
+            yield (
+                f"From each candidate its component along {words} (at the candidate's own layer) "
+                "was removed"
+            )
         yield _rule(selection)
         yield from _choice(run, selection)
     if (edit := run.current("edit")) is not None:
@@ -249,7 +255,9 @@ def _settings(run: Run) -> Iterator[tuple[str, str]]:
          if record and record.get("direction")), None,
     )  # fmt: skip
     if direction is not None:
-        yield "direction", f"{short(direction.get('sha256'))}, norm {number(direction.get('norm'))}"
+        told = f"{short(direction.get('sha256'))}, norm {number(direction.get('norm'))}"
+        without = Projection.recorded(direction).words
+        yield "direction", told + (f", without its component along {without}" if without else "")
     if evaluation is not None:
         yield from _measured(evaluation)
     for record, title in ((extract, "extract"), (selection, "select"), (evaluation, "evaluate")):

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from abliterate.direction import FILE_NAME
 from abliterate.editing.file_names import RECORD
+from abliterate.projection import Projection
 from abliterate.report.collect import Document, Run
 from abliterate.run_folder import DIRECTIONS
 from abliterate.settings import (
@@ -275,7 +276,7 @@ def _projected(record: Document) -> list[str]:
     direction = record.get("direction")
     if not isinstance(direction, Mapping):
         return []
-    found = ["--project-harmless"] if direction.get("project_harmless") is True else []
+    found = Projection.recorded(direction).options
     if "layers" in direction:  # a set, and what was made into it
         position, kind = direction.get("position"), direction.get("interpolate")
         found += [] if position is None else [f"--position={position}"]

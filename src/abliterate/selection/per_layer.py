@@ -52,5 +52,5 @@ def set_of_candidates(extraction: Extraction, chosen: dict[int, Score]) -> Direc
             (chosen[layer].position, layer) if layer in chosen else None
             for layer in range(n_layers)
         ),
-        project_harmless=extraction.project_harmless,
+        projection=extraction.projection,
     )

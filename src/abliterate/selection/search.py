@@ -95,11 +95,7 @@ class Selection:
     def direction(self, extraction: Extraction) -> Direction:
         """The winner's unnormalised vector; raises as :meth:`require_winner`."""
         winner = self.require_winner()
-        row = extraction.positions.index(winner.position)
-        vector = extraction.directions[row, winner.layer]
-        return Direction(
-            vector, winner.position, winner.layer, project_harmless=extraction.project_harmless
-        )
+        return replace(extraction[winner.position, winner.layer], model=None)
 
 
 def parse_kl_on(text: str) -> int:

@@ -169,6 +169,21 @@ class SelectSettings(Section):
             DIRECTED,
         ),
     ] = False
+    project_first_token: Annotated[
+        bool,
+        Option(
+            "Remove from each candidate what it has along the mean residual stream of the prompt's "
+            "first token, the attention sink.",
+            METHOD,
+            SELECT,
+        ),
+        Option(
+            "Remove from the run folder's direction what it has along the mean residual stream of "
+            "the prompt's first token, the attention sink, if select has not.",
+            METHOD,
+            DIRECTED,
+        ),
+    ] = False
     per_layer: Annotated[
         bool,
         Option(
