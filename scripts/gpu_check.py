@@ -65,6 +65,7 @@ from abliterate.storage.artifacts import versions
 # waited, None where none counts.
 CountWaits = Callable[[torch.device], AbstractContextManager[Callable[[], dict[str, int] | None]]]
 
+_LONG = 20.0  # seconds after which nothing is measured once more
 POSITIONS = "-5,-4,-3,-2,-1"  # as many as the template of the bundled tokenizer has
 _TINY: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -162,14 +163,17 @@ def in_turn(
 ) -> dict[str, float]:
     """The best of several times of each, one after the other, after a run that does not count.
 
-    With no repeats that one counts.
+    With no repeats that one counts, and where it took long there are no more after the next.
     """
     best = dict.fromkeys(runs, math.inf)
+    begun = time.monotonic()
     for turn in range(repeats + 1):
         for name, run in runs.items():
             taken = seconds_of(run, device)
             if turn or not repeats:
                 best[name] = min(best[name], taken)
+        if turn and time.monotonic() - begun > _LONG:
+            break
     return best
 
 
@@ -437,8 +441,8 @@ def demo(device: str, sizes: Sizes, place: Path, clock: Clock) -> dict[str, Any]
 
 def measure_shape(
     config: PreTrainedConfig, device: torch.device, clock: Clock, bench: Mapping[str, Any],
-    place: Path | None, heavy: float,
-) -> dict[str, Any]:  # fmt: skip
+    place: Path | None, heavy: float, found: dict[str, Any], keep: Callable[[], object],
+) -> None:  # fmt: skip
     """All parts of one shape.
 
     Args:
@@ -448,14 +452,16 @@ def measure_shape(
         bench: the other fields of :class:`Bench`.
         place: a folder for the edit, or None to leave it out.
         heavy: seconds that a part may take.
+        found: filled in.
+        keep: called when a part has come in.
     """
     with torch.device("meta"):
         numbers = sum(p.numel() for p in build_model(config, dtype=torch.bfloat16).parameters())
     need, free = 2 * numbers, free_memory(device)
-    found: dict[str, Any] = {"parameters": numbers}
+    found["parameters"] = numbers
     if 1.3 * need > free:
-        skipped = f"{free / 1e9:.1f} GB are free, {1.3 * need / 1e9:.1f} are needed"
-        return found | {"skipped": skipped}
+        found["skipped"] = f"{free / 1e9:.1f} GB are free, {1.3 * need / 1e9:.1f} are needed"
+        return
     torch.manual_seed(0)
     # Random numbers are drawn where the weights lie, if the device can.
     with device if device.type in ("cuda", "xpu", "mps") else contextlib.nullcontext():
@@ -466,6 +472,7 @@ def measure_shape(
     its = Bench(loaded, device, **bench)
     for name in ("extract", "select", "generate"):
         found[name] = clock.part(name, heavy, getattr(its, name))
+        keep()
     if place is not None:
         edit = partial(its.orthogonalize, place)
         found["orthogonalize"] = clock.part("orthogonalize", heavy, edit)
@@ -473,7 +480,6 @@ def measure_shape(
     gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
-    return found
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -513,21 +519,30 @@ def main(argv: Sequence[str] | None = None, count_waits: CountWaits = count_cuda
     sizes, repeats = (TINY, args.repeats or 0) if args.tiny else (Sizes(), args.repeats or 3)
     bench = {"sizes": sizes, "repeats": repeats, "count_waits": count_waits}
     document: dict[str, Any] = about(device) | {"tiny": args.tiny, "shapes": {}}
+
+    def keep() -> str:
+        """What there is so far, so that a run that is cut off is not for nothing."""
+        text = json.dumps(
+            document | {"seconds": clock.seconds, "failures": clock.failures}, indent=1
+        )
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(text + "\n")
+        return text
+
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         place = Path(folder)
         document["demo"] = clock.part(
             "demo model", 60, lambda: demo(str(device), sizes, place, clock)
         )
+        keep()
         for at, (name, config) in enumerate((TINY_SHAPES if args.tiny else SHAPES).items()):
             edit = place if at == 0 else None
-            run = (config(), device, clock, bench, edit, 40.0)
-            document["shapes"][name] = clock.part(name, 40, lambda run=run: measure_shape(*run))
-    document |= {"seconds": clock.seconds, "failures": clock.failures}
-    text = json.dumps(document, indent=1)
-    print(text)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
+            found = document["shapes"][name] = {}
+            run = (config(), device, clock, bench, edit, 40.0, found, keep)
+            failed = clock.part(name, 40, lambda run=run: measure_shape(*run))
+            found |= failed or {}
+    print(keep())
     return 1 if clock.failures else 0
 
 

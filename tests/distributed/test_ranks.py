@@ -32,7 +32,7 @@ def record(run: Path, name: str) -> Any:
 def same_means(run: Path, other: Path) -> None:
     """To 1e-6 of the means' size, and the same prompts counted."""
     ours, theirs = (load_file(folder / "directions.safetensors") for folder in (run, other))
-    assert sorted(ours) == sorted(theirs) == ["mean_harmful", "mean_harmless"]
+    assert sorted(ours) == sorted(theirs) == ["mean_first_token", "mean_harmful", "mean_harmless"]
     for name, mean in ours.items():
         assert mean.dtype == torch.float64
         assert (mean - theirs[name]).abs().max() <= 1e-6 * theirs[name].abs().max()

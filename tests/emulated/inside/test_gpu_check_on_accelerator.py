@@ -45,8 +45,8 @@ def test_the_check_runs_whole_on_an_accelerator(capfd: pytest.CaptureFixture[str
         for part in ("extract", "select", "generate"):
             memory = shape[part]["memory"]
             assert memory["bytes"] >= memory["floor"]["bytes"] >= 2 * shape["parameters"]
-        # One a batch, and one when the model is first tried.
+        # One a batch, that of the first token among them; transformers asks a batch's mask twice.
         waits = shape["extract"]["waits"]
-        assert waits["floor"] <= waits["count"] <= waits["floor"] + 4
+        assert waits["floor"] < waits["count"] <= 3 * (waits["floor"] + 1)
         assert shape["select"]["waits"]["count"] > 0
         assert shape["generate"]["waits"]["count"] >= 2
