@@ -11,6 +11,8 @@ from typing import Any
 # Workers share the cores: one thread each is faster, and keeps sums in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tables of a result fit COLUMNS, which readline hands to the workers that pytest starts.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch
@@ -46,10 +48,11 @@ VOCABULARY = 512
 # the others waiting (``--dist loadfile`` gives a file to one worker).
 _LONGEST = (
     "writers/test_architectures.py", "emulated/test_emulated_accelerator.py",
-    "writers/test_disk_tensors.py", "distributed/test_ranks.py", "selection/test_staged_search.py",
-    "models/test_device_placement.py", "report/test_report_files.py", "test_demo.py",
-    "report/test_report.py", "checkpoints/test_hub_faults.py", "cli/test_tampered_files.py",
-    "auditing/test_edit_forms.py", "offload/test_offload.py", "offload/test_offload_memory.py",
+    "emulated/test_emulated_check.py", "writers/test_disk_tensors.py", "distributed/test_ranks.py",
+    "selection/test_staged_search.py", "models/test_device_placement.py",
+    "report/test_report_files.py", "test_demo.py", "report/test_report.py",
+    "checkpoints/test_hub_faults.py", "cli/test_tampered_files.py", "auditing/test_edit_forms.py",
+    "offload/test_offload.py", "offload/test_offload_memory.py",
     "evaluation/test_thinking_modes.py", "pipeline/test_run.py", "test_without_posix.py",
     "cli/test_startup.py", "editing/test_edit_ranks.py", "checkpoints/test_hub_commits.py",
 )  # fmt: skip

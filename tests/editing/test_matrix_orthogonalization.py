@@ -29,6 +29,10 @@ class InMemory:
     splits: bool = True
 
     @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
     def rows(self) -> int:
         return self.values.shape[0]
 
