@@ -220,6 +220,10 @@ def _become(request: dict[str, Any], streams: list[int]) -> int:
         if stream > 2:
             with contextlib.suppress(OSError):
                 os.close(stream)
+    if (torch := sys.modules.get("torch")) is not None:
+        # torch makes its pool of threads again at first use after a fork, and two threads at once
+        # (those that load weights) may find none: "pool INTERNAL ASSERT FAILED".
+        torch.set_num_threads(torch.get_num_threads())
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
