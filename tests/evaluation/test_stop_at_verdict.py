@@ -41,3 +41,15 @@ def test_answers_end_at_their_verdict_and_the_verdicts_stay(cli, fails, tmp_path
                  code=2)  # fmt: skip
     assert "--stop-at-verdict" in line
     assert "--classifier" in line
+
+
+def test_stopping_at_the_verdict_leaves_nothing_to_judge(fails, tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/v1"
+    for given, named in (
+        (("--judge-url", url, "--judge-model", "m"), "--judge-url"),
+        (("--judge", DEMO), "--judge"),
+        (("--judge-url", url, "--judge-model", "m", "--second-judge", DEMO), "--judge-url"),
+    ):
+        line = fails("evaluate", DEMO, "-o", tmp_path / "x", "--stop-at-verdict", *given, code=2)
+        assert f"{named} takes whole ones" in line
+        assert not (tmp_path / "x").exists()

@@ -93,7 +93,7 @@ def test_whatever_strangers_wrote_is_text_in_either_format(place: Path, cli) -> 
     assert tex.out.count(latex(STRANGE)) >= 3
     assert r"\input" not in tex.out
     assert tex.out.count(r"\cite{arditi2024refusal}") == 1
-    assert tex.out.count(r"\begin{table}") == tex.out.count(r"\end{table}") == 2
+    assert tex.out.count(r"\begin{table}") == tex.out.count(r"\end{table}") == 3
     for table in re.findall(r"\\hline\n(.*?)\\end\{tabular\}", tex.out, re.DOTALL):
         lines = [line for line in table.splitlines() if line.endswith(r"\\")]
         assert len({len(re.findall(r"(?<!\\)&", line)) for line in lines}) == 1
@@ -125,14 +125,20 @@ def test_stale_parts_are_left_out_and_named(place: Path, cli) -> None:
 
 def test_controls_are_a_table_where_they_are_recorded(place: Path, cli) -> None:
     record = _record(place, "evaluation")
-    record["controls"] = [
-        {"name": "isotropic 1", "kl_divergence": 0.372, "harmful": {"refusal": 0.5}}
-    ]
-    (place / "evaluation.json").write_text(json.dumps(record))
     columns, rows = cli("methods", place, "--json").json["controls"]
-    assert columns == ["name", "kl divergence", "harmful refusal"]
-    assert rows == [["isotropic 1", "0.372", "0.5"]]
-    assert "0.372" in cli("methods", place, "--format", "latex").out
+    assert columns[:2] == ["intervention", "direction"]
+    for name, held in record["controls"]["rows"].items():
+        selected = held["selected"]["kl_divergence"]
+        assert [name, "selected", f"{selected:.4f}"] in [[*row[:2], row[4]] for row in rows]
+        for family in held["families"].values():
+            for member in family["members"]:
+                shown = f"{member['harmful_score']:+.2f}"
+                assert any(row[0] == name and shown in row[2] for row in rows)
+    for form in ("md", "latex"):
+        assert "isotropic" in cli("methods", place, "--format", form).out
+    del record["controls"]
+    (place / "evaluation.json").write_text(json.dumps(record))
+    assert cli("methods", place, "--json").json["controls"] is None
 
 
 def test_output_and_errors(run: Path, cli, fails, tmp_path: Path) -> None:

@@ -281,6 +281,9 @@ def check_options(session: Session, elsewhere: bool = False) -> Raters:
         )
     whole = {
         "--judge": settings.judge,
+        "--judge-url": settings.judge_url,
+        "--second-judge": settings.second_judge,
+        "--second-judge-url": settings.second_judge_url,
         "--classifier": settings.classifier,
         "--server": settings.server,
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from abliterate.projection import Projection
 from abliterate.report import outcome_tables
@@ -73,7 +72,7 @@ def describe_methods(run: Run) -> Methods:
         tuple(_sentences(run)),
         tuple(_settings(run)),
         results,
-        _controls(evaluation) or _controls(run.current("fragility")),
+        _controls(evaluation),
         tuple(
             f"{', '.join(part.rows) + ' of ' if part.rows else ''}{part.file.name}: {part.why}"
             for part in run.stale.values()
@@ -279,10 +278,14 @@ def _prompts(record: Document, title: str, table: str) -> Iterator[tuple[str, st
     kinds = record.get("n_prompts") or record.get("counts") or {}
     for kind in kinds:
         source = own.get(kind) or train.get(kind) or "?"
+        sources = [str(one) for one in source] if isinstance(source, list) else [str(source)]
         count = kinds[kind]
         used = f"{count['used']} of {count['given']}" if isinstance(count, Mapping) else str(count)
-        commit = next((c for name, c in commits.items() if str(source).startswith(name)), None)
-        words = [str(source), *([f"commit {commit}"] if commit else []), f"n = {used}"]
+        words = []
+        for one in sources:
+            commit = next((c for name, c in commits.items() if one.startswith(name)), None)
+            words += [one, *([f"commit {commit}"] if commit else [])]
+        words.append(f"n = {used}")
         words += [f"hash {short(hashes[kind])}"] if hashes.get(kind) else []
         yield f"{kind} {title} prompts", ", ".join(words)
 
@@ -313,29 +316,10 @@ def short(digest: object) -> str:
     return f"{kind or 'sha256'} {value[:_DIGITS]}"
 
 
-def _controls(record: Document | None) -> tuple[list[str], list[list[str]]] | None:
-    """The controls of a record, if it holds any: their names and whatever numbers they have."""
-    held = (record or {}).get("controls")
-    if isinstance(held, Mapping):
-        held = held.get("rows", [{"name": name, **_flat(value)} for name, value in held.items()])
-    rows = [_flat(row) for row in held or () if isinstance(row, Mapping)]
+def _controls(evaluation: Document | None) -> tuple[list[str], list[list[str]]] | None:
+    """What other directions do beside the selected one, if the evaluation holds it."""
+    rows = outcome_tables.control_rows(evaluation) if evaluation else []
     if not rows:
         return None
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    columns = [key.replace("_", " ") for key in keys]
-    return columns, [[_cell(row.get(key)) for key in keys] for row in rows]
-
-
-def _flat(value: Any) -> dict[str, Any]:
-    """The texts and numbers of a mapping, those of the mappings within it under both names."""
-    found: dict[str, Any] = {}
-    for key, part in value.items() if isinstance(value, Mapping) else ():
-        if isinstance(part, Mapping):
-            found |= {f"{key} {inner}": held for inner, held in _flat(part).items()}
-        elif isinstance(part, str | int | float):
-            found[str(key)] = part
-    return found
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else number(value)
+    columns = ["intervention", "direction", "harmful (log-odds)", "harmless (log-odds)"]
+    return [*columns, "harmless KL (nats)"], rows
