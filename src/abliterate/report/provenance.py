@@ -53,13 +53,14 @@ def provenance(run: Run) -> list[tuple[str, str]]:
     for name, record in (("extract", run.extract), ("evaluate", run.evaluation)):
         if record and (done := record.get("thinking")):
             rows.append((f"thinking, {name}", f"{done['mode']}: {done['why']}"))
-    for name, record in (
+    stages = (
         ("extract", run.extract),
         ("select", run.selection),
         ("evaluate", run.evaluation),
         ("inspect", run.inspect),
         ("trace", run.trace),
-    ):
+    )
+    for name, record in stages:
         part = {"select": "selection", "evaluate": "evaluation"}.get(name, name)
         if record:
             spent = f"{number(record['seconds'], '.1f')} s"
@@ -68,13 +69,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
             rows.append((name + mark, f"seed {record['seed']}, {spent}, inputs {record['inputs']}"))
     rows += [
         (f"computed, {name}", line + _other_dtype(record, run.extract))
-        for name, record in (
-            ("extract", run.extract),
-            ("select", run.selection),
-            ("evaluate", run.evaluation),
-            ("inspect", run.inspect),
-            ("trace", run.trace),
-        )
+        for name, record in stages
         if (line := computed_line(record))
     ]
     if first:
