@@ -29,7 +29,7 @@ CHOICE = ("--no-filter", "--kl-threshold", "1000", "--induce-threshold=-1000")
 def worker(args: list[str]) -> int:
     """One rank: the command line, with its stage measured into ``$BENCH/RANK.json``."""
     from abliterate.cli.app import main
-    from abliterate.pipeline import stages
+    from abliterate.pipeline import extract_stage, select_stage
 
     def measured(work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any, **more: Any) -> Any:
@@ -46,7 +46,8 @@ def worker(args: list[str]) -> int:
 
         return run
 
-    stages.extract, stages.select = measured(stages.extract), measured(stages.select)
+    extract_stage.extract = measured(extract_stage.extract)
+    select_stage.select = measured(select_stage.select)
     return main(args)
 
 

@@ -30,7 +30,9 @@ LIBRARIES = "import torch, transformers"
 MODEL_CLASS = f"{LIBRARIES}; from transformers import PreTrainedModel"
 # What each command imports beside the command line.
 WITH_A_MODEL = {
-    "extract, select, orthogonalize": "pipeline.stages",
+    "extract": "pipeline.extract_stage",
+    "select": "pipeline.select_stage",
+    "orthogonalize": "pipeline.edit_stage",
     "run": "pipeline.run",
     "evaluate": "evaluation.stage",
     "verify": "verification",

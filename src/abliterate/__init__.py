@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from abliterate.api.verdicts import Audit, Diff, Verification, audit, diff, verify
     from abliterate.api.writer_table import WriterTable, writers
     from abliterate.console import set_progress
-    from abliterate.direction import Direction, load_direction
+    from abliterate.direction import Direction
+    from abliterate.direction_loading import load_direction
     from abliterate.editing.options import EditOptions
     from abliterate.errors import AbliterateError
     from abliterate.extraction.means import Extraction

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from abliterate.direction import Direction, load_direction, load_directions
+from abliterate.direction import Direction
+from abliterate.direction_loading import load_direction, load_directions
 from abliterate.direction_set import DirectionSet
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.exchange import SUFFIXES, check_format, encode, steering_layers

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from abliterate.direction import is_edit_record
+from abliterate.direction_loading import is_edit_record
 from abliterate.editing.file_names import RECORD as EDIT
 from abliterate.errors import CheckpointError, InputError, UsageError
 from abliterate.exchange import is_foreign

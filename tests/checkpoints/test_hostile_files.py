@@ -199,7 +199,7 @@ def test_thousands_of_damaged_files(tmp_path: Path) -> None:
 
 def test_damaged_checkpoints_never_write_outside_out(tiny, direction: Path, tmp_path: Path) -> None:
     """The whole editor over damaged shards and indices: OUT whole or absent, nothing elsewhere."""
-    from abliterate.direction import load_direction
+    from abliterate.direction_loading import load_direction
 
     vector = load_direction(direction)
     generator = random.Random(2)

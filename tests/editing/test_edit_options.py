@@ -279,9 +279,9 @@ def test_an_adapter_holds_no_biases(tiny, fails, direction, tmp_path: Path) -> N
 def test_a_finished_edit_with_other_options_is_not_up_to_date(
     tiny, direction, tmp_path: Path
 ) -> None:
-    from abliterate.direction import load_direction
+    from abliterate.direction_loading import load_direction
     from abliterate.models.loading import Checkpoint
-    from abliterate.pipeline.stages import orthogonalize_stage
+    from abliterate.pipeline.edit_stage import orthogonalize_stage
     from abliterate.run_folder import Session
     from abliterate.settings import load_settings
 

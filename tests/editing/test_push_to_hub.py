@@ -153,9 +153,9 @@ def pushes(monkeypatch) -> list[tuple[Any, ...]]:
 def test_nothing_is_pushed_that_verify_refuses_or_the_editor_does_not_make(
     tiny, direction: Path, cli, pushes, monkeypatch, tmp_path: Path
 ) -> None:
-    from abliterate.pipeline import stages
+    from abliterate.pipeline import edit_stage
 
-    made = stages.orthogonalize_stage
+    made = edit_stage.orthogonalize_stage
 
     def tampered(session: Any, vector: Any, out: Path) -> dict[str, Any]:
         record = made(session, vector, out)
@@ -167,7 +167,7 @@ def test_nothing_is_pushed_that_verify_refuses_or_the_editor_does_not_make(
     base = ("orthogonalize", tiny("llama"), "--direction", direction, "--push-to-hub", "org/new")
     assert cli(*base, "-o", tmp_path / "good").code == 0
     assert [args[:3] for args in pushes] == [(tmp_path / "good", "org/new", False)]
-    monkeypatch.setattr(stages, "orthogonalize_stage", tampered)
+    monkeypatch.setattr(edit_stage, "orthogonalize_stage", tampered)
     done = cli(*base, "-o", tmp_path / "bad")
     assert done.code == 6
     assert "does not pass verify against its source, so nothing was pushed" in done.err
@@ -182,8 +182,8 @@ def test_run_pushes_the_model_of_its_folder(
     folder = tmp_path / "run"
 
     def pipeline(session: Any, run: Path) -> dict[str, Any]:
-        from abliterate.direction import load_direction
-        from abliterate.pipeline.stages import orthogonalize_stage
+        from abliterate.direction_loading import load_direction
+        from abliterate.pipeline.edit_stage import orthogonalize_stage
 
         run.mkdir()
         shutil.copyfile(direction, run / "direction.safetensors")

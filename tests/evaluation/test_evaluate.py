@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from abliterate.direction import Direction, save_direction
-from abliterate.evaluation.completions import Completion, CompletionFile
+from abliterate.evaluation.completion import Completion
+from abliterate.evaluation.completions import CompletionFile
 from abliterate.evaluation.outcomes import Metrics, Outcome, deltas
 from abliterate.inference.generation import greedy_answers, stop_tokens
 from abliterate.metrics.intervals import newcombe_paired, wilson
@@ -89,7 +90,7 @@ def test_any_subset_of_interventions(tiny, cli, fails, direction, prompts, tmp_p
 
     # subtract is add with the sign turned: what a direction file with the negative vector adds.
     negative = tmp_path / "negative.safetensors"
-    from abliterate.direction import load_direction
+    from abliterate.direction_loading import load_direction
 
     own = load_direction(direction)
     save_direction(negative, Direction(-own.vector, -1, 2), "tiny")

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from abliterate.cli.app import main
-from abliterate.direction import load_direction
+from abliterate.direction_loading import load_direction
 from abliterate.editing import planning
 from abliterate.editing.workspace import partial_of
 from abliterate.models.loading import Checkpoint

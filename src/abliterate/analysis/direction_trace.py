@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from abliterate.analysis.trace_request import TraceRequest
 from abliterate.console import log
-from abliterate.direction import Direction, load_directions
+from abliterate.direction import Direction
+from abliterate.direction_loading import load_directions
 from abliterate.direction_set import DirectionSet
 from abliterate.inference.attention_heads import (
     HeadsUnknown,

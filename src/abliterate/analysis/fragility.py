@@ -16,7 +16,8 @@ from torch import Tensor
 
 from abliterate.analysis.fragility_curve import Point, summarise
 from abliterate.console import log
-from abliterate.direction import FILE_NAME, Direction, load_directions
+from abliterate.direction import FILE_NAME, Direction
+from abliterate.direction_loading import load_directions
 from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
 from abliterate.extraction.other_layers import other_layers

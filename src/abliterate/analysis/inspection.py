@@ -13,7 +13,8 @@ from torch import Tensor
 from abliterate.analysis.held_out import held_out_prompts, held_out_record, held_out_separation
 from abliterate.analysis.inspection_record import PERMUTATIONS, inspection_inputs
 from abliterate.console import log
-from abliterate.direction import Direction, load_direction
+from abliterate.direction import Direction
+from abliterate.direction_loading import load_direction
 from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
 from abliterate.extraction.kept_activations import Activations
 from abliterate.extraction.means import Extraction

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.checkpoint import Checkpoint, find_checkpoint
-from abliterate.direction import Direction, load_direction
+from abliterate.direction import Direction
+from abliterate.direction_loading import load_direction
 from abliterate.errors import InputError, UsageError
 from abliterate.extraction.refusal_token_search import named_refusal_tokens
 from abliterate.models.loading import LoadedModel

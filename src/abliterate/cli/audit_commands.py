@@ -87,7 +87,8 @@ def audit(
 
     Exit code 0 if it is clean, 7 if it was edited, 8 if that cannot be told.
     """  # fmt: skip
-    from abliterate.direction import Direction, find_direction, load_direction, save_direction
+    from abliterate.direction import Direction, save_direction
+    from abliterate.direction_loading import find_direction, load_direction
     from abliterate.errors import UsageError
     from abliterate.extras import import_extra
     from abliterate.run_records import source_of_direction

@@ -291,7 +291,7 @@ def chat(
         raise UsageError(f"{wanted} needs --direction")
     settings = load_settings(config, given)
     from abliterate.cli.commands import open_session
-    from abliterate.direction import find_direction, load_directions
+    from abliterate.direction_loading import find_direction, load_directions
     from abliterate.projection import Projection
     from abliterate.run_records import source_of_direction
 

@@ -43,7 +43,7 @@ def verify(
 
     from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.cli.commands import find_recorded
-    from abliterate.direction import find_direction, load_directions
+    from abliterate.direction_loading import find_direction, load_directions
     from abliterate.projection import Projection
     from abliterate.run_records import source_of_direction, source_of_edit
     from abliterate.settings import load_settings

@@ -36,7 +36,7 @@ def extract(
     from abliterate.cli.tables import show_extraction
 
     session = open_session(model, settings)
-    from abliterate.pipeline.stages import extract_stage
+    from abliterate.pipeline.extract_stage import extract_stage
 
     with saying_stale(output):
         record = extract_stage(session, output)
@@ -82,7 +82,7 @@ def select(
     from abliterate.cli.tables import show_selection
 
     session = later_session(run, model, config, given)
-    from abliterate.pipeline.stages import select_stage
+    from abliterate.pipeline.select_stage import select_stage
 
     with saying_stale(run), showing_front():
         record = select_stage(session, run)
@@ -109,7 +109,11 @@ def orthogonalize(
     """
     settings = load_settings(config, given)
     from abliterate.cli.tables import show_edit
-    from abliterate.direction import find_direction, is_edit_record, load_directions
+    from abliterate.direction_loading import (
+        find_direction,
+        is_edit_record,
+        load_directions,
+    )
     from abliterate.projection import Projection
 
     parse_layers(settings.orthogonalize.layers)
@@ -131,14 +135,14 @@ def orthogonalize(
                 f"--interpolate is not what {path} records, whose edit is repeated as it was: "
                 "leave the option out, or give a run folder or a file as --direction"
             )
-        from abliterate.pipeline.stages import replay_stage
+        from abliterate.pipeline.edit_stage import replay_stage
 
         record = replay_stage(session, path, output)
     else:
         vector = load_directions(
             direction, Projection.asked(chosen), chosen.position, chosen.interpolate
         )
-        from abliterate.pipeline.stages import orthogonalize_stage
+        from abliterate.pipeline.edit_stage import orthogonalize_stage
 
         record = orthogonalize_stage(session, vector, output)
     print_json(record) if as_json else show_edit(record, output)
@@ -179,7 +183,7 @@ def run(
         print_json(record) if as_json else show_run(record, output)
     if push_to_hub is None:
         return 0
-    from abliterate.direction import load_direction
+    from abliterate.direction_loading import load_direction
     from abliterate.run_folder import MODEL
 
     vector = load_direction(output)

@@ -57,7 +57,8 @@ def evaluate(
     Interrupted, the same command goes on where it stopped.
     """
     from abliterate.cli.evaluation_tables import show_evaluation
-    from abliterate.direction import Direction, find_direction, load_directions
+    from abliterate.direction import Direction
+    from abliterate.direction_loading import find_direction, load_directions
     from abliterate.evaluation.intervention_names import check_name
     from abliterate.projection import Projection
     from abliterate.run_records import source_of_direction, sources_of_evaluation

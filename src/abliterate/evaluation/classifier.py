@@ -19,7 +19,8 @@ from typing import Any
 from abliterate.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from abliterate.console import log, progress_bar
 from abliterate.errors import CheckpointError, UsageError
-from abliterate.evaluation.completions import Completion, CompletionFile, Labelled
+from abliterate.evaluation.completion import Completion, Labelled
+from abliterate.evaluation.completions import CompletionFile
 from abliterate.settings import Settings
 from abliterate.storage.artifacts import hash_json
 

@@ -12,11 +12,8 @@ from abliterate.direction import Direction
 from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.changes import change_of, check_intervention
-from abliterate.evaluation.completions import (
-    Completion,
-    CompletionFile,
-    token_counter,
-)
+from abliterate.evaluation.completion import Completion, token_counter
+from abliterate.evaluation.completions import CompletionFile
 from abliterate.evaluation.first_tokens import Answering, FirstTokenLogits
 from abliterate.evaluation.outcomes import BORDERLINE, KINDS, Metrics, Outcome
 from abliterate.evaluation.progress import CompletionProgress

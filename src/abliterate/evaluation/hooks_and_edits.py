@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from abliterate.evaluation.completions import Completion
+from abliterate.evaluation.completion import Completion
 from abliterate.evaluation.outcomes import KINDS, Outcome
 
 

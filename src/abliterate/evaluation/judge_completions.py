@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from abliterate.console import log, progress_bar
-from abliterate.evaluation.completions import Completion, CompletionFile, SecondVerdict
+from abliterate.evaluation.completion import Completion, SecondVerdict
+from abliterate.evaluation.completions import CompletionFile
 from abliterate.evaluation.judges import Judge, Verdict
 from abliterate.prompts.sampling import prompt_key
 

@@ -23,7 +23,8 @@ from abliterate.evaluation.compare import (
     complete,
     metrics_of,
 )
-from abliterate.evaluation.completions import Completion, CompletionFile, token_counter
+from abliterate.evaluation.completion import Completion, token_counter
+from abliterate.evaluation.completions import CompletionFile
 from abliterate.evaluation.controls import CONTROLLED, are_controls, count_of
 from abliterate.evaluation.controls import measure as measure_controls
 from abliterate.evaluation.first_tokens import Answering, FirstTokenLogits

@@ -8,7 +8,12 @@ from functools import cached_property
 from itertools import compress
 from typing import Any
 
-from abliterate.evaluation.completions import Completion, no_scores, scores, share_changes
+from abliterate.evaluation.completion import Completion
+from abliterate.evaluation.completion_rates import (
+    no_scores,
+    scores,
+    share_changes,
+)
 from abliterate.evaluation.losses import Loss
 from abliterate.metrics.intervals import bootstrap
 from abliterate.metrics.spread import described, described_change

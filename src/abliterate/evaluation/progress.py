@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from abliterate.console import bars_hidden, log
-from abliterate.evaluation.completions import CompletionFile, scored
+from abliterate.evaluation.completion import scored
+from abliterate.evaluation.completions import CompletionFile
 from abliterate.metrics.answers import Parts
 
 # Seconds between two lines of progress where no bar is shown.

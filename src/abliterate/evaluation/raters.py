@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from abliterate.evaluation.completions import Completion
+from abliterate.evaluation.completion import Completion
 from abliterate.metrics.agreement import agreement
 from abliterate.prompts.sampling import prompt_key
 

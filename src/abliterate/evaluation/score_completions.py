@@ -12,14 +12,16 @@ from typing import Any, BinaryIO
 from abliterate.console import progress_bar
 from abliterate.errors import InputError, InterruptedWorkError, UsageError
 from abliterate.evaluation.classifier import classified, find_classifier
-from abliterate.evaluation.completions import (
+from abliterate.evaluation.completion import (
     Completion,
+    scored,
+    told_in,
+)
+from abliterate.evaluation.completion_rates import scores
+from abliterate.evaluation.completions import (
     is_completions,
     keep_verdicts,
     read_lines,
-    scored,
-    scores,
-    told_in,
 )
 from abliterate.evaluation.judge_completions import judged, warn
 from abliterate.evaluation.judges import Judge, Verdict, find_judge

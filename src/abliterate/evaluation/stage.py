@@ -11,9 +11,9 @@ from abliterate.direction import Direction
 from abliterate.direction_set import DirectionSet
 from abliterate.errors import InterruptedWorkError
 from abliterate.evaluation.classifier import classify_files
+from abliterate.evaluation.completion import Completion
 from abliterate.evaluation.completions import (
     MANIFEST,
-    Completion,
     is_completions,
     is_manifest,
 )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from abliterate.console import log
-from abliterate.direction import NO_FIRST_TOKEN, Direction, find_first_token
+from abliterate.direction import Direction
+from abliterate.direction_loading import NO_FIRST_TOKEN, find_first_token
 from abliterate.distributed.rank_group import RankGroup
 from abliterate.errors import InputError
 from abliterate.extraction.group_sums import GroupSums, Stability, assign_groups, stability

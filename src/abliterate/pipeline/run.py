@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.console import log
-from abliterate.direction import Direction, load_directions
+from abliterate.direction import Direction
+from abliterate.direction_loading import load_directions
 from abliterate.editing.options import edit_options
 from abliterate.editing.workspace import check_absent, is_begun
 from abliterate.errors import UsageError
@@ -15,13 +16,9 @@ from abliterate.evaluation.inputs import borderline_prompts, check_options
 from abliterate.evaluation.lm_eval_tasks import find_tasks
 from abliterate.evaluation.stage import EVALUATE_STAGE, evaluate_stage
 from abliterate.models.loading import Checkpoint
-from abliterate.pipeline.stages import (
-    EXTRACT_STAGE,
-    SELECT_STAGE,
-    extract_stage,
-    orthogonalize_stage,
-    select_stage,
-)
+from abliterate.pipeline.edit_stage import orthogonalize_stage
+from abliterate.pipeline.extract_stage import EXTRACT_STAGE, extract_stage
+from abliterate.pipeline.select_stage import SELECT_STAGE, select_stage
 from abliterate.projection import Projection
 from abliterate.prompts.sources import read_source
 from abliterate.run_folder import EDITED, MODEL, RUN, Session

@@ -10,7 +10,7 @@ from typing import Any
 from abliterate.console import command
 from abliterate.editing.file_names import RECORD
 from abliterate.errors import InputError
-from abliterate.evaluation.completions import told_in
+from abliterate.evaluation.completion import told_in
 from abliterate.run_folder import (
     COMPLETIONS,
     EVALUATION,

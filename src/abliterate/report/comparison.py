@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.console import command
-from abliterate.direction import FILE_NAME, load_direction
+from abliterate.direction import FILE_NAME
+from abliterate.direction_loading import load_direction
 from abliterate.errors import InputError, UsageError
 from abliterate.report.collect import Document, Run, read_run, stay_inside
 from abliterate.report.facts import DASH, STALE, answers, number, percent, tokens_of
