@@ -75,7 +75,7 @@ _HOME = {
     "generate": "api.steering",
     "inspect": "api.looking",
     "load": "api.language_model",
-    "load_direction": "direction",
+    "load_direction": "direction_loading",
     "load_model": "models.loading",
     "load_prompts": "prompts.sampling",
     "orthogonalize": "api.edits",
