@@ -11,12 +11,13 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache
 
 from abliterate.console import progress_bar
 from abliterate.distributed.rank_group import ALONE
 from abliterate.errors import UsageError
+from abliterate.inference.answer_watch import Watch
 from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.engine import OnAnswer, OnFirstLogits, Settled
 from abliterate.inference.forward import (
@@ -29,11 +30,19 @@ from abliterate.inference.forward import (
     left_pad,
     padding_token,
 )
-from abliterate.inference.prompt_pass import PromptPass, bytes_of_a_token, can_join
+from abliterate.inference.prompt_pass import PromptPass, agrees, bytes_of_a_token, can_join
+from abliterate.inference.roomy_cache import (
+    PLAIN_LAYERS,
+    ROOMY_LAYERS,
+    can_cut,
+    cut_start,
+    roomy_cache,
+)
 from abliterate.inference.token_batches import TokenBudget, attempt, group_rows, note_answers
 from abliterate.models.device_placement import to_device
 from abliterate.models.library_versions import cache_name
 from abliterate.models.loading import LoadedModel
+from abliterate.models.model_classes import text_config
 from abliterate.prompts.chat_template import ChatFormat, end_of_turn_ids
 from abliterate.prompts.thinking import find_thinking
 
@@ -44,15 +53,9 @@ _TOKENS_ACCELERATOR = 65536
 # On a CPU they may take so many bytes, and no more than this share of the machine's memory: a batch
 # that goes on without the rows that have ended is the better the more rows it starts with.
 _CPU_BYTES, _CPU_SHARE = 2 << 30, 1 / 8
-# A batch goes on without the rows that have ended once they are this share of it: a token of a row
-# costs as much after its end as before, and a new start some milliseconds.
-_SHRINK = 1 / 8
-# Once in so many tokens it is asked which rows have ended: an accelerator is waited for each time.
-_LOOK = {"cpu": 1}
-_LOOK_ACCELERATOR = 8
-# At every multiple of so many of an answer's tokens it is asked whether they are enough, wherever
-# the device looks: which tokens an answer has is the same everywhere.
-_SETTLE = 8
+# So many tokens of answers are worth trying out, once a model, whether room for keys and values
+# changes nothing.
+_ROOM_WORTH = 4096
 
 
 def greedy_answers(
@@ -298,11 +301,15 @@ class _Decoder:
         longest = longest or self.max_new_tokens
         ids, mask, rows = batch.input_ids, batch.attention_mask, list(batch.rows)
         width, cache = ids.shape[1], reading.cache(rows) if reading else None
+        worth = self.mix and len(rows) * longest >= _ROOM_WORTH
+        if cache is None and worth and can_join(self.model) and agrees(self.model):
+            cache = roomy_cache(text_config(self.model))
+        lengths = dict(zip(rows, batch.lengths, strict=True))
         answers: dict[int, list[int]] = {row: [] for row in rows}
         while rows:
             grown = ids.shape[1] - width
             left = longest - grown
-            watch = _Watch(self.stops, {row: answers[row][:grown] for row in rows}, ids, keep,
+            watch = Watch(self.stops, {row: answers[row][:grown] for row in rows}, ids, keep,
                            shrink=self.mix, settled=self.settled)  # fmt: skip
             with plain_decoding(self.model), self._noting_first(rows, grown):
                 output = self.model.generate(
@@ -325,12 +332,16 @@ class _Decoder:
                     # Some devices run a token too far before they learn that it is the end.
                     keep(rows[index], answers[rows[index]][: ids.shape[1] - width])
                 return
-            # Go on with the others alone.
+            # Go on with the others alone, and without the padding that none of them needs.
+            rows = [rows[index] for index in going]
             chosen = to_device(torch.tensor(going), ids.device)
-            cache = _select(getattr(output, cache_name(), None), chosen)
+            padding = width - max(lengths[row] for row in rows) if self.mix else 0
+            held = getattr(output, cache_name(), None)
+            padding = padding if can_cut(held) else 0
+            cache = _select(held, chosen, padding)
             grown = ids.shape[1] - mask.shape[1]
-            mask = torch.cat([mask, mask.new_ones(len(rows), grown)], dim=1)[chosen]
-            ids, rows = ids[chosen], [rows[index] for index in going]
+            mask = torch.cat([mask, mask.new_ones(len(ids), grown)], dim=1)[chosen, padding:]
+            ids, width = ids[chosen, padding:], width - padding
 
     @contextmanager
     def _noting_first(self, rows: Sequence[int], said: int) -> Iterator[None]:
@@ -351,74 +362,14 @@ class _Decoder:
             handle.remove()
 
 
-class _Watch(StoppingCriteria):  # type: ignore[misc]
-    """Hands over rows as they end, and stops the batch once few are left.
-
-    Args:
-        stops: what ends an answer.
-        answers: what each row has said so far; grows with every look.
-        ids: ``[batch, tokens]`` at the start.
-        keep: gets each row's answer.
-        shrink: stop once some of the rows have ended, to go on with the others.
-        settled: see :func:`greedy_answers`.
-    """
-
-    def __init__(
-        self,
-        stops: Sequence[int],
-        answers: dict[int, list[int]],
-        ids: Tensor,
-        keep: Callable[[int, list[int]], None],
-        shrink: bool,
-        settled: Settled | None = None,
-    ) -> None:
-        self._settled = settled
-        self.stops, self.answers, self.keep, self.shrink = set(stops), answers, keep, shrink
-        self.ended: set[int] = set()
-        self._seen = ids.shape[1]
-        self._every = _LOOK.get(ids.device.type, _LOOK_ACCELERATOR)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if input_ids.shape[1] - self._seen >= self._every:
-            self.look(input_ids)
-        stop = self.shrink and len(self.ended) >= _SHRINK * len(self.answers)
-        return torch.full((len(self.answers),), stop, dtype=torch.bool, device=input_ids.device)
-
-    def look(self, input_ids: Tensor) -> None:
-        """Take the tokens since the last look to the host, in one transfer."""
-        if input_ids.shape[1] <= self._seen:
-            return
-        for (row, answer), new in zip(
-            self.answers.items(), input_ids[:, self._seen :].tolist(), strict=True
-        ):
-            if row in self.ended:
-                continue
-            end = next((at for at, token in enumerate(new) if token in self.stops), None)
-            said = len(answer)
-            answer += new if end is None else new[: end + 1]
-            enough = self._enough(answer, said)
-            if enough is not None:
-                del answer[enough:]
-            if end is not None or enough is not None:
-                self.ended.add(row)
-                self.keep(row, answer)
-        self._seen = input_ids.shape[1]
-
-    def _enough(self, answer: list[int], said: int) -> int | None:
-        """How many of an answer's tokens are enough, if any more than ``said`` are."""
-        if self._settled is None:
-            return None
-        counts = range(said - said % _SETTLE + _SETTLE, len(answer) + 1, _SETTLE)
-        return next((count for count in counts if self._settled(answer[:count])), None)
-
-
-def _select(cache: Any, rows: Tensor) -> Any:
-    """The cache of some rows, or None where it cannot be cut: the rows are then read again."""
+def _select(cache: Any, rows: Tensor, padding: int = 0) -> Any:
+    """The cache of some rows without their first tokens, or None where rows cannot be chosen: the
+    tokens are then read again."""
     if not isinstance(cache, DynamicCache) or not all(
-        type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer")
-        and isinstance(layer, DynamicLayer)
-        for layer in cache.layers
+        type(layer) in (*PLAIN_LAYERS, *ROOMY_LAYERS) for layer in cache.layers
     ):
         return None
+    if padding:
+        cut_start(cache, padding)
     cache.batch_select_indices(rows)
     return cache

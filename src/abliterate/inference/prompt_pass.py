@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
 from abliterate.console import log
 from abliterate.inference.candidate_batches import expanded, shared_prefix
@@ -27,6 +27,7 @@ from abliterate.inference.forward import (
     left_pad,
     padding_token,
 )
+from abliterate.inference.roomy_cache import PLAIN_LAYERS, roomy_cache
 from abliterate.inference.rounding import same_logits
 from abliterate.inference.token_batches import TokenBudget, group_rows, out_of_memory
 from abliterate.models.device_placement import to_device
@@ -108,7 +109,7 @@ class PromptPass:
     def _join(
         self, rows: Sequence[int], parts: list[tuple[list[int], Batch, list[tuple[Tensor, Tensor]]]]
     ) -> DynamicCache | None:
-        joined = DynamicCache(config=text_config(self.model))
+        joined = roomy_cache(text_config(self.model))
         if len(joined.layers) != len(parts[0][2]):
             return None
         place = {row: index for index, row in enumerate(rows)}
@@ -207,9 +208,7 @@ def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 def can_join(model: PreTrainedModel) -> bool:
     """Whether an answer's cache holds keys and values of tokens, and nothing else."""
     layers = DynamicCache(config=text_config(model)).layers
-    return bool(layers) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
-    )
+    return bool(layers) and all(type(layer) in PLAIN_LAYERS for layer in layers)
 
 
 def _window(model: PreTrainedModel) -> float:
