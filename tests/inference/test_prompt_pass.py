@@ -108,25 +108,25 @@ def test_a_recurrent_state_is_not_put_together() -> None:
     assert not PromptPass(model, _prompts(OPENING)).saves(range(10))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["rotary", "learned positions", "sliding window"])
 def test_rows_that_end_one_by_one_leave_the_others_answers_as_they_are(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, prompts = _loaded(CONFIGS[name]()), _prompts([3])
-    endless = [greedy_answers(loaded, [prompts[row]], 90)[0] for row in (9, 8)]
+    loaded, prompts = _loaded(CONFIGS[name]()), _prompts([3])[::3]
+    endless = greedy_answers(loaded, prompts[2:], 10)
     # The longest prompt's answer ends first.
-    ends = [answer[at] for answer, at in zip(endless, (2, 9), strict=True)]
-    alone = [greedy_answers(loaded, [prompt], 90, ends=ends)[0] for prompt in prompts]
+    ends = [answer[at] for answer, at in zip(endless, (9, 2), strict=True)]
+    alone = [greedy_answers(loaded, [prompt], 70, ends=ends)[0] for prompt in prompts]
     lengths = set(map(len, alone))
     assert len(lengths) > 2, lengths
-    assert max(lengths) > 64, lengths
+    assert max(lengths) > 30, lengths
     cuts: list[int] = []
     cut_start = generation.cut_start
     monkeypatch.setattr(
         generation, "cut_start", lambda cache, count: (cuts.append(count), cut_start(cache, count))
     )
-    for room in (1, 64):  # keys and values are moved with each token, and with few
+    for room in (1, 16):  # keys and values are moved with each token, and with few
         monkeypatch.setattr("abliterate.inference.roomy_cache._ROOM", room)
-        assert greedy_answers(loaded, prompts, 90, ends=ends) == alone
+        assert greedy_answers(loaded, prompts, 70, ends=ends) == alone
     # The longest prompt's end makes the others' padding shorter, unless a window counts tokens.
     assert bool(cuts) == ("window" not in name)
