@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,6 +229,32 @@ def _broken(folder: Path) -> dict[str, Path]:
     save_arrays(one, files["sub.safetensors"], {"layer_type": "mlp"})
     bare = folder / "bare.npz"
     bare.write_bytes(pickle.dumps([1, 2]))
+    vector = np.ones(48)
+    wrong = {
+        "layer": {"layer": -5}, "deep": {"layer": 10**18}, "half": {"layer": 1.5},
+        "layers": {"layer": [1, 2]}, "word": {"layer": "two"}, "position": {"position": 3},
+        "hook": {"hook_point": "resid_post"}, "pickled layer": {"layer": np.array([{}])},
+    }  # fmt: skip
+    for name, more in wrong.items():
+        files[name] = folder / f"{name}.npz"
+        np.savez(files[name], direction=vector, **more)
+    twice = {f"layer_activations.{n}": np.ones(48, np.float32) for n in ("1", "01")}
+    files["twice"], files["far"] = folder / "twice.safetensors", folder / "far.safetensors"
+    save_arrays(twice, files["twice"])
+    save_arrays({"layer_activations.5000": np.ones(48, np.float32)}, files["far"])
+    header = io.BytesIO()
+    shape = {"descr": "<f8", "fortran_order": False, "shape": (10**15,)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    content = {"large": header.getvalue() + vector.tobytes(), "raw": b"no array"}
+    for name, held in content.items():
+        files[name] = folder / f"{name}.npz"
+        with zipfile.ZipFile(files[name], "w") as archive:
+            archive.writestr("direction.npy", held)
+    files["method"] = folder / "method.npz"  # of compression: 77
+    torn = bytearray(files["raw"].read_bytes())
+    for mark, at in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        torn[torn.index(mark) + at] = 77
+    files["method"].write_bytes(torn)
     return files | {"bare.npz": bare}
 
 
@@ -234,6 +262,7 @@ def test_files_that_hold_no_single_direction_are_refused(tiny, fails, tmp_path: 
     for file in _broken(tmp_path).values():
         line = fails("verify", tiny("llama"), "--direction", file, code=3)
         assert str(file) in line
+        assert "allow_pickle=`" not in line  # numpy's advice
 
 
 def test_control_vectors_of_strangers_are_refused(tiny, fails, run: Path, cli, tmp_path) -> None:

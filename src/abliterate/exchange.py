@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +32,7 @@ SUFFIXES: dict[Format, str] = {
     "npz": ".npz",
 }
 _ARCHITECTURE = "controlvector"
+_HOOK_POINT = "resid_pre"
 _GGUF_VECTOR, _STEERING_VECTOR = "direction.", "layer_activations."
 # The widest and deepest models' have some megabytes: more is no file of vectors.
 _LARGEST = 256 << 20
@@ -116,7 +119,7 @@ def _npz(vector: NDArray[np.float64], layer: int | None, position: int | None) -
     numbers = {"layer": layer, "position": position}
     known = {name: np.int64(value) for name, value in numbers.items() if value is not None}
     file = io.BytesIO()
-    np.savez(file, direction=vector, hook_point=np.str_("resid_pre"), **known)  # type: ignore[arg-type]
+    np.savez(file, direction=vector, hook_point=np.str_(_HOOK_POINT), **known)  # type: ignore[arg-type]
     return file.getvalue()
 
 
@@ -159,8 +162,8 @@ def read_foreign(path: Path) -> ForeignVector | ForeignVectors:
             return _read_npz(path)
         read = _read_gguf if path.suffix.lower() == ".gguf" else _read_steering_vector
         return _by_entered_block(path, read(path))
-    except (OSError, ValueError, LookupError, TypeError, EOFError, ArithmeticError,
-            MemoryError, zipfile.BadZipFile) as error:  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError, EOFError, ArithmeticError, RuntimeError,
+            MemoryError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
         raise InputError(
             f"{path} cannot be read as {path.suffix[1:]} ({str(error)[:120]}): export it again"
         ) from None
@@ -168,11 +171,33 @@ def read_foreign(path: Path) -> ForeignVector | ForeignVectors:
 
 def steering_layers(names: list[str]) -> list[str]:
     """Those of a safetensors file's tensors that are steering-vectors' activations."""
-    return [
-        name
-        for name in names
-        if name.startswith(_STEERING_VECTOR) and name.removeprefix(_STEERING_VECTOR).isdecimal()
-    ]
+    return [name for name in names if _block(name, _STEERING_VECTOR) is not None]
+
+
+def _block(name: str, prefix: str) -> int | None:
+    """The number behind the prefix of a tensor's name; None of another tensor."""
+    number = name.removeprefix(prefix)
+    is_one = name.startswith(prefix) and number.isascii() and number.isdecimal()
+    return int(number) if is_one and len(number) < 9 else None
+
+
+def _numbered(path: Path, names: Iterable[str], prefix: str) -> Iterator[tuple[int, str]]:
+    """The tensors with that prefix, by their block.
+
+    Raises:
+        InputError: two are of one block, or no model has so many.
+    """
+    seen = dict[int, str]()
+    for name in names:
+        block = _block(name, prefix)
+        if block is None:
+            continue
+        if block in seen:
+            raise InputError(f"{path} holds two vectors for one layer: {seen[block]} and {name}")
+        if block >= _MOST_LAYERS:
+            raise InputError(f"{path} names layer {block}: no model has so many")
+        seen[block] = name
+        yield block, name
 
 
 def _by_entered_block(
@@ -192,14 +217,14 @@ def _several(path: Path, found: dict[int, NDArray[np.float64]], listed: bool) ->
     widths = {len(values) for values in found.values()}
     if len(widths) > 1 or 0 in widths:
         raise InputError(f"{path} holds vectors of different sizes: {sorted(widths)}")
-    if max(found) > _MOST_LAYERS:
-        raise InputError(f"{path} names layer {max(found)}: no model has so many")
     return ForeignVectors(found, listed)
 
 
 def _checked(path: Path, vector: NDArray[Any]) -> NDArray[np.float64]:
     import numpy as np
 
+    if not isinstance(vector, np.ndarray):
+        raise InputError(f"{path}: what it calls its vector is no array")
     if vector.ndim != 1 or not np.issubdtype(vector.dtype, np.floating):
         raise InputError(
             f"{path}: its vector must be one row of floats, not {list(vector.shape)} {vector.dtype}"
@@ -210,12 +235,20 @@ def _checked(path: Path, vector: NDArray[Any]) -> NDArray[np.float64]:
 def _read_npz(path: Path) -> ForeignVector | ForeignVectors:
     import numpy as np
 
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is no npz file (a zip of arrays), or is damaged: export it again")
     with np.load(path, allow_pickle=False) as file:
         held = file.files if isinstance(file, np.lib.npyio.NpzFile) else []
         if "direction" not in held and "directions" not in held:
             raise InputError(f"{path} has no array 'direction' and none 'directions'")
         if sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > _LARGEST:
             raise InputError(f"{path} holds no direction: it unpacks to more than any has")
+        point = str(file["hook_point"]) if "hook_point" in held else _HOOK_POINT
+        if point != _HOOK_POINT:
+            raise InputError(
+                f"{path} acts on {json.dumps(point)[:40]}, not on {_HOOK_POINT}: a direction is "
+                "taken from what enters a block"
+            )
         if "directions" in held:
             rows = file["directions"]
             if rows.ndim != 2 or not len(rows) or not np.issubdtype(rows.dtype, np.floating):
@@ -225,10 +258,22 @@ def _read_npz(path: Path) -> ForeignVector | ForeignVectors:
                 )
             found = {layer: _checked(path, row) for layer, row in enumerate(rows)}
             return _several(path, found, listed=False)
-        numbers = {
-            name: int(file[name]) if name in held else None for name in ("layer", "position")
-        }
+        bounds = {"layer": range(_MOST_LAYERS), "position": range(-(1 << 20), 0)}
+        numbers = {name: _whole(path, file, name, bounds[name]) for name in bounds}
         return ForeignVector(_checked(path, file["direction"]), **numbers)
+
+
+def _whole(path: Path, file: Any, name: str, bounds: range) -> int | None:
+    """A number of an npz file; None where it has none of that name."""
+    if name not in file.files:
+        return None
+    value = file[name]
+    if value.shape != () or value != int(value) or int(value) not in bounds:
+        raise InputError(
+            f"{path}: '{name}' must be a whole number from {bounds.start} to {bounds.stop - 1}, "
+            f"not {str(value)[:40]}"
+        )
+    return int(value)
 
 
 def _read_gguf(path: Path) -> dict[int, NDArray[Any]]:
@@ -248,13 +293,13 @@ def _read_gguf(path: Path) -> dict[int, NDArray[Any]]:
     kind = reader.get_field("general.architecture")
     if kind is None or bytes(kind.parts[kind.data[0]]) != _ARCHITECTURE.encode():
         raise InputError(f"{path} is no control vector: a direction is read from those alone")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     found = {}
-    for tensor in reader.tensors:
-        block = tensor.name.removeprefix(_GGUF_VECTOR)
-        if tensor.name.startswith(_GGUF_VECTOR) and block.isdecimal():
-            if tensor.tensor_type.name not in ("F32", "F16", "F64"):
-                raise InputError(f"{path}: '{tensor.name}' is {tensor.tensor_type.name}, not F32")
-            found[int(block)] = np.array(tensor.data)
+    for block, name in _numbered(path, tensors, _GGUF_VECTOR):
+        kind_of = tensors[name].tensor_type.name
+        if kind_of not in ("F32", "F16", "F64"):
+            raise InputError(f"{path}: '{name}' is {kind_of}, not F32")
+        found[block] = np.array(tensors[name].data)
     return found
 
 
@@ -269,8 +314,8 @@ def _read_steering_vector(path: Path) -> dict[int, NDArray[Any]]:
                     f"{path} acts on {json.dumps(kind)}, not on the stream behind a decoder_block"
                 )
             return {
-                int(name.removeprefix(_STEERING_VECTOR)): file.get_tensor(name)
-                for name in steering_layers(list(file.keys()))
+                block: file.get_tensor(name)
+                for block, name in _numbered(path, file.keys(), _STEERING_VECTOR)
             }
     except SafetensorError as error:
         raise ValueError(str(error)) from None

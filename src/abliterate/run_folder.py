@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from abliterate.checkpoints.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from abliterate.console import log
 from abliterate.metrics.refusal_tokens import token_text
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import load_prompts, prompt_key
+from abliterate.prompts.source_kinds import wrong_kinds
 from abliterate.prompts.sources import Prompt
 from abliterate.prompts.thinking import Thinking, find_thinking
 from abliterate.settings import ModelSettings, Settings
@@ -239,12 +241,25 @@ class Session:
             used: keys of prompts that other stages have used, by kind: never drawn again.
         """
         seed, used = self.settings.model.seed, used or {}
+        self.warn_of_kinds(sources)
         return {
             kind: load_prompts(
                 source, split, n, seed, used.get(kind, ()), option, commits=self.commits
             )
             for kind, source in sources.items()
         }
+
+    def warn_of_kinds(self, sources: Mapping[str, str]) -> None:
+        """Say it, once, where sources are known to hold another kind of prompts than is asked for.
+
+        Args:
+            sources: where they come from, by kind: ``harmful``, ``harmless``, ``borderline``.
+        """
+        said: set[str] = self.__dict__.setdefault("said", set())
+        for sentence in wrong_kinds(sources):
+            if sentence not in said:
+                log.warning("%s", sentence)
+                said.add(sentence)
 
     def draw_test(
         self, n: int | None, used: Mapping[str, Sequence[str]]
@@ -260,9 +275,14 @@ class Session:
         """
         pooled: dict[str, list[Prompt]] = {}
         sets: dict[str, dict[str, list[str]]] = {}
-        for kind in ("harmful", "harmless"):
-            named = getattr(self.settings.evaluate, kind)
-            sources = dict.fromkeys(named or (getattr(self.settings.extract, kind),))
+        asked = {
+            kind: getattr(self.settings.evaluate, kind) or (getattr(self.settings.extract, kind),)
+            for kind in ("harmful", "harmless")
+        }
+        for harmful, harmless in product(*asked.values()):
+            self.warn_of_kinds({"harmful": harmful, "harmless": harmless})
+        for kind in asked:
+            sources = dict.fromkeys(asked[kind])
             found: dict[str, Prompt] = {}
             for source in sources:
                 drawn = self.draw({kind: source}, "test", n, "--n-test", used)[kind]

@@ -21,6 +21,7 @@ from abliterate.storage.artifacts import (
     versions,
     write_json,
 )
+from abliterate.storage.checkpoint_folders import check_outside_checkpoints, is_checkpoint
 from abliterate.storage.json_text import parse_json
 from abliterate.storage.locks import hold_folder
 from abliterate.storage.ownership import Kind, claim, is_record
@@ -197,12 +198,14 @@ def writing(
 
     Raises:
         InputError: another process writes there, or one of the files is a link or foreign.
-        UsageError: the folder cannot be written to.
+        UsageError: the folder cannot be written to, or would be begun within a checkpoint.
     """
     with ExitStack() as held:
 
         def take() -> None:
             check_writable(folder)
+            if not folder.is_dir() or is_checkpoint(folder) or not any(folder.iterdir()):
+                check_outside_checkpoints(folder, itself=True)
             held.enter_context(hold_folder(folder, command, part))
             claim(folder, files)
 

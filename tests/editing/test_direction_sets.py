@@ -168,7 +168,7 @@ def test_verify_measures_what_each_layer_adds(
 
 
 def test_a_set_with_holes_leaves_layers_alone_or_fills_them(
-    tiny, cli, rows, tmp_path: Path
+    tiny, cli, fails, rows, tmp_path: Path
 ) -> None:
     path, out = tmp_path / "holes.safetensors", tmp_path / "out"
     sparse = rows.clone()
@@ -198,6 +198,13 @@ def test_a_set_with_holes_leaves_layers_alone_or_fills_them(
     assert torch.allclose(_tensors(filled)[name].double(), expected, atol=1e-6)
     options = ("--direction", path, "--interpolate", "spherical")
     assert cli("verify", filled, *options, "--source", tiny("llama")).code == 0
+    # What was asked for otherwise than the edit was made is the option's fault.
+    against = ("--source", tiny("llama"), "--direction", path)
+    line = fails("verify", out, *against, "--interpolate", "linear", code=2)
+    assert "--interpolate=linear: " in line
+    assert "records an edit made with no --interpolate: leave it out" in line
+    line = fails("verify", filled, *against, "--interpolate", "linear:1", code=2)
+    assert "records an edit made with --interpolate=spherical: give --interpolate=spherical" in line
 
 
 def test_interpolation_turns_by_equal_angles_or_mixes() -> None:

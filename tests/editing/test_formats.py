@@ -219,6 +219,32 @@ def _in_fp8(source: Path, folder: Path, size: int) -> Path:
 _FEW = ("--n-train", "8", "--positions=-1", "--refusal-token", "5", "--no-filter", "-q")
 
 
+def test_products_that_the_machine_lacks_are_told_when_the_model_is_loaded(
+    tiny, fails, tmp_path: Path, monkeypatch
+) -> None:
+    """As on a GPU without the package of FP8 kernels, of which transformers tells at the first
+    product alone: here it is made to keep the matrices as on one."""
+    from transformers.quantizers import quantizer_finegrained_fp8 as module
+
+    kind = module.FineGrainedFP8HfQuantizer
+    monkeypatch.setattr(kind, "validate_environment", lambda self, *args, **kwargs: None)
+    fp8 = _in_fp8(tiny("llama"), tmp_path / "fp8", 8)
+    line = fails("extract", fp8, "-o", tmp_path / "run", *_FEW, "--dtype", "bfloat16", code=4)
+    assert f"{fp8} is quantised (fp8), which cannot be used here: " in line
+    assert "kernel" in line
+    assert line.endswith("mend that, or use the checkpoint that it was made from")
+    assert not (tmp_path / "run").exists()
+    for error in (ImportError("no kernels"), OSError("no hub"), RuntimeError("no build for sm_12")):
+
+        def refuse(self, *args, error=error, **kwargs) -> None:
+            raise error
+
+        monkeypatch.setattr(kind, "validate_environment", refuse)
+        line = fails("extract", fp8, "-o", tmp_path / "run", *_FEW, code=4)
+        assert f"is quantised (fp8), which cannot be used here: {error}: mend that" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers multiplies FP8 there")
 def test_fp8_is_loaded_for_its_activations(tiny, cli, tmp_path: Path) -> None:
     """Where the machine cannot multiply FP8, transformers widens it: to what it stands for."""
     fp8, plain = _in_fp8(tiny("llama"), tmp_path / "fp8", 8), tmp_path / "plain"

@@ -230,7 +230,7 @@ def _accuracy(folder: Path, tasks: Path, limit: int | None = None) -> float:
 
 def test_tasks_and_their_mistakes(tiny, fails, tasks, monkeypatch, tmp_path: Path) -> None:
     base = ("evaluate", tiny("llama"), *SMALL)
-    assert "need --tasks" in fails(*base, "--task-limit", "3", code=2)
+    assert "without --tasks" in fails(*base, "--task-limit", "3", code=2)
     assert "is no folder" in fails(*base, "--tasks", "x", "--tasks-dir", "./none", code=2)
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -364,7 +364,7 @@ def test_a_server_of_chats_is_sent_messages(
         (r1 / "chat_template.jinja").write_text(R1)
         assert "the empty thought" in fails("evaluate", r1, *base[2:], *url, code=2)
         assert "--template has no effect" in fails(*base, *url, "--template", "plain", code=2)
-    assert "--server-api needs --server" in fails(*base[:-4], *base[-2:], code=2)
+    assert "--server-api has no effect without --server" in fails(*base[:-4], *base[-2:], code=2)
 
 
 def test_a_server_that_gives_no_answers_is_told_in_a_line(
@@ -410,7 +410,7 @@ def test_servers_that_are_named_wrongly_are_refused(fails: Any, tiny: Any, promp
     for bad in ("http://", "http://[::1", "http://x:99999"):
         assert "is no address" in fails(*base, "--server", bad, *named, code=2)
     assert "--served-model NAME" in fails(*base, "--server", url, code=2)
-    assert "needs --server" in fails(*base, *named, code=2)
+    assert "without --server" in fails(*base, *named, code=2)
     assert "twice" in fails(*base, "--server", url, "--server", url, *named, code=2)
     assert "twice" in fails(*base, "--server", url, *named, *named, code=2)
     assert "names no model" in fails(*base, "--server", url, "--served-model", "", code=2)

@@ -173,7 +173,7 @@ def test_a_stored_method_that_cannot_be_loaded_is_told_in_one_line(
     config = _record(model, "config.json") | {"quantization_config": settings}
     (model / "config.json").write_text(json.dumps(config))
     line = fails("extract", model, "-o", tmp_path / "run", "-q", code=4)
-    assert f"model is quantised ({settings['quant_method']}), which cannot be loaded here" in line
+    assert f"model is quantised ({settings['quant_method']}), which cannot be used here" in line
     assert package in line
     assert "use the checkpoint that it was made from" in line
 

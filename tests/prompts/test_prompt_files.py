@@ -184,6 +184,14 @@ def test_what_is_written_otherwise_is_told(source: str, said: str, fails: Any) -
         ("d.csv", '"one prompt"\n"another"\n', "name one as SOURCE[column]"),
         ("e.json", "{}", "expected a JSON list"),
         ("f.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
+        ("h.csv", "prompt\nwhat, if so\n", "line 2: more columns than the first line names"),
+        ("i.tsv", "id\tprompt\n1\ta\tb\n", "line 2: more columns than the first line names"),
+        ("j.txt", "one\n\0two\n", "j.txt, line 2: a NUL character"),
+        ("k.csv", "p\0r\0o\0", "if the file is UTF-16, save it as UTF-8"),
+        ("l.txt", " \r\r\n\t", "is empty"),
+        ("m.csv", "prompt\n", "holds no prompts"),
+        ("n.parquet", "PAR1", "is not a readable parquet file"),
+        ("o.jsonl", _lines([{"conversations": [{"from": "gpt", "value": "a"}]}]), "no turn of"),
         ("g.json[nope]", '{"question": ["a"]}', "has no column 'nope' (it has: question)"),
     ],
 )
@@ -192,6 +200,36 @@ def test_what_holds_no_prompts_is_one_line(
 ) -> None:
     (tmp_path / name.partition("[")[0]).write_text(content)
     assert said in fails("prompts", tmp_path / name, code=3)
+
+
+def test_a_folder_of_several_configurations(texts_of: Any, fails: Any, tmp_path: Path) -> None:
+    """As the hub's repositories have them in their cards."""
+    folder, card = tmp_path / "downloaded", "---\nconfigs:\n"
+    for name, row in (("easy", "e"), ("hard", "h")):
+        (folder / f"of-{name}").mkdir(parents=True)
+        (folder / f"of-{name}" / "train.csv").write_text(
+            f'id;prompt\n1;"{row}, {row}"\n2;x {row}\n'
+        )
+        card += f"- config_name: {name}\n  data_files: of-{name}/*.csv\n"
+    (folder / "README.md").write_text(f"{card}---\n")
+    line = fails("prompts", folder, code=3)
+    assert f"has configurations (easy, hard): name one as {folder / 'easy'}" in line
+    assert texts_of(folder / "easy") == ["e, e", "x e"]  # semicolons are found in folders too
+    assert texts_of(folder / "hard") == ["h, h", "x h"]
+    assert texts_of(f"{folder}/easy:train[:1][prompt]") == ["e, e"]
+
+
+def test_a_saved_folder_names_no_files_elsewhere(fails: Any, tmp_path: Path) -> None:
+    saved, other = tmp_path / "saved", tmp_path / "other"
+    for place in (saved, other):
+        datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(place)
+    state = json.loads((saved / "state.json").read_text())
+    state["_data_files"] = [{"filename": f"../other/{state['_data_files'][0]['filename']}"}]
+    (saved / "state.json").write_text(json.dumps(state))
+    assert "which is no file of the folder's own" in fails("prompts", saved, code=3)
+    (other / "dataset_dict.json").write_text('{"splits": ["../saved"]}')
+    (other / "state.json").unlink()
+    assert "dataset_dict.json names '../saved'" in fails("prompts", other, code=3)
 
 
 def test_code_in_a_dataset_folder_is_not_run(fails: Any, tmp_path: Path) -> None:

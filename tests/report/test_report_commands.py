@@ -22,14 +22,14 @@ EVERY: dict[str, dict[str, Any]] = {
     "model": {
         "revision": "v2", "device": "cuda:1", "device_map": '{"": 0}', "tensor_parallel": True,
         "dtype": "bfloat16", "batch_size": "4", "trust_remote_code": True, "seed": 7,
-        "offload": False, "activation_memory": "8GB", "load_in": "4bit",
+        "offload": True, "activation_memory": "8GB", "load_in": "4bit",
         "attn_implementation": "eager",
     },
     "chat": {
         "system": "-- 'quoted' & $HOME", "template_kwargs": {"enable_thinking": False, "n": [1]},
         "response_prefix": "-sure,\nhere", "template_args": ("enable_thinking=false", "x=-1"),
         "template": "{{ messages[0]['content'] }}\n", "date": "2025-02-03",
-        "thinking": "whole", "max_thinking_tokens": 77,
+        "thinking": "skip", "max_thinking_tokens": 77,
     },
     "extract": {
         "harmful": "a b.csv[text]", "harmless": "-mine.txt", "n_train": 64,

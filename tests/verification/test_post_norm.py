@@ -53,7 +53,9 @@ def test_verify_and_evaluate_say_how_far_edit_and_hooks_are_apart(
     assert result.code == 0, result.out  # nothing is written along the direction all the same
     distance = result.json["distance"]
     assert 1e-2 < distance["logits"] < distance["moved"]
-    assert distance["kl"] > 0
+    # What docs/writers.md says of this model.
+    said = {"logits": 0.19, "moved": 0.94, "kl": 6e-4}
+    assert distance == pytest.approx(said, rel=0.05)
     assert "ablation moves them by" in cli(*base, *measured).out
     asked = ("--harmful", words, "--harmless", words, "--n-test", "2", "--max-new-tokens", "2",
              "--refusal-token", "5")  # fmt: skip

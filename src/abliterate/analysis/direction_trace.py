@@ -170,6 +170,7 @@ def _prompts(
         named = getattr(request, kind)
         source = named or getattr(session.settings.extract, kind)
         exclude = () if named else used[kind]
+        session.warn_of_kinds({kind: source})
         chosen = load_prompts(
             source, "test", count, seed, exclude, "--n-prompts", commits=session.commits
         )

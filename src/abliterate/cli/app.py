@@ -80,9 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    words = sys.argv[1:] if argv is None else argv
     try:
         result = _commands()(
-            args=opt.spell_out(sys.argv[1:] if argv is None else argv),
+            args=opt.spell_out(words),
             prog_name="abliterate",
             standalone_mode=False,
         )
@@ -94,6 +95,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return _fail(str(error), error.exit_code, error)
     except UsageProblem as error:
         message = error.format_message()
+        if "extra argument" in message:
+            message = opt.stray_value(words) or message
         return _fail(message, 2, error) if message else 2  # no message: the help was shown
     except typer.Abort:
         return _fail("interrupted", 130)

@@ -22,7 +22,7 @@ from abliterate.console import (
     print_thought,
 )
 from abliterate.errors import AbliterateError, InputError, UsageError
-from abliterate.settings import load_settings
+from abliterate.settings import load_settings, refuse_without
 
 if TYPE_CHECKING:
     from abliterate.direction import Direction
@@ -289,6 +289,10 @@ def chat(
     if direction is None and (ablate or add is not None or compare):
         wanted = "--ablate" if ablate else "--compare" if add is None else "--add"
         raise UsageError(f"{wanted} needs --direction")
+    if direction is None:
+        refuse_without("--direction", given, *opt.OF_DIRECTION)
+    if temperature == 0:
+        refuse_without("--temperature", given, "model.seed")
     settings = load_settings(config, given)
     from abliterate.cli.commands import open_session
     from abliterate.direction_loading import find_direction, load_directions

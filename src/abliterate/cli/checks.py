@@ -10,7 +10,17 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.console import print_json, print_line, print_table
-from abliterate.errors import NeedsWeightsError, UsageError
+from abliterate.errors import CheckpointError, NeedsWeightsError, UsageError
+from abliterate.settings import load_settings, refuse_without
+
+# What --forward alone looks at.
+_OF_FORWARD = (
+    "extract.harmful",
+    "extract.harmless",
+    "model.device",
+    "model.offload",
+    "model.activation_memory",
+)
 
 
 @opt.command(last=("revision", "trust_remote_code"))
@@ -29,7 +39,10 @@ def verify(
     forward: Annotated[
         bool, typer.Option("--forward", help="Also measure the leak on real prompts.")
     ] = False,
-    n_prompts: Annotated[int, typer.Option(help="Prompts per kind for --forward.")] = 16,
+    n_prompts: Annotated[
+        int | None,
+        typer.Option(help="Prompts per kind for --forward. Default: 16.", show_default=False),
+    ] = None,
     given: opt.Given,
     as_json: opt.Json = False,
 ) -> int:
@@ -37,20 +50,31 @@ def verify(
 
     Exit code 0 if every check holds, 6 if one fails.
     """
-    if n_prompts < 1:
+    if n_prompts is not None and n_prompts < 1:
         raise UsageError(f"--n-prompts must be at least 1, not {n_prompts}")
+    if source is None:
+        refuse_without("--source", given, "model.revision")
+    if not forward:
+        refuse_without("--forward", given, *_OF_FORWARD, n_prompts=n_prompts)
     from dataclasses import replace
 
+    from abliterate.auditing.adapters import is_adapter_folder
     from abliterate.checkpoints.checkpoint import find_checkpoint
     from abliterate.cli.commands import find_recorded
     from abliterate.direction_loading import find_direction, load_directions
     from abliterate.projection import Projection
     from abliterate.run_records import source_of_direction, source_of_edit
-    from abliterate.settings import load_settings
 
     load_settings(None, given)
     model, prompts = given["model"], given["extract"]
     trust = bool(model["trust_remote_code"])
+    if is_adapter_folder(Path(edited)):
+        given_base = source or "MODEL"
+        raise CheckpointError(
+            f"{edited} holds a PEFT adapter, and verify takes edited checkpoints: `abliterate "
+            f"audit {edited} --base {given_base} --direction DIRECTION` says what it does to its "
+            "base"
+        )
     checkpoint = find_checkpoint(edited, need="copy")
     chosen = given["select"]
     find_direction(direction, chosen["position"])
@@ -84,7 +108,7 @@ def verify(
         texts = [
             prompt.text
             for kind in (prompts["harmful"] or "harmful", prompts["harmless"] or "harmless")
-            for prompt in load_prompts(kind, "test", n_prompts, option="--n-prompts")
+            for prompt in load_prompts(kind, "test", n_prompts or 16, option="--n-prompts")
         ]
         opener, hooks = choose_opener(checkpoint, options), None
         if base is not None:  # one model in memory at a time

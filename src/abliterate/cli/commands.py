@@ -14,7 +14,13 @@ from abliterate.cli.push import Public, PushToHub, check_push, push
 from abliterate.cli.stale_parts import say_stale, say_stale_table, saying_stale
 from abliterate.console import log, print_json
 from abliterate.errors import InputError, UsageError
-from abliterate.settings import Settings, load_settings, parse_layers
+from abliterate.settings import (
+    Settings,
+    given_options,
+    load_settings,
+    parse_layers,
+    refuse_without,
+)
 
 if TYPE_CHECKING:
     from abliterate.checkpoints.checkpoint import Checkpoint
@@ -43,6 +49,10 @@ def extract(
         print_json(record) if as_json else show_extraction(record, output)
 
 
+# What --scores looks at; all else of select makes scores.
+_OF_SCORES = ("select.kl_threshold", "select.induce_threshold", "select.prune_layers")
+
+
 @opt.command()
 def select(
     *,
@@ -69,7 +79,16 @@ def select(
     """Score every candidate by bypass, induce and KL, and choose the direction."""
     if (run is None) == (scores is None):
         raise UsageError("give either the run folder of extract or --scores FILE")
-    if scores is not None:
+    if scores is None:
+        refuse_without("--scores FILE", {}, n_layers=n_layers)
+    else:
+        names = [f"{table}.{key}" for table in given for key in given[table]]
+        idle = [name for name in names if name not in _OF_SCORES]
+        for option in given_options(given, idle, {"model": model}):
+            raise UsageError(
+                f"{option} has no effect with --scores, which chooses again among the scores that "
+                "the table holds: leave one of the two out"
+            )
         from abliterate.cli.selection_tables import showing_front
         from abliterate.cli.tables import choose_again, show_choice
 
@@ -167,7 +186,10 @@ def run(
     as_json: opt.Json = False,
 ) -> int:
     """extract, select, orthogonalize and evaluate; finished stages are skipped."""
-    settings = load_settings(config, given)
+    settings = load_settings(config, given, every=True)
+    chosen = settings.select
+    if chosen.position is None and not chosen.per_layer:
+        refuse_without("--per-layer or --position", given, "select.interpolate")
     from abliterate.cli.selection_tables import showing_front
     from abliterate.cli.tables import show_run
     from abliterate.storage.artifacts import believing

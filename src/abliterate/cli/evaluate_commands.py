@@ -13,7 +13,7 @@ from abliterate.cli.commands import find_recorded, later_session, open_session
 from abliterate.cli.stale_parts import say_stale
 from abliterate.console import print_json
 from abliterate.errors import UsageError
-from abliterate.settings import load_settings
+from abliterate.settings import load_settings, refuse_without
 
 
 @opt.command()
@@ -63,6 +63,8 @@ def evaluate(
     from abliterate.projection import Projection
     from abliterate.run_records import source_of_direction, sources_of_evaluation
 
+    if direction is None:
+        refuse_without("--direction", given, *opt.OF_DIRECTION, "evaluate.controls")
     for name in intervention or ():
         check_name(name, direction, checkpoint or ())
     if direction is not None:
@@ -168,6 +170,9 @@ def score(
 ) -> None:
     """Score completions made elsewhere; needs no model."""
     settings = load_settings(config, given)
+    if settings.evaluate.judge is None and settings.evaluate.classifier is None:
+        of_models = [f"model.{key}" for key in given["model"] if key != "seed"]
+        refuse_without("--judge or --classifier", given, *of_models)
     from abliterate.cli.evaluation_tables import show_score
     from abliterate.evaluation.score_completions import score_file
 

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, wraps
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -57,6 +58,13 @@ Config = Annotated[
         show_default=False,
     ),
 ]
+# Settings of what --direction is made into: idle where there is none.
+OF_DIRECTION = (
+    "select.project_harmless",
+    "select.project_first_token",
+    "select.position",
+    "select.interpolate",
+)
 Edited = Annotated[
     Path | None,
     typer.Option("--edited", help="The edited checkpoint, if not RUN/model.", show_default=False),
@@ -158,6 +166,23 @@ def spell_out(argv: Sequence[str]) -> list[str]:
             spelled.append(f"{arg}={_IMPLIED[arg]}")
         index += 1
     return spelled
+
+
+def stray_value(argv: Sequence[str]) -> str | None:
+    """What to say of a word behind an option whose value may be left out, and that it is none of.
+
+    Args:
+        argv: a command line on which there was an argument too many.
+    """
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    for arg, word in pairwise(argv[:end]):
+        words = _CHOICES.get(arg)
+        if words is None or word.startswith("-") or word in (*words, _IMPLIED[arg]):
+            continue
+        if words:
+            return f"{arg} takes {' or '.join(words)}, or nothing behind it, not '{word}'"
+        return f"{arg} takes its value behind an equals sign: write {arg}={word}"
+    return None
 
 
 @cache

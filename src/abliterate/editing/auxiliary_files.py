@@ -13,6 +13,7 @@ from abliterate.checkpoints.safetensors_header import FileStamp
 from abliterate.checkpoints.shards import check_stamps, inside, is_adapter
 from abliterate.editing.workspace import partial_of
 from abliterate.errors import DiskSpaceError, UsageError
+from abliterate.storage.checkpoint_folders import check_outside_checkpoints
 from abliterate.storage.file_io import SourceFile, TargetFile, copy_range
 from abliterate.storage.locks import is_of_lock
 from abliterate.storage.portable_names import check_output_path
@@ -41,16 +42,17 @@ class AuxiliaryFiles:
 
 
 def check_target(source: Path, out: Path) -> None:
-    """Refuse an output that would harm the source.
+    """Refuse an output that would harm the source, or another checkpoint.
 
     Raises:
-        UsageError: it overlaps the source, or has a name that cannot be made.
+        UsageError: it overlaps the source, lies in a checkpoint, or has a name that cannot be made.
     """
     check_output_path(out)
     real = source.resolve()
     for target in (out.resolve(), partial_of(out).resolve()):
         if target == real or real in target.parents or target in real.parents:
             raise UsageError(f"--output {out} overlaps the source {source}: choose another folder")
+    check_outside_checkpoints(out)
 
 
 def find_auxiliary_files(

@@ -35,7 +35,7 @@ from abliterate.editing.matrix_orthogonalization import DirectionEnergy
 from abliterate.editing.model_card import write_model_card
 from abliterate.editing.options import EditOptions
 from abliterate.editing.output_plan import OutputPlan, plan_output, stamp_documents
-from abliterate.editing.planning import plan_edit
+from abliterate.editing.planning import check_effect, plan_edit
 from abliterate.editing.shard_writer import write_shards
 from abliterate.editing.workspace import (
     Workspace,
@@ -71,6 +71,7 @@ def orthogonalize(
     options: EditOptions | None = None,
     allow_leak: float | None = None,
     low_disk: bool = False,
+    repeated: bool = False,
 ) -> list[EditedTensor]:
     """Write a copy of ``model`` that cannot write along ``direction``.
 
@@ -87,6 +88,7 @@ def orthogonalize(
         allow_leak: accept an architecture that no edit makes exact, if no more than this share of
             the stream remains along the direction.
         low_disk: fetch the shards of a hub id one by one and drop each once it is edited.
+        repeated: the options are a record's, and may hold some that do nothing.
 
     Returns:
         What was edited, in the order of the plan.
@@ -97,8 +99,8 @@ def orthogonalize(
         FetchError: the hub does not give a shard.
         InputError: the direction does not fit, or another process is writing ``out``.
         InterruptedWorkError: Ctrl-C.
-        UsageError: ``out`` exists, is not ours to replace or lies inside the source, or the options
-            contradict the model.
+        UsageError: ``out`` exists, is not ours to replace or lies inside a checkpoint, or the
+            options contradict the model, or one has no effect on it.
     """
     out, options = Path(out), options or EditOptions()
     if isinstance(model, str):
@@ -112,6 +114,8 @@ def orthogonalize(
         ranks.run_on_main(lambda: _claim(held, source.folder, out, overwrite))
         stamps, device = stamp_documents(source), pick_device(options.device)
         edit = plan_edit(source, direction, options, trust_remote_code, allow_leak)
+        if not repeated:
+            check_effect(edit, options)
         plan = plan_output(source, direction, options, edit=edit, stamps=stamps, device=device)
         workspace = _open(plan, out, overwrite, ranks)
         with _keeping_what_is_finished(workspace, ranks):

@@ -22,7 +22,12 @@ from abliterate.direction_set import DirectionSet
 from abliterate.editing.baked_addition import plan_addition
 from abliterate.editing.edit_plan import EditPlan, make_plan
 from abliterate.editing.edited_tensor import EditedTensor
-from abliterate.editing.options import EditOptions, apply_options, tied_matrices_agree
+from abliterate.editing.options import (
+    EditOptions,
+    apply_options,
+    parse_components,
+    tied_matrices_agree,
+)
 from abliterate.editing.shard_layout import TensorChanges
 from abliterate.editing.tensor_changes import plan_changes, resolve_edits, untie_document
 from abliterate.errors import UsageError
@@ -88,6 +93,46 @@ def plan_edit(
     return PlannedEdit(
         full=full, plan=plan, quantized=quantized, changes=changes, config=new_config
     )
+
+
+def check_effect(edit: PlannedEdit, options: EditOptions) -> None:
+    """Refuse options that do nothing to the model that was planned for.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if options.quantized is not None and not any(e.name in edit.quantized for e in edit.plan.edits):
+        what = "no tensor that is edited" if edit.quantized else "none of its tensors"
+        raise UsageError(
+            f"--{options.quantized} has no effect: {what} is stored as FP8, INT8 or MXFP4: leave "
+            "it out"
+        )
+    full = edit.full
+    if options.tied_embeddings != "untie":
+        kinds = parse_components(options.components)
+        outside = options.layers is not None and kinds is None
+        if not full.tied:
+            why = "no embedding of this model is its output head too"
+        elif outside or (kinds is not None and not kinds & {"embedding", "position"}):
+            why = "--layers or --components leave the embedding as it is"
+        else:
+            why = ""
+        if why:
+            raise UsageError(
+                f"--tied-embeddings {options.tied_embeddings} has no effect: {why}: leave it out"
+            )
+    _check_components(full, options)
+
+
+def _check_components(full: EditPlan, options: EditOptions) -> None:
+    """Refuse a component that the model has not, beside others that it has."""
+    there = {edit.kind for edit in full.edits}
+    for name in () if options.components is None else options.components.split(","):
+        if not there & (parse_components(name) or frozenset()):
+            raise UsageError(
+                f"--components {name.strip()} has no effect: this model writes to the stream by "
+                f"{', '.join(sorted(there))} alone: leave it out"
+            )
 
 
 def _plan_added(

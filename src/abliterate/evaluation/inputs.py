@@ -223,6 +223,9 @@ def borderline_prompts(session: Session, source: str, used: Collection[str] = ()
         left_out += is_contrast(prompt)
         return is_contrast(prompt)
 
+    harmful = session.settings.evaluate.harmful or (session.settings.extract.harmful,)
+    for one in harmful:
+        session.warn_of_kinds({"harmful": one, BORDERLINE: source})
     n, seed = session.settings.evaluate.n_test, session.settings.model.seed
     chosen = load_prompts(
         source, "test", n, seed, used, "--n-test", leave_out, commits=session.commits

@@ -54,6 +54,7 @@ from abliterate.models.device_placement import (
 from abliterate.models.embedding_rows import remember_tokenizer
 from abliterate.models.model_classes import model_class, size_bounds, text_config, too_large
 from abliterate.models.quantized_loading import (
+    check_products,
     check_widened,
     is_quantized,
     loading_failure,
@@ -293,6 +294,7 @@ def load_weights(
         raise incomplete(checkpoint, absent)
     if is_stored_small:
         check_widened(model, checkpoint, shards)
+    check_products(model, load_in, checkpoint, config, next(model.parameters()).device)
     placed = placement.is_spread or is_quantized(model)
     return cast(PreTrainedModel, (model if placed else model.to(place)).eval())
 

@@ -140,9 +140,37 @@ def loading_failure(
     if method is None:
         return None
     return CheckpointError(
-        f"{checkpoint.name} is quantised ({method}), which cannot be loaded here: {text}: mend "
-        "that, or use the checkpoint that it was made from"
+        f"{checkpoint.name} is quantised ({method}), which cannot be used here: {text}: mend that, "
+        "or use the checkpoint that it was made from"
     )
+
+
+def check_products(
+    model: Any, load_in: str, checkpoint: Checkpoint, config: Any, device: torch.device
+) -> None:
+    """Run a quantised model on one token: what computes with its matrices is looked for then.
+
+    On a GPU transformers takes the products of FP8 matrices from packages that it loads at the
+    first of them, and that may not be there.
+
+    Raises:
+        CheckpointError: the matrices of the checkpoint cannot be computed with here.
+        UsageError: those of ``--load-in`` cannot.
+        torch.OutOfMemoryError: as it comes.
+    """
+    if not is_quantized(model):
+        return
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a package, a kernel or a compiler says
+        failure = loading_failure(load_in, checkpoint, config, error)
+        if failure is None:
+            text = one_line(error)[:300] or type(error).__name__
+            failure = UsageError(f"--load-in {load_in} cannot be used here: {text}")
+        raise failure from None
 
 
 def check_widened(model: Any, checkpoint: Checkpoint, shards: ShardSet) -> None:

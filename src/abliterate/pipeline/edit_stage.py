@@ -56,7 +56,7 @@ def replay_stage(session: Session, record: Path, out: Path) -> dict[str, Any]:
     options = replayed_options(recorded, session.settings.orthogonalize)
     check_source(recorded, session.checkpoint)
     warn_of_other_bits(recorded, options)
-    return _edit(session, recorded.direction, options, out)
+    return _edit(session, recorded.direction, options, out, repeated=True)
 
 
 def _edit(
@@ -65,6 +65,7 @@ def _edit(
     options: EditOptions,
     out: Path,
     overwrite: bool = False,
+    repeated: bool = False,
 ) -> dict[str, Any]:
     settings = session.settings
     orthogonalize(
@@ -75,5 +76,6 @@ def _edit(
         trust_remote_code=settings.model.trust_remote_code,
         allow_leak=settings.orthogonalize.allow_leak,
         options=options,
+        repeated=repeated,
     )
     return read_record(out / RECORD, "orthogonalize")

@@ -64,8 +64,7 @@ def read_splits(path: Path, what: str = "prompt file") -> dict[str, list[Any]]:
         return {"train": _parquet_rows(path, raw)}
     text = _decode(path, raw)
     if kind == ".txt":
-        # What JSON, CSV and editors call a line; str.splitlines knows seven more ends of one.
-        return {"train": re.split(r"\r\n|\n|\r", text)}
+        return {"train": _lines(text)}
     if kind in (".csv", ".tsv"):
         return {"train": _table_rows(path, text)}
     if kind == ".json":
@@ -73,13 +72,24 @@ def read_splits(path: Path, what: str = "prompt file") -> dict[str, list[Any]]:
     return {
         "train": [
             parse_document(line, f"{path}, line {number}")
-            for number, line in enumerate(text.split("\n"), 1)
+            for number, line in enumerate(_lines(text), 1)
             if line.strip()
         ]
     }
 
 
+def _lines(text: str) -> list[str]:
+    """What JSON, CSV and editors call a line; ``str.splitlines`` knows seven more ends of one."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
 def _decode(path: Path, raw: bytes) -> str:
+    if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
+        raise InputError(
+            f"{path}, line {line}: a NUL character, which no text has: if the file is UTF-16, save "
+            "it as UTF-8"
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -100,19 +110,33 @@ def _parquet_rows(path: Path, raw: bytes) -> list[Any]:
         raise InputError(f"{path} is not a readable parquet file: {first_line(error)}") from None
 
 
-def _table_rows(path: Path, text: str) -> list[Any]:
-    """Rows by column; the first line, which names them, tells what stands between two."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    header = next((line for line in re.split(r"\r\n|\n|\r", text) if line.strip()), "")
+def delimiter_of(text: str, usual: str = ",") -> str:
+    """What stands between two columns, by the first line, which names them."""
+    header = next((line for line in _lines(text) if line.strip()), "")
     with suppress(csv.Error):  # one column
-        delimiter = csv.Sniffer().sniff(header, _DELIMITERS).delimiter
+        return csv.Sniffer().sniff(header, _DELIMITERS).delimiter
+    return usual
+
+
+def _table_rows(path: Path, text: str) -> list[Any]:
+    """Rows by column."""
+    delimiter = delimiter_of(text, "\t" if path.suffix.lower() == ".tsv" else ",")
     try:
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         names = [name for name in table.fieldnames or () if name.strip()]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise InputError(f"{path} has the column '{twice}' twice: rename one of them")
-        return list(table)
+        rows: list[Any] = []
+        for row in table:
+            # Only the text's own delimiters can be too many: it would be cut at the first.
+            if any(one.strip() for one in row.get(None) or ()):  # type: ignore[call-overload]
+                raise InputError(
+                    f"{path}, line {table.line_num}: more columns than the first line names: put "
+                    f"a text with '{delimiter}' in it into double quotes"
+                )
+            rows.append(row)
+        return rows
     except csv.Error as error:
         raise InputError(f"{path} is not a readable CSV file: {error}") from None
 

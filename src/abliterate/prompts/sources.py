@@ -15,7 +15,7 @@ from typing import Any
 
 from abliterate.errors import InputError, UsageError, first_line
 from abliterate.prompts.columns import texts_of
-from abliterate.prompts.dataset_folders import read_folder
+from abliterate.prompts.dataset_folders import configurations, read_folder
 from abliterate.prompts.hub_datasets import HubDataset, HubDatasetError
 from abliterate.prompts.row_files import FILE_TYPES, read_splits
 from abliterate.resources import data_dir
@@ -123,13 +123,13 @@ def read_source(spec: str, commits: MutableMapping[str, str] | None = None) -> P
     if spec == BORDERLINE:
         path = data_dir() / "prompts" / f"{spec}.jsonl"
         return PromptSource(spec, "bundled", {"all": _prompts_of(path, None, None)})
-    place, column = _cut_column(PRESETS.get(spec.lower(), spec))
+    place, column = cut_column(PRESETS.get(spec.lower(), spec))
     if (page := _HUB_PAGE.match(place)) is not None:
         raise InputError(f"prompt source '{spec}' is a page of the hub: write {page['id']}")
     if "://" in place:
         raise InputError(f"prompt source '{spec}' is an address: download it and name the file")
     path, split = _cut_split(place)
-    if path.suffix.lower() in FILE_TYPES or path.exists():
+    if path.suffix.lower() in FILE_TYPES or path.exists() or _names_configuration(path):
         return PromptSource(spec, "file", {"all": _prompts_of(path, split, column)})
     if (dataset := HubDataset.parse(place)) is not None:
         found: MutableMapping[str, str] = {} if commits is None else commits
@@ -149,7 +149,7 @@ def read_source(spec: str, commits: MutableMapping[str, str] | None = None) -> P
     )
 
 
-def _cut_column(spec: str) -> tuple[str, str | None]:
+def cut_column(spec: str) -> tuple[str, str | None]:
     """A source without its column: ``[:400]`` slices its split, any other bracket names one."""
     match = _COLUMN.fullmatch(spec)
     # A file may itself be called `x[1].txt`: its brackets name no column then.
@@ -163,7 +163,8 @@ def _cut_split(place: str) -> tuple[Path, str | None]:
     path = Path(place).expanduser()
     before, colon, split = _last_colon(place)
     held = Path(before).expanduser()
-    if not colon or path.exists() or not (held.suffix.lower() in FILE_TYPES or held.exists()):
+    is_one = held.suffix.lower() in FILE_TYPES or held.exists() or _names_configuration(held)
+    if not colon or path.exists() or not is_one:
         return path, None
     if not _SPLIT.fullmatch(split):
         raise InputError(f"{held} has no split '{split}': write one as {held}:train[:400]")
@@ -179,22 +180,32 @@ def _last_colon(place: str) -> tuple[str, str, str]:
 
 def _prompts_of(path: Path, split: str | None, column: str | None) -> tuple[Prompt, ...]:
     """The prompts of a file or folder, of one of its splits where it has several."""
-    is_folder = path.is_dir()
+    of_folder = _names_configuration(path)
+    is_folder = path.is_dir() or of_folder
     what = "dataset folder" if is_folder else "prompt file"
-    splits = read_folder(path) if is_folder else read_splits(path)
-    rows = _chosen(splits, split, f"{what} {path}")
+    if of_folder:
+        splits = read_folder(path.parent, path.name)
+    else:
+        splits = read_folder(path) if is_folder else read_splits(path)
+    rows = _chosen(splits, split, what, path)
     prompts = _to_prompts(rows, str(path), column)
     if not prompts:
         raise InputError(f"{what} {path} holds no prompts")
     return prompts
 
 
-def _chosen(splits: Mapping[str, list[Any]], split: str | None, where: str) -> list[Any]:
+def _names_configuration(path: Path) -> bool:
+    """Whether a path is that of no file, but a folder's data set with one of its configurations."""
+    return not path.exists() and path.parent.is_dir() and path.name in configurations(path.parent)
+
+
+def _chosen(splits: Mapping[str, list[Any]], split: str | None, what: str, path: Path) -> list[Any]:
     """The rows of a split or of slices of some; of none named, the train split or the only one."""
+    where = f"{what} {path}"
     if split is None:
         name = "train" if "train" in splits else next(iter(splits))
         if len(splits) > 1 and name != "train":
-            raise InputError(f"{where} has splits ({', '.join(splits)}): name one as {where}:SPLIT")
+            raise InputError(f"{where} has splits ({', '.join(splits)}): name one as {path}:SPLIT")
         return splits[name]
     if split in splits:
         return splits[split]

@@ -2,12 +2,12 @@
 
 ``sections`` declares them; ``marks`` is what a declaration can say beside a type, a default and
 bounds, ``values`` what single values must be; ``loading`` reads settings from TOML files, given
-options and the records of earlier stages. The command line's options (``cli.options``) and the
-commands in a report come from the same declarations.
+options and the records of earlier stages, and ``without_effect`` refuses what would do nothing. The
+command line's options (``cli.options``) and the commands in a report come from the same
+declarations.
 """
 
 from abliterate.settings.loading import (
-    Tables,
     load_settings,
     parse_layers,
     parse_memory,
@@ -15,6 +15,7 @@ from abliterate.settings.loading import (
 )
 from abliterate.settings.marks import (
     Granted,
+    Needs,
     Option,
     Recorded,
     flags_of,
@@ -31,17 +32,20 @@ from abliterate.settings.sections import (
     Settings,
 )
 from abliterate.settings.values import public_url
+from abliterate.settings.without_effect import Tables, given_options, refuse_without
 
 __all__ = [
     "ExtractSettings",
     "Granted",
     "ModelSettings",
+    "Needs",
     "Option",
     "OrthogonalizeSettings",
     "Recorded",
     "Settings",
     "Tables",
     "flags_of",
+    "given_options",
     "granted",
     "is_recorded",
     "load_settings",
@@ -50,6 +54,7 @@ __all__ = [
     "parse_layers",
     "parse_memory",
     "public_url",
+    "refuse_without",
     "sections_of",
     "take_recorded",
 ]

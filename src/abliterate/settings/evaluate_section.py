@@ -10,7 +10,7 @@ from pydantic import (
     PlainSerializer,
 )
 
-from abliterate.settings.marks import Granted, Option
+from abliterate.settings.marks import Granted, Needs, Option
 from abliterate.settings.section import (
     CAPABILITY,
     EVALUATE,
@@ -106,6 +106,7 @@ class EvaluateSettings(Section):
     ] = ()
     served_model: Annotated[
         tuple[str, ...],
+        Needs(("server",)),
         Option(
             "The model's name at the server: NAME of the baseline, ROW=NAME of another row; "
             "repeatable.",
@@ -115,6 +116,7 @@ class EvaluateSettings(Section):
     ] = ()
     server_api: Annotated[
         Literal["completions", "chat"],
+        Needs(("server",)),
         Option(
             "completions: send what is rendered here, as tokens. chat: send messages, which the "
             "server's own template renders.",
@@ -122,14 +124,17 @@ class EvaluateSettings(Section):
             EVALUATE,
         ),
     ] = "completions"
-    concurrency: Annotated[int, Option("Requests to a server at once.", SERVER, EVALUATE)] = Field(
-        8, ge=1
-    )
+    concurrency: Annotated[
+        int, Needs(("server",)), Option("Requests to a server at once.", SERVER, EVALUATE)
+    ] = Field(8, ge=1)
     server_timeout: Annotated[
         float,
+        Needs(("server",)),
         Option("Seconds for one attempt, up to the answer's last byte.", SERVER, EVALUATE),
     ] = Field(600.0, gt=0)
-    server_retries: Annotated[int, Option("Further attempts.", SERVER, EVALUATE)] = Field(4, ge=0)
+    server_retries: Annotated[
+        int, Needs(("server",)), Option("Further attempts.", SERVER, EVALUATE)
+    ] = Field(4, ge=0)
     corpus: Annotated[
         tuple[str, ...],
         Option(
@@ -139,12 +144,12 @@ class EvaluateSettings(Section):
             EVALUATE,
         ),
     ] = ()
-    corpus_texts: Annotated[int, Option("Texts per corpus.", CAPABILITY, EVALUATE)] = Field(
-        4096, ge=1
-    )
-    corpus_tokens: Annotated[int, Option("Longest text, in tokens.", CAPABILITY, EVALUATE)] = Field(
-        256, ge=2
-    )
+    corpus_texts: Annotated[
+        int, Needs(("corpus",)), Option("Texts per corpus.", CAPABILITY, EVALUATE)
+    ] = Field(4096, ge=1)
+    corpus_tokens: Annotated[
+        int, Needs(("corpus",)), Option("Longest text, in tokens.", CAPABILITY, EVALUATE)
+    ] = Field(256, ge=2)
     tasks: Annotated[
         str | None,
         Option("lm-eval tasks with commas: mmlu,arc_challenge,gsm8k.", CAPABILITY, EVALUATE),
@@ -152,11 +157,12 @@ class EvaluateSettings(Section):
     tasks_dir: Annotated[
         str | None,
         Granted("TASKS_DIR"),
+        Needs(("tasks",)),
         Option("Folder of further task definitions.", CAPABILITY, EVALUATE),
     ] = None
-    task_limit: Annotated[int | None, Option("Examples per task.", CAPABILITY, EVALUATE)] = Field(
-        None, ge=1
-    )
+    task_limit: Annotated[
+        int | None, Needs(("tasks",)), Option("Examples per task.", CAPABILITY, EVALUATE)
+    ] = Field(None, ge=1)
     refusal_phrases: Annotated[
         str,
         Option(
@@ -186,6 +192,7 @@ class EvaluateSettings(Section):
     judge_model: Annotated[str | None, Option("Its name at the endpoint.", JUDGE, SCORE)] = None
     judge_template: Annotated[
         Literal["llama-guard", "prompt"],
+        Needs(("judge_url",)),
         Option(
             "llama-guard: send the conversation. prompt: ask any model for safe or unsafe.",
             JUDGE,
@@ -214,6 +221,7 @@ class EvaluateSettings(Section):
     ] = None
     second_judge_template: Annotated[
         Literal["llama-guard", "prompt"],
+        Needs(("second_judge_url",)),
         Option("As --judge-template, of the second judge.", JUDGE, EVALUATE),
     ] = "llama-guard"
     classifier: Annotated[
@@ -227,6 +235,7 @@ class EvaluateSettings(Section):
     ] = None
     classifier_input: Annotated[
         Literal["auto", "pair", "answer"],
+        Needs(("classifier",)),
         Option(
             "pair: it reads prompt and answer. answer: the answer alone. auto: a pair where its "
             "tokenizer sets something between two texts.",
@@ -236,11 +245,20 @@ class EvaluateSettings(Section):
     ] = "auto"
     judge_timeout: Annotated[
         float,
+        Needs(("judge_url", "second_judge_url")),
         Option(
             "Seconds for one attempt as a whole: connection, question and the reply's last byte.",
             JUDGE,
             SCORE,
         ),
     ] = Field(60.0, gt=0)
-    judge_retries: Annotated[int, Option("Further attempts.", JUDGE, SCORE)] = Field(4, ge=0)
-    judge_concurrency: Annotated[int, Option("Requests at once.", JUDGE, SCORE)] = Field(8, ge=1)
+    judge_retries: Annotated[
+        int,
+        Needs(("judge_url", "second_judge_url")),
+        Option("Further attempts.", JUDGE, SCORE),
+    ] = Field(4, ge=0)
+    judge_concurrency: Annotated[
+        int,
+        Needs(("judge_url", "second_judge_url")),
+        Option("Requests at once.", JUDGE, SCORE),
+    ] = Field(8, ge=1)

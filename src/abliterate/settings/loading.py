@@ -18,8 +18,7 @@ from abliterate.resources import config_dir
 from abliterate.settings.marks import flags_of, is_recorded, sections_of
 from abliterate.settings.sections import Settings
 from abliterate.settings.values import memory_size
-
-Tables = Mapping[str, Mapping[str, Any]]
+from abliterate.settings.without_effect import Tables, check_effects
 
 
 def load_settings(
@@ -27,6 +26,7 @@ def load_settings(
     options: Tables | None = None,
     base: Tables | None = None,
     schema: type[Settings] = Settings,
+    every: bool = False,
 ) -> Settings:
     """Settings from a TOML file and the options that were given.
 
@@ -35,10 +35,11 @@ def load_settings(
         options: per table, the options that win over the file; None values are skipped.
         base: per table, what an earlier stage recorded; the file and the options win over it.
         schema: the settings that there are.
+        every: the command uses all settings, not only those that it has options for.
 
     Raises:
-        UsageError: the file is missing or no TOML, or a key or value is wrong; the message names
-            the nearest valid key.
+        UsageError: the file is missing or no TOML, or a key or value is wrong (the message names
+            the nearest valid key) or has no effect beside the others.
     """
     configured = {} if file is None else _read_toml(file)
     where = "the recorded settings" if file is None else str(file)
@@ -50,7 +51,7 @@ def load_settings(
             given = {key: value for key, value in values.items() if value is not None}
             document[table] = {**document.get(table, {}), **given}
     try:
-        return schema.model_validate(document)
+        settings = schema.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         table, *rest = (str(part) for part in first["loc"])
@@ -68,6 +69,8 @@ def load_settings(
             message = f"must be a list, such as [{json.dumps(example, default=str)}]"
         given_value = "what it holds" if hidden else repr(first["input"])
         raise UsageError(f"{source}: {message}, not {given_value}") from None
+    check_effects(settings, options or {}, configured, where, every)
+    return settings
 
 
 def parse_memory(text: str, option: str) -> int:

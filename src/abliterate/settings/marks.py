@@ -28,6 +28,24 @@ class Granted:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """Marks a setting that has no effect unless another one of its section asks for something.
+
+    Attributes:
+        settings: of these one at least must ask.
+        values: what it must be; without any: anything that is neither none nor empty.
+    """
+
+    settings: tuple[str, ...]
+    values: tuple[object, ...] = ()
+
+    def are_met(self, section: BaseModel) -> bool:
+        """Whether the settings of ``section`` give the marked one an effect."""
+        held = [getattr(section, name) for name in self.settings]
+        return any(one in self.values if self.values else one not in (None, ()) for one in held)
+
+
+@dataclass(frozen=True)
 class Option:
     """The option by which commands override a setting. A setting may have several, each of its own
     commands, if they say different things.
@@ -84,3 +102,9 @@ def flags_of(section: type[BaseModel], name: str) -> str:
     """How a setting's option is spelled: ``--n-train``, ``--filter/--no-filter``."""
     spelled = (option.flags for option in options_of(section, name) if option.flags)
     return next(spelled, "--" + name.replace("_", "-"))
+
+
+def needs_of(section: type[BaseModel], name: str) -> Needs | None:
+    """What gives a setting its effect; None of one that always has it."""
+    marks = section.model_fields[name].metadata
+    return next((mark for mark in marks if isinstance(mark, Needs)), None)

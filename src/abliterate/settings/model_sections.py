@@ -10,7 +10,7 @@ from pydantic import (
     Field,
 )
 
-from abliterate.settings.marks import Granted, Option, Recorded
+from abliterate.settings.marks import Granted, Needs, Option, Recorded
 from abliterate.settings.section import (
     CHAT,
     MODEL,
@@ -121,6 +121,7 @@ class ModelSettings(Section):
     activation_memory: Annotated[
         str | None,
         AfterValidator(check_memory),
+        Needs(("offload",), (True, None)),
         Option(
             "Memory for activations under --offload, such as 8GB; more goes to mapped files. "
             "Default: half of what is free.",
@@ -213,6 +214,7 @@ class ChatSettings(Section):
     max_thinking_tokens: Annotated[
         int,
         Recorded(),
+        Needs(("thinking",), ("skip", None)),
         Option("Longest thought under --thinking skip.", CHAT, (*STAGES, "chat", "audit")),
     ] = Field(1024, ge=1)
 

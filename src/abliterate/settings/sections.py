@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from abliterate.settings.evaluate_section import EvaluateSettings
-from abliterate.settings.marks import Granted, Option, Recorded
+from abliterate.settings.marks import Granted, Needs, Option, Recorded
 from abliterate.settings.model_sections import ChatSettings, ModelSettings
 from abliterate.settings.section import (
     DIRECTED,
@@ -100,6 +100,7 @@ class ExtractSettings(Section):
     ] = "none"
     winsor_quantile: Annotated[
         float,
+        Needs(("robust",), ("winsor",)),
         Option("Share of the prompts that winsor pulls in at each end.", METHOD, EXTRACT),
     ] = Field(0.05, gt=0, lt=0.5)
     save_activations: Annotated[
@@ -113,6 +114,7 @@ class ExtractSettings(Section):
     ] = None
     activation_positions: Annotated[
         Literal["last", "all"],
+        Needs(("save_activations",)),
         Option(
             "last: keep the vectors of the last position. all: of every position.",
             METHOD,

@@ -14,6 +14,7 @@ from typing import Any
 
 from abliterate.errors import InputError, UsageError
 from abliterate.storage.artifacts import tensor_metadata
+from abliterate.storage.checkpoint_folders import check_outside_checkpoints
 from abliterate.storage.guarded_files import check_regular
 from abliterate.storage.json_text import parse_json
 from abliterate.storage.portable_names import check_output_path
@@ -24,6 +25,8 @@ Kind = Callable[[Path], bool]
 #: What every page of ours has in its head.
 GENERATOR = '<meta name="generator" content="abliterate">'
 _HEAD = 4096
+# What a loader could take for a part of the checkpoint that it lies in.
+_TENSORS = {".safetensors", ".gguf", ".npz"}
 _MARK = b"made by abliterate"
 
 
@@ -60,10 +63,12 @@ def claim_file(path: Path, kind: Kind, made_by: str) -> None:
     Raises:
         InputError: it is a link, or no regular file.
         UsageError: it is there, and not an earlier output of that command; or a name that Windows
-            cannot make.
+            cannot make; or tensors that would lie among a checkpoint's.
     """
     check_output_path(path)
     if not check_regular(path) or path.stat().st_size == 0:
+        if path.suffix.lower() in _TENSORS:
+            check_outside_checkpoints(path)
         return
     if not _is(kind, path, lambda: False):
         raise UsageError(

@@ -110,6 +110,7 @@ def declared_edit(
         CheckpointError: the source is damaged, or the record's options do not fit it.
         InputError: the record is damaged, or the direction does not fit.
         UnsupportedArchitectureError: the writers cannot be found.
+        UsageError: the set was made by other options than the recorded one.
     """
     record = edited.folder / RECORD
     conflicts, notes = list[str](), list[str]()
@@ -146,7 +147,9 @@ def _read_record(path: Path, direction: Direction | DirectionSet) -> tuple[EditO
     vector, conflicts = record.get("vector"), list[str]()
     held = recorded_set(record, path)
     if isinstance(direction, DirectionSet) or held is not None:
-        return options, _other_set(direction, held)
+        if conflicts := _other_set(direction, held):
+            _check_asked(path, direction, held)
+        return options, conflicts
     if isinstance(vector, list) and all(isinstance(v, int | float) for v in vector):
         mine = direction.vector.double()
         theirs = torch.tensor(vector, dtype=torch.float64)
@@ -157,6 +160,25 @@ def _read_record(path: Path, direction: Direction | DirectionSet) -> tuple[EditO
                 f"{RECORD} records another direction than the one given (cosine {cosine:.3f})"
             )
     return options, conflicts
+
+
+def _check_asked(
+    path: Path, direction: Direction | DirectionSet, recorded: DirectionSet | None
+) -> None:
+    """Refuse a set that was made by other options than the recorded one.
+
+    Raises:
+        UsageError: it was.
+    """
+    if not isinstance(direction, DirectionSet):
+        return
+    for name in ("position", "interpolate"):
+        asked, made = getattr(direction, name), recorded and getattr(recorded, name)
+        if asked is None or asked == made:
+            continue
+        mend = f"give --{name}={made}" if made is not None else "leave it out"
+        how = f"--{name}={made}" if made is not None else f"no --{name}"
+        raise UsageError(f"--{name}={asked}: {path} records an edit made with {how}: {mend}")
 
 
 def _other_set(direction: Direction | DirectionSet, recorded: DirectionSet | None) -> list[str]:
