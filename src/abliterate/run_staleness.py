@@ -53,7 +53,7 @@ class Stale:
         file: its record.
         reasons: what has changed since.
         rows: the rows that are stale, where the others of an evaluation are not; empty: all.
-        edits: the checkpoints of such rows that are to be made again first.
+        edits: the checkpoints of an evaluation that are to be made again before it.
     """
 
     part: str
@@ -91,9 +91,10 @@ def find_stale(run: Path, edited: Path | None = None) -> dict[str, Stale]:
             continue
         file = place / RECORD if part == "edit" else run / FILES[part]
         reasons = [*_inherited(part, record, found), *_REASONS[part](record, now)]
+        rows = _stale_rows(record, now) if part == "evaluation" else Stale(part, file, ())
         if reasons:
-            found[part] = Stale(part, file, tuple(dict.fromkeys(reasons)))
-        elif part == "evaluation" and (rows := _stale_rows(record, place, now, found)).rows:
+            found[part] = Stale(part, file, tuple(dict.fromkeys(reasons)), edits=rows.edits)
+        elif rows.rows:
             found[part] = rows
     return found
 
@@ -261,7 +262,7 @@ _REASONS = {
 }
 
 
-def _stale_rows(record: Document, edited: Path, now: _Now, found: Mapping[str, Stale]) -> Stale:
+def _stale_rows(record: Document, now: _Now) -> Stale:
     """The rows of an evaluation whose checkpoint is another one now, or of another direction."""
     reasons: dict[str, str] = {}
     edits: list[Path] = []
@@ -274,13 +275,12 @@ def _stale_rows(record: Document, edited: Path, now: _Now, found: Mapping[str, S
             if not Path(place).is_dir():
                 continue
             files = Checkpoint(place, Path(place)).identity()["files"]
-            own = Path(place).resolve() == edited.resolve()
         except OSError:
             continue
         if files != held["files"]:
             reasons[str(name)] = f"{place} holds another checkpoint now"
         if any(_of_direction(_record(Path(place) / RECORD) or {}, now)):
             reasons[str(name)] = f"{place} is an edit along another direction"
-            edits += [] if own and "edit" in found else [Path(place)]
+            edits.append(Path(place))
     told = tuple(f"{name}: {reason}" for name, reason in reasons.items())
     return Stale("evaluation", now.run / EVALUATION, told, tuple(reasons), tuple(edits))

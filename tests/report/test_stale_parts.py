@@ -97,11 +97,19 @@ def test_another_choice_leaves_what_is_of_the_earlier_one_marked_until_it_is_ren
     assert {"refusals", "cosines", "norms", "trace"} <= marked
     assert not any(name.endswith(("_heatmap", "_lines")) for name in marked)
 
-    _renew(cli, stale)
-    stale = _stale(cli, run, "report")  # the checkpoint beside it is still the edit of before
-    assert stale.keys() == {"evaluation"}
-    assert stale["evaluation"]["rows"] == ["edited"]
-    assert "edited (stale)" in (run / "report.html").read_text()
+    # What is tested anew is made anew first: the checkpoint is still the edit of before.
+    assert [shlex.split(line)[1] for line in stale["evaluation"]["renew"]] == EDIT_FIRST
+    line = shlex.split(stale["evaluation"]["renew"][1])
+    again = cli(*line[1:])
+    assert again.code == 0, again.err
+    assert "edited (stale)" in again.out
+    assert "ablate and edited: not compared, as edited is stale" in " ".join(again.out.split())
+    late = _stale(cli, run, "report")
+    assert late["evaluation"]["rows"] == ["edited"]
+    assert [shlex.split(line)[1] for line in late["evaluation"]["renew"]] == EDIT_FIRST
+    page = (run / "report.html").read_text()
+    assert "edited (stale)" in page
+    assert "ablate and edited: not compared, as edited is stale" in page
     assert [card.title for card in cards(read_run(run))] == before
     _renew(cli, stale)
     assert _stale(cli, run) == {}
@@ -109,6 +117,7 @@ def test_another_choice_leaves_what_is_of_the_earlier_one_marked_until_it_is_ren
     assert edit["direction"]["layer"] == winner["layer"]
 
 
+EDIT_FIRST = ["orthogonalize", "evaluate"]
 SECTION = {
     "evaluation": 'class="scroll stale"',
     "inspect": '<section id="subspace" class="stale"',

@@ -100,9 +100,10 @@ def evaluate(
     from abliterate.evaluation.stage import evaluate_stage
 
     record = evaluate_stage(session, vector, names, edited, run, output or run)
-    print_json(record) if as_json else show_evaluation(record)
-    if (shown := output or run) is not None:
-        say_stale(shown, "selection", "evaluation")
+    shown = output or run
+    told = [] if shown is None else say_stale(shown, "selection", "evaluation")
+    stale = [row for found in told for row in found["rows"]]
+    print_json(record) if as_json else show_evaluation(record, stale)
 
 
 def name_checkpoints(specs: list[str]) -> dict[str, str]:

@@ -13,8 +13,13 @@ from abliterate.evaluation.hooks_and_edits_text import hooks_and_edits_lines
 _KINDS = ("harmful", "harmless")
 
 
-def show_evaluation(record: Mapping[str, Any]) -> None:
-    """Print a record ``evaluation.json``: each figure, and its difference from the baseline's."""
+def show_evaluation(record: Mapping[str, Any], stale: Sequence[str] = ()) -> None:
+    """Print a record ``evaluation.json``: each figure, and its difference from the baseline's.
+
+    Args:
+        record: the record.
+        stale: its rows that alone are stale.
+    """
     results, changes = record["interventions"], record["deltas"]
     rows = {name: _cells(record, name) for name in results}
     columns = next(iter(rows.values()))
@@ -23,10 +28,13 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
         f"Refusals on test prompts ({counts}; 95% intervals; means ± standard error), "
         "and what changed against the baseline",
         ["intervention", *columns],
-        [[name, *cells.values()] for name, cells in rows.items()],
+        [
+            [f"{name} (stale)" if name in stale else name, *cells.values()]
+            for name, cells in rows.items()
+        ],
     )
     _show_sets(record)
-    for line in hooks_and_edits_lines(record):
+    for line in hooks_and_edits_lines(record, stale):
         print_line(line)
     show_controls(record.get("controls"))
     _show_agreement(record.get("agreement") or [], record.get("classifier"))
