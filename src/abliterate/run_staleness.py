@@ -123,7 +123,12 @@ class _Now:
 
     @property
     def used_prompts(self) -> dict[str, str]:
-        """The hash of the prompts that extract and select have used, as evaluate records it.
+        """The hash of the prompts that extract and select have used, as evaluate records it."""
+        return hash_prompts(self.used_keys)
+
+    @property
+    def used_keys(self) -> dict[str, list[str]]:
+        """By kind, the keys of the prompts that extract and select have used.
 
         Empty where one of the records is not there: what it used cannot be told.
         """
@@ -131,12 +136,10 @@ class _Now:
         if len(records) < 2:
             return {}
         try:
-            return hash_prompts(
-                {
-                    kind: [key for record in records for key in record["prompts"][kind]]
-                    for kind in ("harmful", "harmless")
-                }
-            )
+            return {
+                kind: [key for record in records for key in record["prompts"][kind]]
+                for kind in ("harmful", "harmless")
+            }
         except (LookupError, TypeError):
             return {}
 
@@ -245,6 +248,9 @@ def _of_inspection(record: Document, now: _Now) -> Iterator[str]:
         yield f"{DIRECTIONS} holds the candidates of another extraction now"
     if "activations" in held and held["activations"] != now.hash_of(ACTIVATIONS):
         yield f"{ACTIVATIONS} is another now, or gone"
+    tried, used = _mapping(_mapping(record, "held_out"), "prompts"), now.used_keys
+    if any(key in used.get(kind, ()) for kind, keys in tried.items() for key in keys):
+        yield "extract or select has used prompts since, which it held out"
     chosen = _mapping(now.selection, "bootstrap")
     resampled = {name: value for name, value in chosen.items() if name != "candidates"}
     if "bootstrap" in record and record["bootstrap"] != (resampled or None):

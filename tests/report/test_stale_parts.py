@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -127,7 +128,8 @@ SECTION = {
 
 
 def test_a_selection_that_chose_nothing_leaves_the_earlier_evaluation_stale(run: Path, cli) -> None:
-    none = cli("select", run, *OPEN, "--induce-threshold", "1e9", "--prune-layers", "0")
+    none = cli("select", run, *OPEN, "--kl-threshold", "1e-9", "--induce-threshold", "1e9",
+               "--prune-layers", "0")  # fmt: skip
     assert none.code == 5
     told = f"{run / 'evaluation.json'} is stale: selection.json chose no direction since"
     assert told in none.err
@@ -136,7 +138,14 @@ def test_a_selection_that_chose_nothing_leaves_the_earlier_evaluation_stale(run:
     assert [card.title for card in cards(read_run(run))] == ["Direction"]
     # What renews it chooses first.
     first, *_ = stale["evaluation"]["renew"]
-    assert shlex.split(first)[:2] == ["abliterate", "select"]
+    words = shlex.split(first)
+    assert words[:2] == ["abliterate", "select"]
+    # Each threshold once, and those that admit the one that is named as the nearest.
+    said = re.search(r"; nearest: .*?\((--\S+) (\S+) (--induce-threshold=\S+) admits", none.err)
+    assert said is not None, none.err
+    assert f"{said[1]}={said[2]}" in words
+    assert said[3] in words
+    assert sum(word.startswith(("--kl-", "--induce-")) for word in words) == 2
     _renew(cli, {"evaluation": stale["evaluation"]})
     assert _stale(cli, run).get("evaluation", {"rows": True})["rows"]
 

@@ -9,6 +9,7 @@ from typing import Any
 from abliterate.cli.control_tables import show_controls
 from abliterate.console import print_line, print_table
 from abliterate.evaluation.hooks_and_edits_text import hooks_and_edits_lines
+from abliterate.metrics.agreement import kappa_text
 
 _KINDS = ("harmful", "harmless")
 
@@ -288,19 +289,12 @@ def _show_agreement(
                 " / ".join(titles[rater] for rater in pair["raters"]),
                 str(pair["n"]),
                 f"{pair['agreed']:.0%}",
-                _kappa(pair),
+                kappa_text(pair),
             ]
             for pair in pairs
         ],
         left=3,
     )
-
-
-def _kappa(pair: Mapping[str, Any]) -> str:
-    if pair["kappa"] is None:
-        return "- (one verdict alone)"
-    span = pair["kappa_ci"]
-    return f"{pair['kappa']:.2f}" + (f" ({span[0]:.2f} to {span[1]:.2f})" if span else "")
 
 
 def _show_failures(failures: list[Mapping[str, Any]]) -> None:
