@@ -249,7 +249,11 @@ def _of_inspection(record: Document, now: _Now) -> Iterator[str]:
     if "activations" in held and held["activations"] != now.hash_of(ACTIVATIONS):
         yield f"{ACTIVATIONS} is another now, or gone"
     tried, used = _mapping(_mapping(record, "held_out"), "prompts"), now.used_keys
-    if any(key in used.get(kind, ()) for kind, keys in tried.items() for key in keys):
+    if any(
+        key in used.get(kind, ())
+        for kind, keys in tried.items()
+        for key in (keys if isinstance(keys, list) else ())
+    ):
         yield "extract or select has used prompts since, which it held out"
     chosen = _mapping(now.selection, "bootstrap")
     resampled = {name: value for name, value in chosen.items() if name != "candidates"}
