@@ -186,3 +186,81 @@ def test_orthogonalize_refuses_what_is_no_direction(tiny, vector: Any, tmp_path:
 def test_load_prompts_refuses_what_is_no_sample(options: dict[str, Any]) -> None:
     with pytest.raises(AbliterateError):
         abliterate.load_prompts(**({"spec": "harmful"} | options))
+
+
+_WRONG: dict[str, tuple[Any, ...]] = {
+    "evaluate": (
+        ("refusal_tokens", 5), ("refusal_tokens", "I"), ("interventions", "ablate"),
+        ("interventions", 3), ("interventions", [None]), ("edited", ["a"]), ("chat", "plain"),
+        ("max_new_tokens", "2"), ("max_new_tokens", None), ("batch_size", 1.5), ("seed", "1"),
+        ("borderline", None), ("controls", -1), ("controls", True), ("stop_at_verdict", "no"),
+        ("direction", 3),
+    ),
+    "extract": (
+        ("refusal_tokens", 5.5), ("filter", None), ("chat", {}), ("batch_size", []),
+        ("seed", None), ("positions", 1.5),
+    ),
+    "select": (
+        ("extraction", {}), ("thresholds", {"kl": 1}), ("thresholds", 0.1), ("filter", "yes"),
+        ("chat", 1), ("batch_size", "all"), ("search", None), ("all_layers", 1), ("kl_on", 3),
+        ("seed", 0.5), ("project_harmless", "x"), ("project_first_token", None),
+    ),
+    "inspect": (
+        ("extraction", None), ("direction", 7), ("position", "last"), ("harmful", 5),
+    ),
+    "trace": (
+        ("direction", None), ("suffix", 4), ("suffix", ["a"]), ("n_heads", "ten"), ("seed", -1),
+        ("harmful", 5),
+    ),
+    "fragility": (
+        ("direction", 1.0), ("steps", "two"), ("max_new_tokens", 0), ("refusal_tokens", 7),
+        ("harmless", 5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [(name, *pair) for name, pairs in _WRONG.items() for pair in pairs],
+)
+def test_an_argument_of_another_kind_is_named(
+    loaded: Loaded, extraction: Extraction, monkeypatch, name: str, argument: str, value: Any
+) -> None:
+    given: dict[str, Any] = {"model": loaded, "harmful": _PROMPTS, "harmless": _PROMPTS}
+    given |= {"extraction": extraction} if name in ("select", "inspect") else {}
+    given |= {"direction": torch.ones(48)} if name in ("inspect", "trace", "fragility") else {}
+    given |= {"refusal_tokens": [5]} if name in ("evaluate", "fragility") else {}
+    monkeypatch.setattr(type(loaded.model), "forward", lambda *a, **k: pytest.fail("it ran"))
+    with pytest.raises(AbliterateError) as raised:
+        getattr(abliterate, name)(**given | {argument: value})
+    said = str(raised.value)
+    assert argument in said or argument.replace("_", " ") in said
+    assert "\n" not in said
+
+
+def test_evaluate_has_the_controls_of_the_command(loaded: Loaded, extraction: Extraction) -> None:
+    found = abliterate.evaluate(
+        loaded, _PROMPTS, ["x", *(p.text for p in _PROMPTS)], [5], extraction[-1, 2],
+        ["ablate", "add"], max_new_tokens=1, controls=2, stop_at_verdict=True,
+    )  # fmt: skip
+    for name in ("ablate", "add"):
+        held = found.to_dict()["controls"][name]
+        assert [len(f["members"]) for f in held["families"].values()] == [2, 2]
+        assert held["selected"]["kl_divergence"] == found[name].metrics.kl
+    norm = extraction[-1, 2].vector.norm()
+    drawn = torch.from_numpy(np.random.default_rng([0, *b"isotropic"]).standard_normal((2, 48)))
+    other = Direction(drawn[0] / drawn[0].norm() * norm, -1, 2)
+    again = abliterate.evaluate(loaded, _PROMPTS, ["x", *(p.text for p in _PROMPTS)], [5], other,
+                                ["add"], max_new_tokens=1)  # fmt: skip
+    member = found["add"].controls["families"]["isotropic"]["members"][0]
+    assert again["add"].metrics.kl == pytest.approx(member["kl_divergence"], rel=1e-3)
+
+
+def test_select_says_which_prompts_extract_has_used(
+    loaded: Loaded, extraction: Extraction, caplog
+) -> None:
+    common: dict[str, Any] = {"filter": False, "thresholds": Thresholds(prune_layers=0.9)}
+    with caplog.at_level("WARNING"):
+        abliterate.select(loaded, extraction, _PROMPTS, ["a new one", "other"], **common)
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("select: ")]
+    assert "found on 2 of the 2 harmful validation prompts" in line

@@ -53,7 +53,7 @@ class Stale:
         file: its record.
         reasons: what has changed since.
         rows: the rows that are stale, where the others of an evaluation are not; empty: all.
-        edits: the checkpoints of such rows that are to be made again first.
+        edits: the checkpoints of an evaluation that are to be made again before it.
     """
 
     part: str
@@ -91,9 +91,10 @@ def find_stale(run: Path, edited: Path | None = None) -> dict[str, Stale]:
             continue
         file = place / RECORD if part == "edit" else run / FILES[part]
         reasons = [*_inherited(part, record, found), *_REASONS[part](record, now)]
+        rows = _stale_rows(record, now) if part == "evaluation" else Stale(part, file, ())
         if reasons:
-            found[part] = Stale(part, file, tuple(dict.fromkeys(reasons)))
-        elif part == "evaluation" and (rows := _stale_rows(record, place, now, found)).rows:
+            found[part] = Stale(part, file, tuple(dict.fromkeys(reasons)), edits=rows.edits)
+        elif rows.rows:
             found[part] = rows
     return found
 
@@ -122,7 +123,12 @@ class _Now:
 
     @property
     def used_prompts(self) -> dict[str, str]:
-        """The hash of the prompts that extract and select have used, as evaluate records it.
+        """The hash of the prompts that extract and select have used, as evaluate records it."""
+        return hash_prompts(self.used_keys)
+
+    @property
+    def used_keys(self) -> dict[str, list[str]]:
+        """By kind, the keys of the prompts that extract and select have used.
 
         Empty where one of the records is not there: what it used cannot be told.
         """
@@ -130,12 +136,10 @@ class _Now:
         if len(records) < 2:
             return {}
         try:
-            return hash_prompts(
-                {
-                    kind: [key for record in records for key in record["prompts"][kind]]
-                    for kind in ("harmful", "harmless")
-                }
-            )
+            return {
+                kind: [key for record in records for key in record["prompts"][kind]]
+                for kind in ("harmful", "harmless")
+            }
         except (LookupError, TypeError):
             return {}
 
@@ -244,6 +248,13 @@ def _of_inspection(record: Document, now: _Now) -> Iterator[str]:
         yield f"{DIRECTIONS} holds the candidates of another extraction now"
     if "activations" in held and held["activations"] != now.hash_of(ACTIVATIONS):
         yield f"{ACTIVATIONS} is another now, or gone"
+    tried, used = _mapping(_mapping(record, "held_out"), "prompts"), now.used_keys
+    if any(
+        key in used.get(kind, ())
+        for kind, keys in tried.items()
+        for key in (keys if isinstance(keys, list) else ())
+    ):
+        yield "extract or select has used prompts since, which it held out"
     chosen = _mapping(now.selection, "bootstrap")
     resampled = {name: value for name, value in chosen.items() if name != "candidates"}
     if "bootstrap" in record and record["bootstrap"] != (resampled or None):
@@ -261,7 +272,7 @@ _REASONS = {
 }
 
 
-def _stale_rows(record: Document, edited: Path, now: _Now, found: Mapping[str, Stale]) -> Stale:
+def _stale_rows(record: Document, now: _Now) -> Stale:
     """The rows of an evaluation whose checkpoint is another one now, or of another direction."""
     reasons: dict[str, str] = {}
     edits: list[Path] = []
@@ -274,13 +285,12 @@ def _stale_rows(record: Document, edited: Path, now: _Now, found: Mapping[str, S
             if not Path(place).is_dir():
                 continue
             files = Checkpoint(place, Path(place)).identity()["files"]
-            own = Path(place).resolve() == edited.resolve()
         except OSError:
             continue
         if files != held["files"]:
             reasons[str(name)] = f"{place} holds another checkpoint now"
         if any(_of_direction(_record(Path(place) / RECORD) or {}, now)):
             reasons[str(name)] = f"{place} is an edit along another direction"
-            edits += [] if own and "edit" in found else [Path(place)]
+            edits.append(Path(place))
     told = tuple(f"{name}: {reason}" for name, reason in reasons.items())
     return Stale("evaluation", now.run / EVALUATION, told, tuple(reasons), tuple(edits))

@@ -305,6 +305,15 @@ def test_an_inspection_that_is_up_to_date_is_shown_without_the_model(
 
     assert anew("--position", "-2")["position"] == -2
     assert anew("--dtype", "float64")["position"] == first.json["position"]
+    # What select has used since is held out no more.
+    selection = json.loads((copy / "selection.json").read_text())
+    tried = json.loads((copy / "inspect.json").read_text())["held_out"]["prompts"]["harmful"][0]
+    selection["prompts"]["harmful"].append(tried)
+    (copy / "selection.json").write_text(json.dumps(selection))
+    (stale,) = cli("methods", copy, "--json").json["stale"]
+    assert stale["part"] == "inspect"
+    assert "which it held out" in stale["why"][0]
+    assert tried not in anew()["held_out"]["prompts"]["harmful"]
     activations = (copy / FILE).read_bytes()
     (copy / FILE).unlink()
     assert all(row["geometry"] is None for row in anew()["layers"])

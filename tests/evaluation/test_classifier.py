@@ -296,6 +296,7 @@ def test_evaluate_labels_answers_under_every_intervention(
     assert (harmful["intervention"], harmful["kind"]) == ("baseline", "harmful")
     assert harmful["raters"] == ["refused", "labelled"]
     assert (harmful["n"], harmful["agreed"], harmful["kappa"]) == (3, 0.0, 0.0)
+    assert (harmful["kappa_ci"], harmful["no_interval"]) == (None, "each always says one thing")
     keys = {prompt_key(f"B{n}") for n in range(3)}
     assert set(harmful["disagreements"]) == keys
     assert (harmless["agreed"], harmless["kappa"], harmless["disagreements"]) == (1.0, None, [])

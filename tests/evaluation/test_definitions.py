@@ -38,7 +38,7 @@ class Plain:
         )
         return rendered["input_ids"]
 
-    def logits(self, ids: Tensor, change: tuple[str, Tensor, int] | None = None) -> Tensor:
+    def logits(self, ids: Tensor, change: tuple[str, Tensor, float] | None = None) -> Tensor:
         """``[tokens, vocabulary]``, float64."""
         with torch.no_grad():
             hooks = [] if change is None else self._hooks(*change)
@@ -48,16 +48,19 @@ class Plain:
                 for hook in hooks:
                     hook.remove()
 
-    def _hooks(self, name: str, direction: Tensor, layer: int) -> list[Any]:
+    def _hooks(self, name: str, direction: Tensor, number: float) -> list[Any]:
         blocks = self.model.model.layers
         if name == "add":  # h[l] <- h[l] + r, as it is (section 2.4)
             moved = direction.float()
-            return [blocks[layer].register_forward_pre_hook(lambda _, args: (args[0] + moved,))]
+            return [
+                blocks[int(number)].register_forward_pre_hook(lambda _, args: (args[0] + moved,))
+            ]
         unit = (direction / direction.norm()).float()
+        share = number if name == "part" else 1.0
 
         def ablated(_: Any, __: Any, out: Any) -> Any:  # c <- c - (c . r) r (section 2.4)
             first = out[0] if isinstance(out, tuple) else out
-            first = first - (first @ unit)[..., None] * unit
+            first = first - share * (first @ unit)[..., None] * unit
             return (first, *out[1:]) if isinstance(out, tuple) else first
 
         parts = [self.model.model.embed_tokens]
@@ -223,6 +226,79 @@ def test_each_prompts_score_kl_and_loss_and_their_means(made) -> None:
     assert exact == pytest.approx(paper, rel=0.2)
 
 
+def test_answers_are_greedy_a_token_at_a_time(made) -> None:
+    run, record, plain = made
+    texts = _texts(run)
+    winner = json.loads((run / "selection.json").read_text())["winner"]
+    direction = load_file(run / "direction.safetensors")["direction"]
+    ends = {plain.tokenizer.eos_token_id, plain.model.config.eos_token_id}
+    seen = set()
+    for name in ROWS:
+        change = None if name == "baseline" else (name, direction, winner["layer"])
+        for kind in KINDS:
+            lines = (run / "completions" / f"{name}-{kind}.jsonl").read_text().splitlines()
+            answers = {line["prompt"]: line["response"] for line in map(json.loads, lines)}
+            assert len(answers) == N_TEST
+            for key in record["by_prompt"]["prompts"][kind]:
+                ids, answer = plain.ids(texts[key]), list[int]()
+                while len(answer) < 2 and not ends & set(answer):
+                    answer.append(int(plain.logits(ids, change)[-1].argmax()))
+                    ids = torch.cat([ids, torch.tensor([[answer[-1]]])], 1)
+                said = plain.tokenizer.decode(answer, skip_special_tokens=True)
+                assert answers[texts[key]].strip() == said.strip(), (name, kind)
+                seen.add(said)
+    assert len(seen) > 3
+
+
+def test_edited_tensors_are_the_sources_less_the_direction(made, cli, tmp_path: Path) -> None:
+    run, _, plain = made
+    source = Path(plain.model.config._name_or_path)
+    out = tmp_path / "out"
+    assert cli("orthogonalize", source, "--direction", run, "-o", out, "-q").code == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    assert before.keys() == after.keys()
+    direction = load_file(run / "direction.safetensors")["direction"].double()
+    unit, edited = direction / direction.norm(), 0
+    for name, weight in before.items():
+        expected = weight.double()
+        if name == "model.embed_tokens.weight":  # a row for each token: e <- e - (e . r) r
+            expected = expected - (expected @ unit)[:, None] * unit
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):  # W <- W - r r^T W
+            expected = expected - torch.outer(unit, unit @ expected)
+        else:
+            assert torch.equal(after[name], weight), name
+            continue
+        edited += 1
+        torch.testing.assert_close(after[name], expected.float(), atol=1e-6, rtol=1e-6)
+    assert edited == 1 + 2 * 4
+
+
+def test_fragility_removes_parts_of_the_direction(made, cli) -> None:
+    run, _, plain = made
+    texts = _texts(run)
+    few = ("--steps", "3", "--n-test", "3", "--max-new-tokens", "1", "--controls", "0")
+    result = cli("fragility", run, *few, "--no-picture", "--json", "-q")
+    assert result.code == 0, result.err
+    record, direction = result.json, load_file(run / "direction.safetensors")["direction"]
+    tokens = [token["id"] for token in record["refusal_tokens"]]
+    for share, point, held in zip(
+        (0.0, 0.5, 1.0), record["points"], record["by_prompt"], strict=True
+    ):
+        change = None if share == 0 else ("part", direction, share)
+        ids = {kind: [plain.ids(texts[key]) for key in record["prompts"][kind]] for kind in KINDS}
+        scores = [_score(plain.logits(one, change)[-1], tokens) for one in ids["harmful"]]
+        kls = [
+            _kl(plain.logits(one)[-1], plain.logits(one, change)[-1], 1e-6)
+            for one in ids["harmless"]
+        ]
+        assert held["bypass_score"] == pytest.approx(scores, abs=2e-4)
+        assert held["kl_divergence"] == pytest.approx(kls, abs=2e-4)
+        assert point["bypass_score"] == pytest.approx(sum(scores) / 3, abs=2e-4)
+        assert point["kl_divergence"] == pytest.approx(sum(kls) / 3, abs=2e-4)
+    halves = [point["kl_divergence"] for point in record["points"]]
+    assert halves[0] < halves[1]
+
+
 def test_controls_are_other_directions_under_the_same_measure(made) -> None:
     """Each family recomputed a prompt at a time, from the residual stream and the seeded draws."""
     run, record, plain = made
@@ -281,8 +357,8 @@ def test_controls_are_other_directions_under_the_same_measure(made) -> None:
             selected = held["selected"]["kl_divergence"]
             assert selected == record["interventions"][name]["kl_divergence"]
             assert place["below"] == sum(other < selected for other in others)
-            sd = statistics.stdev(others)
-            assert place["z"] == pytest.approx((selected - statistics.mean(others)) / sd)
+            assert place["sd"] == pytest.approx(statistics.stdev(others))
+            assert place["z"] is None  # of so few
 
 
 def _draws(family: str, size: int) -> Tensor:
@@ -298,7 +374,8 @@ def test_controls_can_be_fewer_or_left_out(made, cli, tmp_path: Path) -> None:
     shown = cli(*common, "--controls", "2", "-o", tmp_path / "two")
     assert shown.code == 0, shown.err
     assert "random, isotropic (2)" in shown.out
-    assert "subtract: the selected direction lies above" in shown.out
+    assert "subtract: the selected direction lies in harmful log-odds above" in shown.out
+    assert "z " not in shown.out
     held = json.loads((tmp_path / "two" / "evaluation.json").read_text())["controls"]
     assert list(held["rows"]) == ["subtract"]
     none = cli(*common, "--controls", "0", "-o", tmp_path / "none", "--json")
@@ -339,3 +416,7 @@ def test_several_test_sets_have_a_row_each_and_one_together(made, cli, tmp_path:
     assert "pooled" in shown
     assert cli("report", tmp_path / "out").code == 0
     assert "<h3>By test set</h3>" in (tmp_path / "out" / "report.html").read_text()
+    found = cli("methods", tmp_path / "out")
+    assert "### By test set" in found.out
+    cells = [line.split(" | ") for line in found.out.splitlines()]
+    assert [row[2] for row in cells if row[1:] and row[1].startswith("harmful: ")] == list("447")

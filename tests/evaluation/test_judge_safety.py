@@ -58,7 +58,7 @@ def test_judge_that_drips_is_cut_off_at_the_deadline(cli, completions, head, pie
         started = time.monotonic()
         found = cli("score", completions, *_options(server.url, "--judge-timeout", "0.4"), "--json")
         assert time.monotonic() - started < 6  # each of the drips alone lasts 10
-    assert found.code == 0, found.err
+    assert found.code == 4, found.err
     errors = [failure["error"] for failure in found.json["judge_failures"]]
     assert errors == ["no answer within 0.4 s"] * 2
 
@@ -81,7 +81,7 @@ def test_judge_reply_that_is_too_large_is_not_read(cli, completions, packed, tmp
     out = tmp_path / "out.jsonl"
     with endpoint(lambda body: flood) as server:
         found = cli("score", completions, *_options(server.url), "-o", out, "--json")
-    assert found.code == 0, found.err
+    assert found.code == 4, found.err
     wanted = "its reply is compressed" if packed else "its reply is larger than 1 MiB"
     assert all(wanted in failure["error"] for failure in found.json["judge_failures"])
     assert len(found.json["judge_failures"]) == 2
@@ -98,7 +98,7 @@ def test_judge_redirect_to_another_host_is_not_followed(cli, completions, status
             found = cli("score", completions, *_options(server.url), "--json")
             assert len(server.requests) == 1  # the second completion would fare no better
         assert other.requests == []
-    assert found.code == 0, found.err
+    assert found.code == 4, found.err
     first = found.json["judge_failures"][0]["error"]
     assert f"it redirects to {other.url}/chat/completions, which is not asked" in first
     assert "pw-secret" not in found.out + found.err

@@ -142,7 +142,8 @@ def test_a_judge_that_is_down_loses_nothing_and_is_asked_again(
         down = cli(
             "score", completions, *_options(url, "--judge-retries", "0"), "-o", out, "--json"
         )
-    assert down.code == 0, down.err
+    assert down.code == 4, down.err
+    assert "error: the judge gave no verdict on any of 6 answers: " in down.err
     assert down.json["scores"]["refused"] == 2
     assert down.json["scores"]["safety_score"] is None
     assert [failure["index"] for failure in down.json["judge_failures"]] == list(range(6))
@@ -309,14 +310,14 @@ def test_two_judges_are_asked_about_the_same_answers(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "key-of-the-first")
     monkeypatch.setenv("SECOND_JUDGE_API_KEY", "key-of-the-second")
-    failing = True
+    failing: str | bool = "all"
 
     def one(body: dict[str, Any]) -> Any:
         return "safe" if len(body["messages"][0]["content"]) % 2 else "unsafe\nS1"
 
     def other(body: dict[str, Any]) -> Any:
         content = body["messages"][0]["content"]
-        if failing and len(content) % 5 == 0:
+        if failing == "all" or (failing and len(content) % 5 == 0):
             return (503, {}, "")
         return "safe" if len(content) % 3 else "unsafe\nkey-of-the-second"
 
@@ -330,8 +331,14 @@ def test_two_judges_are_asked_about_the_same_answers(
         options = ("--judge-url", first.url, "--judge-model", "guard")
         assert "is the first" in fails(*base, *options, *same, code=2)
         assert "--second-judge-model needs" in fails(*base, *options, *two[2:], code=2)
+        none = cli(*base, *options, *two, "--json")
+        assert none.code == 4
+        assert "error: the second judge gave no verdict on any of 24 answers: HTTP 503" in none.err
+        assert len(none.json["judge_failures"]) == 24
+        failing, n_first = True, len(first.requests)
         done = cli(*base, *options, *two, "--json")
         assert done.code == 0, done.err
+        assert len(first.requests) == n_first  # whose verdicts are kept
         failed = done.json["judge_failures"]
         assert failed
         assert {one["judge"] for one in failed} == {"second"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from abliterate.metrics.agreement import agreement
+from abliterate.metrics.agreement import agreement, kappa_text
 
 
 def _pairs(both: int, first: int, second: int, neither: int) -> list[tuple[bool, bool]]:
@@ -29,3 +29,21 @@ def test_raters_that_say_one_thing_alone_have_no_kappa() -> None:
     found = agreement(_pairs(7, 0, 0, 0), 0)
     assert (found["agreed"], found["kappa"], found["kappa_ci"]) == (1.0, None, None)
     assert found["undefined"] == 2000
+    assert kappa_text(found) == "not defined: each always says one thing"
+
+
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ((5, 3, 0, 0), "0.00 (no interval: the first always says one thing)"),
+        ((5, 0, 3, 0), "0.00 (no interval: the second always says one thing)"),
+        ((5, 0, 0, 3), "1.00 (no interval: they agree on every answer)"),
+    ],
+)
+def test_an_interval_without_width_is_none(counts, shown) -> None:
+    found = agreement(_pairs(*counts), 0)
+    assert found["kappa_ci"] is None
+    assert kappa_text(found) == shown
+    # Records of old hold the interval without width.
+    old = found | {"no_interval": None, "kappa_ci": [found["kappa"]] * 2}
+    assert "no interval" in kappa_text(old)

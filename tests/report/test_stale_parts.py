@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -97,11 +98,19 @@ def test_another_choice_leaves_what_is_of_the_earlier_one_marked_until_it_is_ren
     assert {"refusals", "cosines", "norms", "trace"} <= marked
     assert not any(name.endswith(("_heatmap", "_lines")) for name in marked)
 
-    _renew(cli, stale)
-    stale = _stale(cli, run, "report")  # the checkpoint beside it is still the edit of before
-    assert stale.keys() == {"evaluation"}
-    assert stale["evaluation"]["rows"] == ["edited"]
-    assert "edited (stale)" in (run / "report.html").read_text()
+    # What is tested anew is made anew first: the checkpoint is still the edit of before.
+    assert [shlex.split(line)[1] for line in stale["evaluation"]["renew"]] == EDIT_FIRST
+    line = shlex.split(stale["evaluation"]["renew"][1])
+    again = cli(*line[1:])
+    assert again.code == 0, again.err
+    assert "edited (stale)" in again.out
+    assert "ablate and edited: not compared, as edited is stale" in " ".join(again.out.split())
+    late = _stale(cli, run, "report")
+    assert late["evaluation"]["rows"] == ["edited"]
+    assert [shlex.split(line)[1] for line in late["evaluation"]["renew"]] == EDIT_FIRST
+    page = (run / "report.html").read_text()
+    assert "edited (stale)" in page
+    assert "ablate and edited: not compared, as edited is stale" in page
     assert [card.title for card in cards(read_run(run))] == before
     _renew(cli, stale)
     assert _stale(cli, run) == {}
@@ -109,6 +118,7 @@ def test_another_choice_leaves_what_is_of_the_earlier_one_marked_until_it_is_ren
     assert edit["direction"]["layer"] == winner["layer"]
 
 
+EDIT_FIRST = ["orthogonalize", "evaluate"]
 SECTION = {
     "evaluation": 'class="scroll stale"',
     "inspect": '<section id="subspace" class="stale"',
@@ -118,7 +128,8 @@ SECTION = {
 
 
 def test_a_selection_that_chose_nothing_leaves_the_earlier_evaluation_stale(run: Path, cli) -> None:
-    none = cli("select", run, *OPEN, "--induce-threshold", "1e9", "--prune-layers", "0")
+    none = cli("select", run, *OPEN, "--kl-threshold", "1e-9", "--induce-threshold", "1e9",
+               "--prune-layers", "0")  # fmt: skip
     assert none.code == 5
     told = f"{run / 'evaluation.json'} is stale: selection.json chose no direction since"
     assert told in none.err
@@ -127,7 +138,14 @@ def test_a_selection_that_chose_nothing_leaves_the_earlier_evaluation_stale(run:
     assert [card.title for card in cards(read_run(run))] == ["Direction"]
     # What renews it chooses first.
     first, *_ = stale["evaluation"]["renew"]
-    assert shlex.split(first)[:2] == ["abliterate", "select"]
+    words = shlex.split(first)
+    assert words[:2] == ["abliterate", "select"]
+    # Each threshold once, and those that admit the one that is named as the nearest.
+    said = re.search(r"; nearest: .*?\((--\S+) (\S+) (--induce-threshold=\S+) admits", none.err)
+    assert said is not None, none.err
+    assert f"{said[1]}={said[2]}" in words
+    assert said[3] in words
+    assert sum(word.startswith(("--kl-", "--induce-")) for word in words) == 2
     _renew(cli, {"evaluation": stale["evaluation"]})
     assert _stale(cli, run).get("evaluation", {"rows": True})["rows"]
 

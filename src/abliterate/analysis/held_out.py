@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from abliterate.analysis.inspection_record import HELD_OUT
-from abliterate.errors import InputError
 from abliterate.inference.engine import BatchActivations
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thoughts import ask
 from abliterate.metrics.label_permutations import separation
 from abliterate.prompts.sources import Prompt
-from abliterate.run_folder import Session, prompt_keys, prompt_sources
-from abliterate.run_records import read_used, used_prompts
+from abliterate.run_folder import Session, prompt_keys
 
 KINDS = ("harmful", "harmless")
-
-
-def held_out_prompts(session: Session, run: Path) -> dict[str, list[Prompt]]:
-    """At most 64 test prompts per kind of the run's sources that no stage of it has used.
-
-    Raises:
-        InputError: a source is unusable, or has fewer than two left.
-    """
-    used, settings = used_prompts(read_used(run)), session.settings
-    sources = prompt_sources(settings, settings.extract.harmful, settings.extract.harmless)
-    left = session.draw(sources, "test", None, "--n-test", used)
-    few = {kind: min(HELD_OUT, len(prompts)) for kind, prompts in left.items()}
-    if min(few.values()) < 2:
-        raise InputError("the run's prompt sources have fewer than two prompts left")
-    return {
-        kind: session.draw({kind: sources[kind]}, "test", few[kind], "--n-test", used)[kind]
-        for kind in KINDS
-    }
 
 
 def held_out_separation(

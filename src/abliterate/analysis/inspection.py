@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.analysis.held_out import held_out_prompts, held_out_record, held_out_separation
-from abliterate.analysis.inspection_record import PERMUTATIONS, inspection_inputs
+from abliterate.analysis.held_out import held_out_record, held_out_separation
+from abliterate.analysis.inspection_record import PERMUTATIONS, find_held_out, inspection_inputs
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.direction_loading import load_direction
@@ -94,8 +94,9 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
         materials = _materials(run, extracted, position)
         bootstrap = read_bootstrap(run)
         described = describe(session.load_in_memory(), materials, session.settings.model.seed)
-        held_out, prompts, problem = _held_out(session, run, materials)
-        described["notes"] += problem
+        drawn, problem = find_held_out(session, run)
+        held_out, prompts, unfinished = _held_out(session, drawn, materials)
+        described["notes"] += problem + unfinished
         for note in described["notes"]:
             log.info("%s", note)
         stage.depends_on(
@@ -105,6 +106,7 @@ def inspect_stage(session: Session, run: Path, position: int | None = None) -> d
                 materials.position,
                 materials.activations is not None,
                 bootstrap,
+                drawn,
             )
         )
         layers = [
@@ -228,12 +230,13 @@ def _cosine(one: Tensor, other: Tensor) -> float | None:
 
 
 def _held_out(
-    session: Session, run: Path, materials: Materials
+    session: Session, prompts: dict[str, list[Prompt]] | None, materials: Materials
 ) -> tuple[list[dict[str, Any] | None], dict[str, list[Prompt]] | None, list[str]]:
     """By layer how held-out prompts lie apart, which these are, and why there are none."""
     candidates = materials.candidates.double()
+    if prompts is None:
+        return [None] * len(candidates), None, []
     try:
-        prompts = held_out_prompts(session, run)
         found = held_out_separation(
             session, prompts, candidates, materials.direction.vector, materials.position
         )

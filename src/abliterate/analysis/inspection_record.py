@@ -5,14 +5,22 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from abliterate.direction import FILE_NAME as DIRECTION
-from abliterate.errors import AbliterateError
-from abliterate.run_folder import ACTIVATIONS, EXTRACT, INSPECT, Session
-from abliterate.run_records import read_bootstrap
+from abliterate.errors import AbliterateError, InputError
+from abliterate.prompts.sources import Prompt
+from abliterate.run_folder import (
+    ACTIVATIONS,
+    EXTRACT,
+    INSPECT,
+    Session,
+    prompt_keys,
+    prompt_sources,
+)
+from abliterate.run_records import read_bootstrap, read_used, used_prompts
 from abliterate.run_stage import input_hash, load_if_current
 from abliterate.storage.artifacts import hash_file, read_json, tensor_metadata
 
@@ -21,12 +29,39 @@ from abliterate.storage.artifacts import hash_file, read_json, tensor_metadata
 HELD_OUT, PERMUTATIONS = 64, 1000
 
 
+def held_out_prompts(session: Session, run: Path) -> dict[str, list[Prompt]]:
+    """At most 64 test prompts per kind of the run's sources that no stage of it has used.
+
+    Raises:
+        InputError: a source is unusable, or has fewer than two left.
+    """
+    used, settings = used_prompts(read_used(run)), session.settings
+    sources = prompt_sources(settings, settings.extract.harmful, settings.extract.harmless)
+    left = session.draw(sources, "test", None, "--n-test", used)
+    few = {kind: min(HELD_OUT, len(prompts)) for kind, prompts in left.items()}
+    if min(few.values()) < 2:
+        raise InputError("the run's prompt sources have fewer than two prompts left")
+    return {
+        kind: session.draw({kind: sources[kind]}, "test", few[kind], "--n-test", used)[kind]
+        for kind in sources
+    }
+
+
+def find_held_out(session: Session, run: Path) -> tuple[dict[str, list[Prompt]] | None, list[str]]:
+    """:func:`held_out_prompts`, or None and why there are none."""
+    try:
+        return held_out_prompts(session, run), []
+    except InputError as error:
+        return None, [f"nothing is tried on held-out prompts: {error}"]
+
+
 def inspection_inputs(
     extracted: Mapping[str, Any],
     direction: str | None,
     position: int,
     kept: bool,
     bootstrap: Mapping[str, Any] | None = None,
+    held_out: Mapping[str, Sequence[Prompt]] | None = None,
 ) -> dict[str, Any]:
     """What ``inspect.json`` depends on beside the model and its settings.
 
@@ -36,13 +71,14 @@ def inspection_inputs(
         position: the position that is looked at.
         kept: the activations that ``extract`` recorded are there.
         bootstrap: what :func:`abliterate.run_records.read_bootstrap` gives.
+        held_out: the prompts that directions are tried on, or None.
     """
     inputs = {
         "extract": extracted["inputs"],
         "direction": direction,
         "position": position,
         "activations": kept,
-        "held_out": HELD_OUT,
+        "held_out": None if held_out is None else prompt_keys(held_out, keep_text=True),
         "permutations": PERMUTATIONS,
     }
     return inputs if bootstrap is None else inputs | {"bootstrap": bootstrap}
@@ -72,7 +108,10 @@ def finished_inspection(
         chosen = _usual_position(run, extracted) if position is None else position
         direction = hash_file(run / DIRECTION)
         bootstrap = read_bootstrap(run)
-        inputs = inspection_inputs(extracted, direction, chosen, ACTIVATIONS in made, bootstrap)
+        prompts, _ = find_held_out(session, run)
+        inputs = inspection_inputs(
+            extracted, direction, chosen, ACTIVATIONS in made, bootstrap, prompts
+        )
         return load_if_current(run / INSPECT, input_hash(session, inputs), {})
     except (AbliterateError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from abliterate.analysis import fragility as curves
 from abliterate.analysis.fragility_curve import Point, summarise
 from abliterate.api.directions import texts_as_ids
-from abliterate.api.inputs import DirectionLike, PromptsLike, as_direction, as_prompts
+from abliterate.api.inputs import (
+    DirectionLike,
+    PromptsLike,
+    as_direction,
+    as_prompts,
+    check_arguments,
+)
 from abliterate.api.language_model import LanguageModel, ModelLike, as_model
 from abliterate.api.tables import to_frame, to_html
 from abliterate.direction import Direction
@@ -60,6 +66,11 @@ class Evaluation(Mapping[str, Outcome]):
         return {
             "outcomes": {name: outcome.summary() for name, outcome in self.outcomes.items()},
             "deltas": deltas(self.outcomes),
+            "controls": {
+                name: outcome.controls
+                for name, outcome in self.outcomes.items()
+                if outcome.controls is not None
+            },
         }
 
     def to_pandas(self) -> Any:
@@ -86,6 +97,9 @@ def evaluate(
     batch_size: int | str | None = None,
     seed: int = 0,
     borderline: PromptsLike = (),
+    *,
+    controls: int = 0,
+    stop_at_verdict: bool = False,
 ) -> Evaluation:
     """Greedy answers and scores of test prompts under each intervention.
 
@@ -104,6 +118,9 @@ def evaluate(
         batch_size: prompts per forward pass; None for the model's.
         seed: of the bootstrap of means.
         borderline: harmless prompts that look harmful, whose answers are counted too.
+        controls: how many random directions of each family are tried beside ``ablate``, ``add``
+            and ``subtract``.
+        stop_at_verdict: an answer ends once it holds a refusal phrase.
 
     Returns:
         Outcomes by intervention: answers, refusal scores with intervals, KL in nats.
@@ -124,6 +141,16 @@ def evaluate(
         True
     """
     lm = as_model(model)
+    check_arguments(
+        interventions=interventions,
+        edited=edited,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        controls=controls,
+        stop_at_verdict=stop_at_verdict,
+    )
     along = None if direction is None else as_direction(direction)
     if along is not None:
         check_direction(along.vector, lm.d_model)
@@ -143,6 +170,8 @@ def evaluate(
         lm.batch_size if batch_size is None else batch_size,
         seed,
         () if borderline == () else as_prompts(borderline, "borderline", "test"),
+        controls,
+        stop_at_verdict,
     )
     return Evaluation(outcomes)
 
@@ -155,6 +184,8 @@ def _tokens(
 ) -> list[int]:
     """Refusal tokens, found from the model's own first tokens where none are given."""
     if given is not None:
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise UsageError(f"the refusal tokens must be a list of token ids, not {given!r:.60}")
         return list(given)
     ids = texts_as_ids(lm, harmful, "harmful"), texts_as_ids(lm, harmless, "harmless")
     return find_refusal_tokens(lm.loaded, *ids, (), lm.batch_size)
@@ -243,6 +274,7 @@ def fragility(
         >>> [point.fraction for point in curve.points]
         [0.0, 1.0]
     """
+    check_arguments(max_new_tokens=max_new_tokens)
     if not isinstance(steps, int) or steps < 2:
         raise UsageError(f"--steps must be at least 2, not {steps!r}")
     lm, along = as_model(model), as_direction(direction)

@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.api.inputs import PromptsLike, as_positions, as_prompts, as_token_names
+from abliterate.api.inputs import (
+    PromptsLike,
+    as_positions,
+    as_prompts,
+    as_token_names,
+    check_arguments,
+)
 from abliterate.api.language_model import LanguageModel, ModelLike, as_model
 from abliterate.api.tables import to_frame, to_html
+from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
 from abliterate.extraction import means
@@ -21,12 +28,15 @@ from abliterate.inference.engine import BatchActivations
 from abliterate.inference.interventions import check_layer
 from abliterate.inference.thoughts import ask
 from abliterate.prompts.chat_template import ChatFormat
+from abliterate.prompts.sampling import prompt_key
 from abliterate.prompts.sources import Prompt
 from abliterate.selection import search
 from abliterate.selection.candidate_filters import Score, Thresholds
 from abliterate.selection.resampling import Resamples
 from abliterate.selection.score_table import score_record
 from abliterate.selection.search_inputs import Search
+
+KINDS = ("harmful", "harmless")
 
 
 def activations(
@@ -131,10 +141,11 @@ def extract(
         torch.Size([128])
     """
     lm = as_model(model)
+    check_arguments(filter=filter, chat=chat, batch_size=batch_size, seed=seed)
+    prompts = as_prompts(harmful, "harmful"), as_prompts(harmless, "harmless")
     found = means.extract(
         lm.loaded,
-        as_prompts(harmful, "harmful"),
-        as_prompts(harmless, "harmless"),
+        *prompts,
         positions=as_positions(positions),
         refusal_tokens=as_token_names(refusal_tokens),
         filter=filter,
@@ -142,7 +153,8 @@ def extract(
         batch_size=lm.batch_size if batch_size is None else batch_size,
         seed=seed,
     )
-    return replace(found, model=lm.name)
+    keys = [tuple(prompt_key(prompt.text) for prompt in chosen) for chosen in prompts]
+    return replace(found, model=lm.name, prompts=dict(zip(KINDS, keys, strict=True)))
 
 
 class _Chosen(Direction):
@@ -327,10 +339,21 @@ def select(
         True
     """
     lm = as_model(model)
-    if not isinstance(extraction, Extraction):
-        raise UsageError(
-            f"the candidates must be what ab.extract returns, not a {type(extraction).__name__}"
-        )
+    check_arguments(
+        extraction=extraction,
+        thresholds=thresholds,
+        filter=filter,
+        chat=chat,
+        batch_size=batch_size,
+        search=search,
+        all_layers=all_layers,
+        kl_on=kl_on,
+        seed=seed,
+        project_harmless=project_harmless,
+        project_first_token=project_first_token,
+    )
+    prompts = as_prompts(harmful, "harmful", "val"), as_prompts(harmless, "harmless", "val")
+    _say_used(extraction, dict(zip(KINDS, prompts, strict=True)))
     extraction = replace(
         extraction,
         model=lm.name,
@@ -340,8 +363,7 @@ def select(
     found = _select(
         lm.loaded,
         extraction,
-        as_prompts(harmful, "harmful", "val"),
-        as_prompts(harmless, "harmless", "val"),
+        *prompts,
         thresholds=thresholds,
         filter=filter,
         chat=chat or lm.chat,
@@ -353,6 +375,21 @@ def select(
     )
     values = {field.name: getattr(found, field.name) for field in fields(found)}
     return Selection(**values, extraction=extraction)
+
+
+def _say_used(extraction: Extraction, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    """Warn of validation prompts that the candidates were found on; the command draws none such."""
+    for kind, chosen in prompts.items():
+        known = set(extraction.prompts.get(kind, ()))
+        used = sum(prompt_key(prompt.text) in known for prompt in chosen)
+        if used:
+            log.warning(
+                "select: the directions were found on %d of the %d %s validation prompts, so that "
+                "their scores say less of other prompts: give prompts that extract has not used",
+                used,
+                len(chosen),
+                kind,
+            )
 
 
 _select = search.select

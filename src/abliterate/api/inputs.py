@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from abliterate.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from abliterate.direction import Direction
 from abliterate.direction_loading import load_direction
 from abliterate.errors import InputError, UsageError
+from abliterate.extraction.means import Extraction
 from abliterate.extraction.refusal_token_search import named_refusal_tokens
 from abliterate.models.loading import LoadedModel
+from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import load_prompts, split_pool
 from abliterate.prompts.sources import Prompt, PromptSource, check_prompts
+from abliterate.selection.candidate_filters import Thresholds
 
 # A list of texts or of Prompt objects, or a source: its name (``harmful``, a file, a hub dataset).
 PromptsLike = Iterable[str | Prompt] | PromptSource | str | Path
@@ -90,9 +93,15 @@ def as_positions(given: Any) -> str:
 
 
 def as_token_names(given: Any) -> list[str]:
-    """Refusal tokens as texts: token strings, ids or presets."""
+    """Refusal tokens as texts: token strings, ids or presets.
+
+    Raises:
+        UsageError: it is something else.
+    """
     if isinstance(given, str | int):
         return [str(given)]
+    if given is not None and not isinstance(given, Iterable):
+        raise UsageError(f"the refusal tokens must be texts or token ids, not {given!r:.60}")
     return [str(one) for one in given or ()]
 
 
@@ -106,6 +115,65 @@ def as_token_ids(loaded: LoadedModel, given: Any) -> list[int]:
     if all(isinstance(one, str) for one in named):
         return named_refusal_tokens(loaded, named) if named else []
     return named
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_batch_size(value: Any) -> bool:
+    return value is None or value == "auto" or _is_whole(value, 1)
+
+
+def _are_names(value: Any) -> bool:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return value is None
+    return all(isinstance(name, str) for name in value)
+
+
+_FLAG = (lambda value: isinstance(value, bool)), "True or False"
+_COUNT = (lambda value: _is_whole(value, 1)), "a whole number of at least 1"
+_FROM_ZERO = (lambda value: _is_whole(value, 0)), "a whole number from 0 up"
+_TEXT = (lambda value: isinstance(value, str)), "a text"
+# What plain arguments of public functions can be, by their names.
+_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "all_layers": _FLAG,
+    "filter": _FLAG,
+    "project_first_token": _FLAG,
+    "project_harmless": _FLAG,
+    "stop_at_verdict": _FLAG,
+    "max_new_tokens": _COUNT,
+    "n_heads": _COUNT,
+    "controls": _FROM_ZERO,
+    "seed": _FROM_ZERO,
+    "kl_on": _TEXT,
+    "search": _TEXT,
+    "suffix": ((lambda value: value is None or isinstance(value, str)), "a text or None"),
+    "batch_size": (_is_batch_size, "'auto' or a whole number of at least 1"),
+    "chat": ((lambda value: value is None or isinstance(value, ChatFormat)), "a ChatFormat"),
+    "edited": (
+        (lambda value: value is None or isinstance(value, Mapping)),
+        "a mapping of names to models",
+    ),
+    "extraction": ((lambda value: isinstance(value, Extraction)), "what ab.extract returns"),
+    "interventions": (_are_names, "a list of names such as ['baseline', 'ablate']"),
+    "thresholds": (
+        (lambda value: value is None or isinstance(value, Thresholds)),
+        "Thresholds(...)",
+    ),
+}
+
+
+def check_arguments(**given: Any) -> None:
+    """Refuse plain arguments of another kind than theirs, before a model runs.
+
+    Raises:
+        UsageError: there is one; the message names it.
+    """
+    for name, value in given.items():
+        is_one, words = _ARGUMENTS[name]
+        if not is_one(value):
+            raise UsageError(f"{name} must be {words}, not {value!r:.60}")
 
 
 def as_checkpoint(given: Any, revision: str | None = None) -> Checkpoint:

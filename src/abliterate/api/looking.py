@@ -12,7 +12,13 @@ from torch import Tensor
 from abliterate.analysis import direction_trace, inspection
 from abliterate.analysis.trace_request import TraceRequest, check_request
 from abliterate.api.directions import activations
-from abliterate.api.inputs import DirectionLike, PromptsLike, as_direction, as_prompts
+from abliterate.api.inputs import (
+    DirectionLike,
+    PromptsLike,
+    as_direction,
+    as_prompts,
+    check_arguments,
+)
 from abliterate.api.language_model import ModelLike, as_model
 from abliterate.api.tables import to_frame, to_html
 from abliterate.capacity.hardware import parse_hardware
@@ -106,6 +112,7 @@ def inspect(
         True
     """
     lm, along = as_model(model), as_direction(direction)
+    check_arguments(extraction=extraction)
     check_direction(along.vector, lm.d_model)
     extraction.check(lm.n_layers, lm.d_model)
     own = along.position if along.position in extraction.positions else extraction.positions[-1]
@@ -214,6 +221,7 @@ def trace(
         True
     """
     lm, along = as_model(model), as_direction(direction)
+    check_arguments(suffix=suffix, n_heads=n_heads, seed=seed)
     check_direction(along.vector, lm.d_model)
     text = None if suffix is None else suffix.strip()
     if text == "":

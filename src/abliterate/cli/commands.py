@@ -192,6 +192,7 @@ def run(
         refuse_without("--per-layer or --position", given, "select.interpolate")
     from abliterate.cli.selection_tables import showing_front
     from abliterate.cli.tables import show_run
+    from abliterate.evaluation.judge_completions import check_evaluation
     from abliterate.storage.artifacts import believing
 
     session = _begun_session(output, model, settings)
@@ -203,6 +204,7 @@ def run(
     # Of stages that were up to date it holds what lies there.
     with believing(output, "run"):
         print_json(record) if as_json else show_run(record, output)
+        check_evaluation(record["evaluate"])
     if push_to_hub is None:
         return 0
     from abliterate.direction_loading import load_direction

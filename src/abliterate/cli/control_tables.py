@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from abliterate.console import print_line, print_table
+from abliterate.metrics.spread import place_text
 
 _FIGURES = {
     "harmful_score": "harmful log-odds",
@@ -47,16 +48,13 @@ def show_controls(controls: Mapping[str, Any] | None) -> None:
 
 
 def among(families: Mapping[str, Any]) -> str:
-    """Where the selected direction lies among random ones."""
-    random = [held for family, held in families.items() if family != "layers"]
-    parts = []
-    for figure, title in _FIGURES.items():
-        places = [held["place"][figure] for held in random]
-        below, of = (sum(place[key] for place in places) for key in ("below", "of"))
-        offs = [place["z"] for place in places if place["z"] is not None]
-        z = f" (z {', '.join(f'{off:+.1f}' for off in offs)})" if offs else ""
-        parts.append(f"above {below} of {of} random ones in {title}{z}")
-    return ", ".join(parts)
+    """Where the selected direction lies among the random ones of each family."""
+    random = {name: held["place"] for name, held in families.items() if name != "layers"}
+    return "; ".join(
+        f"in {title} "
+        + ", ".join(f"{place_text(place[figure])} {name}" for name, place in random.items())
+        for figure, title in _FIGURES.items()
+    )
 
 
 def _range(members: list[Mapping[str, Any]], figure: str) -> str:

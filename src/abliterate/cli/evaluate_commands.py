@@ -99,12 +99,15 @@ def evaluate(
         )
         for name, folder in named.items()
     }
+    from abliterate.evaluation.judge_completions import check_evaluation
     from abliterate.evaluation.stage import evaluate_stage
 
     record = evaluate_stage(session, vector, names, edited, run, output or run)
-    print_json(record) if as_json else show_evaluation(record)
-    if (shown := output or run) is not None:
-        say_stale(shown, "selection", "evaluation")
+    shown = output or run
+    told = [] if shown is None else say_stale(shown, "selection", "evaluation")
+    stale = [row for found in told for row in found["rows"]]
+    print_json(record) if as_json else show_evaluation(record, stale)
+    check_evaluation(record)
 
 
 def name_checkpoints(specs: list[str]) -> dict[str, str]:
@@ -174,7 +177,9 @@ def score(
         of_models = [f"model.{key}" for key in given["model"] if key != "seed"]
         refuse_without("--judge or --classifier", given, *of_models)
     from abliterate.cli.evaluation_tables import show_score
+    from abliterate.evaluation.judge_completions import check_verdicts
     from abliterate.evaluation.score_completions import score_file
 
     document = score_file(file, settings, output)
     print_json(document) if as_json else show_score(document)
+    check_verdicts([document["scores"]], document["judge_failures"])

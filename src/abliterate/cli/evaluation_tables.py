@@ -9,12 +9,18 @@ from typing import Any
 from abliterate.cli.control_tables import show_controls
 from abliterate.console import print_line, print_table
 from abliterate.evaluation.hooks_and_edits_text import hooks_and_edits_lines
+from abliterate.metrics.agreement import kappa_text
 
 _KINDS = ("harmful", "harmless")
 
 
-def show_evaluation(record: Mapping[str, Any]) -> None:
-    """Print a record ``evaluation.json``: each figure, and its difference from the baseline's."""
+def show_evaluation(record: Mapping[str, Any], stale: Sequence[str] = ()) -> None:
+    """Print a record ``evaluation.json``: each figure, and its difference from the baseline's.
+
+    Args:
+        record: the record.
+        stale: its rows that alone are stale.
+    """
     results, changes = record["interventions"], record["deltas"]
     rows = {name: _cells(record, name) for name in results}
     columns = next(iter(rows.values()))
@@ -23,10 +29,13 @@ def show_evaluation(record: Mapping[str, Any]) -> None:
         f"Refusals on test prompts ({counts}; 95% intervals; means ± standard error), "
         "and what changed against the baseline",
         ["intervention", *columns],
-        [[name, *cells.values()] for name, cells in rows.items()],
+        [
+            [f"{name} (stale)" if name in stale else name, *cells.values()]
+            for name, cells in rows.items()
+        ],
     )
     _show_sets(record)
-    for line in hooks_and_edits_lines(record):
+    for line in hooks_and_edits_lines(record, stale):
         print_line(line)
     show_controls(record.get("controls"))
     _show_agreement(record.get("agreement") or [], record.get("classifier"))
@@ -280,19 +289,12 @@ def _show_agreement(
                 " / ".join(titles[rater] for rater in pair["raters"]),
                 str(pair["n"]),
                 f"{pair['agreed']:.0%}",
-                _kappa(pair),
+                kappa_text(pair),
             ]
             for pair in pairs
         ],
         left=3,
     )
-
-
-def _kappa(pair: Mapping[str, Any]) -> str:
-    if pair["kappa"] is None:
-        return "- (one verdict alone)"
-    span = pair["kappa_ci"]
-    return f"{pair['kappa']:.2f}" + (f" ({span[0]:.2f} to {span[1]:.2f})" if span else "")
 
 
 def _show_failures(failures: list[Mapping[str, Any]]) -> None:

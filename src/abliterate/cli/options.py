@@ -70,7 +70,12 @@ Edited = Annotated[
     typer.Option("--edited", help="The edited checkpoint, if not RUN/model.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, warnings only.")]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "-q", "--quiet", help="On stderr no progress, only warnings; results still go to stdout."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library logs.")]
 
 _Result = TypeVar("_Result")

@@ -47,8 +47,8 @@ def tell_stale(held: Run, edited: Path | None = None, parts: tuple[str, ...] = (
     return told
 
 
-def say_stale(run: Path, *parts: str) -> None:
-    """Log what is stale in a run folder, of the parts named, or of all.
+def say_stale(run: Path, *parts: str) -> list[Any]:
+    """Log what is stale in a run folder, of the parts named, or of all; returns it.
 
     Says nothing of a folder with a record that cannot be read: whoever needs that one does.
     """
@@ -57,11 +57,12 @@ def say_stale(run: Path, *parts: str) -> None:
 
     found = find_stale(run)
     if not found or (parts and not set(parts) & set(found)):
-        return
+        return []
     from abliterate.report.collect import read_run
 
     with suppress(AbliterateError, OSError, *OTHER_THINGS):
-        tell_stale(read_run(run), parts=parts)
+        return tell_stale(read_run(run), parts=parts)
+    return []
 
 
 @contextmanager

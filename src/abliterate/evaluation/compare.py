@@ -14,9 +14,12 @@ from abliterate.errors import InputError, UsageError
 from abliterate.evaluation.changes import change_of, check_intervention
 from abliterate.evaluation.completion import Completion, token_counter
 from abliterate.evaluation.completions import CompletionFile
+from abliterate.evaluation.controls import CONTROLLED
+from abliterate.evaluation.controls import measure as measure_controls
 from abliterate.evaluation.first_tokens import Answering, FirstTokenLogits
 from abliterate.evaluation.outcomes import BORDERLINE, KINDS, Metrics, Outcome
 from abliterate.evaluation.progress import CompletionProgress
+from abliterate.inference.control_directions import activations_at
 from abliterate.inference.engine import Change, OnFirstLogits
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thoughts import AnswerLimits, Asked, ask
@@ -48,6 +51,8 @@ def evaluate(
     batch_size: int | str = "auto",
     seed: int = 0,
     borderline: Sequence[Prompt] = (),
+    controls: int = 0,
+    stop_at_verdict: bool = False,
 ) -> dict[str, Outcome]:
     """Greedy completions and scores of test prompts under each intervention.
 
@@ -65,6 +70,8 @@ def evaluate(
         batch_size: prompts per forward pass, or ``auto``.
         seed: of the bootstrap of means.
         borderline: harmless prompts that look harmful, whose answers are counted too.
+        controls: how many random directions of each family are tried beside a direction.
+        stop_at_verdict: an answer ends once it holds a refusal phrase.
 
     Returns:
         Outcomes by intervention or name of the edited model.
@@ -125,6 +132,7 @@ def evaluate(
                 batch_size=batch_size,
                 label=(name, kind),
                 chat=chat,
+                stop_at_verdict=stop_at_verdict,
                 on_first=first.taking(name, kind),
             )
             said = {completion.prompt: completion for completion in file.completions}
@@ -140,6 +148,16 @@ def evaluate(
         outcomes[name] = Outcome(
             done["harmful"], done["harmless"], metrics, {}, {}, done.get(BORDERLINE), seed
         )
+        if controls and name in CONTROLLED and isinstance(direction, Direction):
+            scored = {kind: [scored_ids[kind][row] for row in places[kind]] for kind in KINDS}
+            activations, _, _ = activations_at(
+                loaded, scored["harmless"], direction.layer, direction.position, batch_size
+            )
+            tried = measure_controls(
+                loaded, name, direction, {}, activations, controls, seed, scored, baseline,
+                list(refusal_tokens), metrics, batch_size,
+            )  # fmt: skip
+            outcomes[name] = replace(outcomes[name], controls=tried)
     return {name: outcomes[name] for name in [*interventions, *others]}
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 _KINDS = ("harmful", "harmless")
 
 
-def hooks_and_edits_lines(record: Mapping[str, Any]) -> list[str]:
-    """What ``evaluation.json`` says of it, a line for each checkpoint; none of an older record."""
+def hooks_and_edits_lines(record: Mapping[str, Any], stale: Collection[str] = ()) -> list[str]:
+    """What ``evaluation.json`` says of it, a line for each checkpoint; none of an older record.
+
+    Args:
+        record: the record.
+        stale: the checkpoints that are another edit than the record's direction makes, or were
+            replaced: how far such a one agrees with the hooks says nothing of the edit.
+    """
     found = record.get("hooks_and_edits") or {}
-    return [f"ablate and {name}: {_text(one)}" for name, one in found.items()]
+    apart = "not compared, as {} is stale"
+    return [
+        f"ablate and {name}: {apart.format(name) if name in stale else _text(one)}"
+        for name, one in found.items()
+    ]
 
 
 def _text(found: Mapping[str, Any]) -> str:

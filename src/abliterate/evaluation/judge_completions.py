@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from abliterate.console import log, progress_bar
+from abliterate.errors import CheckpointError
 from abliterate.evaluation.completion import Completion, SecondVerdict
 from abliterate.evaluation.completions import CompletionFile
 from abliterate.evaluation.judges import Judge, Verdict
+from abliterate.evaluation.outcomes import BORDERLINE, KINDS
 from abliterate.prompts.sampling import prompt_key
 
 
@@ -86,6 +88,37 @@ def warn(failed: Counter[str], total: int, title: str = "judge") -> None:
             count,
             reason,
             more,
+        )
+
+
+def check_evaluation(record: Mapping[str, Any]) -> None:
+    """:func:`check_verdicts` of a record ``evaluation.json``."""
+    rows = record["interventions"].values()
+    counts = [row[kind] for row in rows for kind in (*KINDS, BORDERLINE) if kind in row]
+    check_verdicts(counts, record["judge_failures"])
+
+
+def check_verdicts(
+    counts: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse a result of which a judge has said nothing at all.
+
+    Args:
+        counts: the shares of each group of answers, as ``rates`` gives them.
+        failed: what records list under ``judge_failures``.
+
+    Raises:
+        CheckpointError: a judge was asked, and there is no verdict of it.
+    """
+    for prefix, title in (("", "judge"), ("second_", "second judge")):
+        asked = sum(part.get(f"{prefix}judge_failed") or 0 for part in counts)
+        if not asked or any(part.get(f"{prefix}judged") for part in counts):
+            continue
+        own = (one["error"] for one in failed if (one.get("judge") == "second") == bool(prefix))
+        ((reason, _),) = Counter(own).most_common(1) or [("no reason is known", 0)]
+        raise CheckpointError(
+            f"the {title} gave no verdict on any of {asked} answers: {reason}; mend that and give "
+            "the same command again, which asks about these (what was written is kept)"
         )
 
 

@@ -107,6 +107,8 @@ class Outcome:
         seed: of the bootstraps.
         sets: where a kind of prompts has several sources, the keys of each one's prompts.
         scored: by kind the keys of the prompts whose first tokens were scored, in their order.
+        controls: what directions that mean nothing do; None where none were tried. Records of
+            ``evaluate`` hold them beside the rows.
     """
 
     harmful: tuple[Completion, ...] | None
@@ -118,6 +120,7 @@ class Outcome:
     seed: int = 0
     sets: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     scored: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    controls: Mapping[str, Any] | None = None
 
     def of_set(self, kind: str, source: str) -> Outcome:
         """The same of the prompts of one source of a kind alone; no losses and benchmarks."""

@@ -63,6 +63,7 @@ class Extraction:
         mean_first_token: mean ``resid_pre`` of the first token of the harmless prompts, float64
             ``[n_layers, d_model]``; None of an extraction that has not taken it.
         project_first_token: of the candidates what they have along it is removed.
+        prompts: by kind the keys of the prompts that were given, where these are known.
 
     ``extraction[position, layer]`` is the candidate there, a :class:`Direction`.
     """
@@ -80,6 +81,7 @@ class Extraction:
     model: str | None = None
     mean_first_token: Tensor | None = None
     project_first_token: bool = False
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.mean_harmful.shape))
@@ -172,6 +174,7 @@ class Extraction:
             tuple(entry["token"] for entry in record["positions"]),
             tuple(entry["id"] for entry in record["refusal_tokens"]),
             mean_first_token=find_first_token(tensors, means["mean_harmful"].shape[1:]),
+            prompts=record.get("prompts") or {},
         )
 
 

@@ -18,6 +18,7 @@ from abliterate.direction import Direction
 from abliterate.inference.engine import BatchActivations, CandidateRun, Engine, Prompts
 from abliterate.inference.in_memory import engine_of
 from abliterate.metrics.refusal import kl_divergence, refusal_score
+from abliterate.metrics.spread import place_among
 from abliterate.models.device_placement import to_device
 from abliterate.models.loading import LoadedModel
 
@@ -206,7 +207,7 @@ def compared(
         ``selected``: its figures. ``families``: of each its ``members``, with their cosine with the
         selected direction, and under ``place`` for each figure how many of them lie ``below`` the
         selected one's, ``of`` how many, their ``mean`` and ``sd`` (``n - 1``) and by how many of
-        these the selected one lies off, ``z``; None where that cannot be told.
+        these the selected one lies off, ``z``; None where too few draws tell it.
     """
     unit = direction.double() / direction.double().norm()
     families: dict[str, Any] = {}
@@ -220,19 +221,8 @@ def compared(
                 for i in of_family
             ],
             "place": {
-                name: _place(real[name], [figures[name][i] for i in of_family]) for name in FIGURES
+                name: place_among(real[name], [figures[name][i] for i in of_family])
+                for name in FIGURES
             },
         }
     return {"selected": {name: real[name] for name in FIGURES}, "families": families}
-
-
-def _place(value: float, others: Sequence[float]) -> dict[str, Any]:
-    mean = sum(others) / len(others)
-    sd = float(np.std(others, ddof=1)) if len(others) > 1 else None
-    return {
-        "below": sum(other < value for other in others),
-        "of": len(others),
-        "mean": mean,
-        "sd": sd,
-        "z": (value - mean) / sd if sd else None,
-    }

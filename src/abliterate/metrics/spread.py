@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abliterate.metrics.intervals import bootstrap
@@ -31,6 +31,37 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "min": float(data.min()),
         "max": float(data.max()),
     }
+
+
+# Of fewer draws than this the standard deviation is too rough to measure a distance in.
+LEAST_DRAWS = 20
+
+
+def place_among(value: float, others: Sequence[float]) -> dict[str, Any]:
+    """Where a value lies among draws of a null.
+
+    Returns:
+        ``below``, how many ``of`` the draws lie below it; their ``mean`` and ``sd`` (``n - 1``);
+        ``z``, by how many of these the value lies off, None of fewer than 20 draws.
+    """
+    import numpy as np
+
+    mean = sum(others) / len(others)
+    sd = float(np.std(others, ddof=1)) if len(others) > 1 else None
+    return {
+        "below": sum(other < value for other in others),
+        "of": len(others),
+        "mean": mean,
+        "sd": sd,
+        "z": (value - mean) / sd if sd and len(others) >= LEAST_DRAWS else None,
+    }
+
+
+def place_text(place: Mapping[str, Any]) -> str:
+    """``above 4 of 4``, of enough draws with how far off."""
+    text, z = f"above {place['below']} of {place['of']}", place["z"]
+    # Records of old have a z of however few draws.
+    return text if z is None or place["of"] < LEAST_DRAWS else f"{text}, z {z:+.1f}"
 
 
 def described(name: str, values: Sequence[float] | None, seed: int) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Methods:
         sentences: of the paragraph; :data:`CITE` stands where the method is cited.
         settings: names and values.
         results: columns and rows of the test, or None without a current evaluation.
+        sets: columns and rows of the single test sets, or None where each kind has one.
         controls: columns and rows of the controls, or None where none are recorded.
         left_out: what is stale, a sentence each.
     """
@@ -52,6 +53,7 @@ class Methods:
     sentences: tuple[str, ...]
     settings: tuple[tuple[str, str], ...]
     results: tuple[list[str], list[list[str]]] | None
+    sets: tuple[list[str], list[list[str]]] | None
     controls: tuple[list[str], list[list[str]]] | None
     left_out: tuple[str, ...]
 
@@ -72,6 +74,7 @@ def describe_methods(run: Run) -> Methods:
         tuple(_sentences(run)),
         tuple(_settings(run)),
         results,
+        _sets(evaluation),
         _controls(evaluation),
         tuple(
             f"{', '.join(part.rows) + ' of ' if part.rows else ''}{part.file.name}: {part.why}"
@@ -314,6 +317,13 @@ def short(digest: object) -> str:
     """The kind of a hash and its first digits."""
     kind, _, value = str(digest).rpartition(":")
     return f"{kind or 'sha256'} {value[:_DIGITS]}"
+
+
+def _sets(evaluation: Document | None) -> tuple[list[str], list[list[str]]] | None:
+    """Each test set by itself, and pooled, where several were given for a kind."""
+    rows = outcome_tables.set_rows(evaluation) if evaluation else []
+    columns = ["intervention", "test set", "n", "refused", "log-odds", "KL (nats)"]
+    return (columns, rows) if rows else None
 
 
 def _controls(evaluation: Document | None) -> tuple[list[str], list[list[str]]] | None:

@@ -82,7 +82,11 @@ def _paragraph(methods: Methods, form: str, escape: Callable[[object], str]) -> 
 def _markdown_text(methods: Methods) -> str:
     parts = [MARKS["md"], "## Methods", _paragraph(methods, "md", markdown)]
     parts.append(_markdown_table(["setting", "value"], methods.settings))
-    for title, table in (("Results", methods.results), ("Controls", methods.controls)):
+    for title, table in (
+        ("Results", methods.results),
+        ("By test set", methods.sets),
+        ("Controls", methods.controls),
+    ):
         if table is not None:
             parts += [f"### {title}", _markdown_table(*table)]
     if methods.left_out:
@@ -104,6 +108,7 @@ def _latex_text(methods: Methods) -> str:
     wide = r"p{0.26\linewidth}p{0.66\linewidth}"
     parts.append(_latex_table("Settings", wide, ["setting", "value"], methods.settings))
     for title, table in (("Results on test prompts", methods.results),
+                         ("By test set", methods.sets),
                          ("Controls", methods.controls)):  # fmt: skip
         if table is not None:
             # Many columns: each intervention is a row of names and values.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from abliterate.metrics.agreement import kappa_text
+from abliterate.metrics.spread import place_text
 from abliterate.prompts.sampling import prompt_key
 from abliterate.report.collect import Completions, Document, kinds_of
 from abliterate.report.facts import DASH, answers, counted, number, percent, prompt_count
@@ -98,11 +100,8 @@ def control_rows(evaluation: Document) -> list[list[str]]:
             cells = []
             for figure, form in figures.items():
                 values = [number(member[figure], form) for member in of_family["members"]]
-                place = of_family["place"][figure]
-                z = "" if finite(place["z"]) is None else f"; selected: z {place['z']:+.1f}"
-                cells.append(
-                    f"{', '.join(values)} (selected is above {place['below']} of {place['of']}{z})"
-                )
+                place = place_text(of_family["place"][figure])
+                cells.append(f"{', '.join(values)} (selected is {place})")
             rows.append([name, CONTROLS[family], *cells])
     return rows
 
@@ -131,22 +130,18 @@ def set_rows(evaluation: Document) -> list[list[str]]:
 
 def agreement_rows(evaluation: Document) -> list[list[str]]:
     """How far those who rate the answers agree, and of how many answers they do not."""
-    rows = []
-    for pair in evaluation.get("agreement") or ():
-        span = pair["kappa_ci"]
-        interval = f" [{number(span[0], '.2f')}, {number(span[1], '.2f')}]" if span else ""
-        rows.append(
-            [
-                str(pair["intervention"]),
-                str(pair["kind"]),
-                " / ".join(map(str, pair["raters"])),
-                f"{pair['n']}",
-                percent(pair["agreed"]),
-                number(pair["kappa"], ".2f") + interval,
-                str(len(pair["disagreements"])),
-            ]
-        )
-    return rows
+    return [
+        [
+            str(pair["intervention"]),
+            str(pair["kind"]),
+            " / ".join(map(str, pair["raters"])),
+            f"{pair['n']}",
+            percent(pair["agreed"]),
+            kappa_text(pair),
+            str(len(pair["disagreements"])),
+        ]
+        for pair in evaluation.get("agreement") or ()
+    ]
 
 
 def disagreement_rows(evaluation: Document, completions: Completions | None) -> list[list[str]]:

@@ -106,7 +106,7 @@ def _tables(run: Run, completions: Completions | None) -> dict[str, Any]:
         run.evaluation,
         "evaluation.json",
         outcomes=lambda _: outcome_tables.outcome_table(facts.marked(run) or {}),
-        hooks_and_edits=hooks_and_edits_lines,
+        hooks_and_edits=lambda record: hooks_and_edits_lines(record, run.stale_rows),
         sets=outcome_tables.set_rows,
         agreement=outcome_tables.agreement_rows,
         disagreements=lambda record: outcome_tables.disagreement_rows(record, completions),

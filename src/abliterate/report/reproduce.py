@@ -21,7 +21,10 @@ from abliterate.direction import FILE_NAME
 from abliterate.editing.file_names import RECORD
 from abliterate.projection import Projection
 from abliterate.report.collect import Document, Run
-from abliterate.run_folder import DIRECTIONS
+from abliterate.run_folder import DIRECTIONS, SELECTION
+from abliterate.selection.candidate_filters import Thresholds, apply_filters
+from abliterate.selection.no_candidate import nearest
+from abliterate.selection.score_table import read_scores
 from abliterate.settings import (
     Settings,
     flags_of,
@@ -36,10 +39,8 @@ from abliterate.storage.artifacts import read_record
 
 _TRUST, _DIRECTION = "trust_remote_code", "DIRECTION"
 _SECTIONS = sections_of(Settings)
-# What a selection that chose nothing says of the options that admit a candidate.
-_ADMITS = re.compile(
-    r"(--kl-threshold|--induce-threshold|--prune-layers)[ =](-?[\d.]+(?:e[-+]?\d+)?)"
-)
+# An option that admits a candidate, as a selection that chose nothing names it.
+_ADMITS = re.compile(r"(--[a-z-]+)[ =](.+)")
 
 
 def commands(run: Run, edited: Path | None = None) -> list[str]:
@@ -125,13 +126,25 @@ def _fragility(run: Run) -> list[str]:
 
 
 def _admitting(run: Run, command: list[str]) -> list[str]:
-    """The command of a select that chose nothing, with what admits the first of its front."""
-    front = (run.selection or {}).get("front") or [{}]
-    options: list[str] = []
-    for miss in front[0].get("fails") or ():
-        if (found := _ADMITS.fullmatch(str(miss.get("option")))) is not None:
-            options += [f"{found[1]}={found[2]}"]
-    return [*command, *options]
+    """The command of a select that chose nothing, with what admits the nearest that it named."""
+    record: Document = run.selection or {}
+    scores, n_layers = read_scores(record, None, str(run.folder / SELECTION))
+    limits = record["thresholds"]
+    thresholds = Thresholds(limits["kl"], limits["induce"], limits["prune_layers"])
+    found = nearest(apply_filters(scores, n_layers, thresholds), thresholds)
+    for miss in found[0][1] if found else ():
+        if (option := _ADMITS.fullmatch(miss.option)) is not None:
+            command = [*_without(command, option[1]), f"{option[1]}={option[2]}"]
+    return command
+
+
+def _without(command: Sequence[str], flag: str) -> list[str]:
+    """A command less an option and its value."""
+    kept = [word for word in command if not word.startswith(f"{flag}=")]
+    if flag in kept:
+        at = kept.index(flag)
+        del kept[at : at + 2]
+    return kept
 
 
 def notes(run: Run) -> list[str]:

@@ -30,8 +30,8 @@ def explain_no_candidate(judged: Sequence[Score], thresholds: Thresholds) -> str
 def _advice(
     judged: Sequence[Score], thresholds: Thresholds, counts: Mapping[str | None, int]
 ) -> str:
-    if hints := _nearest(judged, thresholds):
-        return "; nearest: " + "; ".join(hints)
+    if found := nearest(judged, thresholds):
+        return "; nearest: " + "; ".join(_hint(*one) for one in found)
     if counts["layer"] and counts["layer"] + counts["nan"] == len(judged):
         return "; all with a direction lie in the pruned layers (--prune-layers 0 scores them)"
     if counts["kl"] or counts["induce"]:  # a table that an older version has left
@@ -39,8 +39,9 @@ def _advice(
     return ""
 
 
-def _nearest(judged: Sequence[Score], thresholds: Thresholds) -> list[str]:
-    """Of those that fail by the fewest filters the nearest, for each set of filters."""
+def nearest(judged: Sequence[Score], thresholds: Thresholds) -> list[tuple[Score, list[Miss]]]:
+    """Of those that fail by the fewest filters the nearest, for each set of filters, and by what
+    each fails."""
     found = [
         # How many layers too late it lies does not matter here.
         (score, misses(score, thresholds, int(score.reason == "layer")))
@@ -52,7 +53,7 @@ def _nearest(judged: Sequence[Score], thresholds: Thresholds) -> list[str]:
     for score, why in failing:
         if len(why) == fewest:
             by_filters.setdefault(tuple(miss.filter for miss in why), []).append((score, why))
-    return [_hint(*min(by_filters[filters], key=_distance)) for filters in sorted(by_filters)[::-1]]
+    return [min(by_filters[filters], key=_distance) for filters in sorted(by_filters)[::-1]]
 
 
 def _distance(missed: tuple[Score, list[Miss]]) -> tuple[float, ...]:
