@@ -117,6 +117,7 @@ def save_direction(
     model: str,
     revision: str | None = None,
     directions: DirectionSet | None = None,
+    subspace: Tensor | None = None,
 ) -> None:
     """Write ``direction.safetensors``; position, layer and model go into the metadata.
 
@@ -126,10 +127,13 @@ def save_direction(
         model: folder or hub id of the model.
         revision: its commit on the hub, or None for a folder.
         directions: a set to be kept with it; who reads the file then reads that.
+        subspace: ``[k, d_model]``, what the direction is one of; kept beside it.
     """
     metadata = {"position": str(direction.position), "layer": str(direction.layer), "model": model}
     metadata |= {} if revision is None else {"revision": revision}
     metadata |= direction.projection.metadata
     if directions is not None:
         return save_direction_set(path, directions, metadata, direction.vector)
-    return write_tensors(path, {"direction": direction.vector}, metadata)
+    # A copy: safetensors takes no two tensors of one memory.
+    beside = {} if subspace is None else {"subspace": subspace.clone()}
+    return write_tensors(path, {"direction": direction.vector, **beside}, metadata)

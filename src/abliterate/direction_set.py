@@ -415,6 +415,7 @@ def save_direction_set(
     directions: DirectionSet,
     metadata: Mapping[str, str],
     winner: Tensor | None = None,
+    subspaces: Tensor | None = None,
 ) -> None:
     """Write a set; every program of this tool that writes one does it here.
 
@@ -423,11 +424,14 @@ def save_direction_set(
         directions: the set.
         metadata: what else to say of it.
         winner: the one direction that was chosen, kept beside the set as ``direction``.
+        subspaces: ``[n_layers, k, d_model]``, what each direction is one of; kept beside the set.
     """
     tensors = {DIRECTIONS: directions.vectors}
     if directions.embedding is not None:
         tensors[EMBEDDING] = directions.embedding
     if winner is not None:
         tensors["direction"] = winner
+    if subspaces is not None:
+        tensors["subspaces"] = subspaces
     more = {"candidates": json.dumps([held and list(held) for held in directions.candidates])}
     write_tensors(path, tensors, {**more, **directions.projection.metadata, **metadata})

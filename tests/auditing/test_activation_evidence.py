@@ -12,7 +12,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from sharing import made_once
 
+import abliterate as ab
 from abliterate.cli.app import main
+from abliterate.errors import UsageError
 from abliterate.resources import demo_model_dir
 
 Cli = Callable[..., Any]
@@ -51,6 +53,20 @@ def test_prompts_show_a_small_gap_and_nothing_along_the_direction_of_an_edit(
     # Another axis than the direction's would be one of the random ones.
     assert edited["energy"]["share"] < 1e-6 < edited["energy"]["random_directions"]["least"]
     assert base["energy"]["share"] > base["energy"]["random_directions"]["largest"]
+
+
+def test_the_librarys_audit_runs_prompts_as_the_command_does(cli: Cli, place: Path) -> None:
+    named = ("--direction", place / "direction.safetensors", "--refusal-token", "I")
+    command = cli("audit", place / "middle", *named, *FEW).json["activations"]
+    pair = tuple(ab.load_prompts(kind, "test", 8) for kind in ("harmful", "harmless"))
+    given = {"direction": place / "direction.safetensors", "refusal_tokens": "I"}
+    found = ab.audit(place / "middle", prompts=pair, **given)
+    for key in ("checkpoint", "base", "refusal_tokens", "direction_from", "notes"):
+        assert found.document["activations"][key] == command[key]
+    with pytest.raises(UsageError, match="go with prompts"):
+        ab.audit(place / "middle", **given)
+    with pytest.raises(UsageError, match="pair"):
+        ab.audit(place / "middle", prompts=("harmful",))  # type: ignore[arg-type]
 
 
 def test_prompts_show_which_blocks_write_along_a_given_direction(cli: Cli, place: Path) -> None:

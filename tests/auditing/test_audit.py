@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from abliterate.auditing import component_pools, soft_null_space
 from abliterate.auditing.eigengap_test import SoftNullProjector, gap, of_matrix, p_agreement
+from abliterate.direction import load_direction
 from abliterate.resources import demo_model_dir
 
 Cli = Callable[..., Any]
@@ -528,7 +529,8 @@ def test_readers_and_several_directions_are_found_without_a_base(cli: Cli, tmp_p
                 wide = wide - (wide @ directions) @ directions.T
             new[name] = wide.to(value.dtype)
         save_file(new, out / "model.safetensors", {"format": "pt"})
-        result = cli("audit", out, "--json")
+        path = tmp_path / "direction.safetensors"
+        result = cli("audit", out, "--json", "-o", path)
         found = result.json
         assert told in found["why"]
         if len(sides) == 2:  # the same as a direction that was never used: no verdict
@@ -537,6 +539,15 @@ def test_readers_and_several_directions_are_found_without_a_base(cli: Cli, tmp_p
         assert (result.code, found["evidence"]) == (7, sides[0])
         assert "(p < 1e-07)" in found["why"]
         assert found[sides[0]]["directions"] == directions.shape[1]
+        saved = load_file(path)
+        assert abs(float((directions.T @ saved["direction"]).norm()) - 1) < 1e-3
+        assert ("subspace" in saved) is (directions.shape[1] > 1)
+        if "subspace" in saved:
+            assert found["subspace"] == [3, directions.shape[0]]
+            assert float(torch.linalg.svdvals(saved["subspace"] @ directions)[-1]) > 0.999
+            assert torch.equal(load_direction(path).vector, saved["direction"])
+            text = cli("audit", out, "-o", path).out
+            assert f"direction: {path}, one of 3, and all of them as 'subspace' [3, 128]" in text
         assert found["full"]
         assert all(unit["carries"] for unit in found["units"])
         other = "writers" if sides == ("readers",) else "readers"

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from abliterate.direction import load_directions
 from tests.support.audit_edits import (
     DEPTH,
     KINDS,
@@ -30,6 +31,7 @@ from tests.support.audit_edits import (
     projected,
     random_direction,
     reader_matrices,
+    rescale_channels,
     tune,
 )
 
@@ -160,6 +162,13 @@ def test_every_form_of_edit_is_named(
             assert not rows[layer].any()
             assert metadata["layer_scales"][layer] is None
     assert ("embedding" in tensors) is (None in of_layer)
+    if case == "three":  # the saved ones are of this space, and a file of a set all the same
+        for spanned in tensors["subspaces"]:
+            assert float(torch.linalg.svdvals(spanned @ THREE)[-1]) > 0.999
+        assert found["subspace"] == [3, WIDTH]
+        assert torch.equal(load_directions(saved).vectors, rows)
+    elif "three" not in case:
+        assert "subspaces" not in tensors
     assert metadata["edit"]["kinds"] == kinds
 
 
@@ -186,7 +195,7 @@ def test_readers_that_no_longer_read_a_direction_are_named(
     result = cli("audit", tmp_path / "out", "--base", base, "--json", "--save-directions", saved)
     assert result.code == 7
     assert set(result.json["base"]["projected"]) == set(changed)
-    assert len(changed) == DEPTH * (4 if kind == "granitemoe" else 5)
+    assert len(changed) == DEPTH * 5  # of experts the router is one, with a row for each
     assert result.json["base"]["form"]["kinds"] == kinds
     assert result.json["embeddings"] is not True
     rows = load_file(saved)["directions"]
@@ -250,6 +259,30 @@ def _one_head(folder: Path) -> None:
 
 def _trained(folder: Path) -> None:
     tune(folder, 0.3, 0.02)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_channels_that_were_rescaled_are_no_projection(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path, kind: str
+) -> None:
+    """A few channels hold most of what changed, each with a scale of its own."""
+    base, matrices = bases[kind]
+    shutil.copytree(base, tmp_path / "out")
+    rescale_channels(tmp_path / "out", matrices)
+    _clean(cli, tmp_path / "out", base)
+
+
+def test_biases_that_lost_several_directions_are_named(cli: Cli, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    matrices = make_checkpoint("starcoder2", base)
+    changed = edit_matrices(base, tmp_path / "out", matrices, _three, projected(0.5))
+    found = cli("audit", tmp_path / "out", "--base", base, "--json").json
+    assert set(found["base"]["projected"]) == set(changed)
+    biases = [t for t in found["base"]["tensors"] if t["name"].endswith("_proj.bias")]
+    named = [t for t in biases if t["projected"]]
+    assert len(named) == 2 * DEPTH
+    assert all(t["scale"] == pytest.approx(0.5, abs=0.001) for t in named)
+    assert all(t["directions"] == 3 for t in named)
 
 
 @pytest.mark.parametrize("kind", KINDS)

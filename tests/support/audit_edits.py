@@ -16,7 +16,7 @@ from abliterate.editing.edit_plan import make_plan
 from abliterate.models.loading import find_checkpoint
 
 WIDTH, DEPTH, VOCABULARY = 64, 6, 200
-READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "input_linear")
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "input_linear", "router")
 
 _COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
@@ -46,7 +46,7 @@ def make_checkpoint(kind: str, folder: Path, seed: int = 0) -> list[Matrix]:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **_COMMON, **KINDS[kind]), dtype=torch.float32
+        AutoConfig.for_model(kind, **_COMMON, **KINDS.get(kind, {})), dtype=torch.float32
     )
     for value in model.parameters():
         if value.ndim == 1:
@@ -191,6 +191,22 @@ def tune(folder: Path, size: float, decay: float = 0.001) -> None:
         return (1 - decay) * value + size * float(value.norm()) * update / float(update.norm())
 
     change_tensors(folder, tuned)
+
+
+def rescale_channels(folder: Path, matrices: Sequence[Matrix]) -> None:
+    """What each channel is written with moves to its readers, as scales are moved for rounding."""
+    generator = torch.Generator().manual_seed(7)
+    factors = torch.exp(0.2 * torch.randn(WIDTH, generator=generator))
+    axes = {one.name: (one.axis, 1.0) for one in matrices}
+    axes |= {one.name: (one.axis, -1.0) for one in reader_matrices(folder)}
+
+    def rescaled(name: str, value: Tensor) -> Tensor:
+        if name not in axes:
+            return value
+        axis, power = axes[name]
+        return (value.movedim(axis, -1) * factors**power).movedim(-1, axis)
+
+    change_tensors(folder, rescaled)
 
 
 def decay_with_common_output(folder: Path, matrices: Sequence[Matrix], scale: float) -> Path:

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from abliterate.api.inputs import DirectionLike, as_checkpoint, as_direction
+from abliterate.api.inputs import (
+    DirectionLike,
+    PromptsLike,
+    as_checkpoint,
+    as_direction,
+    as_prompts,
+    as_token_names,
+)
 from abliterate.api.tables import to_frame, to_html
 from abliterate.auditing import compare as comparing
 from abliterate.auditing import report as judging
+from abliterate.auditing.activation_evidence import KINDS, gather
 from abliterate.auditing.compare import Comparison
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.editing.file_names import RECORD
+from abliterate.errors import UsageError
 from abliterate.models.loading import pick_device
 from abliterate.precision import linear_algebra_device
+from abliterate.prompts.chat_template import ChatFormat
+from abliterate.prompts.sampling import load_prompts
 from abliterate.storage.artifacts import finite
 from abliterate.verification import checks
 from abliterate.verification.edit_check import WriterCheck
+
+_N_PROMPTS = 32  # of each kind that audit runs
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,6 +144,8 @@ class Audit:
         warnings: claims that the weights do not bear out, and the like.
         units: what each writer lost.
         document: all evidence, as ``abliterate audit --json`` prints it.
+        subspace: all of several directions, float64 ``[k, d_model]`` with orthonormal rows; None if
+            there is one, or each layer has its own.
     """
 
     verdict: str
@@ -139,6 +155,7 @@ class Audit:
     warnings: tuple[str, ...]
     units: tuple[dict[str, Any], ...]
     document: dict[str, Any] = field(repr=False)
+    subspace: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All evidence but the direction's values."""
@@ -161,22 +178,32 @@ def audit(
     direction: DirectionLike | None = None,
     *,
     device: str = "cpu",
+    prompts: bool | tuple[PromptsLike, PromptsLike] = False,
+    refusal_tokens: Sequence[str | int] = (),
+    chat: ChatFormat | None = None,
 ) -> Audit:
     """Tell from its files whether a checkpoint was abliterated, and along what.
 
     Args:
-        checkpoint: a folder or a hub id; nothing of it is executed.
+        checkpoint: a folder or a hub id; none of its code is executed.
         base: what it is said to be made from; then tensors are compared.
         direction: the direction that its record is said to mean.
         device: where to compute.
+        prompts: also run the model (and the base) on harmful and harmless prompts: those of a pair
+            ``(harmful, harmless)``, or for True 32 bundled test prompts of each kind. What it does
+            is the document's ``activations``; the verdict rests on the weights alone.
+        refusal_tokens: with ``prompts``, token strings, ids or presets; empty: those that the base
+            shows, or the checkpoint.
+        chat: with ``prompts``, how they become conversations; None for the template as it is.
 
     Returns:
         The verdict and all evidence.
 
     Raises:
-        CheckpointError: a checkpoint is damaged or in a format that cannot be read.
-        InputError: the record or the direction cannot be used.
+        CheckpointError: a checkpoint is damaged, in a format that cannot be read, or cannot be run.
+        InputError: the record, the direction or the prompts cannot be used.
         UnsupportedArchitectureError: the writers cannot be found.
+        UsageError: an option goes with ``prompts``, a token is none, or the model does not fit.
 
     Source:
         Looks for the trace of equation 5 (section 2.4).
@@ -188,8 +215,19 @@ def audit(
     place = linear_algebra_device(pick_device(device))
     known = None if direction is None else as_direction(direction)
     other = None if base is None else as_checkpoint(base)
-    found = judging.audit(as_checkpoint(checkpoint), other, known, place)
+    target = as_checkpoint(checkpoint)
+    # What cannot be run is refused before the weights are read.
+    texts = _texts(prompts, bool(refusal_tokens) or chat is not None)
+    seen = None
+    if texts is not None:
+        names, runs_on = as_token_names(refusal_tokens), str(pick_device(device))
+        seen = gather(target, other, texts, names, runs_on, chat)
+    found = judging.audit(target, other, known, place)
     document: dict[str, Any] = finite(found.document())
+    document["activations"] = None
+    if seen is not None:
+        along = None if known is None else known.vector
+        document["activations"] = finite(seen.document(along, found.direction))
     return Audit(
         found.verdict,
         found.sentence,
@@ -198,7 +236,26 @@ def audit(
         found.warnings,
         tuple(document["units"]),
         document,
+        found.subspace,
     )
+
+
+def _texts(
+    prompts: bool | tuple[PromptsLike, PromptsLike], others: bool
+) -> dict[str, list[str]] | None:
+    """The prompts of each kind that a model is to be run on; None for none."""
+    if prompts is False:
+        if others:
+            raise UsageError("refusal_tokens and chat go with prompts: give both, or neither")
+        return None
+    if prompts is True:
+        return {kind: [p.text for p in load_prompts(kind, "test", _N_PROMPTS)] for kind in KINDS}
+    if not isinstance(prompts, tuple | list) or len(prompts) != len(KINDS):
+        raise UsageError("prompts must be True, or a pair (harmful, harmless) of lists or sources")
+    return {
+        kind: [p.text for p in as_prompts(some, kind, "test")]
+        for kind, some in zip(KINDS, prompts, strict=True)
+    }
 
 
 @dataclass(frozen=True, repr=False)

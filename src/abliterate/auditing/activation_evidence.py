@@ -221,18 +221,30 @@ class Gathered:
     tokens_from: str | None
     notes: tuple[str, ...]
 
-    def document(self, direction: Tensor | None) -> dict[str, Any]:
-        """All of it for JSON, along ``direction`` ``[d_model]`` if there is one.
+    def document(self, given: Tensor | None, found: Tensor | None) -> dict[str, Any]:
+        """All of it for JSON, along a direction ``[d_model]`` if there is one.
+
+        Args:
+            given: the direction that the user names, which counts.
+            found: else the one that the weights show.
 
         Raises:
             InputError: the direction does not fit.
         """
+        direction = found if given is None else given
+        notes = list(self.notes)
+        if direction is None:
+            notes.append(
+                "the weights show no direction to measure the writers along: --direction names one"
+            )
+        held = None if direction is None else "weights"
         return {
+            "direction_from": held if given is None else "given",
             "checkpoint": self._measured(self.checkpoint, direction),
             "base": None if self.base is None else self._measured(self.base, direction),
             "refusal_tokens": list(self.texts),
             "refusal_tokens_from": self.tokens_from,
-            "notes": list(self.notes),
+            "notes": notes,
         }
 
     def _measured(self, seen: Seen, direction: Tensor | None) -> dict[str, Any]:

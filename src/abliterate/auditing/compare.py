@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from abliterate.auditing.checkpoint_pairs import CheckpointPair, Place, open_pair
 from abliterate.auditing.edit_form import EditForm, ProjectedMatrix, describe
 from abliterate.auditing.projections import (
+    COLUMNS,
     FIT,
     SAME,
     TOP,
     changed_columns,
     left_vectors,
     own_projection,
+    rescaled_alone,
 )
 from abliterate.auditing.shared_directions import SharedDirections, find_shared
 from abliterate.auditing.tensor_diff import TensorDiff, TensorSummary
@@ -95,7 +98,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
     if form is None:
         tensors = [replace(t, cosine=None) for t in tensors]
     else:
-        tensors = [_with_bias(pair, found[t.name].place, t, form) for t in tensors]
+        tensors = [_with_narrow(pair, found[t.name], t, form) for t in tensors]
     return Comparison(
         tensors=tuple(tensors),
         missing=tuple(sorted(pair.left.tensors.keys() - pair.right.tensors.keys() - pair.hidden)),
@@ -151,6 +154,8 @@ def _summarize_at(pair: CheckpointPair, place: Place) -> TensorSummary:
     if place.side not in ("writer", "reader"):
         # Vectors are rank 1 whatever was done to them, and say nothing on their own.
         return TensorSummary(diff, place)
+    if rescaled_alone(before, delta, diff.first):
+        return TensorSummary(diff, place)
     own = own_projection(before, delta, vectors, shares, rounding) if whole > 0 else None
     kept = vectors[:, :_KEPT].float()
     columns = changed_columns(delta)
@@ -195,28 +200,39 @@ def _matrix(
     )
 
 
-def _with_bias(pair: CheckpointPair, place: Place, diff: TensorDiff, form: EditForm) -> TensorDiff:
-    """A bias that changed along the direction of its layer alone goes with the matrices."""
-    if place.side != "bias" or diff.state in ("unchanged", "recast", "reshaped"):
+def _with_narrow(
+    pair: CheckpointPair, one: TensorSummary, diff: TensorDiff, form: EditForm
+) -> TensorDiff:
+    """Biases, routers of few experts and the like: too narrow to show a direction of their own.
+
+    What changed along the directions of its layer alone, and in proportion, goes with the others.
+    """
+    place = one.place
+    narrow = place.side == "bias" or (
+        place.side in ("writer", "reader") and 0 < one.columns < COLUMNS
+    )
+    if not narrow or diff.projected or diff.state in ("unchanged", "recast", "reshaped"):
         return diff
-    direction = form.at_layer(place.layer)
-    if direction is None or form.side != "writer":
+    basis = form.basis_at(place.layer)
+    if basis is None or (form.side != "writer" and place.side != "reader"):
         return diff
     before, delta = pair.sample(place.edit)
-    here = pair.at(place, direction.unsqueeze(1), form.gains)[:, 0]
-    if float(here.norm()) == 0 or float(delta.norm()) == 0:
+    here = pair.at(place, basis, form.gains)
+    if not bool(here.any(dim=0).all()) or not bool(delta.any()):
         return diff
-    here = here / here.norm()
-    lost, had = here @ delta, here @ before
-    cosine = float(lost.norm() / delta.norm())
-    had_energy = float(had.square().sum())
-    fit = (
-        float(lost @ had) ** 2 / (float(lost.square().sum()) * had_energy)
-        if had_energy and float(lost.norm())
-        else 0.0
-    )
-    scale = -float(lost @ had) / had_energy if had_energy else 0.0
-    lost_it = cosine**2 >= SAME and fit >= FIT
+    here = torch.linalg.qr(here)[0]
+    lost, had = here.T @ delta, here.T @ before
+    both = float((lost * had).sum())
+    lost_energy, had_energy = float(lost.square().sum()), float(had.square().sum())
+    fit = both**2 / (lost_energy * had_energy) if lost_energy and had_energy else 0.0
+    share = lost_energy / float(delta.square().sum())
+    scale = -both / had_energy if had_energy else 0.0
+    lost_it = share >= SAME and fit >= FIT
     return replace(
-        diff, cosine=cosine, scale=scale, fit=fit, projected=lost_it, directions=int(lost_it)
+        diff,
+        cosine=share**0.5,
+        scale=scale,
+        fit=fit,
+        projected=lost_it,
+        directions=basis.shape[1] * lost_it,
     )

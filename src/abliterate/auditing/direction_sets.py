@@ -19,7 +19,9 @@ def save_direction_set(path: Path, form: EditForm, checkpoint: Checkpoint) -> No
 
     ``directions`` is float64 ``[n_layers, d_model]``, a unit vector for each decoder block, or zero
     where none of its tensors lost one; ``embedding`` ``[d_model]`` is that of the embedding, where
-    it lost one. The metadata are JSON: ``edit`` (form, scale, whether behind the gains of norms),
+    it lost one. Of ``k`` directions at once these are the first, and ``subspaces``
+    ``[n_layers, k, d_model]`` holds all. The metadata are JSON: ``edit`` (form, scale, whether
+    behind the gains of norms),
     ``layer_scales`` (null where there is none) and ``model``.
 
     Args:
@@ -37,4 +39,4 @@ def save_direction_set(path: Path, form: EditForm, checkpoint: Checkpoint) -> No
     if checkpoint.revision is not None:
         metadata["revision"] = checkpoint.revision
     found = direction_set.DirectionSet(form.directions, form.outside)
-    direction_set.save_direction_set(path, found, metadata)
+    direction_set.save_direction_set(path, found, metadata, subspaces=form.subspaces)

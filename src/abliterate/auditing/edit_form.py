@@ -17,6 +17,7 @@ from abliterate.auditing.projections import sign_of
 _ONE = 0.95  # of the energy of all directions, where they are the same in every layer
 _FULL, _INVERTED = 0.95, 1.5
 _SPREAD = 0.1  # between scales that are not one
+_KNOWN = 0.1  # of the first singular value: what the last of several directions has at least
 _NOISY = 0.1  # weight of a direction that is divided by gains, or stands among other changes
 
 
@@ -55,7 +56,10 @@ class EditForm:
         by_layer: they differ from layer to layer.
         shared: float64 unit ``[d_model]``: the direction, or the one that most tensors share.
         directions: float64 ``[n_layers, d_model]``: unit, or zero in layers that lost none.
-        outside: the same of the embedding, unit ``[d_model]``, or None.
+        outside: the direction of the embedding, unit ``[d_model]``, or None.
+        subspaces: of several directions at once all, float64 ``[n_layers, count, d_model]`` with
+            orthonormal rows, zero in layers that lost none; None where there is but one, or no more
+            of them is known.
         scales: median scale of each layer's tensors, NaN where there are none.
         scale: median of all.
         keeps_norms: ``rows`` or ``columns``, where most tensors show that those were rescaled
@@ -71,6 +75,7 @@ class EditForm:
     shared: Tensor = field(repr=False)
     directions: Tensor = field(repr=False)
     outside: Tensor | None = field(repr=False)
+    subspaces: Tensor | None = field(repr=False)
     scales: tuple[float, ...]
     scale: float
     keeps_norms: str | None
@@ -83,6 +88,22 @@ class EditForm:
             return self.outside
         row = self.directions[layer]
         return row if bool(row.any()) else None
+
+    def basis_at(self, layer: int | None) -> Tensor | None:
+        """All directions at a block that are known, or outside of the blocks; ``[d_model, k]``."""
+        if self.subspaces is not None and layer is not None and bool(self.subspaces[layer].any()):
+            return self.subspaces[layer].T
+        if layer is None and self.subspace is not None:
+            return self.subspace.T
+        direction = self.at_layer(layer)
+        return None if direction is None else direction.unsqueeze(1)
+
+    @property
+    def subspace(self) -> Tensor | None:
+        """All of several directions, ``[count, d_model]``, where layers do not differ; or None."""
+        if self.by_layer or self.subspaces is None:
+            return None
+        return next((rows for rows in self.subspaces if bool(rows.any())), None)
 
     def document(self) -> dict[str, Any]:
         """For JSON, without the directions' values."""
@@ -146,6 +167,7 @@ def describe(
     if any(m.place.layer is None for m in members):
         outside = _first(tables) if by_layer and tables else shared
         outside = outside * _towards(outside, shared)
+    subspaces = _subspaces(pair, members, stack, count, by_layer) if count > 1 else None
     kinds = _kinds(members, bool(writers), bool(readers), count, by_layer)
     return EditForm(
         kinds=kinds,
@@ -157,6 +179,7 @@ def describe(
         shared=shared,
         directions=directions,
         outside=outside,
+        subspaces=subspaces,
         scales=tuple(scales),
         scale=median(m.scale for m in members),
         keeps_norms=_rescaled(members),
@@ -202,6 +225,26 @@ def _first(stack: _Stack) -> Tensor:
     columns = torch.cat([c for _, c in stack], dim=1)
     first: Tensor = torch.linalg.svd(columns, full_matrices=False)[0][:, 0]
     return first
+
+
+def _subspaces(
+    pair: CheckpointPair,
+    members: Sequence[ProjectedMatrix],
+    stack: _Stack,
+    count: int,
+    by_layer: bool,
+) -> Tensor | None:
+    """All directions that each layer lost, ``[n_layers, count, d_model]``; None if not all show."""
+    found = torch.zeros(pair.n_layers, count, pair.d_model, dtype=torch.float64)
+    for layer in sorted({m.place.layer for m in members if m.place.layer is not None}):
+        own = [c for one, c in stack if not by_layer or one.place.layer == layer]
+        if not own:
+            return None
+        left, values, _ = torch.linalg.svd(torch.cat(own, dim=1), full_matrices=False)
+        if len(values) < count or float(values[count - 1]) < _KNOWN * float(values[0]):
+            return None
+        found[layer] = left[:, :count].T
+    return found if bool(found.any()) else None
 
 
 def _towards(vector: Tensor, other: Tensor) -> float:

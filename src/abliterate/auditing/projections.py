@@ -80,6 +80,28 @@ def changed_columns(delta: Tensor) -> int:
     return int((delta.abs().amax(dim=0) > 0).sum())
 
 
+def rescaled_alone(before: Tensor, delta: Tensor, first: float) -> bool:
+    """Whether channels or columns took factors of their own and nothing else changed.
+
+    Gains folded into matrices and scales moved from one to the next do this. Along a few channels
+    together it looks like a projection with a scale of its own each.
+
+    Args:
+        before: ``[d_model, m]``.
+        delta: its change, not zero.
+        first: share of that in its first direction.
+    """
+    if first >= _WHOLE:
+        return False
+    energy = float(delta.square().sum())
+    for axis in (0, 1):
+        had = before.square().sum(dim=axis)
+        explained = (before * delta).sum(dim=axis).square() / had.clamp(min=1e-300)
+        if float(explained.sum()) >= _WHOLE * energy:
+            return True
+    return False
+
+
 def own_projection(
     before: Tensor, delta: Tensor, left: Tensor, shares: Tensor, rounding: float
 ) -> Projection | None:
@@ -286,7 +308,7 @@ class Grams:
         fit = float(explained.sum() / cut.lost.trace())
         scale = -float(response.diagonal().mean())
         whole = torch.eye(count, dtype=left.dtype)
-        if fit < FIT or float(each.min()) < _EACH or _few_channels(left[:, first]):
+        if fit < FIT or float(each.min()) < _EACH or few_channels(left[:, first]):
             return None
         if not cut.beyond_decay(scale, whole):
             return None
@@ -301,7 +323,7 @@ class Grams:
         for inside in (*vectors.T, *torch.eye(len(vectors), dtype=vectors.dtype)):
             scale, fit = self.along(inside)
             clear = fit >= FIT and abs(scale) >= CLEAR and self.beyond_decay(scale, inside)
-            if clear and not _few_channels((left @ inside).unsqueeze(1)):
+            if clear and not few_channels((left @ inside).unsqueeze(1)):
                 kept.append((inside, scale, fit))
         if not kept:
             return None
@@ -336,7 +358,8 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def _few_channels(basis: Tensor) -> bool:
+def few_channels(basis: Tensor) -> bool:
+    """Whether ``[d_model, k]`` lies along single channels: those were rescaled or pruned."""
     energy = basis.square().sum(dim=1)
     largest = energy.sort(descending=True).values
     return float(largest[:_FEW].sum()) > _FEW_SHARE * float(energy.sum())

@@ -34,7 +34,9 @@ class Audit:
         evidence: what decided: ``base``, ``declared``, ``output head``, ``writers``, ``readers``
             or empty.
         reason: why undecided, else empty.
-        direction: float64 unit ``[d_model]``, the first of several, or None.
+        direction: float64 unit ``[d_model]``, one of several, or None.
+        subspace: all of several directions, float64 ``[k, d_model]`` with orthonormal rows; None if
+            there is one, or each layer has its own.
         strength: how much of the direction each unit lost; empty if not edited.
         style: which known edit it looks like, or None.
         removed: median share that the carrying units lost, or None; with a base it is signed, and
@@ -55,6 +57,7 @@ class Audit:
     evidence: str
     reason: str
     direction: Tensor | None = field(repr=False)
+    subspace: Tensor | None = field(repr=False)
     strength: tuple[Strength, ...]
     style: str | None
     removed: float | None
@@ -176,6 +179,7 @@ def audit(
         evidence=found.evidence,
         reason=found.reason,
         direction=None if found.directions is None else found.directions[:, 0],
+        subspace=_subspace(found, comparison),
         strength=extent.strength,
         style=extent.style,
         removed=extent.removed,
@@ -190,6 +194,14 @@ def audit(
         sentence=sentence_of(found, looked, comparison),
         model=checkpoint.identity(),
     )
+
+
+def _subspace(found: Decision, comparison: Comparison | None) -> Tensor | None:
+    """All of several directions, ``[k, d_model]``."""
+    if comparison is not None and comparison.form is not None:
+        return comparison.form.subspace
+    directions = found.directions
+    return None if directions is None or directions.shape[1] < 2 else directions.T.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)

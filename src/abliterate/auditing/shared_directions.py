@@ -20,6 +20,7 @@ from abliterate.auditing.projections import (
     FIT,
     SAME,
     Grams,
+    few_channels,
     pooled_directions,
     sign_of,
 )
@@ -237,6 +238,8 @@ def _best(pair: CheckpointPair, groups: Sequence[_Group]) -> SharedDirections | 
         tried = pooled_directions(list(group.grams.values()))[:, :_TRIED]
         first = torch.eye(group.basis.shape[1], dtype=group.basis.dtype)[:, :1]
         for inside in torch.cat([first, tried], dim=1).T:
+            if few_channels((group.basis @ inside).unsqueeze(1)):
+                continue
             measured = _measure(pair, group, inside)
             score = sum(m.fit for m in measured.values() if m.lost)
             if score > 0 and (best is None or score > best[0]):
@@ -245,7 +248,11 @@ def _best(pair: CheckpointPair, groups: Sequence[_Group]) -> SharedDirections | 
         return None
     _, group, inside, tried, measured = best
     hits = sum(m.lost for m in measured.values())
-    others = [c for c in tried.T if abs(float(c @ inside)) < 0.3]
+    others = [
+        c
+        for c in tried.T
+        if abs(float(c @ inside)) < 0.3 and not few_channels((group.basis @ c).unsqueeze(1))
+    ]
     more = sum(2 * sum(m.lost for m in _measure(pair, group, c).values()) > hits for c in others)
     direction = group.basis @ inside
     unit = direction / direction.norm()

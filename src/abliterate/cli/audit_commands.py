@@ -48,14 +48,16 @@ def audit(
         typer.Option(
             "-o",
             "--output",
-            help="Write the recovered direction here (safetensors), or as FILE.html the verdict "
-            "and a strip of what was edited; replaces an earlier one of audit, nothing else.",
+            help="Write the recovered direction here (safetensors; of several one, and all of them "
+            "as 'subspace' [k, d_model]), or as FILE.html the verdict and a strip of what was "
+            "edited; replaces an earlier one of audit, nothing else.",
             show_default=False,
         ),
     ] = None,
     save_directions: Annotated[
         Path | None,
         typer.Option(
+            "--save-directions",
             "--save-directions",
             help="With --base: write what each layer lost here (safetensors 'directions', "
             "[n_layers, d_model]); replaces an earlier one of audit, nothing else.",
@@ -146,12 +148,19 @@ def audit(
         if seen is not None and asked is not None:
             document["activations"] = finite(asked.document(seen, known, found.direction))
         document["direction"] = None
+        document["subspace"] = None if found.subspace is None else list(found.subspace.shape)
         if output is not None and as_page:
             from abliterate.report.edit_strip import audit_page
 
             write_atomically(output, audit_page(checkpoint, document).encode())
         elif output is not None and found.direction is not None:
-            save_direction(output, Direction(found.direction), target.name, target.revision)
+            save_direction(
+                output,
+                Direction(found.direction),
+                target.name,
+                target.revision,
+                subspace=found.subspace,
+            )
             document["direction"] = str(output)
         document["directions"] = None
         if save_directions is not None and found.comparison is not None and found.comparison.form:
@@ -244,8 +253,11 @@ def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: boo
     for warning in document["warnings"]:
         print_line(f"note: {warning}")
     if has_direction:
-        where = document["direction"]
-        print_line(f"direction: {where}" if where else "-o FILE writes the recovered direction")
+        where, shape = document["direction"], document["subspace"]
+        text = f"direction: {where}" if where else "-o FILE writes the recovered direction"
+        if shape is not None:
+            text += f", one of {shape[0]}, and all of them as 'subspace' {shape}"
+        print_line(text)
     if document["directions"]:
         print_line(f"directions by layer: {document['directions']}")
     if not tensors and (base is not None or document["units"]):

@@ -79,18 +79,10 @@ class Asked:
         self, seen: Gathered, given: Direction | None, found: Tensor | None
     ) -> dict[str, Any]:
         """What was seen, along the given direction or the one that the weights show."""
-        candidate = found if given is None else given.vector
-        held = "weights" if candidate is not None else None
-        document = seen.document(candidate)
-        if candidate is None:
-            document["notes"].append(
-                "the weights show no direction to measure the writers along: --direction names one"
-            )
         return {
             "prompts": {kind: len(some) for kind, some in self.prompts.items()},
             "sources": self.sources,
-            "direction_from": held if given is None else "given",
-            **document,
+            **seen.document(None if given is None else given.vector, found),
         }
 
 
