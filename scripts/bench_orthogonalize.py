@@ -41,7 +41,7 @@ _TOOL = """
 import json, sys, time
 from pathlib import Path
 import abliterate.editing.orthogonalize, transformers, torch
-from abliterate.direction import load_direction
+from abliterate.direction_loading import load_direction
 from abliterate.editing.options import EditOptions
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 

@@ -22,6 +22,7 @@ from abliterate.exchange import is_foreign
 from abliterate.hub import is_commit, split_id
 from abliterate.run_folder import EVALUATION, EXTRACT, SELECTION
 from abliterate.settings import Settings, take_recorded
+from abliterate.settings.complaints import complaint
 from abliterate.settings.values import check_revision
 from abliterate.storage.artifacts import read_record, tensor_metadata
 
@@ -258,7 +259,7 @@ def _read(path: Path, made_by: str, kind: type[BaseModel]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
+        message = complaint(first)
         raise InputError(
             f"{path}: {key}: {message}, not {first['input']!r:.80}: make it again with "
             f"`abliterate {made_by}`"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from abliterate.auditing import component_pools, soft_null_space
 from abliterate.auditing.eigengap_test import SoftNullProjector, gap, of_matrix, p_agreement
-from abliterate.direction import load_direction
+from abliterate.direction_loading import load_direction
 from abliterate.resources import demo_model_dir
 
 Cli = Callable[..., Any]

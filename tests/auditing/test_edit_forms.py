@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abliterate.direction import load_directions
+from abliterate.direction_loading import load_directions
 from tests.support.audit_edits import (
     DEPTH,
     KINDS,

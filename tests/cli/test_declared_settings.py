@@ -90,12 +90,12 @@ def test_a_field_more_is_read_from_options_and_toml_and_bounded(tmp_path: Path) 
     assert extract("--config", str(file))["share"] == 0.75
     assert extract("--config", str(file))["sorted"] is False
     assert extract("--config", str(file), "--share", "1")["share"] == 1.0
-    with pytest.raises(UsageError, match=r"^share: .*less than or equal to 1, not 2"):
+    with pytest.raises(UsageError, match=r"^share: must be at most 1, not 2"):
         extract("--share", "2")
     with pytest.raises(UsageError, match=r"^tag: not valid Unicode text"):
         load_settings(options={"extract": {"tags": ["\ud83d"]}}, schema=WiderSettings)
     file.write_text("[extract]\nshare = 0\n")
-    with pytest.raises(UsageError, match=r"mine.toml: \[extract\] share: .*greater than 0"):
+    with pytest.raises(UsageError, match=r"toml: \[extract\] share: must be more than 0, not 0"):
         extract("--config", str(file))
     file.write_text("[extract]\nshar = 1\n")
     with pytest.raises(UsageError, match="did you mean 'share'"):
@@ -138,3 +138,26 @@ def test_a_command_without_room_for_its_settings_is_no_command() -> None:
 
     with pytest.raises(TypeError, match="given"):
         opt.command()(writers)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("--thinking=maybe", "--thinking: must be answer, skip or whole, not 'maybe'"),
+        ("--n-train=0", "--n-train: must be at least 1, not 0"),
+        ("--winsor-quantile=2", "--winsor-quantile: must be below 0.5, not 2.0"),
+        ("n_train = 'many'", "[extract] n_train: must be an integer, not 'many'"),
+        ("filter = 'maybe'", "[extract] filter: must be true or false, not 'maybe'"),
+        ("harmful = 3", "[extract] harmful: must be text, not 3"),
+        ("winsor_quantile = nan", "[extract] winsor_quantile: must be more than 0, not nan"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_in_the_words_of_the_house(
+    cli, tmp_path, given: str, line: str
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("" if given.startswith("-") else f"[extract]\n{given}\n")
+    options = [given] if given.startswith("-") else []
+    refused = cli("extract", "no-model", "-o", tmp_path / "run", "--config", file, *options)
+    assert refused.code == 2
+    assert refused.err.strip().endswith(line)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sharing import made_once
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -220,3 +221,27 @@ def test_a_run_folder_without_that_mean_is_refused_in_one_line(
     alone = shutil.copy(run / "direction.safetensors", tmp_path / "direction.safetensors")
     edit = ("orthogonalize", model, "--direction", alone, OPTION, "-o", tmp_path / "out")
     assert "directions.safetensors" in fails(*edit, code=3)
+
+
+def test_select_names_the_option_where_a_candidate_lies_along_the_sink(cli, run: Path) -> None:
+    hint = "times another token's whole activation away from the first token"
+    means = run / "directions.safetensors"
+    tensors = load_file(means)
+    with safe_open(means, "pt") as held:
+        metadata = held.metadata()
+    first, harmless = tensors["mean_first_token"], tensors["mean_harmless"]
+    # Candidates of which a fifth of the length lies along a stream 50 times as long as others'.
+    unit = first / first.norm(dim=-1, keepdim=True)
+    tensors["mean_first_token"] = 50 * harmless.norm(dim=-1).mean(0)[:, None] * unit
+    tensors["mean_harmful"] = tensors["mean_harmful"] + 1e-3 * unit
+    for scale, told in ((1.0, True), (1e-6, False)):
+        shrunk = {**tensors, "mean_first_token": tensors["mean_first_token"] * scale}
+        save_file(shrunk, means, metadata)
+        (run / "scores.safetensors").unlink(missing_ok=True)
+        failed = cli("select", run, *OPEN[:3], "--kl-threshold=0", "--induce-threshold=-1e9")
+        assert failed.code == 5, failed.err
+        assert (hint in failed.err) is told, failed.err
+        chosen = cli("select", run, *OPEN[:-1])
+        assert chosen.code == 0, chosen.err
+        assert (hint in " ".join(chosen.err.split())) is told, chosen.err
+    assert hint not in cli("select", run, *OPEN[:-1], OPTION).err

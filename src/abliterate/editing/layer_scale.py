@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from abliterate.errors import UsageError
 from abliterate.settings import parse_layers
+from abliterate.settings.complaints import complaint
 from abliterate.storage.json_text import parse_json
 
 # What each component is looked up as, the nearest first.
@@ -118,5 +119,5 @@ def check_layer_scale(document: Any, where: str) -> LayerScale:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][:2])
-        message = first["msg"].removeprefix("Value error, ")
+        message = complaint(first)
         raise UsageError(f"{where}: {place or 'the document'}: {message}") from None

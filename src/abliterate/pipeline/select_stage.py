@@ -34,6 +34,7 @@ from abliterate.run_records import read_extract, used_prompts
 from abliterate.run_rendering import settle_rendering
 from abliterate.run_stage import Stage
 from abliterate.run_staleness import hash_prompts
+from abliterate.selection.attention_sink import explain_attention_sink
 from abliterate.selection.per_layer import best_by_layer, set_of_candidates
 from abliterate.selection.score_table import score_record
 from abliterate.selection.search import Selection, Thresholds, choose_from_kept, select
@@ -102,8 +103,11 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
     try:
         result.require_winner()
     except SelectionError as error:
-        message = f"{error}; all scores are in {run / SELECTION}"
+        sink = f"; {line}" if (line := explain_attention_sink(extraction, result)) else ""
+        message = f"{error}{sink}; all scores are in {run / SELECTION}"
         raise SelectionError(message, error.front) from None
+    if line := explain_attention_sink(extraction, result):
+        log.info(line)
     return record
 
 

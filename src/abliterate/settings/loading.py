@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from abliterate.errors import InputError, UsageError
 from abliterate.resources import config_dir
+from abliterate.settings.complaints import complaint
 from abliterate.settings.marks import flags_of, is_recorded, sections_of
 from abliterate.settings.sections import Settings
 from abliterate.settings.values import memory_size
@@ -62,7 +63,7 @@ def load_settings(
             if given_option
             else f"{where}: [{table}] {key}"
         )
-        message = first["msg"].removeprefix("Value error, ")
+        message = complaint(first)
         hidden = rest[:1] in (["judge_url"], ["second_judge_url"], ["server"])
         if first["type"] == "tuple_type":
             example = "..." if hidden else first["input"]
@@ -132,7 +133,7 @@ def take_recorded(
             ) from None
         table, *rest = (*map(str, first["loc"]), "")
         name = f"[{table}] {'.'.join(filter(None, rest))}".strip() if table else "the settings"
-        message = first["msg"].removeprefix("Value error, ")
+        message = complaint(first)
         raise InputError(
             f"{where}: {name}: {message}, not {first['input']!r:.80}: run extract again"
         ) from None
