@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 import json
 import re
 from collections.abc import Callable
@@ -13,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import CAN_BROWSE, check_small_page
 
 from abliterate import ablate, load_model
 from abliterate.analysis.fragility_curve import Point, summarise
@@ -127,11 +125,15 @@ def test_the_command_writes_numbers_and_a_picture(
         below = sum(other < held["selected"]["harmful_score"] for other in others)
         place = part["place"]["harmful_score"]
         assert (place["below"], place["of"]) == (below, 4)
-    from plotly.offline import get_plotlyjs
-
     page = (run / "fragility.html").read_text()
-    assert 'id="plot"' in page
-    assert 'src="https://' not in page.replace(get_plotlyjs(), "")
+    drawn = json.loads(re.findall('id="data">(.*?)</script>', page)[0])["figures"]["fragility"]
+    rates = [point["refusal_rate"] for point in points]
+    assert drawn["data"][0]["y"] == rates
+    assert drawn["data"][3]["y"] == [point["kl_divergence"] for point in points]
+    assert f"Fragility {record['fragility']:.2f}" in page
+    assert not re.search("(?:src|href)=.?https?://", page)
+    if CAN_BROWSE:
+        check_small_page(run / "fragility.html")
     config = tmp_path / "few.toml"
     config.write_text("[evaluate]\nn_test = 2\nmax_new_tokens = 3\n")
     few = ("--config", config, "--steps", "2", "--no-picture", "--json", "-q", "--controls", "0")
@@ -139,15 +141,6 @@ def test_the_command_writes_numbers_and_a_picture(
     assert (len(record["prompts"]["harmful"]), record["max_new_tokens"]) == (2, 3)
     record = cli("fragility", run, *few, "--n-test", "3").json
     assert (len(record["prompts"]["harmful"]), record["max_new_tokens"]) == (3, 3)
-    policy = html.unescape(re.findall('Content-Security-Policy" content="([^"]*)"', page)[0])
-    assert policy.startswith("default-src 'none'; script-src 'sha256-")
-    scripts = re.findall("<script>(.*?)</script>", page, re.DOTALL)
-    assert len(scripts) == 2
-    for script in scripts:  # and nothing else may run
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        assert f"'sha256-{digest}'" in policy
-    assert policy.count("sha256-") == 2
-    assert len(re.findall("<script", page.replace(scripts[0], ""))) == 3  # the figure's data too
     assert "steps" in fails("fragility", run, "--steps", "1", code=2)
     assert "png or svg" in fails("fragility", run, "--image", "gif", code=2)
     fails("fragility", tmp_path / "none", code=3)

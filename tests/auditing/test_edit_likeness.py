@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import CAN_BROWSE, check_small_page
 
 from tests.support.audit_edits import (
     DEPTH,
@@ -23,10 +24,10 @@ from tests.support.audit_edits import (
 Cli = Callable[..., Any]
 
 
-def _figure(page: Path) -> Any:
-    data = re.search(r'id="figure">(.*?)</script>', page.read_text(), re.DOTALL)
+def _figures(page: Path) -> Any:
+    data = re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)
     assert data is not None
-    return json.loads(data[1])
+    return json.loads(data[1])["figures"]
 
 
 def test_who_edited_alike_is_told(cli: Cli, fails: Callable[..., str], tmp_path: Path) -> None:
@@ -61,9 +62,14 @@ def test_who_edited_alike_is_told(cli: Cli, fails: Callable[..., str], tmp_path:
     scales = found["variants"][1]["form"]["layer_scales"]
     assert [s is not None for s in scales] == [layer in (2, 3) for layer in range(DEPTH)]
     assert scales[2] == pytest.approx(0.5, abs=1e-3)
-    heat, *lines = _figure(page)["data"]
-    assert heat["type"] == "heatmap"
-    assert len(lines) == len(edits)
+    figures = _figures(page)
+    (heat,) = figures["cosines"]["data"]
+    assert heat["z"] == found["cosines"]
+    lines = figures["shares"]["data"]
+    assert [line["name"] for line in lines] == ["1", "2", "3", "4", "5"]
+    assert lines[1]["y"] == scales
+    for name in names:
+        assert name in page.read_text()
     shown = cli("diff", tmp_path / "base", *names[:2])
     assert shown.out.splitlines()[-1] == f"edited alike: {names[0]}, {names[1]}"
     # The strip of one of them: two layers of two components, blank elsewhere.
@@ -71,13 +77,16 @@ def test_who_edited_alike_is_told(cli: Cli, fails: Callable[..., str], tmp_path:
     result = cli("audit", names[1], "--base", tmp_path / "base", "-o", strip)
     assert result.code == 7
     assert "scale 0.50" in strip.read_text()
-    (heat,) = _figure(strip)["data"]
+    (heat,) = _figures(strip)["edited"]["data"]
     assert heat["x"] == ["outside", *map(str, range(DEPTH))]
     values = dict(zip(heat["y"], heat["z"], strict=True))
     for component in ("attention", "mlp"):
         expected = [None, 0, 0, 0.5, 0.5, 0, 0]
         assert values[component] == pytest.approx(expected, abs=1e-3)
     assert values["embedding"][0] == 0
+    if CAN_BROWSE:
+        check_small_page(page)
+        check_small_page(strip)
     (tmp_path / "mine.html").write_text("<p>mine</p>")
     for command in (("audit", names[1]), ("diff", tmp_path / "base", names[1])):
         assert "no earlier output" in fails(*command, "-o", tmp_path / "mine.html", code=2)

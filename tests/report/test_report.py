@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import re
@@ -12,19 +11,19 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from reporting import BREAKOUT, CHROMIUM, EVIL
+from browser import (
+    BUILD,
+    OVERFLOW,
+    Opened,
+    check_axe,
+    check_contrast,
+    check_figures,
+    needs_browser,
+    started_browser,
+)
+from reporting import BREAKOUT, EVIL
 
 from abliterate.cli.app import main
-
-BUILD = Path(__file__).parents[2] / "build" / "report"
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None or importlib.util.find_spec("playwright") is None,
-    reason="needs Chromium and playwright",
-)
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
-    "--disable-component-update", "--no-first-run",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,42 +36,8 @@ def page_file(run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with started_browser() as started:
         yield started
-        started.close()
-
-
-class Opened:
-    """A page with everything it asked for and said."""
-
-    def __init__(self, browser, file: Path, **options) -> None:
-        options = {"viewport": {"width": 1320, "height": 900}, **options}
-        context = browser.new_context(**options)
-        context.set_default_timeout(60_000)
-        self.page = context.new_page()
-        self.requests: list[str] = []
-        self.said: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
-        self.file = file.resolve().as_uri()
-        self.page.goto(self.file)
-        self.page.wait_for_selector("html[data-ready=yes]", state="attached")
-
-    def wait_for_all(self) -> None:
-        """The plots out of sight are drawn when the browser has time."""
-        self.page.wait_for_selector("html[data-drawn=all]", state="attached")
-
-    def check(self) -> None:
-        """Nothing left the page, nothing complained, and no markup of the data ran."""
-        # A download is made in the page: its blob has no address that anything could be sent to.
-        assert [url for url in self.requests if not url.startswith("blob:null/")] == [self.file]
-        assert self.said == []
-        assert self.page.evaluate("typeof window.pwned") == "undefined"
 
 
 @pytest.fixture
@@ -207,30 +172,7 @@ def test_the_slider_moves_through_the_layers_by_keyboard(opened: Opened, run: Pa
     assert page.locator("#layer-name").inner_text() == str(layers[-1])
 
 
-# Of every piece of text in sight: its colour, and the nearest ground that is not see-through.
-CONTRAST = """() => {
-  const parts = (text) => text.match(/[\\d.]+/g).map(Number);
-  const bright = (rgb) => rgb.slice(0, 3).map((v) => v / 255)
-    .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
-  const ground = (e) => {
-    for (; e; e = e.parentElement) {
-      const found = parts(getComputedStyle(e).backgroundColor);
-      if (found.length < 4 || found[3] > 0.99) return found;
-    }
-    return [255, 255, 255];
-  };
-  const seen = {};
-  for (const e of document.querySelectorAll("body *")) {
-    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
-    if (!own || !e.checkVisibility() || e.closest("svg, script, noscript, :disabled")) continue;
-    const [one, other] = [bright(parts(getComputedStyle(e).color)), bright(ground(e))];
-    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
-    const name = `${e.tagName}.${e.className}`;
-    seen[name] = Math.min(seen[name] ?? 99, ratio);
-  }
-  return seen;
-}"""
+VERDICTS = ("TD.n", "SPAN.badge refused", "SPAN.badge answered")
 # How bright the middle of each diverging scale is drawn, 0 to 1, by figure.
 MIDDLE = """() => Object.fromEntries([...document.querySelectorAll(".canvas")].flatMap((e) => {
   const map = e._fullData.find((t) => ["diverging", "removed"].includes(t.meta?.scale));
@@ -240,61 +182,6 @@ MIDDLE = """() => Object.fromEntries([...document.querySelectorAll(".canvas")].f
     : text.match(/\\d+/g).map(Number);
   return [[e.id, parts.reduce((sum, v) => sum + v, 0) / 765]];
 }))"""
-OVERFLOW = "document.documentElement.scrollWidth"
-
-
-def check_contrast(page) -> None:
-    """WCAG's least contrast of text, for every kind of element that shows some."""
-    found = page.evaluate(CONTRAST)
-    assert {"H1.", "TD.n", "SPAN.badge refused", "SPAN.badge answered", "TH."} <= set(found)
-    assert {name: ratio for name, ratio in found.items() if ratio < 4.5} == {}
-
-
-# Text boxes of a figure that lie on each other, or beyond the figure's edge.
-CRAMPED = """() => {
-  const found = [];
-  for (const canvas of document.querySelectorAll(".canvas")) {
-    const edge = canvas.getBoundingClientRect();
-    const texts = [...canvas.querySelectorAll("svg text")]
-      .filter((e) => e.textContent.trim() && !e.closest(".hoverlayer"))
-      .map((e) => [e.textContent, e.getBoundingClientRect()])
-      .filter(([, box]) => box.width && box.height);
-    texts.forEach(([text, one], at) => {
-      const outside = Math.max(edge.left - one.left, one.right - edge.right,
-        edge.top - one.top, one.bottom - edge.bottom);
-      if (outside > 1) found.push([canvas.id, text, "is cut"]);
-      for (const [other, two] of texts.slice(at + 1)) {
-        const wide = Math.min(one.right, two.right) - Math.max(one.left, two.left);
-        const high = Math.min(one.bottom, two.bottom) - Math.max(one.top, two.top);
-        if (wide > 1 && high > 1) found.push([canvas.id, text, other]);
-      }
-    });
-  }
-  return found;
-}"""
-
-
-def check_figures(page) -> None:
-    """Every figure's text can be read."""
-    # A figure that has been given another width is drawn again when the browser has time.
-    page.wait_for_function(
-        """() => [...document.querySelectorAll(".canvas")].every((e) =>
-          Math.abs(e.querySelector(".main-svg").clientWidth - e.clientWidth) < 2)"""
-    )
-    assert page.locator(".canvas svg text").count() > 50
-    assert page.evaluate(CRAMPED) == []
-
-
-def check_axe(page) -> None:
-    """axe-core has nothing to say against the page.
-
-    What is drawn inside a figure is one picture to it, whose thousands of shapes take it long.
-    """
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page, context={"exclude": [[".canvas > *"]]}).response
-    wrong = found["violations"]
-    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in wrong] == []
 
 
 @needs_browser
@@ -311,7 +198,7 @@ def test_a_phone_does_not_scroll_sideways(browser, page_file: Path) -> None:
     # What is too wide scrolls in a box of its own.
     boxes = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
     assert made.page.evaluate(f"{boxes}.length") > 3
-    check_contrast(made.page)
+    check_contrast(made.page, *VERDICTS)
     check_figures(made.page)
     made.page.screenshot(path=BUILD / "phone.png", full_page=True)
     made.page.emulate_media(color_scheme="dark")
@@ -400,7 +287,7 @@ def test_light_dark_toggle_and_print(browser, page_file: Path) -> None:
         ground = "getComputedStyle(document.body).backgroundColor"
         grounds[scheme] = page.evaluate(ground)
         page.screenshot(path=BUILD / f"{scheme}.png", full_page=True)
-        check_contrast(page)
+        check_contrast(page, *VERDICTS)
         check_figures(page)
         # A heatmap's middle is as bright as its page.
         middles[scheme] = page.evaluate(MIDDLE)

@@ -13,9 +13,6 @@ from abliterate.storage.artifacts import hash_file
 
 EVIL = '<script>window.pwned=1</script><img src="https://example.org/x.png" onerror="pwned=2">'
 BREAKOUT = "</script></textarea><svg onload=pwned=3><!-- <script> ${pwned} {{ 7*7 }} %{x} &lt;"
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 
 
 def make_run(place: Path) -> Path:

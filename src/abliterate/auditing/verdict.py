@@ -137,4 +137,4 @@ def _said_of(blind: Blind) -> str:
 
 def p_text(p_value: float) -> str:
     """A p-value as far as it was calibrated."""
-    return f"p < {CLAIM:.0e}" if p_value < CLAIM else f"p = {p_value:.1e}"
+    return f"p < {CLAIM:.0e}" if p_value < CLAIM else f"p = {p_value:.2g}"

@@ -150,7 +150,7 @@ def audit(
         document["direction"] = None
         document["subspace"] = None if found.subspace is None else list(found.subspace.shape)
         if output is not None and as_page:
-            from abliterate.report.edit_strip import audit_page
+            from abliterate.report.audit_page import audit_page
 
             write_atomically(output, audit_page(checkpoint, document).encode())
         elif output is not None and found.direction is not None:
@@ -200,41 +200,18 @@ def _open(
 
 def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: bool) -> None:
     """The verdict and why, a summary; with ``tensors`` the long tables as well."""
-    writers, base = document["writers"], document["base"]
+    from abliterate.report.audit_page import KINDS, facts, kind_rows
+
+    base = document["base"]
     print_line(f"{name}: {document['verdict']}")
     print_line(document["why"])
-    rows = []
-    if document["evidence"]:
-        rows.append(["decided by", document["evidence"]])
-    sides = ("writers", "readers")
-    rows += [[f"chance for the {side}", _chance(document[side])] for side in sides]
-    if document["verdict"] == "edited":
-        if base is not None and base["form"] is not None:
-            rows.append(["form", ", ".join(base["form"]["kinds"])])
-        removed = document["removed"]
-        if removed is not None:
-            rows.append(["share removed", f"{removed:.2f}{' (all)' if document['full'] else ''}"])
-        if document["style"]:
-            rows.append(["looks like", document["style"]])
-        rows += [
-            [key, "unknown" if document[key] is None else "yes" if document[key] else "no"]
-            for key in ("embeddings", "biases")
-        ]
-    elif writers["detectable_scale"] is not None:
-        rows.append(
-            ["edits of all writers would show from scale", str(writers["detectable_scale"])]
-        )
-    if document["declared"]["record"]:
-        confirmed = document["declared"]["confirmed"]
-        word = {True: "confirmed", False: "NOT borne out", None: "cannot be checked"}[confirmed]
-        rows.append(["abliterate.json", word])
-    print_table("", ["", ""], rows, left=2)
+    print_table("", ["", ""], facts(document), left=2)
     if document["activations"] is not None:
         audit_prompts.show(document["activations"])
     if base is not None:
         _show_summary(base)
     elif document["units"]:
-        _show_kinds(document["units"])
+        print_table("edited", KINDS, kind_rows(document["units"]), left=2)
     if tensors and document["units"]:
         print_table(
             "units",
@@ -246,7 +223,7 @@ def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: boo
         )
     if tensors and base is not None:
         show_differences(base)
-    for one in (*writers["set_aside"], *document["readers"]["set_aside"]):
+    for one in (*document["writers"]["set_aside"], *document["readers"]["set_aside"]):
         channels = one["channels"]
         count = f" ({len(channels)} channels)" if channels else ""
         print_line(f"set aside: {one['reason']}{count}")
@@ -264,51 +241,12 @@ def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: boo
         print_line("--tensors lists each of them")
 
 
-def _chance(side: dict[str, Any]) -> str:
-    """A p-value as far as it was calibrated, or why there is none."""
-    from abliterate.auditing.verdict import p_text
-
-    if not side["groups"]:
-        return str(side["reason"])
-    return f"{p_text(side['p_value'])} (claimed below {side['claimed_below']:.0e})"
-
-
-def _show_kinds(units: list[dict[str, Any]]) -> None:
-    """Which kinds of writers lost the direction, and in which layers."""
-    rows = []
-    for kind in dict.fromkeys(u["kind"] for u in units):
-        of_kind = [u for u in units if u["kind"] == kind]
-        lost = [u for u in of_kind if u["carries"]]
-        layers = sorted(u["layer"] for u in lost if u["layer"] is not None)
-        removed = sorted(u["removed"] for u in lost)
-        rows.append(
-            [
-                kind,
-                f"{layers[0]}-{layers[-1]}" if layers else "-",
-                f"{len(lost)} of {len(of_kind)}",
-                f"{removed[0]:.2f} to {removed[-1]:.2f}" if removed else "-",
-            ]
-        )
-    print_table("edited", ["kind", "layers", "units", "removed"], rows, left=2)
-
-
 def _show_summary(base: dict[str, Any]) -> None:
     """What differs from the base, by component and range of layers."""
-    rows = []
-    for row in base["summary"]:
-        scale = row["scale"]
-        rows.append(
-            [
-                row["component"],
-                row["layers"] or "-",
-                "projected" if row["projected"] else "otherwise",
-                f"{row['tensors']} of {row['of']}",
-                "-" if scale is None else f"{scale[0]:.2f} to {scale[1]:.2f}",
-            ]
-        )
-    if rows:
-        heads = ["component", "layers", "differs", "tensors", "scale"]
-        print_table("differences from the base", heads, rows, left=3)
+    from abliterate.report.audit_page import SUMMARY, summary_rows
+
+    if rows := summary_rows(base):
+        print_table("differences from the base", SUMMARY, rows, left=3)
     same = sum(t["state"] == "unchanged" for t in base["tensors"])
     print_line(f"unchanged: {same} tensors")
     for label in ("missing", "added"):

@@ -59,7 +59,7 @@ def diff(
         return
     document = finite(compare_variants(base, list(zip(b, others, strict=True))))
     if output is not None:
-        from abliterate.report.variant_figure import variant_page
+        from abliterate.report.variant_page import variant_page
 
         write_atomically(output, variant_page(document).encode())
     print_json(document) if as_json else _show_variants(document)
@@ -69,22 +69,11 @@ def diff(
 
 def _show_variants(document: dict[str, Any]) -> None:
     """What each variant is, how alike their edits are, and the scales by layer."""
-    rows = []
-    for number, variant in enumerate(document["variants"], start=1):
-        form = variant["form"]
-        rows.append(
-            [
-                str(number),
-                variant["name"],
-                "no projection" if form is None else ", ".join(form["kinds"]),
-                str(variant["projected"]),
-                str(variant["beyond"]),
-                "-" if form is None else f"{form['scale']:.2f}",
-            ]
-        )
-    heads = ["", "variant", "edit", "projected", "differ otherwise", "scale"]
-    print_table("variants", heads, rows, left=3)
-    numbers = [str(number) for number in range(1, len(rows) + 1)]
+    from abliterate.report.variant_page import VARIANTS, variant_rows
+
+    rows = variant_rows(document)
+    print_table("variants", VARIANTS, rows, left=3)
+    numbers = [row[0] for row in rows]
     for key, title in (
         ("cosines", "cosine of the directions"),
         ("shared", "share of a row's directions in the subspace of a column's"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -50,7 +50,13 @@ def fragility(
     from abliterate.run_records import read_extract
 
     read_extract(run)
-    from abliterate.analysis.fragility_plot import claim_pictures, draw, require_plotly
+    from abliterate.report.fragility_page import (
+        POINTS,
+        claim_pictures,
+        draw,
+        point_rows,
+        require_plotly,
+    )
 
     if picture:
         require_plotly()
@@ -70,17 +76,8 @@ def fragility(
     counts = ", ".join(f"{kind} n={count}" for kind, count in record["n_prompts"].items())
     print_table(
         f"{record['model']['id']} ({counts}; 95% intervals; means ± standard error)",
-        ["share removed", "refused", "harmful log-odds", "harmless refused", "KL (nats)"],
-        [
-            [
-                f"{p['fraction']:.2f}",
-                _share(p, "refusal_rate") + _unfinished(p["no_verdict"]),
-                _mean(p, "bypass_score", ".2f"),
-                _share(p, "harmless_refusal_rate") + _unfinished(p["harmless_no_verdict"]),
-                _mean(p, "kl_divergence", ".3f"),
-            ]
-            for p in record["points"]
-        ],
+        POINTS,
+        point_rows(record),
     )
     number, half = record["fragility"], record["half_fraction"]
     if number is None:
@@ -100,21 +97,6 @@ def fragility(
             )
     show_controls(record["controls"])
     return print_line(f"written: {', '.join(map(str, written))}")
-
-
-def _unfinished(count: int) -> str:
-    """Thoughts that have not ended, which are no answers."""
-    return f" + {count} unfinished" if count else ""
-
-
-def _share(point: Mapping[str, Any], key: str) -> str:
-    low, high = point[f"{key}_ci"]
-    return f"{point[key]:.2f} ({low:.2f}-{high:.2f})"
-
-
-def _mean(point: Mapping[str, Any], key: str, form: str) -> str:
-    error = point[f"{key}_spread"]["standard_error"]
-    return f"{point[key]:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def _interval(span: Sequence[float | None] | None, form: str = ".3f") -> str:

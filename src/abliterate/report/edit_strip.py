@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from abliterate.report.style import colour_bar, coloured, figure, finite, plain, plotly
-from abliterate.storage.web_page import figure_page
 
 Document = Mapping[str, Any]
 _OUTSIDE = "outside"
@@ -59,7 +58,7 @@ def strip(title: str, cells: Iterable[Cell]) -> Any | None:
     components = list(dict.fromkeys(component for component, _ in sums))
     layers: list[int | None] = [None] if any(layer is None for _, layer in sums) else []
     layers += sorted({layer for _, layer in sums if layer is not None})
-    made = figure(title, "layer", "", 150 + 26 * len(components))
+    made = figure(title, "layer", "", 124 + 26 * len(components))
     made.add_trace(
         plotly().Heatmap(
             z=[[_mean(sums.get((c, layer))) for layer in layers] for c in components],
@@ -77,20 +76,9 @@ def strip(title: str, cells: Iterable[Cell]) -> Any | None:
     )
     made.update_yaxes(autorange="reversed", showgrid=False, type="category")
     made.update_xaxes(showgrid=False, type="category")
+    made.update_layout(margin={"t": 50})
     return made
 
 
 def _mean(values: list[float] | None) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def audit_page(name: str, document: Document) -> str:
-    """An audit as an HTML file of its own: verdict, why, the strip.
-
-    Raises:
-        UsageError: plotly is missing.
-    """
-    bundle = plotly("offline").get_plotlyjs()
-    lines = [document["why"], *document["warnings"]]
-    drawn = audit_strip(document)
-    return figure_page(f"{name}: {document['verdict']}", lines, drawn, bundle)
