@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from abliterate.writers.disk_tensors import DiskMap, DiskTensor, PlanError, disk_map, disk_tensors
 
@@ -96,8 +97,10 @@ def parameters_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.device("meta"):
-        return type(model)._from_config(model.config)
+    with torch.device("meta"), no_init_weights():
+        twin = type(model)._from_config(model.config)
+    twin.tie_weights()
+    return twin
 
 
 def prove(
