@@ -18,12 +18,25 @@ if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id 
         --no-install-recommends chromium; } >/dev/null 2>&1 ||
         echo "warning: chromium could not be installed" >&2
 fi
+# Processes that import the same modules compile them once, not each for itself.
+unset PYTHONDONTWRITEBYTECODE
+linted=
 if [ "$lowest" = no ]; then # what lint and types say depends on the versions: the newest have the say
     $venv/bin/ruff check .
     $venv/bin/ruff format --check .
-    $venv/bin/mypy
-    $venv/bin/lint-imports --no-cache --no-logo
+    # These take one core a minute: beside the first tests, and what they say comes at the end.
+    said=$(mktemp)
+    { $venv/bin/mypy && $venv/bin/lint-imports --no-cache --no-logo; } >"$said" 2>&1 &
+    linted=$!
 fi
 # One worker a core and a file a worker (its fixtures run once), in the order of tests/conftest.py, which also
 # keeps each to one thread of torch.
-exec $venv/bin/python -m pytest -n "$(nproc 2>/dev/null || echo 2)" --dist loadfile --no-loadscope-reorder "$@"
+failed=0
+$venv/bin/python -m pytest -n "$(nproc 2>/dev/null || echo 2)" --dist loadfile --no-loadscope-reorder "$@" ||
+    failed=$?
+if [ -n "$linted" ]; then
+    wait "$linted" || failed=$?
+    cat "$said"
+    rm "$said"
+fi
+exit $failed

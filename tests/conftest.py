@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -63,6 +64,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     place = {str(here / name): at for at, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: place.get(str(item.path), len(place)))
+
+
+_file: Path | None = None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Take what has been imported out of the garbage collection, at the first test of each file.
+
+    Commands collect when they let a model go, and look at all objects of the process each time: a
+    worker has many times those of a command.
+    """
+    global _file
+    if item.path != _file:
+        _file = item.path
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

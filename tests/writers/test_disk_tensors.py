@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from abliterate.writers.disk_tensors import DiskMap, DiskTensor, PlanError, disk_map, disk_tensors
 
@@ -96,8 +97,10 @@ def parameters_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.device("meta"):
-        return type(model)._from_config(model.config)
+    with torch.device("meta"), no_init_weights():
+        twin = type(model)._from_config(model.config)
+    twin.tie_weights()
+    return twin
 
 
 def prove(
@@ -107,7 +110,8 @@ def prove(
     saved_from: PreTrainedModel | None = None,
 ) -> DiskMap:
     """Edits the files in ``folder`` as the map says and checks what they load as."""
-    model = load(folder, dtype=torch.float32)
+    with no_init_weights():  # all comes from the files
+        model = load(folder, dtype=torch.float32)
     before = parameters_of(model)
     if saved_from is not None:
         for name, value in parameters_of(saved_from).items():
@@ -115,7 +119,8 @@ def prove(
     axes = chosen_axes(model) if axes is None else axes
     plan = disk_map(meta_twin(model), axes, headers(folder))
     edit_files(folder, plan, before)
-    after = parameters_of(load(folder, dtype=torch.float32))
+    with no_init_weights():
+        after = parameters_of(load(folder, dtype=torch.float32))
     assert after.keys() == before.keys()
     for name, value in after.items():
         expected = before[name]

@@ -12,13 +12,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from abliterate.checkpoints.config_sizes import CONFIG
 from abliterate.errors import CheckpointError, PlanError, ShapeMismatchError
-from abliterate.models.bounded_build import bounded_build
-from abliterate.models.model_classes import build_model, text_config
+from abliterate.models.model_classes import build_draft, text_config
 from abliterate.writers.disk_tensors import DiskMap, disk_map
 
 
@@ -74,8 +72,7 @@ def _wrong_number(
         other = deepcopy(config)
         setattr(text_config(other), key, mended)
         try:
-            with torch.device("meta"), bounded_build():
-                model = build_model(other)
+            model = build_draft(other)
             shape = tuple(model.get_parameter(error.parameter).shape)
             if shape != error.found:
                 continue

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from abliterate.checkpoints.config_sizes import CONFIG, NUMBERS, TENSORS, Held
 from abliterate.checkpoints.shards import ShardSet
@@ -66,6 +67,27 @@ def build_model(config: Any, **options: Any) -> PreTrainedModel:
         return cast(PreTrainedModel, kind.from_config(config, **options))
     options.pop("trust_remote_code", None)
     return cast(PreTrainedModel, kind._from_config(config, **options))
+
+
+def build_draft(
+    config: Any, elements: int = NUMBERS, tensors: int = TENSORS, **options: Any
+) -> PreTrainedModel:
+    """A model of ``config`` on the meta device, no larger than these bounds.
+
+    Args:
+        config: its configuration.
+        elements: numbers of all its parameters.
+        tensors: how many parameters those are.
+        options: as for :func:`build_model`.
+
+    Raises:
+        TooLargeError: it is larger.
+    """
+    # Random numbers for what has no memory take half of the time, and tying comes with them.
+    with torch.device("meta"), no_init_weights(), bounded_build(elements, tensors):
+        model = build_model(config, **options)
+    model.tie_weights()
+    return model
 
 
 def empty_model(
@@ -124,8 +146,9 @@ def build_empty(
         CheckpointError: the configuration contradicts itself, or is that of a larger model.
     """
     try:
-        with torch.device("meta"), bounded_build(*_bounds(config, shards)):
-            model = build_model(config, trust_remote_code=trust_remote_code, **options)
+        model = build_draft(
+            config, *_bounds(config, shards), trust_remote_code=trust_remote_code, **options
+        )
     except TooLargeError as error:
         raise too_large(config, error, shards) from None
     except Exception as error:  # whatever the architecture's own constructor raises

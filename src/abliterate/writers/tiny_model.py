@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoints.config_sizes import absurd_count
-from abliterate.models.bounded_build import bounded_build
-from abliterate.models.model_classes import build_model, has_causal_class
+from abliterate.models.model_classes import build_draft, build_model, has_causal_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -214,8 +213,7 @@ def _float32() -> Iterator[None]:
 
 def _built(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration, if it is as small as it is meant to be."""
-    with torch.device("meta"), bounded_build(2 * LARGEST):
-        draft = build_model(config, attn_implementation="eager")
+    draft = build_draft(config, 2 * LARGEST, attn_implementation="eager")
     size = sum(p.numel() for p in draft.parameters())
     if size > LARGEST:
         raise ShrinkError(f"{size:,} parameters are too many")

@@ -68,10 +68,6 @@ def abliterate(*args: str | Path) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def _leak(model: PreTrainedModel, direction: torch.Tensor) -> float:
-    return leak(model, direction, IDS, find_writers(model).blocks)
-
-
 def _shape(model: PreTrainedModel) -> Shape:
     def gain(each: Gain) -> tuple[object, ...]:
         return each.parameter is None, each.offset, each.centred, each.index
@@ -102,9 +98,9 @@ def round_trip(make: Callable[[], PreTrainedModel], folder: Path) -> Outcome:
     width = stream_width(model, plan)
     direction = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     save_file({"direction": direction}, folder / "direction.safetensors", {"layer": "1"})
-    before = _leak(model, direction)
+    before = leak(model, direction, IDS, plan.blocks)
     with ablate(model, direction):
-        hooked = _leak(model, direction)
+        hooked = leak(model, direction, IDS, plan.blocks)
         expected = _logits(model)
 
     from_, to = ("--direction", folder / "direction.safetensors"), folder / "edited"
@@ -133,7 +129,7 @@ def round_trip(make: Callable[[], PreTrainedModel], folder: Path) -> Outcome:
     return Outcome(
         **common,
         tensors=len(json.loads(out)["tensors"]),
-        edited=_leak(edited, direction),
+        edited=leak(edited, direction, IDS, plan.blocks),
         difference=float((_logits(edited) - expected).abs().max()),
         verified=verified == 0,
         refusal="",
