@@ -102,7 +102,7 @@ def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     cache.layers = [
-        RoomySlidingLayer(layer.sliding_window)
+        RoomySlidingLayer(sliding_window=layer.sliding_window)
         if isinstance(layer, DynamicSlidingWindowLayer)
         else RoomyLayer()
         for layer in cache.layers
