@@ -195,6 +195,9 @@ def test_names_that_are_nearly_ids_say_how_to_write_them(
         "https://huggingface.co/org/moving": "write org/moving",
         "https://huggingface.co/org/moving/tree/next": "write org/moving@next",
         "huggingface.co/org/moving/": "write org/moving",
+        "hf://org/moving@next": "write org/moving@next",
+        "https://huggingface.co/org/moving.git": "write org/moving",
+        "hf.co/org/moving:Q4_K_M": "write org/moving",
     }.items():
         for command in ("writers", "plan"):
             assert run.fails(command, name, code=4).endswith(written)

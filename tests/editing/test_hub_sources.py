@@ -254,6 +254,10 @@ def test_repositories_without_safetensors_say_what_they_hold(
         "org/pickle": ("config.json", "pytorch_model-00001-of-00002.bin"),
         "org/both": ("config.json", "pytorch_model.bin", "model.gguf"),
         "org/none": ("config.json", "README.md"),
+        "org/onnx": ("config.json", "onnx/model.onnx"),
+        "org/old": ("config.json", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx"),
+        "org/vino": ("config.json", "openvino_model.bin", "openvino_model.xml"),
+        "org/image": ("model_index.json", "unet/diffusion_pytorch_model.safetensors"),
     }
     for model, names in files.items():
         hub.models[model] = tmp_path / model
@@ -267,6 +271,10 @@ def test_repositories_without_safetensors_say_what_they_hold(
         "org/pickle": "org/pickle holds pickle weights (pytorch_model-00001-of-00002.bin)",
         "org/both": "GGUF",
         "org/none": "org/none has no .safetensors weights",
+        "org/onnx": "org/onnx holds ONNX weights (onnx/model.onnx)",
+        "org/old": "org/old holds pickle weights (pytorch_model.bin)",
+        "org/vino": "org/vino holds OpenVINO weights (openvino_model.bin)",
+        "org/image": "org/image holds a diffusers pipeline (model_index.json)",
     }.items():
         assert said in run.fails("orthogonalize", model, *command, code=4)
     assert hub.requests == []  # seen from the list of files alone

@@ -58,7 +58,7 @@ class Plain:
         unit = (direction / direction.norm()).float()
         share = number if name == "part" else 1.0
 
-        def ablated(_: Any, __: Any, out: Any) -> Any:  # c <- c - (c . r) r (section 2.4)
+        def ablated(_: Any, __: Any, out: Any) -> Any:  # c <- c - (c . r) r
             first = out[0] if isinstance(out, tuple) else out
             first = first - share * (first @ unit)[..., None] * unit
             return (first, *out[1:]) if isinstance(out, tuple) else first
@@ -374,7 +374,7 @@ def test_controls_can_be_fewer_or_left_out(made, cli, tmp_path: Path) -> None:
     shown = cli(*common, "--controls", "2", "-o", tmp_path / "two")
     assert shown.code == 0, shown.err
     assert "random, isotropic (2)" in shown.out
-    assert "subtract: the selected direction lies in harmful log-odds above" in shown.out
+    assert "subtract, harmful log-odds: the selected direction lies above" in shown.out
     assert "z " not in shown.out
     held = json.loads((tmp_path / "two" / "evaluation.json").read_text())["controls"]
     assert list(held["rows"]) == ["subtract"]

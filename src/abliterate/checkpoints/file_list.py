@@ -13,6 +13,16 @@ ADAPTER_CONFIG = "adapter_config.json"
 # What training leaves beside weights.
 _OF_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Weights for other programs, by how their files begin or end.
+_OTHER_PROGRAMS = {
+    "ONNX": ((), (".onnx",)),
+    "OpenVINO": (("openvino_",), ()),
+    "MLC": (("params_shard_",), ()),
+    "TensorFlow": ((), (".h5",)),
+    "Flax": ((), (".msgpack",)),
+    "LiteRT": ((), (".tflite", ".task", ".litertlm")),
+    "Core ML": ((), (".mlmodel", "weight.bin")),
+}
 
 
 def is_adapter(name: str) -> bool:
@@ -35,6 +45,11 @@ def check_files(
             that does) or no configuration.
     """
     top = [name for name in names if "/" not in name]
+    if "model_index.json" in top and "config.json" not in top:
+        raise CheckpointError(
+            f"{where} holds a diffusers pipeline (model_index.json) and no language model: give a "
+            "decoder-only language model"
+        )
     tensors = [name for name in top if name.endswith(".safetensors") and not is_adapter(name)]
     if any(not name.startswith("consolidated") for name in tensors):
         if "config.json" not in top:
@@ -55,7 +70,8 @@ def check_files(
     pickles = sorted(
         name
         for name in top
-        if name.endswith(_PICKLES) and not (is_adapter(name) or name.startswith(_OF_TRAINING))
+        if name.endswith(_PICKLES)
+        and not (is_adapter(name) or name.startswith(_OF_TRAINING) or _program_of(name))
     )
     pickles += sorted(name for name in names if name.endswith(".pth") and name not in pickles)
     if pickles:
@@ -70,8 +86,23 @@ def check_files(
             f"{where} holds a PEFT adapter and no model: give {model}, or merge it into that first "
             "(PEFT's merge_and_unload, then save_pretrained)"
         )
+    others = sorted(name for name in names if _program_of(name))
+    if others:
+        raise CheckpointError(
+            f"{where} holds {_program_of(others[0])} weights ({others[0]}), which can be neither "
+            "run nor edited here: use the safetensors checkpoint that they were converted from"
+        )
     lacks = "" if "config.json" in top else " and no config.json"
     raise CheckpointError(f"{where} has no .safetensors weights{lacks}")
+
+
+def _program_of(name: str) -> str | None:
+    """The program whose weights a file holds, if it is another than PyTorch."""
+    base = name.rpartition("/")[2]
+    for program, (starts, ends) in _OTHER_PROGRAMS.items():
+        if base.startswith(starts) or base.endswith(ends):
+            return program
+    return None
 
 
 def adapter_base(path: Path) -> str | None:

@@ -36,7 +36,10 @@ def show_controls(controls: Mapping[str, Any] | None) -> None:
                     *(_range(of_family["members"], figure) for figure in _FIGURES),
                 ]
             )
-        sentences.append(f"{name}: the selected direction lies {among(held['families'])}")
+        sentences += [
+            f"{name}, {title}: the selected direction lies {place}"
+            for title, place in places(held["families"]).items()
+        ]
     print_table(
         "Controls: other directions, first-token scores (mean, least to largest)",
         ["row", "direction", *_FIGURES.values()],
@@ -47,14 +50,13 @@ def show_controls(controls: Mapping[str, Any] | None) -> None:
         print_line(sentence)
 
 
-def among(families: Mapping[str, Any]) -> str:
-    """Where the selected direction lies among the random ones of each family."""
+def places(families: Mapping[str, Any]) -> dict[str, str]:
+    """By figure, where the selected direction lies among the random ones of each family."""
     random = {name: held["place"] for name, held in families.items() if name != "layers"}
-    return "; ".join(
-        f"in {title} "
-        + ", ".join(f"{place_text(place[figure])} {name}" for name, place in random.items())
+    return {
+        title: ", ".join(f"{place_text(place[figure])} {name}" for name, place in random.items())
         for figure, title in _FIGURES.items()
-    )
+    }
 
 
 def _range(members: list[Mapping[str, Any]], figure: str) -> str:

@@ -72,9 +72,7 @@ Edited = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[
     bool,
-    typer.Option(
-        "-q", "--quiet", help="On stderr no progress, only warnings; results still go to stdout."
-    ),
+    typer.Option("-q", "--quiet", help="Only warnings on stderr; results still go to stdout."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library logs.")]
 

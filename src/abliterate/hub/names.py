@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
+# A page of a model, as a browser, git, ollama or fsspec writes it; no page of a data set or space.
 _PAGE = re.compile(
-    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)"
-    r"(?:/(?:tree|commit|blob|resolve)/(?P<revision>[^/?#]+))?(?:[/?#].*)?"
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?!(?:datasets|spaces)/)"
+    r"(?P<id>[\w.-]+/[\w.-]+?)(?:\.git)?(?:@(?P<at>[^/?#]+))?"
+    r"(?:/(?:tree|commit|blob|resolve)/(?P<revision>[^/?#]+))?(?:[/?#:].*)?",
+    re.IGNORECASE,
 )
 
 
@@ -22,7 +25,7 @@ def split_id(name: str) -> tuple[str, str | None] | None:
 def suggested_id(name: str) -> str | None:
     """How to write what is a page of the hub, or an id with a slash too many; None if neither."""
     if (page := _PAGE.fullmatch(name)) is not None:
-        revision = page["revision"]
+        revision = page["revision"] or page["at"]
         return page["id"] if revision in (None, "main") else f"{page['id']}@{revision}"
     bare = name.strip().rstrip("/")
     return bare if bare != name and split_id(bare) is not None else None
