@@ -149,7 +149,7 @@ def test_a_command_without_room_for_its_settings_is_no_command() -> None:
         ("n_train = 'many'", "[extract] n_train: must be an integer, not 'many'"),
         ("filter = 'maybe'", "[extract] filter: must be true or false, not 'maybe'"),
         ("harmful = 3", "[extract] harmful: must be text, not 3"),
-        ("winsor_quantile = nan", "[extract] winsor_quantile: must be more than 0, not nan"),
+        ("winsor_quantile = nan", "[extract] winsor_quantile: must be below 0.5, not nan"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_the_words_of_the_house(
