@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -55,3 +56,26 @@ def test_links_and_pictures_of_the_readme_lead_to_files() -> None:
     picture = (ROOT / "docs" / "report.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) < 200_000
+
+
+@pytest.mark.parametrize("url", ["", "https://example.org/blob/v1/"])
+def test_a_package_index_shows_no_link_that_leads_nowhere(url: str) -> None:
+    pytest.importorskip("hatchling")
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "README.md").read_text("utf-8")
+    shown = module.for_an_index(text, url)
+    left = re.findall(r"\]\(([^)\s]+)\)", shown)
+    assert left
+    assert [place for place in left if not place.startswith("https://")] == []
+    assert "are relative" not in shown
+    if url:
+        assert shown.count("](") == text.count("](")
+        assert "![What abliterate demo prints](https://example.org/blob/v1/docs/demo.svg)" in shown
+    else:
+        assert "![" not in shown
+        assert "A real model (docs/real-model.md)" in shown
+        assert "are in docs/editor.md." in " ".join(shown.split())

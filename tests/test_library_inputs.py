@@ -59,7 +59,7 @@ def test_what_are_no_prompts(loaded: Loaded, extraction: Extraction, prompts: An
     [
         torch.zeros(48), torch.full((48,), _NAN), torch.full((48,), float("inf")),
         torch.ones(47), torch.ones(1, 48), torch.ones(48, 1), torch.tensor(1.0),
-        torch.ones(48, dtype=torch.complex64), [1.0] * 48, None, Direction(torch.ones(47)),
+        torch.ones(48, dtype=torch.complex64), ["r"] * 48, None, Direction(torch.ones(47)),
         np.zeros(48), np.ones(47), np.ones(48, dtype=complex), np.array(["r"] * 48),
     ],
 )  # fmt: skip

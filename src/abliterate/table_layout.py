@@ -43,7 +43,8 @@ def laid_out(
 def _table(columns: Sequence[Text], rows: Sequence[Sequence[Text]], left: int) -> Any:
     from rich.table import Table
 
-    table = Table(header_style="bold")
+    # A list of facts has no headings, and no empty line for them.
+    table = Table(header_style="bold", show_header=any(column.plain for column in columns))
     for index, column in enumerate(columns):
         # What has no room goes on below: nothing of a result is left out.
         table.add_column(column, justify="left" if index < left else "right", overflow="fold")

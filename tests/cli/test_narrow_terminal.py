@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 from abliterate.cli.app import main
+from abliterate.table_layout import laid_out
 
 WIDTH = 60
 TRAIN = ("--no-filter", "--refusal-token", "I", "--n-train", "6", "--save-activations")
@@ -14,9 +21,30 @@ FREE = ("--kl-threshold", "1e9", "--induce-threshold=-1e9", "--no-filter", "--n-
 SHORT = ("--n-test", "2", "--max-new-tokens", "2")
 
 
+@dataclass(frozen=True)
+class Laid:
+    """What a table was made of."""
+
+    title: Text
+    columns: list[Text]
+    rows: list[list[Text]]
+    left: int
+
+
 @pytest.fixture(scope="module")
-def shown(tiny, tmp_path_factory) -> dict[str, str]:
+def tables() -> list[Laid]:
+    """Every table that was printed for :func:`shown`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def shown(tiny, tmp_path_factory, tables: list[Laid]) -> dict[str, str]:
     """By command, its stdout with COLUMNS=60."""
+
+    def noted(console: Console, *given: Any) -> Any:
+        tables.append(Laid(*given))
+        return laid_out(console, *given)
+
     place, model = tmp_path_factory.mktemp("narrow"), tiny("llama")
     run, out = place / "run", place / "out"
     chain: dict[str, tuple[object, ...]] = {
@@ -37,6 +65,7 @@ def shown(tiny, tmp_path_factory) -> dict[str, str]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", str(WIDTH))
+        patch.setattr("abliterate.table_layout.laid_out", noted)
         for name, words in chain.items():
             found[name] = _stdout(place / name, name, *words)
     return found
@@ -53,7 +82,9 @@ def _stdout(path: Path, *words: object) -> str:
 
 def _of_tables(text: str) -> list[str]:
     """The lines of tables: drawn, or a row's lines below its name."""
-    return [line for line in text.splitlines() if set("┏┃┡│└") & set(line) or line.startswith("  ")]
+    return [
+        line for line in text.splitlines() if set("┏┃┡│└┌") & set(line) or line.startswith("  ")
+    ]
 
 
 def test_tables_fit_columns(shown: dict[str, str]) -> None:
@@ -62,6 +93,28 @@ def test_tables_fit_columns(shown: dict[str, str]) -> None:
         assert lines, name
         assert [line for line in lines if len(line) > WIDTH] == [], name
         assert not any("…" in line for line in lines), name
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_every_table_fits_and_keeps_its_numbers_whole(
+    shown: dict[str, str], tables: list[Laid], width: int
+) -> None:
+    assert len(tables) > 15
+    for table in tables:
+        console = Console(file=io.StringIO(), width=width, highlight=False)
+        console.print(laid_out(console, table.title, table.columns, table.rows, table.left))
+        text = console.file.getvalue()
+        assert [line for line in text.splitlines() if len(line.rstrip()) > width] == []
+        assert "\x1b" not in text
+        for cell in (cell.plain for row in table.rows for cell in row):
+            numbers = re.findall(r"(?<![\w./-])[-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?(?![\w./-])", cell)
+            assert [number for number in numbers if number not in text] == [], cell
+
+
+def test_a_list_of_facts_has_no_empty_headings(shown: dict[str, str]) -> None:
+    lines = shown["audit"].splitlines()
+    at = next(at for at, line in enumerate(lines) if line.startswith("│ decided by"))
+    assert lines[at - 1].startswith("┌")
 
 
 def test_a_narrow_table_has_every_row_and_cell(shown: dict[str, str], tiny, cli) -> None:

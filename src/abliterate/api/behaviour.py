@@ -17,7 +17,7 @@ from abliterate.api.inputs import (
     check_arguments,
 )
 from abliterate.api.language_model import LanguageModel, ModelLike, as_model
-from abliterate.api.tables import to_frame, to_html
+from abliterate.api.tables import to_frame, to_html, to_json
 from abliterate.direction import Direction
 from abliterate.errors import UsageError
 from abliterate.evaluation import compare
@@ -63,15 +63,17 @@ class Evaluation(Mapping[str, Outcome]):
 
     def to_dict(self) -> dict[str, Any]:
         """Every intervention's figures, and what each changes against the baseline; no texts."""
-        return {
-            "outcomes": {name: outcome.summary() for name, outcome in self.outcomes.items()},
-            "deltas": deltas(self.outcomes),
-            "controls": {
-                name: outcome.controls
-                for name, outcome in self.outcomes.items()
-                if outcome.controls is not None
-            },
-        }
+        return to_json(
+            {
+                "outcomes": {name: outcome.summary() for name, outcome in self.outcomes.items()},
+                "deltas": deltas(self.outcomes),
+                "controls": {
+                    name: outcome.controls
+                    for name, outcome in self.outcomes.items()
+                    if outcome.controls is not None
+                },
+            }
+        )
 
     def to_pandas(self) -> Any:
         """:meth:`rows` as a DataFrame."""
@@ -214,14 +216,16 @@ class Fragility:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as ``fragility.json`` names it."""
-        return {
-            "direction": self.direction.summary(),
-            "fragility": self.fragility,
-            "half_fraction": self.half_fraction,
-            "kl_at_half": self.kl_at_half,
-            "remaining": self.remaining,
-            "points": [asdict(point) for point in self.points],
-        }
+        return to_json(
+            {
+                "direction": self.direction.summary(),
+                "fragility": self.fragility,
+                "half_fraction": self.half_fraction,
+                "kl_at_half": self.kl_at_half,
+                "remaining": self.remaining,
+                "points": [asdict(point) for point in self.points],
+            }
+        )
 
     def to_pandas(self) -> Any:
         """A row for each fraction."""

@@ -18,7 +18,7 @@ from abliterate.api.inputs import (
     check_arguments,
 )
 from abliterate.api.language_model import LanguageModel, ModelLike, as_model
-from abliterate.api.tables import to_frame, to_html
+from abliterate.api.tables import to_frame, to_html, to_json
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
@@ -241,19 +241,21 @@ class Selection:
     def to_dict(self) -> dict[str, Any]:
         """All of it but the vectors, as ``selection.json`` names it."""
         won = self.winner
-        return {
-            "winner": won and {"position": won.position, "layer": won.layer},
-            "candidates": [score_record(score) for score in self.scores],
-            "front": self.front(),
-            "bootstrap": self.resamples and self.resamples.record,
-            "n_layers": self.extraction.mean_harmful.shape[1],
-            "baselines": {
-                "harmful_refusal_score": self.harmful_score,
-                "harmless_refusal_score": self.harmless_score,
-            },
-            "thresholds": asdict(self.thresholds),
-            "counts": {"harmful": self.n_harmful, "harmless": self.n_harmless},
-        }
+        return to_json(
+            {
+                "winner": won and {"position": won.position, "layer": won.layer},
+                "candidates": [score_record(score) for score in self.scores],
+                "front": self.front(),
+                "bootstrap": self.resamples and self.resamples.record,
+                "n_layers": self.extraction.mean_harmful.shape[1],
+                "baselines": {
+                    "harmful_refusal_score": self.harmful_score,
+                    "harmless_refusal_score": self.harmless_score,
+                },
+                "thresholds": asdict(self.thresholds),
+                "counts": {"harmful": self.n_harmful, "harmless": self.n_harmless},
+            }
+        )
 
     def to_pandas(self) -> Any:
         """:meth:`rows` as a DataFrame; scores are log-odds, KL is in nats."""

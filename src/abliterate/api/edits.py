@@ -9,7 +9,7 @@ from typing import Any, Self, overload
 
 from abliterate.api.inputs import DirectionLike, as_direction, as_vector
 from abliterate.api.language_model import LanguageModel, ModelLike, as_model
-from abliterate.api.tables import to_frame, to_html
+from abliterate.api.tables import to_frame, to_html, to_json
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.direction import Direction
 from abliterate.editing import orthogonalize as editing
@@ -45,18 +45,24 @@ class OrthogonalizedModel:
     _undo: Callable[[], None]
 
     def restore(self) -> None:
-        """Put every weight back, bit for bit; once they are back nothing happens."""
+        """Put every weight back, bit for bit; once they are back nothing happens.
+
+        Raises:
+            UsageError: the model was edited again since: that edit is restored first.
+        """
         self._undo()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it but the model."""
-        return {
-            "direction": self.direction.summary(),
-            "leak": self.leak,
-            "leak_before": self.leak_before,
-            "proven": self.proven,
-            "tensors": [asdict(tensor) for tensor in self.tensors],
-        }
+        return to_json(
+            {
+                "direction": self.direction.summary(),
+                "leak": self.leak,
+                "leak_before": self.leak_before,
+                "proven": self.proven,
+                "tensors": [asdict(tensor) for tensor in self.tensors],
+            }
+        )
 
     def to_pandas(self) -> Any:
         """A row for each edited parameter."""
@@ -162,7 +168,7 @@ class EditedCheckpoint(Sequence[EditedTensor]):
 
     def to_dict(self) -> dict[str, Any]:
         """The record of the edit, as ``abliterate.json`` holds it."""
-        return read_record(self.path / RECORD, "orthogonalize")
+        return to_json(read_record(self.path / RECORD, "orthogonalize"))
 
     def to_pandas(self) -> Any:
         """A row for each edited tensor."""

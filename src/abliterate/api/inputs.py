@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from abliterate.extraction.means import Extraction
 from abliterate.extraction.refusal_token_search import named_refusal_tokens
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat
+from abliterate.prompts.columns import texts_of
 from abliterate.prompts.sampling import load_prompts, split_pool
 from abliterate.prompts.sources import Prompt, PromptSource, check_prompts
 from abliterate.selection.candidate_filters import Thresholds
 
-# A list of texts or of Prompt objects, or a source: its name (``harmful``, a file, a hub dataset).
+# A list of texts, of Prompt objects or of rows with a column of prompts, or a source: its name
+# (``harmful``, a file, a hub dataset).
 PromptsLike = Iterable[str | Prompt] | PromptSource | str | Path
-# A direction, its vector ``[d_model]`` as tensor or array, or the file or run folder of one.
-DirectionLike = Direction | Tensor | np.ndarray[Any, Any] | str | Path
+# A direction, its vector ``[d_model]`` as tensor, array or list, or the file or run folder of one.
+DirectionLike = Direction | Tensor | np.ndarray[Any, Any] | Sequence[float] | str | Path
 
 
 def as_prompts(given: Any, kind: str, split: str = "train") -> list[Prompt]:
@@ -41,9 +43,26 @@ def as_prompts(given: Any, kind: str, split: str = "train") -> list[Prompt]:
         return split_pool(given, split)
     if given is None or isinstance(given, dict | Prompt) or not isinstance(given, Iterable):
         raise UsageError(f"the {kind} prompts must be a list or a source, not {given!r:.60}")
-    prompts = [Prompt(one) if isinstance(one, str) else one for one in given]
+    if isinstance(given, Set):
+        raise UsageError(f"the {kind} prompts are a set, which has no order: give a list")
+    if hasattr(given, "to_dict") and hasattr(given, "columns"):  # a frame of pandas or polars
+        given = given.to_dict("records")
+    prompts = list(_from_rows(list(given), kind))
     check_prompts(**{kind: prompts})
     return prompts
+
+
+def _from_rows(rows: Sequence[Any], kind: str) -> Iterable[Any]:
+    """Texts as prompts; rows of columns (a data set's, a frame's) and conversations are read as a
+    source's are, what is none of these is left for the check to name."""
+    if not any(isinstance(row, Mapping) or _is_conversation(row) for row in rows):
+        return [Prompt(str(row)) if isinstance(row, str) else row for row in rows]
+    columns = [{"messages": row} if _is_conversation(row) else row for row in rows]
+    return [Prompt(*read) for read in texts_of(columns, f"the {kind} prompts", None)]
+
+
+def _is_conversation(row: Any) -> bool:
+    return isinstance(row, list) and bool(row) and all(isinstance(turn, Mapping) for turn in row)
 
 
 def as_vector(given: Any) -> Any:
@@ -52,10 +71,17 @@ def as_vector(given: Any) -> Any:
         given = load_direction(given)
     if isinstance(given, Direction):
         return given.vector
+    if isinstance(given, list | tuple) or (
+        hasattr(given, "__array__") and not isinstance(given, Tensor)
+    ):
+        try:
+            given = np.asarray(given)
+        except ValueError:  # rows of several lengths
+            return given
     if isinstance(given, np.ndarray):
         if given.dtype.kind not in "fiu":
             raise InputError(f"the direction must hold real numbers, not {given.dtype}")
-        return torch.from_numpy(np.ascontiguousarray(given, dtype=np.float64))
+        return torch.from_numpy(np.array(given, dtype=np.float64))
     return given
 
 

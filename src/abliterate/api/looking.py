@@ -20,7 +20,7 @@ from abliterate.api.inputs import (
     check_arguments,
 )
 from abliterate.api.language_model import ModelLike, as_model
-from abliterate.api.tables import to_frame, to_html
+from abliterate.api.tables import to_frame, to_html, to_json
 from abliterate.capacity.hardware import parse_hardware
 from abliterate.capacity.resource_plan import plan_resources
 from abliterate.checkpoints.checkpoint import find_checkpoint
@@ -63,7 +63,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it."""
-        return dict(self.document)
+        return to_json(self.document)
 
     def to_pandas(self) -> Any:
         """:meth:`rows` as a DataFrame."""
@@ -170,7 +170,7 @@ class Trace:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it."""
-        return dict(self.document)
+        return to_json(self.document)
 
     def to_pandas(self) -> Any:
         """:meth:`rows` as a DataFrame."""
@@ -264,7 +264,7 @@ class ResourcePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it."""
-        return dict(self.document)
+        return to_json(self.document)
 
     def to_pandas(self) -> Any:
         """A row for each stage."""

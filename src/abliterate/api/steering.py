@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,21 +14,30 @@ from transformers import PreTrainedModel
 from abliterate.api.inputs import DirectionLike, PromptsLike, as_prompts, as_vector
 from abliterate.api.language_model import ModelLike, as_model
 from abliterate.direction import Direction
+from abliterate.errors import UsageError
 from abliterate.inference import interventions
 from abliterate.inference.thoughts import AnswerLimits
 from abliterate.prompts.chat_template import encode
 from abliterate.prompts.sources import Prompt
 
 
-@dataclass
+@dataclass(eq=False)
 class Handle:
-    """Hooks that act until they are removed."""
+    """Hooks that act until they are removed.
 
-    _stack: ExitStack
+    Attributes:
+        name: ``ablate`` or ``add``.
+        attached: whether they still act.
+    """
+
+    name: str
+    _stack: ExitStack = field(repr=False)
+    attached: bool = True
 
     def remove(self) -> None:
         """Take the hooks away; once they are gone nothing happens."""
         self._stack.close()
+        self.attached = False
 
     def __enter__(self) -> Self:
         return self
@@ -52,7 +62,7 @@ class Intervention(ContextDecorator):
         """Put the hooks on, until ``remove()`` of what is returned."""
         with ExitStack() as stack:
             stack.enter_context(self._enter())
-            return Handle(stack.pop_all())
+            return Handle(self.name, stack.pop_all())
 
     def __enter__(self) -> None:
         handle = self.attach()
@@ -105,7 +115,9 @@ def ablate(
     """
 
     def enter() -> AbstractContextManager[Any]:
-        chosen = [layers] if isinstance(layers, int) else layers
+        chosen = [layers] if isinstance(layers, Integral) else layers
+        if chosen is not None and not isinstance(chosen, Iterable):
+            raise UsageError(f"the layers must be numbers, such as range(4, 8), not {chosen!r:.60}")
         return _on(
             model,
             "ablate",
@@ -195,7 +207,9 @@ def generate(model: ModelLike, prompts: PromptsLike, max_new_tokens: int = 128) 
     given = [prompts] if isinstance(prompts, str | Prompt) else prompts
     chosen = as_prompts(given, "given")
     lm.engine.require_answers()
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral):
+        raise UsageError(f"max_new_tokens must be a whole number, not {max_new_tokens!r:.60}")
     ids = encode(lm.tokenizer, [prompt.text for prompt in chosen], lm.chat)
-    limits = AnswerLimits.of(lm.loaded, lm.chat, ids, max_new_tokens)
+    limits = AnswerLimits.of(lm.loaded, lm.chat, ids, int(max_new_tokens))
     answers = lm.engine.answers(ids, limits.longest, lm.batch_size, "generate", chat=lm.chat)
     return [limits.read(answer)[0] for answer in answers]

@@ -7,8 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abliterate.extras import import_extra
+from abliterate.storage.artifacts import finite
 
 Row = Mapping[str, Any]
+
+
+def to_json(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as JSON takes it: what is not finite is None, as in the command line's records."""
+    cleaned: dict[str, Any] = finite(document)
+    return cleaned
 
 
 def to_frame(rows: Sequence[Row]) -> Any:

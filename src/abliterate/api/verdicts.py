@@ -18,7 +18,7 @@ from abliterate.api.inputs import (
     as_prompts,
     as_token_names,
 )
-from abliterate.api.tables import to_frame, to_html
+from abliterate.api.tables import to_frame, to_html, to_json
 from abliterate.auditing import compare as comparing
 from abliterate.auditing import report as judging
 from abliterate.auditing.activation_evidence import KINDS, gather
@@ -66,7 +66,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it."""
-        return asdict(self)
+        return to_json(asdict(self))
 
     def to_pandas(self) -> Any:
         """A row for each writer."""
@@ -159,7 +159,7 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """All evidence but the direction's values."""
-        return dict(self.document)
+        return to_json(self.document)
 
     def to_pandas(self) -> Any:
         """A row for each unit of writers; empty if not edited."""
@@ -281,7 +281,7 @@ class Diff:
     def to_dict(self) -> dict[str, Any]:
         """All of it but the direction's values."""
         found: dict[str, Any] = finite(judging.comparison_document(self.comparison))
-        return found
+        return to_json(found)
 
     def to_pandas(self) -> Any:
         """A row for each tensor."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from abliterate.writers.residual_stream import leak
 # What rounding leaves of a direction in a forward pass: 1e-5 in float32 and wider, more in half
 # precision, where the activations themselves are rounded along it.
 _ROUNDING, _ROUNDING_HALF = 1e-5, 2e-2
+# What undoes the edits of a model, the latest last; of an edit that nobody holds, nothing.
+_in_force: WeakKeyDictionary[PreTrainedModel, list[ref[ExitStack]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,20 @@ def orthogonalize_in_memory(
                 f"after the edit {after:.1e} of the stream still lies along the direction, more "
                 "than rounding explains: the model is as it was (--allow-leak accepts it)"
             )
-        return InMemoryEdit(tensors, after, before, proof, undo.pop_all().close)
+        kept = undo.pop_all()
+    _in_force.setdefault(model, []).append(ref(kept))
+    return InMemoryEdit(tensors, after, before, proof, partial(_restore, model, kept))
+
+
+def _restore(model: PreTrainedModel, kept: ExitStack) -> None:
+    """Undo an edit once; edits that lie on each other are undone from the last to the first."""
+    edits = [edit for edit in _in_force.get(model, ()) if edit() is not None]
+    if all(edit() is not kept for edit in edits):
+        return
+    if edits[-1]() is not kept:
+        raise UsageError("the model was edited again since: restore the later edit first")
+    kept.close()
+    _in_force[model] = edits[:-1]
 
 
 def _proof(model: PreTrainedModel, allow_leak: float | None) -> Proof | None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,12 @@ class Extraction:
         """
         n_layers = self.mean_harmful.shape[1]
         try:
-            position, layer = key
+            position, layer = map(index, key)
             row, column = self.positions.index(position), range(n_layers).index(layer)
         except (TypeError, ValueError):
+            shown = ", ".join(map(repr, key)) if isinstance(key, tuple) else repr(key)
             raise KeyError(
-                f"[{key!r}] is no candidate: give [position, layer], of positions "
+                f"[{shown}] is no candidate: give [position, layer], of positions "
                 f"{list(self.positions)} and layers 0 to {n_layers - 1}"
             ) from None
         vector = self.directions[row, column]
@@ -403,7 +405,7 @@ def require_min_prompts(name: str, kept: int, given: int, option: str) -> None:
         return
     verdict = "are refused" if name == "harmful" else "are answered"
     raise InputError(
-        f"only {kept} of {given} {name} prompts {verdict} by the model: raise --{option}, give "
+        f"only {kept} of {given} {name} prompts {verdict} by the model: give more (--{option}) or "
         f"another --{name} source, name the refusal tokens with --refusal-token, or keep all with "
         "--no-filter"
     )

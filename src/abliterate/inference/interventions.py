@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -111,6 +112,8 @@ def ablate(
     sites = plan.sites
     if layers is not None:
         chosen = {check_layer(layer, len(plan.blocks)) for layer in layers}
+        if not chosen:
+            raise InputError("no layers are given: give at least one, or None for all")
         sites = tuple(site for site in plan.sites if site.layer in chosen)
     in_parts = scale not in (0, 1) or layers is not None
     if in_parts and any(site.at == "input" for site in plan.sites):
@@ -134,12 +137,12 @@ def check_layer(layer: Any, n_layers: int) -> int:
     Raises:
         InputError: it is none.
     """
-    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < n_layers:
+    if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= int(layer) < n_layers:
         unknown = "; the direction does not record its own" if layer is None else ""
         raise InputError(
             f"layer {layer!r} does not exist: the model has layers 0 to {n_layers - 1}{unknown}"
         )
-    return layer
+    return int(layer)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 from abliterate.errors import InputError, UsageError
@@ -56,6 +57,14 @@ class VectorAlgebra:
             raise InputError("a direction that is zero or not finite has no cosine")
         return max(-1.0, min(1.0, float(mine @ theirs) / length))
 
+    # A product with a number of numpy's is a direction, too.
+    __array_ufunc__ = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        import numpy
+
+        return numpy.array(self.numpy(), dtype=dtype)
+
     def numpy(self) -> Any:
         """The vector as a numpy array, float64 ``[d_model]``."""
         return self.vector.double().numpy()
@@ -64,7 +73,7 @@ class VectorAlgebra:
         return self._with(-self.vector)
 
     def __mul__(self, factor: float) -> Self:
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
+        if isinstance(factor, bool) or not isinstance(factor, Real):
             return NotImplemented
         if not math.isfinite(factor):
             raise UsageError(f"a direction can be multiplied by a finite number, not by {factor}")
@@ -74,7 +83,7 @@ class VectorAlgebra:
     __rmul__ = __mul__
 
     def __truediv__(self, factor: float) -> Self:
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
+        if isinstance(factor, bool) or not isinstance(factor, Real):
             return NotImplemented
         if factor == 0:
             raise UsageError("a direction cannot be divided by zero")
@@ -124,7 +133,16 @@ def _values_of(given: Any, size: int) -> Tensor:
     """The other operand as float64 ``[d_model]``."""
     import torch
 
-    values = torch.as_tensor(getattr(given, "vector", given)).detach().cpu().double()
+    try:
+        values = torch.as_tensor(getattr(given, "vector", given)).detach().cpu().double()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"the other must be a direction or a vector [d_model], not a {type(given).__name__}"
+        ) from None
+    if values.ndim != 1:
+        raise InputError(
+            f"the other must be a direction or a vector [{size}], not of shape {list(values.shape)}"
+        )
     if tuple(values.shape) != (size,):
         raise InputError(
             f"the directions do not fit: [{size}] and {list(values.shape)} are of different models"

@@ -223,13 +223,22 @@ def _refusals(measured: Document | None) -> dict[str, Any] | None:
 
 
 def _differences(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
-    """The facts that are not the same in all runs; what a run does not have is None."""
+    """The facts that are not the same in all runs; what a run does not have is None.
+
+    A stage's settings are compared among the runs that have it.
+    """
     held = [part(f"a record of {each.run.folder}", partial(_settings, each.run)) for each in runs]
     names = dict.fromkeys(name for settings in held for name in settings)
     found = []
     for name in names:
         values = [settings.get(name) for settings in held]
-        if any(value != values[0] for value in values):
+        stage, inside, _ = name.partition(": ")
+        compared = [
+            value
+            for value, settings in zip(values, held, strict=True)
+            if not inside or stage in settings
+        ]
+        if any(value != compared[0] for value in compared):
             found.append({"setting": name, "values": values})
     return found
 
@@ -247,6 +256,7 @@ def _settings(run: Run) -> dict[str, str]:
         if record is None:
             continue
         mark = f" ({STALE})" if name in run.stale and not run.stale[name].rows else ""
+        found[f"{stage}{mark}"] = "has run"
         found |= {
             f"{stage}{mark}: {key}": value for key, value in _told(record, tables, stage).items()
         }
