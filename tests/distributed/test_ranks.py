@@ -77,8 +77,8 @@ def test_torchrun_runs_the_whole_pipeline(tmp_path: Path) -> None:
     texts = [f"Text {n} tells of {'rain and ' * n}snow." for n in range(7)]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config.write_text(f'[evaluate]\ncorpus = ["pile={corpus}", "own"]\n')
-    args = ("run", demo_model_dir(), "--n-train", "41", "--n-val", "17", "--n-test", "5",
-            "--max-new-tokens", "8", "--config", config)  # fmt: skip
+    args = ("run", demo_model_dir(), "--n-train", "21", "--n-val", "9", "--n-test", "3",
+            "--max-new-tokens", "4", "--config", config)  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     one_process(*args, "-o", one)
     done = torchrun(2, "-m", "abliterate", *args, "-o", two, "--json")

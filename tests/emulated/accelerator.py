@@ -371,11 +371,12 @@ def _run_with_care(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             device = value
             return HOST if value.type == NAME else value
         if type(value) in (list, tuple):
-            return type(value)(map(strip, value))
+            return type(value)(map(strip, value))  # noqa: F821 - it is deleted below
         return value
 
     plain = [strip(arg) for arg in args]
     named = {key: strip(arg) for key, arg in kwargs.items() if key != "pin_memory"}
+    del strip  # it refers to itself, and would keep the tensors until the next collection
     on_device = device is not None and device.type == NAME
     if on_device:
         _existing(device)

@@ -1,16 +1,14 @@
-"""A pytest run of its own over some of ``inside/``."""
+"""A pytest run in a process of its own over some of ``inside/``."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from torch.utils import backend_registration
+from warm_python import warm_python
 
 INSIDE = Path(__file__).with_name("inside")
 # What takes long by itself: a file of its own runs it, beside the stages.
@@ -26,18 +24,13 @@ needs_backends = pytest.mark.skipif(
 
 def check_inside(chosen: Sequence[str], least: int, tmp_path: Path) -> None:
     """The tests pass, none is skipped, and they are so many at least."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short",
-         "--show-capture=stderr", f"--basetemp={tmp_path / 'inside'}",
-         *chosen],
-        env={**os.environ, "EMULATED_ACCELERATOR": "1", "PYTEST_ADDOPTS": ""},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
+    done = warm_python().run(
+        "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short",
+        "--show-capture=stderr", f"--basetemp={tmp_path / 'inside'}", *chosen,
+        env={"EMULATED_ACCELERATOR": "1", "PYTEST_ADDOPTS": ""},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout[-2000:]
+    assert done.code == 0, done.out[-6000:] + done.err[-2000:]
+    passed = re.search(r"(\d+) passed", done.out)
+    assert passed, done.out[-2000:]
     assert int(passed[1]) >= least
-    assert "skipped" not in done.stdout
+    assert "skipped" not in done.out

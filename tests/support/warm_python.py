@@ -1,7 +1,7 @@
 """Python processes that start in milliseconds: forks of one that has imported the libraries.
 
 ``import torch, transformers, abliterate`` takes seconds of processor time, most of what a test that
-starts processes costs. One server imports them once a test run and worker; for each
+starts processes costs. One server imports them once a test run, for all its workers; for each
 process that is asked for it forks a child, which has its own arguments, variables, folder and
 streams and can be killed like any other. What a test says about the *start* of a process (its
 imports, a missing module, variables that a library reads when it is imported) needs a real one.
@@ -20,6 +20,7 @@ import pkgutil
 import runpy
 import select
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,6 +35,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock
 from warm_client import ask
 
 _CLIENT = str(Path(__file__).with_name("warm_client.py"))
@@ -97,30 +99,50 @@ class WarmPython:
     Args:
         environment: variables beside the present ones, from the server's start on.
         modules: what it imports beforehand beside the usual.
+        place: a folder for its socket, where one that is there already is joined.
     """
 
     def __init__(
-        self, environment: Mapping[str, str] | None = None, modules: Sequence[str] = ()
+        self,
+        environment: Mapping[str, str] | None = None,
+        modules: Sequence[str] = (),
+        place: str | None = None,
     ) -> None:
         self._environment = {"OMP_NUM_THREADS": "1", **(environment or {})}
-        self._folder = tempfile.TemporaryDirectory(prefix="warm-")
-        self.address = os.path.join(self._folder.name, "socket")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_shared = place is not None
+        folder = place or tempfile.mkdtemp(prefix="warm-")  # the server removes it
+        self.address = os.path.join(folder, "socket")
+        hold = os.path.join(folder, "hold")
+        try:
+            self._hold = os.open(hold, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # there is no server yet, or no more
+            shutil.rmtree(folder, ignore_errors=True)
+            os.mkdir(folder, 0o700)
+            os.mkfifo(hold)
+            self._hold = self._begin(hold, modules)
+
+    def _begin(self, hold: str, modules: Sequence[str]) -> int:
+        """Start the server, which ends when nobody holds the end of the pipe that this gives."""
         path = os.pathsep.join(dict.fromkeys(map(os.path.abspath, sys.path)))
+        read = os.open(hold, os.O_RDONLY | os.O_NONBLOCK)
+        held = os.open(hold, os.O_WRONLY)
         self._process = subprocess.Popen(
             [sys.executable, __file__, self.address, *modules],
-            stdin=subprocess.PIPE,
+            stdin=read,
             stdout=subprocess.PIPE,
             env={**os.environ, **self._environment, "PYTHONPATH": path},
         )
+        os.close(read)
         assert self._process.stdout is not None
         assert self._process.stdout.readline(), "the server does not start"
+        return held
 
     def close(self) -> None:
-        """End the server; processes that still run are left to themselves."""
-        with self._process:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-        self._folder.cleanup()
+        """Let go of the server; processes that still run are left to themselves."""
+        os.close(self._hold)
+        if not self._is_shared and self._process is not None:
+            self._process.communicate()
 
     def start(
         self,
@@ -195,8 +217,14 @@ class Begun:
 
 @cache
 def warm_python() -> WarmPython:
-    """The one of this test run (and worker), which is started when it is first needed."""
-    python = WarmPython()
+    """The one of this test run, which is started when one of its workers first needs it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        python = WarmPython()
+    else:
+        place = os.path.join(tempfile.gettempdir(), f"warm-{run}")
+        with FileLock(f"{place}.lock"):
+            python = WarmPython(place=place)
     atexit.register(python.close)
     return python
 
@@ -313,6 +341,10 @@ def _serve(address: str, modules: list[str]) -> None:
         while True:
             for key, _ in ready.select():
                 if key.fileobj is sys.stdin:
+                    folder = os.path.dirname(address)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        os.unlink(f"{folder}.lock")
                     return
                 if key.fileobj is listener:
                     connection = listener.accept()[0]

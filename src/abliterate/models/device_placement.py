@@ -200,7 +200,7 @@ def check_plan(config: Any, ranks: RankGroup, placement: Placement) -> None:
 
 
 # Where a copy from pinned memory runs beside the host. Apple's GPU shares the host's memory.
-_COPIES_BESIDE = ("cuda", "xpu", torch._C._get_privateuse1_backend_name())
+_COPIES_BESIDE = ("cuda", "xpu")
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -208,7 +208,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
     It goes through pinned memory, which its allocator does not give away before the copy is done.
     """
-    if tensor.device.type != "cpu" or device.type not in _COPIES_BESIDE:
+    known = (*_COPIES_BESIDE, torch._C._get_privateuse1_backend_name())  # may be registered late
+    if tensor.device.type != "cpu" or device.type not in known:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

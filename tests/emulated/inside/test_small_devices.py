@@ -30,7 +30,7 @@ def _directions(run: Path) -> torch.Tensor:
 
 def test_batches_shrink_until_they_fit(on_cpu: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    tight = _WEIGHTS + 3_000_000
+    tight = _WEIGHTS + 1_000_000
     state = on_device("extract", MODEL, "-o", run, *TRAIN, "--no-offload", memory=tight)
     assert state.refused > 0
     assert state.peak <= tight
