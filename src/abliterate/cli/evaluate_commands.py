@@ -64,7 +64,8 @@ def evaluate(
     from abliterate.run_records import source_of_direction, sources_of_evaluation
 
     if direction is None:
-        refuse_without("--direction", given, *opt.OF_DIRECTION, "evaluate.controls")
+        count = given["evaluate"]["controls"] or None  # 0 asks for none, and gets none
+        refuse_without("--direction", given, *opt.OF_DIRECTION, controls=count)
     for name in intervention or ():
         check_name(name, direction, checkpoint or ())
     if direction is not None:
