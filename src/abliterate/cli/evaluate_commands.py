@@ -132,7 +132,9 @@ def name_checkpoints(specs: list[str]) -> dict[str, str]:
                 f"--checkpoint {spec}: '{name}' is no plain name, give one as "
                 f"--checkpoint NAME={folder}"
             )
-        if name in found or name in (*INTERVENTIONS, CHECKPOINT):
+        # Names become files': where case does not count, A and a are one.
+        taken = {other.casefold() for other in (*found, *INTERVENTIONS, CHECKPOINT)}
+        if name.casefold() in taken:
             raise UsageError(
                 f"--checkpoint {spec}: the name '{name}' is taken, give another as "
                 f"--checkpoint NAME={folder}"
