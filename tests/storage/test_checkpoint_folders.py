@@ -55,3 +55,23 @@ def test_a_folder_that_only_looks_like_one_is_none(tiny, cli, tmp_path: Path) ->
         out = tmp_path / "direction.npz"
         assert cli("export", vector, "--to", "npz", "-o", out).code == 0
         out.unlink()
+
+
+def test_a_place_of_two_names_is_one(tiny, fails, tmp_path: Path, monkeypatch) -> None:
+    """As on file systems where case does not count: ``OUT`` may be the source by another name."""
+    model = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    vector = tmp_path / "direction.safetensors"
+    save_direction(vector, Direction(torch.linspace(-1, 2, 48).double(), -1, 2), "tiny")
+    plain = Path.samefile
+
+    def samefile(one: Path, other: Path) -> bool:
+        return str(one).lower() == str(other).lower() or plain(one, other)
+
+    monkeypatch.setattr(Path, "samefile", samefile)
+    for out in (tmp_path / "MODEL", tmp_path / "Model" / "out"):
+        line = fails("orthogonalize", model, "--direction", vector, "-o", out, code=2)
+        assert "overlaps the source" in line
+    evaluate = ("evaluate", model, "--checkpoint", f"one={model}", "--checkpoint")
+    for name in ("ONE", "Baseline"):
+        line = fails(*evaluate, f"{name}={model}", code=2)
+        assert f"the name '{name}' is taken" in line

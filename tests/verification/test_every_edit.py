@@ -117,7 +117,9 @@ def test_verify_accepts_every_format_with_every_option(
             continue
         out = tmp_path / label
         base = ("--direction", direction)
-        made = cli("orthogonalize", source, *base, "-o", out, *options, *choice, "--json")
+        # Of gpt-oss the experts alone are small numbers: elsewhere the choice would do nothing.
+        chosen = () if name.startswith("gpt-oss") and label == "parts" else choice
+        made = cli("orthogonalize", source, *base, "-o", out, *options, *chosen, "--json")
         assert made.code == 0, f"{label}: {made.err}"
         checked = cli("verify", out, *base, "--source", source)
         if checked.code != 0:

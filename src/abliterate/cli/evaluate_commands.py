@@ -64,7 +64,8 @@ def evaluate(
     from abliterate.run_records import source_of_direction, sources_of_evaluation
 
     if direction is None:
-        refuse_without("--direction", given, *opt.OF_DIRECTION, "evaluate.controls")
+        count = given["evaluate"]["controls"] or None  # 0 asks for none, and gets none
+        refuse_without("--direction", given, *opt.OF_DIRECTION, controls=count)
     for name in intervention or ():
         check_name(name, direction, checkpoint or ())
     if direction is not None:
@@ -134,7 +135,9 @@ def name_checkpoints(specs: list[str]) -> dict[str, str]:
                 f"--checkpoint {spec}: '{name}' is no plain name, give one as "
                 f"--checkpoint NAME={folder}"
             )
-        if name in found or name in (*INTERVENTIONS, CHECKPOINT):
+        # Names become files': where case does not count, A and a are one.
+        taken = {other.casefold() for other in (*found, *INTERVENTIONS, CHECKPOINT)}
+        if name.casefold() in taken:
             raise UsageError(
                 f"--checkpoint {spec}: the name '{name}' is taken, give another as "
                 f"--checkpoint NAME={folder}"

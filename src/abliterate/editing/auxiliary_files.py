@@ -50,9 +50,20 @@ def check_target(source: Path, out: Path) -> None:
     check_output_path(out)
     real = source.resolve()
     for target in (out.resolve(), partial_of(out).resolve()):
-        if target == real or real in target.parents or target in real.parents:
+        inside_of_it = any(_is_same(place, real) for place in (target, *target.parents))
+        if inside_of_it or any(_is_same(target, place) for place in real.parents):
             raise UsageError(f"--output {out} overlaps the source {source}: choose another folder")
     check_outside_checkpoints(out)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two names are one place: in other case too, where that does not count."""
+    if one == other:
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return False
 
 
 def find_auxiliary_files(
