@@ -22,6 +22,8 @@ TOP = 8
 COLUMNS = 16
 _ROWS = 0.5  # of the channels that have to change at all: else rows were replaced or pruned
 _SHARE, _WHOLE = 0.9, 0.99  # of the change's energy
+_MOST = 0.6  # the same where rows or columns were rescaled after the projection
+_EVEN = 0.2  # of the largest scale: the least of directions that were lost together
 #: Of what changed along the directions, explained by what was there.
 FIT = 0.9
 #: Squared cosine of a tensor's left vector with a direction that is the same.
@@ -122,7 +124,7 @@ def own_projection(
     room = columns // COLUMNS
     energy = float(delta.square().sum())
     signal = 1 - min(rounding / energy, 0.5)
-    if room and float(shares[0]) >= _SHARE * signal and (one := seen.span(1, left)) is not None:
+    if room and float(shares[0]) >= _MOST * signal and (one := seen.span(1, left)) is not None:
         one = _rescaled(before[:, held], delta[:, held], one, rounding)
         if one.rescaled is not None:  # what else changed is no direction
             return one
@@ -312,6 +314,10 @@ class Grams:
             return None
         if not cut.beyond_decay(scale, whole):
             return None
+        each = torch.linalg.eigvalsh(_symmetric(response))
+        least, most = each.abs().min(), each.abs().max()
+        if bool((each.sign() != each[0].sign()).any()) or float(least) < _EVEN * float(most):
+            return None  # one took something away, another gave: no projection of all
         return Projection(left[:, first], scale, fit, whole=True)
 
     def hidden(self, left: Tensor) -> Projection | None:
