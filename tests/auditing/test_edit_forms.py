@@ -333,7 +333,7 @@ def test_what_people_see_is_short(
     attention = next(line for line in lines if line.lstrip(" │|").startswith("attention"))
     assert "0-5" in attention
     assert "6 of 6" in attention
-    assert "0.50 to 0.50" in attention
+    assert "│ 0.50 │" in " ".join(attention.split())
     assert "layers.3.mlp.down_proj.weight" not in result.out
     assert len(lines) < 40
     long = cli("audit", tmp_path / "out", "--base", base, "--tensors")

@@ -17,8 +17,9 @@ from abliterate.evaluation.completions import CompletionFile
 from abliterate.evaluation.controls import CONTROLLED
 from abliterate.evaluation.controls import measure as measure_controls
 from abliterate.evaluation.first_tokens import Answering, FirstTokenLogits
-from abliterate.evaluation.outcomes import BORDERLINE, KINDS, Metrics, Outcome
+from abliterate.evaluation.outcomes import Metrics, Outcome
 from abliterate.evaluation.progress import CompletionProgress
+from abliterate.evaluation.prompt_kinds import BORDERLINE, KINDS
 from abliterate.inference.control_directions import activations_at
 from abliterate.inference.engine import Change, OnFirstLogits
 from abliterate.inference.in_memory import engine_of

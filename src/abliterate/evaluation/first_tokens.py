@@ -10,7 +10,7 @@ from torch import Tensor
 from abliterate.direction import Direction
 from abliterate.direction_set import DirectionSet
 from abliterate.evaluation.changes import change_of
-from abliterate.evaluation.outcomes import KINDS
+from abliterate.evaluation.prompt_kinds import KINDS
 from abliterate.inference.engine import Change, OnFirstLogits
 from abliterate.inference.generation import RowLogits
 from abliterate.inference.in_memory import engine_of

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abliterate.evaluation.completion import Completion
-from abliterate.evaluation.outcomes import KINDS, Outcome
+from abliterate.evaluation.outcomes import Outcome
+from abliterate.evaluation.prompt_kinds import KINDS
 
 
 def hooks_and_edits(outcomes: Mapping[str, Outcome], edited: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-_KINDS = ("harmful", "harmless")
+from abliterate.evaluation.prompt_kinds import KINDS
 
 
 def hooks_and_edits_lines(record: Mapping[str, Any], stale: Collection[str] = ()) -> list[str]:
@@ -26,7 +26,7 @@ def hooks_and_edits_lines(record: Mapping[str, Any], stale: Collection[str] = ()
 
 def _text(found: Mapping[str, Any]) -> str:
     parts = []
-    for kind in _KINDS:
+    for kind in KINDS:
         if (same := found[kind]["refusals"]) is not None:
             parts.append(f"the same verdict on {same['same']} of {same['n']} {kind} prompts")
         metric = found[kind]["refusal_metric"]

@@ -17,7 +17,7 @@ from abliterate.evaluation.changes import check_intervention
 from abliterate.evaluation.classifier import Classifier, find_classifier
 from abliterate.evaluation.intervention_names import CHECKPOINT, INTERVENTIONS, check_name
 from abliterate.evaluation.judges import Judge, find_judge, find_second_judge
-from abliterate.evaluation.outcomes import BORDERLINE
+from abliterate.evaluation.prompt_kinds import BORDERLINE
 from abliterate.evaluation.servers import Server, find_servers
 from abliterate.extraction.other_layers import other_layers
 from abliterate.metrics.intervals import share_methods

@@ -13,7 +13,7 @@ from abliterate.errors import CheckpointError
 from abliterate.evaluation.completion import Completion, SecondVerdict
 from abliterate.evaluation.completions import CompletionFile
 from abliterate.evaluation.judges import Judge, Verdict
-from abliterate.evaluation.outcomes import BORDERLINE, KINDS
+from abliterate.evaluation.prompt_kinds import BORDERLINE, KINDS
 from abliterate.prompts.sampling import prompt_key
 
 

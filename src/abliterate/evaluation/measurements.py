@@ -41,7 +41,8 @@ from abliterate.evaluation.kept_figures import (
 )
 from abliterate.evaluation.lm_eval_tasks import Tasks, run_tasks
 from abliterate.evaluation.losses import Loss, measure_loss
-from abliterate.evaluation.outcomes import BORDERLINE, KINDS, Metrics, Outcome
+from abliterate.evaluation.outcomes import Metrics, Outcome
+from abliterate.evaluation.prompt_kinds import BORDERLINE, KINDS
 from abliterate.evaluation.served_answers import Dialect, complete_served
 from abliterate.evaluation.served_prompts import ends_configured
 from abliterate.evaluation.servers import Server

@@ -15,13 +15,12 @@ from abliterate.evaluation.completion_rates import (
     share_changes,
 )
 from abliterate.evaluation.losses import Loss
+from abliterate.evaluation.prompt_kinds import BORDERLINE, KINDS
 from abliterate.metrics.intervals import bootstrap
 from abliterate.metrics.spread import described, described_change
 from abliterate.prompts.sampling import prompt_key
 
 # What every evaluation has, and the prompts that only answers are made of.
-KINDS = ("harmful", "harmless")
-BORDERLINE = "borderline"
 _OF_KIND = {
     "harmful": ("harmful_scores",),
     "harmless": ("harmless_scores", "divergences", "exact_divergences"),

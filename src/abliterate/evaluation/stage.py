@@ -23,7 +23,8 @@ from abliterate.evaluation.judge_completions import failures, judge_files
 from abliterate.evaluation.kept_figures import MEASURED, is_memo
 from abliterate.evaluation.lm_eval_tasks import Tasks, find_tasks
 from abliterate.evaluation.measurements import Measurements
-from abliterate.evaluation.outcomes import BORDERLINE, KINDS, deltas
+from abliterate.evaluation.outcomes import deltas
+from abliterate.evaluation.prompt_kinds import BORDERLINE, KINDS
 from abliterate.evaluation.raters import agreements
 from abliterate.metrics.answer_flaws import flaw_thresholds
 from abliterate.metrics.intervals import bootstrap_settings, share_methods
