@@ -187,7 +187,8 @@ def test_run_pushes_the_model_of_its_folder(
 
         run.mkdir()
         shutil.copyfile(direction, run / "direction.safetensors")
-        return {"edit": orthogonalize_stage(session, load_direction(run), run / "model")}
+        edit = orthogonalize_stage(session, load_direction(run), run / "model")
+        return {"edit": edit, "evaluate": {"interventions": {}, "judge_failures": []}}
 
     monkeypatch.setattr("abliterate.pipeline.run.run_pipeline", pipeline)
     done = cli("run", tiny("llama"), "-o", folder, "--push-to-hub", "org/new", "--public", "--json")

@@ -123,7 +123,7 @@ def test_the_label_is_named_or_plain(
     line = fails("score", answers, "--classifier", f"{topics}:Pax", code=2)
     assert "has no label 'Pax' (it has: 'None of both', 'War', 'Peace')" in line
     assert "no label follows" in fails("score", answers, "--classifier", f"{topics}:", code=2)
-    assert "--classifier-input needs --classifier" in fails(
+    assert "--classifier-input has no effect without --classifier" in fails(
         "score", answers, "--classifier-input", "pair", code=2
     )
 

@@ -27,8 +27,8 @@ from abliterate.prompts.chat_template import ChatFormat, encode, end_of_turn_ids
 
 SMALL = (
     "--refusal-token", "I", "--n-test", "8", "--max-new-tokens", "6", "--batch-size", "3",
-    "--controls", "1",
 )  # fmt: skip
+WITH_A_DIRECTION = (*SMALL, "--controls", "1")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def _lines(path: Path) -> list[dict[str, object]]:
 
 
 def test_any_subset_of_interventions(tiny, cli, fails, direction, prompts, tmp_path: Path) -> None:
-    base = ("evaluate", tiny("llama"), "--direction", direction, *SMALL, *prompts)
+    base = ("evaluate", tiny("llama"), "--direction", direction, *WITH_A_DIRECTION, *prompts)
     every = cli(
         *base, "--intervention", "baseline", "--intervention", "ablate", "--intervention", "add",
         "--intervention", "subtract", "--json",
@@ -95,7 +95,7 @@ def test_any_subset_of_interventions(tiny, cli, fails, direction, prompts, tmp_p
     own = load_direction(direction)
     save_direction(negative, Direction(-own.vector, -1, 2), "tiny")
     turned = cli(
-        "evaluate", tiny("llama"), "--direction", negative, *SMALL, *prompts,
+        "evaluate", tiny("llama"), "--direction", negative, *WITH_A_DIRECTION, *prompts,
         "--intervention", "add", "--json",
     )  # fmt: skip
     assert list(turned.json["interventions"]) == ["add"]
@@ -129,7 +129,8 @@ def test_an_interrupted_run_goes_on_to_identical_files(
 ) -> None:
     def evaluate(out: Path, *more: str) -> object:
         return cli(
-            "evaluate", tiny("llama"), "--direction", direction, "-o", out, *SMALL, *prompts, *more
+            "evaluate", tiny("llama"), "--direction", direction, "-o", out, *WITH_A_DIRECTION,
+            *prompts, *more,
         )  # fmt: skip
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -395,7 +396,7 @@ def test_differences_of_shares_are_paired_prompt_by_prompt() -> None:
 
 
 def test_tables_say_of_how_many_prompts(tiny, cli, direction, prompts) -> None:
-    shown = cli("evaluate", tiny("llama"), "--direction", direction, *SMALL, *prompts,
+    shown = cli("evaluate", tiny("llama"), "--direction", direction, *WITH_A_DIRECTION, *prompts,
                 "--intervention", "baseline", "--intervention", "ablate")  # fmt: skip
     assert shown.code == 0, shown.err
     assert "harmful n=8, harmless n=8; 95% intervals" in " ".join(shown.out.split())

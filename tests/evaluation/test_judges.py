@@ -204,7 +204,7 @@ def test_a_judge_that_never_answers_times_out_item_by_item(cli, completions) -> 
     with endpoint(lambda body: None) as server:
         options = _options(server.url, "--judge-timeout", "0.2", "--judge-retries", "0")
         found = cli("score", completions, *options, "--json")
-    assert found.code == 0, found.err
+    assert found.code == 4, found.err
     failures = found.json["judge_failures"]
     assert [failure["error"] for failure in failures] == ["no answer within 0.2 s"] * 6
 
