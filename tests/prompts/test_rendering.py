@@ -343,8 +343,8 @@ def test_a_template_file_serves_instead_of_the_checkpoints_and_is_kept(
     file.write_text(each("{{ m.content|trim }}"))
     run = tmp_path / "run"
     record = extracted(model(None), "--template", file)
-    extracted(model(file.read_text(), "own"), into="own")
-    mine, own = (tmp_path / name / "directions.safetensors" for name in ("run", "own"))
+    extracted(model(file.read_text(), "own"), into="own run")
+    mine, own = (tmp_path / name / "directions.safetensors" for name in ("run", "own run"))
     assert torch.equal(load_file(mine)["mean_harmful"], load_file(own)["mean_harmful"])
     assert record["settings"]["chat"]["template"] == file.read_text()
     file.unlink()
@@ -446,7 +446,7 @@ def test_the_runs_date_is_told_in_every_stage(
         out = ("-o", tmp_path / "x", *TRAIN)
         assert "such as 2026-01-31" in fails("extract", folder, *out, "--date", wrong, code=2)
     # Without a date in the template none is kept, so that tomorrow's run is the same.
-    timeless = extracted(model(each(), "timeless"), into="timeless")
+    timeless = extracted(model(each(), "timeless"), into="timeless run")
     assert timeless["settings"]["chat"]["date"] is timeless["rendering"]["date"] is None
     line = fails("extract", tmp_path / "timeless-x", "-o", tmp_path / "x", code=4)
     assert "timeless-x" in line
