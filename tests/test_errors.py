@@ -52,7 +52,7 @@ def test_messages_speak_to_who_reads_them(caplog: pytest.LogCaptureFixture) -> N
         ("raise --judge-template or --n-train", "raise judge_template or n_train"),
     ],
 )  # fmt: skip
-def test_what_is_no_argument_by_itself_is_named_as_it_is_passed(option: str, argument: str) -> None:
+def test_settings_are_named_as_they_are_passed(option: str, argument: str) -> None:
     assert addressed(option) == argument
     with speaking_of_options():
         assert addressed(option) == option
@@ -63,9 +63,8 @@ def test_library_errors_of_chat_and_counts_name_arguments(tiny) -> None:
     texts = [f"thing {number}" for number in range(9)]
     with pytest.raises(InputError) as few:
         abliterate.extract(lm, texts, texts[:8], refusal_tokens=[3])
-    assert "give more or another harmful source, name the refusal tokens with refusal_tokens" in str(
-        few.value
-    )
+    told = "give more or another harmful source, name the refusal tokens with refusal_tokens"
+    assert told in str(few.value)
     lm.tokenizer.chat_template = None
     with pytest.raises(CheckpointError, match=r"give chat=ChatFormat\(template='plain'\) \("):
         abliterate.activations(lm, texts)
