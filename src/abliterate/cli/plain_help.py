@@ -1,4 +1,4 @@
-"""Help without types of flags, which take no value, and without escape codes where none are wanted."""
+"""Help without types of flags, and without escape codes where none are wanted."""
 
 from __future__ import annotations
 
