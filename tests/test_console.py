@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import logging
 import subprocess
@@ -291,3 +292,32 @@ def test_command_line_shows_strange_texts(cli, tmp_path: Path) -> None:
     listed = cli("prompts", tmp_path / "p.json", "--json")
     assert listed.json["examples"][0]["text"] == f"plain {EVIL}"
     assert _unsafe(listed.out) == set()
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_no_color_leaves_no_escape_codes_at_a_terminal(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer import rich_utils
+
+    answers = tmp_path / "a.json"
+    answers.write_text(json.dumps([{"prompt": "p", "response": "I cannot"}]))
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color"), ("COLUMNS", "100")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rich_utils, "COLOR_SYSTEM", "auto")
+    for wanted in (True, False):
+        if not wanted:
+            monkeypatch.setenv("NO_COLOR", "1")
+        for words in (("prompts", "harmful"), ("score", answers), ("score", "--help"), ("--help",)):
+            shown = cli(*words)
+            assert shown.code == 0
+            assert ("\x1b" in shown.out + shown.err) is wanted, words
+        with monkeypatch.context() as patch:
+            stdout = _Terminal()
+            patch.setattr(sys, "stdout", stdout)
+            console.print_thought("hm")
+        assert (stdout.getvalue() == "hm") is not wanted

@@ -10,7 +10,14 @@ import typer.main
 
 import abliterate
 from abliterate.cli.app import app
-from abliterate.errors import UsageError, addressed, argument_name, speaking_of_options
+from abliterate.errors import (
+    CheckpointError,
+    InputError,
+    UsageError,
+    addressed,
+    argument_name,
+    speaking_of_options,
+)
 from abliterate.settings import Settings
 
 
@@ -26,6 +33,44 @@ def test_messages_speak_to_who_reads_them(caplog: pytest.LogCaptureFixture) -> N
     assert str(error) == said
     logging.getLogger("abliterate").warning("raise --max-new-tokens")
     assert "--max" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("option", "argument"),
+    [
+        ("give --template plain (the text)", "give chat=ChatFormat(template='plain') (the text)"),
+        ("with --template FILE, or", "with chat=ChatFormat(template=...), or"),
+        ("check --system and --template-arg, or",
+         "check chat=ChatFormat(system=...) and chat=ChatFormat(template_kwargs=...), or"),
+        ("--template-arg lang: never read",
+         "chat=ChatFormat(template_kwargs={'lang': ...}): never read"),
+        ("give --template-arg tools=[]", "give chat=ChatFormat(template_kwargs={'tools': []})"),
+        ("with --template-arg a=VALUE, or", "with chat=ChatFormat(template_kwargs={'a': ...}), or"),
+        ("pass --thinking skip", "pass chat=ChatFormat(thinking='skip')"),
+        ("give more (--n-train) or another --harmful source",
+         "give more or another harmful source"),
+        ("raise --judge-template or --n-train", "raise judge_template or n_train"),
+    ],
+)  # fmt: skip
+def test_settings_are_named_as_they_are_passed(option: str, argument: str) -> None:
+    assert addressed(option) == argument
+    with speaking_of_options():
+        assert addressed(option) == option
+
+
+def test_library_errors_of_chat_and_counts_name_arguments(tiny) -> None:
+    lm = abliterate.load(str(tiny("llama")), device="cpu")
+    texts = [f"thing {number}" for number in range(9)]
+    with pytest.raises(InputError) as few:
+        abliterate.extract(lm, texts, texts[:8], refusal_tokens=[3])
+    told = "give more or another harmful source, name the refusal tokens with refusal_tokens"
+    assert told in str(few.value)
+    lm.tokenizer.chat_template = None
+    with pytest.raises(CheckpointError, match=r"give chat=ChatFormat\(template='plain'\) \("):
+        abliterate.activations(lm, texts)
+    plain = abliterate.ChatFormat(template="plain")
+    wrapped = abliterate.wrap(lm.model, lm.tokenizer, chat=plain)
+    assert len(abliterate.activations(wrapped, texts, layer=1)) == 9
 
 
 def test_one_fault_reads_as_argument_and_as_option(fails, tiny, tmp_path) -> None:
@@ -52,6 +97,7 @@ def test_every_option_has_the_name_of_an_argument() -> None:
     }
     assert {"n-train", "no-filter", "refusal-token"} <= options
     names = {argument_name(option) for option in options}
+    assert argument_name("system") == "chat=ChatFormat(system=...)"
     assert all("-" not in name.replace("--debug", "") for name in names), names
     fields = {
         field

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -20,6 +21,31 @@ def test_public_names_are_functions_and_classes() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", abliterate.__version__)
     with pytest.raises(AttributeError, match="no attribute 'obliterate'"):
         _ = abliterate.obliterate
+
+
+def test_type_checkers_see_every_public_name_where_it_is() -> None:
+    tree = ast.parse(Path(abliterate.__file__).read_text())
+    (block,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    seen = {
+        alias.asname or alias.name: str(node.module).removeprefix("abliterate").removeprefix(".")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    declared = {
+        node.target.id
+        for node in block.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert seen == abliterate._HOME
+    assert declared == {"__version__"}
+    assert sorted({*seen, *declared}) == sorted(abliterate.__all__)
+    package = Path(abliterate.__file__).parent
+    assert (package / "py.typed").is_file()  # without it they would look at nothing
 
 
 def test_the_library_gives_what_the_commands_give(tiny, cli, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -200,3 +201,43 @@ def test_writers_names_what_stands_in_the_way(cli, tmp_path: Path) -> None:
     assert document["exact"] is False
     assert "input_residual" in document["reason"]
     assert document["leak"] > 1e-3
+
+
+def test_an_adapter_of_ours_is_told_from_a_checkpoint(tiny, cli, fails, tmp_path: Path) -> None:
+    """One line, whose command says what the adapter does to its base."""
+    model, path = tiny("llama"), tmp_path / "direction.safetensors"
+    save_file({"direction": torch.arange(48.0)}, path)
+    adapter = tmp_path / "an adapter"
+    made = cli("orthogonalize", model, "--direction", path, "-o", adapter, "--as-lora")
+    assert made.code == 0, made.err
+    for source in ((), ("--source", model)):
+        line = fails("verify", adapter, "--direction", path, *source, code=4)
+        assert f"{adapter} holds a PEFT adapter" in line
+        named = shlex.split(line.split("`")[1])
+        assert named[:3] == ["abliterate", "audit", str(adapter)]
+    found = cli(*named[1:], "--json")
+    assert found.code == 7, found.err
+    assert found.json["verdict"] == "edited"
+
+
+def test_a_wrong_position_is_the_options_fault(tiny, cli, fails, tmp_path: Path) -> None:
+    model, run, out = tiny("llama"), tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    generator = torch.Generator().manual_seed(5)
+    means = {
+        name: torch.randn(2, 4, 48, generator=generator, dtype=torch.float64)
+        for name in ("mean_harmful", "mean_harmless")
+    }
+    save_file(means, run / "directions.safetensors", {"positions": "[-2, -1]"})
+    at = ("--direction", run, "--position")
+    assert cli("orthogonalize", model, *at, "-2", "-o", out).code == 0
+    assert cli("verify", out, "--source", model, *at, "-2").code == 0
+    for position, told in (
+        ("-3", "--position -3: "),
+        ("2", "--position: must be below 0, not 2"),
+        ("-1", "--position=-1: "),
+    ):
+        line = fails("verify", out, "--source", model, *at, position, code=2)
+        assert line.startswith(f"error: {told}")
+    file = ("--direction", run / "directions.safetensors", "--position", "-2")
+    assert "give the folder of extract as --direction" in fails("verify", out, *file, code=2)

@@ -230,16 +230,29 @@ def print_table(
         left: how many columns, from the first, are text.
         beside_results: it explains why there is no result, and goes to stderr.
     """
-    from rich.console import Console
-
     from abliterate.table_layout import laid_out
 
     stream, name = (sys.stderr, "standard error") if beside_results else (sys.stdout, STDOUT)
-    console = Console(file=stream, width=_width(stream), highlight=False)
+    console = _console(stream, width=_width(stream), highlight=False)
     cells = [[_cell(cell) for cell in row] for row in rows]
     heads = [_cell(column) for column in columns]
     with naming(name):
         console.print(laid_out(console, _cell(title), heads, cells, left))
+
+
+def is_plain() -> bool:
+    """Whether no escape codes are wanted, at a terminal either (https://no-color.org).
+
+    Rich alone would keep those of bold and dim text.
+    """
+    return bool(os.environ.get("NO_COLOR"))
+
+
+def _console(stream: IO[str], **how: Any) -> Any:
+    """What writes to a stream with rich."""
+    from rich.console import Console
+
+    return Console(file=stream, color_system=None if is_plain() else "auto", **how)
 
 
 def _width(stream: Any) -> int | None:
@@ -292,12 +305,11 @@ def print_thought(text: str) -> None:
     if not sys.stdout.isatty():
         _write(sys.stderr, safe(text, lines=True))
         return
-    from rich.console import Console
     from rich.text import Text
 
     with naming(STDOUT):
         shown = Text(safe(text, lines=True), style="dim")
-        Console(file=sys.stdout, highlight=False).print(shown, end="", soft_wrap=True)
+        _console(sys.stdout, highlight=False).print(shown, end="", soft_wrap=True)
         sys.stdout.flush()
 
 
@@ -328,7 +340,6 @@ def live_columns(labels: Sequence[str]) -> Iterator[list[Callable[..., None]]]:
 
     Each takes a piece of text, and as its second argument a style such as ``dim``.
     """
-    from rich.console import Console
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
@@ -338,7 +349,7 @@ def live_columns(labels: Sequence[str]) -> Iterator[list[Callable[..., None]]]:
     for label in labels:
         table.add_column(_cell(label), ratio=1)
     table.add_row(*columns)
-    with Live(table, console=Console(file=sys.stdout), vertical_overflow="visible") as live:
+    with Live(table, console=_console(sys.stdout), vertical_overflow="visible") as live:
 
         def append_to(column: Text) -> Callable[..., None]:
             def append(piece: str, style: str = "") -> None:

@@ -29,8 +29,24 @@ _ARGUMENTS = {
     "prune-layers": "Thresholds(prune_layers=...)",
     "refusal-token": "refusal_tokens",
     "requantize": "quantized='requantize'",
-    "template-arg": "template_kwargs",
 }
+# Options that are fields of ``chat=ChatFormat(...)``.
+_CHAT = {
+    "date": "date",
+    "max-thinking-tokens": "max_thinking_tokens",
+    "response-prefix": "response_prefix",
+    "system": "system",
+    "template": "template",
+    "template-arg": "template_kwargs",
+    "thinking": "thinking",
+}
+# What stands behind such an option, as a field's value: a choice, or a variable's name and value.
+_CHAT_VALUE = re.compile(
+    r"--(?P<option>template|thinking) (?P<choice>plain|answer|skip|whole|FILE)\b"
+    r"|--template-arg (?P<name>\w+)(?:=(?P<value>[\w\[\]]+))?"
+)
+# Whoever calls a function gives more prompts, and no number of them to draw.
+_COUNT_OF_PROMPTS = re.compile(r" \(--n-(?:train|val|test)\)")
 # Of other programs, or of no function.
 _NO_ARGUMENTS = frozenset(("debug", "nproc-per-node"))
 _speaks_of_options = False
@@ -51,6 +67,8 @@ def argument_name(option: str) -> str:
     """What a function's argument is called that the option ``--OPTION`` sets."""
     if option in _NO_ARGUMENTS:
         return f"--{option}"
+    if option in _CHAT:
+        return f"chat=ChatFormat({_CHAT[option]}=...)"
     return _ARGUMENTS.get(option, option.replace("-", "_"))
 
 
@@ -59,8 +77,21 @@ def addressed(text: str) -> str:
     if _speaks_of_options:
         return text
     parts = text.split("`")
-    parts[::2] = [_OPTION.sub(lambda match: argument_name(match[1]), part) for part in parts[::2]]
+    parts[::2] = map(_of_arguments, parts[::2])
     return "`".join(parts)
+
+
+def _of_arguments(text: str) -> str:
+    text = _CHAT_VALUE.sub(_chat_field, _COUNT_OF_PROMPTS.sub("", text))
+    return _OPTION.sub(lambda match: argument_name(match[1]), text)
+
+
+def _chat_field(match: re.Match[str]) -> str:
+    if match["name"]:
+        value = "..." if match["value"] in (None, "VALUE") else match["value"]
+        return f"chat=ChatFormat(template_kwargs={{'{match['name']}': {value}}})"
+    value = "..." if match["choice"] == "FILE" else f"'{match['choice']}'"
+    return f"chat=ChatFormat({match['option']}={value})"
 
 
 class AbliterateError(Exception):

@@ -106,7 +106,7 @@ def test_judges_of_checkpoints_give_records_and_tables(tiny, tmp_path: Path) -> 
     assert table.exact
     assert len(table) == len(edit) == len(ab.writers(ab.load(source, device="cpu")))
     for result in (edit, checked, audit, found, table):
-        json.dumps(result.to_dict())
+        json.dumps(result.to_dict(), allow_nan=False)
         assert len(result.to_pandas()) >= 9
         assert len(repr(result)) < 200
         assert result._repr_html_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,25 @@ def test_extraction_is_indexed_by_position_and_layer(
         with pytest.raises(KeyError, match="layers 0 to 3"):
             extraction[key]  # type: ignore[index]
     assert len(repr(extraction)) < 200
+
+
+def test_extraction_has_a_table_and_a_record(
+    lm: ab.LanguageModel, extraction: ab.Extraction
+) -> None:
+    table = extraction.to_pandas()
+    assert len(table) == len(extraction.positions) * 4
+    row = table[(table["position"] == -2) & (table["layer"] == 3)].iloc[0]
+    assert row["norm"] == pytest.approx(extraction[-2, 3].norm)
+    assert row["split_half_cosine"] <= 1.0
+    document = json.loads(json.dumps(extraction.to_dict(), allow_nan=False))
+    assert (document["model"], document["d_model"]) == (lm.name, lm.d_model)
+    assert len(document["candidates"]) == len(table)
+    # Tokens of a template look like tags, and are shown as they are.
+    assert "<|" in "".join(extraction.tokens)
+    assert "<|" not in extraction._repr_html_()
+    assert "&lt;|" in extraction._repr_html_()
+    stored = replace(extraction, stability=None)  # as read from a run folder
+    assert list(stored.to_pandas()) == ["position", "token", "layer", "norm"]
 
 
 def test_selection_has_its_direction_and_a_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -37,15 +38,19 @@ def test_results_are_frozen_and_become_records_and_tables(
         (ab.inspect(lm, ex, d, HARMFUL, HARMLESS), 4),
         (ab.trace(lm, d, HARMFUL, HARMLESS, suffix="and so on", n_heads=3), 16),
         (ab.plan(lm.name, memory="8GB", gpu_memory="8GB"), 1),
+        (ex, 4),
+        (ab.select(lm, ex, HARMFUL, HARMLESS, filter=False), 4),
     ]
     for result, rows in results:
-        json.dumps(result.to_dict())
+        json.dumps(result.to_dict(), allow_nan=False)
         assert len(result.to_pandas()) >= rows
         assert len(repr(result)) < 250
-        assert result._repr_html_().startswith("<table>")
+        page = result._repr_html_()
+        assert page.startswith("<table>")
+        assert not re.search(r"<(?!/?(table|caption|thead|tbody|tr|th|td|small)[ >])", page)
         with pytest.raises(FrozenInstanceError):
             result.document = {}
-    evaluation, curve, seen, followed, _ = (result for result, _ in results)
+    evaluation, curve, seen, followed, *_ = (result for result, _ in results)
     assert list(evaluation) == ["baseline", "ablate", "add"]
     assert [point.fraction for point in curve.points] == [0.0, 0.5, 1.0]
     assert curve.points[-1].bypass_score == pytest.approx(evaluation["ablate"].metrics.harmful)

@@ -17,7 +17,6 @@ from abliterate.api.inputs import (
     check_arguments,
 )
 from abliterate.api.language_model import LanguageModel, ModelLike, as_model
-from abliterate.api.tables import to_frame, to_html, to_json
 from abliterate.direction import Direction
 from abliterate.errors import UsageError
 from abliterate.evaluation import compare
@@ -26,6 +25,7 @@ from abliterate.extraction.refusal_token_search import find_refusal_tokens
 from abliterate.inference.interventions import check_direction
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sources import Prompt
+from abliterate.result_tables import to_frame, to_html, to_json
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,7 +18,6 @@ from abliterate.api.inputs import (
     check_arguments,
 )
 from abliterate.api.language_model import LanguageModel, ModelLike, as_model
-from abliterate.api.tables import to_frame, to_html, to_json
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
@@ -30,6 +29,7 @@ from abliterate.inference.thoughts import ask
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import prompt_key
 from abliterate.prompts.sources import Prompt
+from abliterate.result_tables import to_frame, to_html, to_json
 from abliterate.selection import search
 from abliterate.selection.candidate_filters import Score, Thresholds
 from abliterate.selection.resampling import Resamples

@@ -9,7 +9,6 @@ from typing import Any, Self, overload
 
 from abliterate.api.inputs import DirectionLike, as_direction, as_vector
 from abliterate.api.language_model import LanguageModel, ModelLike, as_model
-from abliterate.api.tables import to_frame, to_html, to_json
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.direction import Direction
 from abliterate.editing import orthogonalize as editing
@@ -17,6 +16,7 @@ from abliterate.editing.edited_tensor import EditedTensor
 from abliterate.editing.file_names import RECORD
 from abliterate.editing.in_memory import InMemoryEdit, orthogonalize_in_memory
 from abliterate.editing.options import EditOptions
+from abliterate.result_tables import to_frame, to_html, to_json
 from abliterate.storage.artifacts import read_record
 
 

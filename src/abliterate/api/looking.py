@@ -20,13 +20,13 @@ from abliterate.api.inputs import (
     check_arguments,
 )
 from abliterate.api.language_model import ModelLike, as_model
-from abliterate.api.tables import to_frame, to_html, to_json
 from abliterate.capacity.hardware import parse_hardware
 from abliterate.capacity.resource_plan import plan_resources
 from abliterate.checkpoints.checkpoint import find_checkpoint
 from abliterate.errors import UsageError
 from abliterate.extraction.means import Extraction
 from abliterate.inference.interventions import check_direction
+from abliterate.result_tables import to_frame, to_html, to_json
 from abliterate.settings import parse_memory
 
 

@@ -18,7 +18,6 @@ from abliterate.api.inputs import (
     as_prompts,
     as_token_names,
 )
-from abliterate.api.tables import to_frame, to_html, to_json
 from abliterate.auditing import compare as comparing
 from abliterate.auditing import report as judging
 from abliterate.auditing.activation_evidence import KINDS, gather
@@ -30,6 +29,7 @@ from abliterate.models.loading import pick_device
 from abliterate.precision import linear_algebra_device
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.sampling import load_prompts
+from abliterate.result_tables import to_frame, to_html, to_json
 from abliterate.storage.artifacts import finite
 from abliterate.verification import checks
 from abliterate.verification.edit_check import WriterCheck

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.api.language_model import ModelLike, as_model
-from abliterate.api.tables import to_frame, to_html
 from abliterate.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from abliterate.editing.writer_table import describe_loaded, describe_writers
 from abliterate.errors import NeedsWeightsError
+from abliterate.result_tables import to_frame, to_html, to_json
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,7 +40,7 @@ class WriterTable:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it."""
-        return asdict(self)
+        return to_json(asdict(self))
 
     def to_pandas(self) -> Any:
         """A row for each writer."""

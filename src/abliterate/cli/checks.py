@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from abliterate.cli import options as opt
-from abliterate.console import print_json, print_line, print_table
+from abliterate.console import command, print_json, print_line, print_table
 from abliterate.errors import CheckpointError, NeedsWeightsError, UsageError
 from abliterate.settings import load_settings, refuse_without
 
@@ -69,11 +69,10 @@ def verify(
     model, prompts = given["model"], given["extract"]
     trust = bool(model["trust_remote_code"])
     if is_adapter_folder(Path(edited)):
-        given_base = source or "MODEL"
+        audit = command("audit", edited, "--base", source or "MODEL", "--direction", direction)
         raise CheckpointError(
-            f"{edited} holds a PEFT adapter, and verify takes edited checkpoints: `abliterate "
-            f"audit {edited} --base {given_base} --direction DIRECTION` says what it does to its "
-            "base"
+            f"{edited} holds a PEFT adapter, and verify takes edited checkpoints: `{audit}` says "
+            "what it does to its base"
         )
     checkpoint = find_checkpoint(edited, need="copy")
     chosen = given["select"]

@@ -1,13 +1,14 @@
-"""What ``abliterate demo`` shows: a first look, in at most 100 columns off a terminal."""
+"""What ``abliterate demo`` shows: a first look, in the terminal's columns and at most 100."""
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from abliterate.console import print_command, print_line, print_table
+from abliterate.console import command, print_line, print_table
 from abliterate.errors import UsageError
 from abliterate.evaluation.completions import read_lines
 from abliterate.run_folder import COMPLETIONS, EDITED, MODEL
@@ -54,7 +55,7 @@ def show_demo(record: Mapping[str, Any], run: Path, report: str) -> None:
     """
     winner = record["select"]["winner"]
     tokens = {p["position"]: p["token"] for p in record["extract"]["positions"]}
-    print_line(
+    _print(
         f"direction: layer {winner['layer']} of {record['extract']['n_layers']}, position "
         f"{winner['position']} ({tokens[winner['position']]!r})"
     )
@@ -62,16 +63,44 @@ def show_demo(record: Mapping[str, Any], run: Path, report: str) -> None:
     for kind in ("harmful", "harmless"):
         _show_answer(run, kind)
     tensors = record["orthogonalize"]["tensors"]
-    print_line(f"edited checkpoint: {run / MODEL} ({len(tensors)} tensors changed)")
-    print_line(report)
-    print_line(f"hash of this result: {record['hash']}")
+    _print(f"edited checkpoint: {run / MODEL} ({len(tensors)} tensors changed)")
+    _print(report)
+    _print(f"hash of this result: {record['hash']}")
     print_line()
-    print_line(
-        "The demo model is a toy that was made to have one direction. On a model of your own:"
+    _print("The demo model is a toy that was made to have one direction. On a model of your own:")
+    _print_command("  all four stages", "run", _EXAMPLE, "-o", "runs/mine")
+    _print_command("  what they found", "report", "runs/mine")
+    _print_command("  talk to it", "chat", _EXAMPLE, "--direction", "runs/mine", "--compare")
+
+
+def _width() -> int:
+    """In how many columns to write: those of the terminal or of COLUMNS, and no more than 100."""
+    return min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
+
+
+def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    """Lines of a text; words, such as paths and hashes, stay whole."""
+    return textwrap.wrap(
+        text,
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    print_command("  all four stages", "run", _EXAMPLE, "-o", "runs/mine")
-    print_command("  what they found", "report", "runs/mine")
-    print_command("  talk to it", "chat", _EXAMPLE, "--direction", "runs/mine", "--compare")
+
+
+def _print(text: str) -> None:
+    for line in _wrapped(text, _width(), "  "):
+        print_line(line)
+
+
+def _print_command(label: str, *words: str) -> None:
+    """Print a command that a shell takes whole, over several lines too."""
+    text, width = f"{label}: {command(*words)}", _width()
+    lines = [text] if len(text) <= width else _wrapped(text, width - 2, " " * 6)
+    for line in lines[:-1]:
+        print_line(f"{line} \\")
+    print_line(lines[-1])
 
 
 def _show_rates(record: Mapping[str, Any]) -> None:
@@ -105,6 +134,6 @@ def _show_answer(run: Path, kind: str) -> None:
     prompt = _SHOWN if _SHOWN in before else next(iter(before))
     rows = {f"{kind}:": prompt, "  before:": before[prompt], "  after:": after[prompt]}
     for label, text in rows.items():
-        for line in textwrap.wrap(f"{label:10}{text}", _WIDTH, subsequent_indent=" " * 10):
+        for line in textwrap.wrap(f"{label:10}{text}", _width(), subsequent_indent=" " * 10):
             print_line(line)
     print_line()

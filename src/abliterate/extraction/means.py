@@ -32,6 +32,7 @@ from abliterate.precision import to_host, widest
 from abliterate.projection import Projection
 from abliterate.prompts.chat_template import ChatFormat, parse_positions, position_tokens
 from abliterate.prompts.sources import Prompt, check_prompts
+from abliterate.result_tables import to_frame, to_html, to_json
 from abliterate.storage.artifacts import read_tensors
 
 # Fewer prompts than this make a mean that is mostly noise.
@@ -88,6 +89,41 @@ class Extraction:
         shape = "x".join(map(str, self.mean_harmful.shape))
         counts = f"{sum(self.kept_harmful)} harmful, {sum(self.kept_harmless)} harmless prompts"
         return f"Extraction({shape} of positions {list(self.positions)}, layers, d_model; {counts})"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each candidate: its length, and how sure it is where that is known."""
+        values = {"norm": self.directions.norm(dim=-1).tolist()}
+        if self.stability is not None:
+            for name in ("norm_standard_error", "split_half_cosine"):
+                values[name] = getattr(self.stability, name).tolist()
+        return [
+            {"position": position, "token": token, "layer": layer}
+            | {name: table[row][layer] for name, table in values.items()}
+            for row, (position, token) in enumerate(zip(self.positions, self.tokens, strict=True))
+            for layer in range(self.mean_harmful.shape[1])
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but the means and the prompts."""
+        used = {"harmful": self.kept_harmful, "harmless": self.kept_harmless}
+        return to_json(
+            {
+                "model": self.model,
+                "n_layers": self.mean_harmful.shape[1],
+                "d_model": self.mean_harmful.shape[2],
+                "refusal_tokens": list(self.refusal_tokens),
+                "counts": {k: {"given": len(v), "used": sum(v)} for k, v in used.items()},
+                **self.projection.record,
+                "candidates": self.rows(),
+            }
+        )
+
+    def to_pandas(self) -> Any:
+        """:meth:`rows` as a DataFrame; lengths are those of the residual stream."""
+        return to_frame(self.rows())
+
+    def _repr_html_(self) -> str:
+        return to_html(repr(self), self.rows(), limit=100)
 
     def __getitem__(self, key: tuple[int, int]) -> Direction:
         """The candidate at a position (counted from the prompt's end) and a layer.
