@@ -204,11 +204,13 @@ def test_a_bundled_configuration_is_found_by_its_name(
 
 def test_streams_of_the_installed_command(tiny, commands: Commands, tmp_path: Path) -> None:
     """As a pipeline sees it: one document on stdout, no colour or bars, logs on stderr."""
-    train = ("--no-filter", "--refusal-token", "I", "--n-train", "8")
+    train = ("--no-filter", "--refusal-token", "I", "--n-train", "8", "--config", "quick")
     out = tmp_path / "run"
     done = commands("extract", tiny("llama"), "-o", out, *train, "--json")
     assert done.code == 0, done.err
-    assert done.json
+    # The bundled configuration says which positions, the option how many prompts.
+    assert [row["position"] for row in done.json["positions"]] == [-1]
+    assert done.json["counts"]["harmful"]["given"] == 8
     assert "loaded" in done.err
     assert "\x1b" not in done.out + done.err
     assert "\r" not in done.err
