@@ -121,9 +121,9 @@ def floor(loaded: LoadedModel, prompts: Sequence[list[int]], counts: Sequence[in
         ids = torch.full((rows, width), 3, device=model.device)
         best = float("inf")
         with torch.inference_mode():
+            cache = DynamicCache(config=model.config)
+            model.get_decoder()(input_ids=ids, **{cache_name(): cache})
             for _ in range(3):
-                cache = DynamicCache(config=model.config)
-                model.get_decoder()(input_ids=ids, **{cache_name(): cache})
                 started = time.perf_counter()
                 model(input_ids=ids[:, :1], **{cache_name(): cache}).logits.argmax(-1).tolist()
                 best = min(best, time.perf_counter() - started)
@@ -135,7 +135,7 @@ def floor(loaded: LoadedModel, prompts: Sequence[list[int]], counts: Sequence[in
         model.get_decoder()(input_ids=ids, use_cache=False)
         reading = (time.perf_counter() - started) / ids.numel() * read
     # A pass takes a part that every row adds to, and one that it has anyway: two sizes tell both.
-    few, many = 4, min(64, len(prompts))
+    few, many = 4, min(32, len(prompts))
     each = (seconds(many) - seconds(few)) / (many - few)
     return reading + each * said + (seconds(few) - few * each) * max(counts)
 
