@@ -172,6 +172,28 @@ def test_every_form_of_edit_is_named(
     assert metadata["edit"]["kinds"] == kinds
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_rows_rescaled_after_a_partial_projection_hide_neither_scale_nor_direction(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path, kind: str
+) -> None:
+    """What writes strongly along the direction: up to a third of the change is the rescaling."""
+    weak, matrices = bases[kind]
+    base, out, saved = tmp_path / "base", tmp_path / "out", tmp_path / "saved.safetensors"
+    edit_matrices(weak, base, matrices, _same, projected(-2))  # three times as much along it
+    changed = edit_matrices(base, out, matrices, _same, keeping_row_norms(0.5))
+    result = cli("audit", out, "--base", base, "--json", "-o", saved)
+    assert result.code == 7, result.err
+    found = result.json
+    tensors = [t for t in found["base"]["tensors"] if t["projected"]]
+    assert {t["name"] for t in tensors} == set(changed)
+    assert all(t["directions"] == 1 for t in tensors)
+    assert all(t["scale"] == pytest.approx(0.5, abs=0.001) for t in tensors)
+    assert min(t["first"] for t in tensors) < 0.8  # else nothing was hidden
+    assert found["base"]["form"]["kinds"] == ["one direction", "partial"]
+    assert "norm-preserving" in found["style"]
+    assert abs(float(load_file(saved)["direction"] @ ONE)) > 0.9999
+
+
 @pytest.mark.parametrize(
     ("kind", "directions", "kinds"),
     [
