@@ -20,11 +20,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -236,8 +238,7 @@ def demo_direction(work: Path) -> Tensor:
     return vector
 
 
-def recall(work: Path, steps: int, only: Sequence[str]) -> list[dict[str, Any]]:
-    rows = []
+def recall(work: Path, steps: int, only: Sequence[str]) -> Iterator[dict[str, Any]]:
     for name, folder, own, _ in models(work, steps, only):
         generator = torch.Generator().manual_seed(17)
         other = torch.randn(own.shape, generator=generator, dtype=torch.float64)
@@ -264,9 +265,8 @@ def recall(work: Path, steps: int, only: Sequence[str]) -> list[dict[str, Any]]:
                     "removed": found.removed, "biases": found.biases,
                     "embeddings": found.embeddings, "seconds": time.perf_counter() - begun,
                 }  # fmt: skip
-                rows.append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
-    return rows
+                yield row
 
 
 #: What is done to unedited models, and is no edit: held against its own base, and without one.
@@ -280,11 +280,10 @@ BENIGN: Mapping[str, Callable[[Path], None]] = {
 
 def false_positives(
     work: Path, steps: int, count: int, only: Sequence[str], also: Sequence[Path] = ()
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Audits of unedited checkpoints: ``also`` are some of one's own (pretrained ones, say)."""
-    rows: list[dict[str, Any]] = []
 
-    def judge(name: str, folder: Path, base: Path | None = None) -> None:
+    def judge(name: str, folder: Path, base: Path | None = None) -> dict[str, Any]:
         source = None if base is None else find_checkpoint(str(base))
         found = audit(find_checkpoint(str(folder)), source)
         sides = (found.blind, found.readers)
@@ -297,26 +296,28 @@ def false_positives(
             "set_aside": [one.reason for side in sides for one in side.set_aside],
             "projected": 0 if found.comparison is None else len(found.comparison.projected),
         }  # fmt: skip
-        rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
+        return row
 
-    for folder in also:
-        judge(folder.name, folder)
+    left = count
+    for folder in also[:count]:
+        yield judge(folder.name, folder)
+        left -= 1
     for name, folder, _, stages in models(work, steps, only):
-        for stage in (*stages, folder)[: max(0, count - len(rows))]:
-            judge(f"{name}: {stage.name}", stage)
-    for name, folder in random_checkpoints(work / "clean", max(0, count - len(rows))):
-        judge(name, folder)
+        for stage in (*stages, folder)[:left]:
+            yield judge(f"{name}: {stage.name}", stage)
+            left -= 1
+    for name, folder in random_checkpoints(work / "clean", left):
+        yield judge(name, folder)
     changed = work / f"changed-{os.getpid()}"
     for name, folder, _, _ in models(work, steps, only):
         for case, change_it in BENIGN.items():
             shutil.rmtree(changed, ignore_errors=True)
             shutil.copytree(folder, changed)
             change_it(changed)
-            judge(f"{name}, {case}, with its base", changed, folder)
-            judge(f"{name}, {case}", changed)
+            yield judge(f"{name}, {case}, with its base", changed, folder)
+            yield judge(f"{name}, {case}", changed)
     shutil.rmtree(changed, ignore_errors=True)
-    return rows
 
 
 def report(found: list[dict[str, Any]], clean: list[dict[str, Any]]) -> None:
@@ -383,13 +384,16 @@ def main() -> None:
     if given.wide:
         soft_null_space.WIDE, component_pools._MOST_BYTES = 0, 0.0
     begun = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
+    found: list[dict[str, Any]] = []
+    clean: list[dict[str, Any]] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the table of what was done by then
+    with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
         work = given.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        found = [] if given.skip_recall else recall(work, given.steps, given.only)
-        clean = []
+        if not given.skip_recall:
+            found.extend(recall(work, given.steps, given.only))
         if given.clean:
-            clean = false_positives(work, given.steps, given.clean, given.only, given.also)
+            clean.extend(false_positives(work, given.steps, given.clean, given.only, given.also))
     if given.out:
         given.out.write_text(json.dumps({"recall": found, "clean": clean}, indent=1))
     report(found, clean)

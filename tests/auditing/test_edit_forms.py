@@ -173,6 +173,43 @@ def test_every_form_of_edit_is_named(
 
 
 @pytest.mark.parametrize(
+    ("kind", "times", "change", "scale"),
+    [
+        ("llama", 3, keeping_row_norms, 0.5),  # a third of the change is the rescaling
+        ("gemma2", 9, keeping_row_norms, 0.5),  # most of it
+        ("granitemoe", 31, keeping_row_norms, 1),
+        ("llama", 9, keeping_row_norms, -1),
+        ("gemma2", 9, keeping_column_norms, 1),
+    ],
+)
+def test_norms_kept_along_a_strong_direction_hide_neither_scale_nor_direction(
+    cli: Cli,
+    bases: dict[str, tuple[Path, list[Matrix]]],
+    tmp_path: Path,
+    kind: str,
+    times: int,
+    change: Callable[[float], Any],
+    scale: float,
+) -> None:
+    """The model writes so many times as much along the direction as along others."""
+    weak, matrices = bases[kind]
+    base, out, saved = tmp_path / "base", tmp_path / "out", tmp_path / "saved.safetensors"
+    edit_matrices(weak, base, matrices, _same, projected(1 - times))
+    changed = edit_matrices(base, out, matrices, _same, change(scale))
+    result = cli("audit", out, "--base", base, "--json", "-o", saved)
+    assert result.code == 7, result.err
+    found = result.json
+    tensors = [t for t in found["base"]["tensors"] if t["projected"]]
+    assert {t["name"] for t in tensors} == set(changed)
+    assert all(t["directions"] == 1 for t in tensors)
+    assert [t["scale"] for t in tensors] == pytest.approx([scale] * len(tensors), abs=0.01)
+    kinds = {0.5: ["partial"], -1: ["amplified"]}.get(scale, [])
+    assert found["base"]["form"]["kinds"] == ["one direction", *kinds]
+    assert "norm-preserving" in found["style"]
+    assert abs(float(load_file(saved)["direction"] @ ONE)) > 0.9999
+
+
+@pytest.mark.parametrize(
     ("kind", "directions", "kinds"),
     [
         ("llama", _same, ["one direction", "readers"]),

@@ -35,6 +35,7 @@ _APART = 3.0
 CLEAR = 0.2
 # What rescaled rows leave unexplained of what the plain projection does; what is not looked at.
 _EXPLAINED, _EXACT, _ROUNDS = 0.1, 1e-6, 6
+_TRIED = 64  # columns on which that is tried first
 _FEW, _FEW_SHARE = 4, 0.9  # channels that are no direction, and what they hold of one
 
 
@@ -96,12 +97,18 @@ def rescaled_alone(before: Tensor, delta: Tensor, first: float) -> bool:
     if first >= _WHOLE:
         return False
     energy = float(delta.square().sum())
-    for axis in (0, 1):
-        had = before.square().sum(dim=axis)
-        explained = (before * delta).sum(dim=axis).square() / had.clamp(min=1e-300)
-        if float(explained.sum()) >= _WHOLE * energy:
-            return True
-    return False
+    return _left_by_factors(before, delta) <= (1 - _WHOLE) * energy
+
+
+def _left_by_factors(before: Tensor, delta: Tensor) -> float:
+    """Energy of the change that factors of rows alone, or of columns alone, leave unexplained."""
+    left = float(delta.square().sum())
+    explained = [
+        float(((before * delta).sum(dim=axis).square() / energy.clamp(min=1e-300)).sum())
+        for axis in (0, 1)
+        for energy in (before.square().sum(dim=axis),)
+    ]
+    return max(0.0, left - max(explained))
 
 
 def own_projection(
@@ -128,6 +135,10 @@ def own_projection(
         one = _rescaled(before[:, held], delta[:, held], one, rounding)
         if one.rescaled is not None:  # what else changed is no direction
             return one
+    if room and float(shares[0]) < _WHOLE * signal:
+        factors = _mostly_rescaled(before[:, held], delta[:, held], left[:, :1], rounding)
+        if factors is not None:
+            return factors
     for wanted in (_WHOLE, _SHARE):
         for count in range(1, min(left.shape[1], room) + 1):
             if float(shares[:count].sum()) >= wanted * signal:
@@ -190,6 +201,29 @@ def _rescaled(before: Tensor, delta: Tensor, found: Projection, rounding: float)
             fit = 1 - left / changed
             best, plain = Projection(unit.unsqueeze(1), scale, fit, True, axis), left / _EXPLAINED
     return best
+
+
+def _mostly_rescaled(
+    before: Tensor, delta: Tensor, start: Tensor, rounding: float
+) -> Projection | None:
+    """A projection where the factors that rows or columns took then are most of the change.
+
+    Norms that are kept along a direction that was written strongly do this: no left vector shows
+    it, but the fit finds it from the first one. It has to explain all of the change, and factors
+    alone far less. What else training does fails on a few columns already.
+    """
+    found = Projection(start, 0.0, 0.0, whole=False)
+    step = before.shape[1] // _TRIED
+    if step > 1:
+        found = _rescaled(before[:, ::step], delta[:, ::step], found, rounding / step)
+        if found.fit < FIT:
+            return None
+        found = Projection(found.basis, 0.0, 0.0, whole=False)
+    found = _rescaled(before, delta, found, rounding)
+    if found.rescaled is None or found.fit < _WHOLE or few_channels(found.basis):
+        return None
+    left = (1 - found.fit) * float(delta.square().sum())
+    return found if left < _EXPLAINED * _left_by_factors(before, delta) else None
 
 
 def _regress(target: Tensor, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
