@@ -171,6 +171,18 @@ def test_configuration_file_with_options_on_top(tiny, cli, fails, tmp_path: Path
     assert "[extract] n_train" in bad('[extract]\nn_train = "many"')
     assert "[select] kl_threshold" in bad("[select]\nkl_threshold = -1.0")
     assert "must be a table" in bad("extract = 3")
+    # What is no switch is no number either, and a key says where it belongs.
+    assert "[select] kl_threshold: must be a number, not true" in bad(
+        "[select]\nkl_threshold = true"
+    )
+    assert "[select] prune_layers: must be a number" in bad("[select]\nprune_layers = false")
+    assert "[extract] filter: must be true or false, not 'no'" in bad('[extract]\nfilter = "no"')
+    assert "[chat] template: must be text, not true" in bad("[chat]\ntemplate = true")
+    assert "'n_train' must stand under [extract]" in bad("n_train = 16")
+    assert "'batch_size' in [evaluate]: it belongs under [model]" in bad(
+        "[evaluate]\nbatch_size = 3"
+    )
+    assert "did you mean" not in bad("[evaluate]\nintervention = 3")
     assert "not readable TOML" in bad("[extract")
     assert "does not exist" in fails(
         "extract", tiny("llama"), "-o", tmp_path / "x", "--config", tmp_path / "no.toml", code=2

@@ -56,6 +56,13 @@ def test_paragraph_and_tables_hold_what_the_records_say(run: Path, cli) -> None:
     assert f"{extract['counts']['harmful']['used']} harmful" in told
     assert f"a KL divergence above {selection['thresholds']['kl']:.3g}" in told
     assert f"{selection['bootstrap']['resamples']} resamples" in told
+    able = [one for one in selection["candidates"] if one["reason"] not in ("nan", "layer")]
+    whole = sum(len(one["computed"]) == 3 for one in able)
+    # What a staged search leaves out, as it cannot matter, is told.
+    left_out = f"all three were computed for {whole} of {len(able)} candidates" in told
+    assert left_out == (whole < len(able))
+    covered, scored = (selection["bootstrap"][key] for key in ("covered", "scored"))
+    assert (f"in which {covered} of {scored} candidates took part" in told) == (covered < scored)
     assert "two halves of the training prompts have cosine" in told
     before, after = (
         evaluation["interventions"][name]["harmful"]["refusal_rate"]

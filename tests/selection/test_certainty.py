@@ -121,7 +121,8 @@ def test_a_staged_search_says_what_its_resamples_do_not_cover(
     # Where it says that another wins or none, that is so; the rest it leaves open.
     assert whole["chosen"] <= found["chosen"] + found["undecided"] + 0.002
     shown = cli("select", folder, *SELECT, *_options(limits)).out
-    assert f"cover the {found['covered']} of {found['scored']} candidates" in shown
+    told = f"of {found['scored']} candidates {found['covered']} took part"
+    assert told in shown
     assert "--search exhaustive covers all" in shown
     assert f"chosen in {found['chosen']:.0%} of 1,000 resamples" in shown
     assert ("might win" in shown) == (found["undecided"] > 0)
@@ -188,6 +189,10 @@ def test_words_tell_alike_runners_up_from_others() -> None:
         winners=[{}] * 3, cosines=other
     )[0]  # fmt: skip
     assert "no other candidate wins" in said(winners=[{}], cosines=[[1.0]])[0]
+    # One that runs alone wins always, which says little; how many took part is said.
+    alone = said(winners=[{}], cosines=[[1.0]], chosen=1.0, covered=1, scored=25)
+    assert alone[0].endswith("in which no other candidate took part")
+    assert alone[1].startswith("of 25 candidates 1 took part")
     assert "in 4.0% of them none passes" in said(none=0.04)
     assert "no candidate passes on all prompts" in said(chosen=None)[0]
     assert sentences({}) == []

@@ -15,7 +15,8 @@ from abliterate.errors import UsageError
 from abliterate.evaluation.inputs import borderline_prompts, check_options
 from abliterate.evaluation.lm_eval_tasks import find_tasks
 from abliterate.evaluation.stage import EVALUATE_STAGE, evaluate_stage
-from abliterate.models.loading import Checkpoint
+from abliterate.models.loading import Checkpoint, load_config
+from abliterate.models.model_classes import text_config
 from abliterate.pipeline.edit_stage import orthogonalize_stage
 from abliterate.pipeline.extract_stage import EXTRACT_STAGE, extract_stage
 from abliterate.pipeline.select_stage import SELECT_STAGE, select_stage
@@ -23,6 +24,7 @@ from abliterate.projection import Projection
 from abliterate.prompts.sources import read_source
 from abliterate.run_folder import EDITED, MODEL, RUN, Session
 from abliterate.run_stage import writing
+from abliterate.settings import parse_layers
 from abliterate.storage.artifacts import hash_json, versions, write_json
 from abliterate.storage.ownership import is_record
 
@@ -132,7 +134,15 @@ def check_settings(session: Session) -> None:
                 f"[orthogonalize] {name} is nothing for run ({reason}): leave it out, then use "
                 f"`abliterate orthogonalize --{name.replace('_', '-')}` on the run folder"
             )
-    edit_options(settings.orthogonalize).summary()  # which looks for its device
+    chosen = settings.select
+    if chosen.interpolate is not None and chosen.position is None and not chosen.per_layer:
+        raise UsageError(
+            "[select] interpolate has no effect without per_layer or position: add one, or leave "
+            "interpolate out"
+        )
+    options = edit_options(settings.orthogonalize)
+    options.summary()  # which looks for its device
+    _check_layers(session, options.layers)
     check_options(session)
     evaluate = settings.evaluate
     if evaluate.tasks is not None:
@@ -144,3 +154,14 @@ def check_settings(session: Session) -> None:
             read_source(source, session.commits)
     if evaluate.borderline is not None:
         borderline_prompts(session, evaluate.borderline)
+
+
+def _check_layers(session: Session, layers: str | None) -> None:
+    """Refuse layers to edit that the model has not, as far as its configuration tells."""
+    named = parse_layers(layers)
+    if named is None:
+        return
+    config = load_config(session.checkpoint, session.settings.model.trust_remote_code)
+    count = getattr(text_config(config), "num_hidden_layers", None)
+    if isinstance(count, int) and max(named) >= count:
+        raise UsageError(f"--layers {layers}: the model has layers 0 to {count - 1}")

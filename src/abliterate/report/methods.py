@@ -16,6 +16,7 @@ from abliterate.report.facts import number, percent, selected_without
 from abliterate.report.provenance import computed_line
 from abliterate.run_records import recorded_stability
 from abliterate.run_staleness import hash_prompts
+from abliterate.selection.certainty import is_partial
 
 #: Where the method is cited in a sentence.
 CITE = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -141,11 +142,21 @@ def _rule(selection: Document) -> str:
     ]
     pruned = limits.get("prune_layers")
     filters += [f"a place in the last {percent(pruned)} of layers"] if pruned else []
+    *first, last = filters or ["a score that is no number"]
+    dropped = f"{', '.join(first)} or {last}" if first else last
+    able = [one for one in selection["candidates"] if one.get("reason") not in ("nan", "layer")]
+    whole = sum(not one.get("unneeded") for one in able)
+    staged = (
+        f" (all three were computed for {whole} of {len(able)} candidates, of the others what "
+        "decides: bounds show that the rest could not change the choice)"
+        if whole < len(able)
+        else ""
+    )
     return (
-        f"Each candidate was scored on {counts['harmful']['used']} harmful and "
-        f"{counts['harmless']['used']} harmless validation prompts: by the refusal score with it "
+        f"Candidates were scored on {counts['harmful']['used']} harmful and "
+        f"{counts['harmless']['used']} harmless validation prompts by the refusal score with them "
         "ablated (bypass) and added (induce), and by the KL divergence that ablation causes on "
-        f"harmless prompts; candidates with {', '.join(filters)} were dropped, and of the others "
+        f"harmless prompts{staged}; those with {dropped} were dropped, and of the rest "
         "the one with the lowest bypass score was taken"
     )
 
@@ -183,9 +194,12 @@ def _choice(run: Run, selection: Document) -> Iterator[str]:
             sure.append(f"directions of two halves of the training prompts have cosine {cosine}")
     bootstrap = selection.get("bootstrap")
     if bootstrap and bootstrap.get("chosen") is not None:
+        covered, scored = bootstrap["covered"], bootstrap["scored"]
+        part = f", in which {covered} of {scored} candidates took part"
         sure.append(
             f"the same candidate is chosen in {percent(bootstrap['chosen'])} of "
             f"{bootstrap['resamples']} resamples of the validation prompts"
+            + (part if is_partial(bootstrap) else "")
         )
     if sure:
         text = "; ".join(sure)

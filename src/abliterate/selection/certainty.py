@@ -22,12 +22,17 @@ def sentences(selection: Mapping[str, Any]) -> list[str]:
     said = [_choice(held)]
     doubts = {"undecided": "a candidate whose KL was not computed might win", "none": "none passes"}
     said += [f"in {held[key]:.1%} of them {what}" for key, what in doubts.items() if held[key] > 0]
-    if held["covered"] < held["scored"]:
+    if is_partial(held):
         said.append(
-            f"the resamples cover the {held['covered']} of {held['scored']} candidates that were "
-            "scored exactly: --search exhaustive covers all"
+            f"of {held['scored']} candidates {held['covered']} took part, as the others lack a "
+            "score that could not change the choice: --search exhaustive lets all take part"
         )
     return said
+
+
+def is_partial(bootstrap: Mapping[str, Any]) -> bool:
+    """Whether candidates without all scores took no part in the resamples."""
+    return bool(bootstrap["covered"] < bootstrap["scored"])
 
 
 def _choice(held: Mapping[str, Any]) -> str:
@@ -38,6 +43,8 @@ def _choice(held: Mapping[str, Any]) -> str:
         return f"no candidate passes on all prompts; of {count} {often} one"
     said = f"chosen in {held['chosen']:.0%} of {count}"
     if len(winners) < 2:
+        if held["covered"] < 2 <= held["scored"]:
+            return f"{said}, in which no other candidate took part"
         return f"{said}; no other candidate wins in any of them"
     alike = cosines[0][1:]
     low, high = f"{min(alike):.2f}", f"{max(alike):.2f}"

@@ -9,7 +9,8 @@ import tomllib
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -184,15 +185,54 @@ def _check_keys(document: Mapping[str, Any], where: str, schema: type[BaseModel]
     tables = sections_of(schema)
     for table, values in document.items():
         if table not in tables:
+            homes = _homes(table, tables)
+            if homes and not isinstance(values, dict):
+                raise UsageError(f"{where}: '{table}' must stand under {homes}")
             raise UsageError(f"{where}: unknown table [{table}]{_nearest(table, tables)}")
         if not isinstance(values, dict):
             raise UsageError(f"{where}: [{table}] must be a table")
-        keys = tables[table].model_fields
-        for key in values:
-            if key not in keys:
-                raise UsageError(f"{where}: unknown key '{key}' in [{table}]{_nearest(key, keys)}")
+        fields = tables[table].model_fields
+        for key, value in values.items():
+            if key not in fields:
+                homes = _homes(key, tables)
+                told = f": it belongs under {homes}" if homes else _nearest(key, fields)
+                raise UsageError(f"{where}: unknown key '{key}' in [{table}]{told}")
+            wrong = _wrong_kind(value, fields[key].annotation)
+            if wrong is not None:
+                given = json.dumps(value) if isinstance(value, bool) else repr(value)
+                raise UsageError(f"{where}: [{table}] {key}: {wrong}, not {given}")
+
+
+def _homes(key: str, tables: Mapping[str, type[BaseModel]]) -> str:
+    """The tables that have a key: ``[extract] or [select]``."""
+    return " or ".join(
+        f"[{name}]" for name, section in tables.items() if key in section.model_fields
+    )
+
+
+def _wrong_kind(value: Any, annotation: Any) -> str | None:
+    """What a key must be where TOML says true, false or a text, and it is neither: no number is
+    meant by ``true``, and no switch by ``"no"``."""
+    kinds = _kinds(annotation)
+    if isinstance(value, bool) and not kinds & {bool, Any}:
+        return "must be a number" if kinds & {int, float} else "must be text"
+    if isinstance(value, str) and bool in kinds and not kinds & {str, Any}:
+        return "must be true or false"
+    return None
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation allows; those of a list's members are not looked at."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kinds(args[0])
+    if origin is Literal:
+        return {type(one) for one in args}
+    if origin in (Union, UnionType):
+        return set().union(*map(_kinds, args))
+    return {origin or annotation}
 
 
 def _nearest(name: str, valid: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, valid, n=1)
     return f", did you mean '{close[0]}'?" if close else f" (valid: {', '.join(valid)})"
