@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# The record of an edit, which holds its direction: ``editing.file_names``, a floor above.
+_EDIT = "abliterate.json"
 # Of the same run folder: the means that extract left.
 MEANS_NAME = "directions.safetensors"
 
@@ -84,7 +86,12 @@ def find_direction(source: str | Path, position: int | None = None) -> Path:
             raise InputError(f"{path} does not exist: run `abliterate extract` first")
         return path
     if path.is_dir():
-        path = path / FILE_NAME
+        record, path = path / _EDIT, path / FILE_NAME
+        if record.is_file() and not path.is_file():
+            raise InputError(
+                f"{source} is an edited checkpoint: give its record, {record}, or the run folder "
+                "that its direction is from"
+            )
         if not path.is_file():
             again = shlex.join(["abliterate", "select", str(source)])
             raise InputError(f"{path} does not exist: run `{again}` first")

@@ -94,8 +94,10 @@ def test_directions_tensors_arrays_and_files_are_alike(
         assert torch.equal(own, logits(lm))
     with ab.add(lm, -direction, coeff=-1.0):
         assert torch.allclose(own, logits(lm))
-    with pytest.raises(InputError, match="does not record its own"):
+    with pytest.raises(InputError, match="does not record its own layer: name one"):
         ab.add(lm, vector).attach()
+    with pytest.raises(UsageError, match="a folder or a hub id, not NoneType"):
+        ab.load(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layers", [4, -1, [1, 9], range(3, 6), [True], ["1"]])

@@ -147,3 +147,9 @@ def test_a_record_gives_other_commands_its_direction(
     record = out / "abliterate.json"
     assert cli("verify", out, "--direction", record, "--source", source).code == 0
     assert cli("verify", source, "--direction", record).code == 6
+    # The folder alone names no direction; the line says what does.
+    found = cli("verify", out, "--direction", out)
+    assert found.code == 3
+    assert (
+        f"{out} is an edited checkpoint: give its record, {record}, or the run folder" in found.err
+    )

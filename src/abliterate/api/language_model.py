@@ -176,6 +176,8 @@ def load(
         >>> ab.load(M, device="cpu", offload=True).is_streamed
         True
     """
+    if not isinstance(model, str | Path):
+        raise UsageError(f"model must be a folder or a hub id, not {type(model).__name__}")
     checkpoint = find_checkpoint(str(model), revision)
     options = OpenOptions(
         device,

@@ -138,9 +138,13 @@ def check_layer(layer: Any, n_layers: int) -> int:
         InputError: it is none.
     """
     if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= int(layer) < n_layers:
-        unknown = "; the direction does not record its own" if layer is None else ""
+        if layer is None:
+            raise InputError(
+                "the direction does not record its own layer: name one, of the model's 0 to "
+                f"{n_layers - 1}"
+            )
         raise InputError(
-            f"layer {layer!r} does not exist: the model has layers 0 to {n_layers - 1}{unknown}"
+            f"layer {layer!r} does not exist: the model has layers 0 to {n_layers - 1}"
         )
     return int(layer)
 
