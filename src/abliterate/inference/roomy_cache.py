@@ -43,50 +43,50 @@ class _Growing:
         return buffer[:, :, self._end - count - more : self._end]
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer that keeps all tokens."""
-
-    keys: Tensor
-    values: Tensor
+class _Roomy:
+    """What both kinds of layers have in place of the library's copying."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._growing = _Growing(), _Growing()
+
+    def _appended(self: Any, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that are held, with the new ones behind them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self._growing
+        return keys.append(self.keys, key_states), values.append(self.values, value_states)
+
+    def _hold(self: Any, keys: Tensor, values: Tensor) -> None:
+        """Keep these, which are the ends of what :meth:`_appended` gave."""
+        self.keys, self.values = keys, values
+        for growing, held in zip(self._growing, (keys, values), strict=True):
+            growing.held = held
+
+
+class RoomyLayer(_Roomy, DynamicLayer):  # type: ignore[misc]
+    """A layer that keeps all tokens."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """As the library's: keys and values of all tokens, with the new ones."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys, values = self._growing
-        self.keys = keys.held = keys.append(self.keys, key_states)
-        self.values = values.held = values.append(self.values, value_states)
-        return self.keys, self.values
+        keys, values = self._appended(key_states, value_states)
+        self._hold(keys, values)
+        return keys, values
 
 
-class RoomySlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """A layer that keeps the tokens that its window sees."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._growing = _Growing(), _Growing()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """As the library's: what the new tokens see; the window alone is kept."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        keys, values = self._appended(key_states, value_states)
         self.cumulative_length += key_states.shape[-2]
-        keys, values = self._growing
-        seen = keys.append(self.keys, key_states), values.append(self.values, value_states)
-        self.keys = keys.held = seen[0][:, :, -self.sliding_window + 1 :]
-        self.values = values.held = seen[1][:, :, -self.sliding_window + 1 :]
-        return seen
+        self._hold(*(seen[:, :, -self.sliding_window + 1 :] for seen in (keys, values)))
+        return keys, values
 
 
 # The layers whose rows can be chosen from, and nothing but keys and values of tokens.
