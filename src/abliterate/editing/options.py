@@ -170,16 +170,27 @@ def parse_components(text: str | None) -> frozenset[str] | None:
     return frozenset(kinds)
 
 
+def named_layers(text: str | None, last: int) -> frozenset[int] | None:
+    """The layers that ``--layers`` names, of a model whose last one is ``last``; None for all.
+
+    Raises:
+        UsageError: the model has not all of them.
+    """
+    layers = parse_layers(text)
+    if layers is not None and max(layers) > last:
+        raise UsageError(f"--layers {text}: the model has layers 0 to {last}")
+    return layers
+
+
 def apply_options(plan: EditPlan, options: EditOptions) -> EditPlan:
     """The part of the plan that the options leave.
 
     Raises:
         UsageError: nothing is left, or a layer does not exist.
     """
-    layers, kinds = parse_layers(options.layers), parse_components(options.components)
+    kinds = parse_components(options.components)
     last = max((edit.layer for edit in plan.edits if edit.layer is not None), default=-1)
-    if layers is not None and max(layers) > last:
-        raise UsageError(f"--layers {options.layers}: the model has layers 0 to {last}")
+    layers = named_layers(options.layers, last)
 
     def wanted(edit: TensorEdit) -> bool:
         if kinds is not None and edit.kind not in kinds:

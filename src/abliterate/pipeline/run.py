@@ -9,7 +9,7 @@ from typing import Any
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.direction_loading import load_directions
-from abliterate.editing.options import edit_options
+from abliterate.editing.options import edit_options, named_layers
 from abliterate.editing.workspace import check_absent, is_begun
 from abliterate.errors import UsageError
 from abliterate.evaluation.inputs import borderline_prompts, check_options
@@ -24,7 +24,6 @@ from abliterate.projection import Projection
 from abliterate.prompts.sources import read_source
 from abliterate.run_folder import EDITED, MODEL, RUN, Session
 from abliterate.run_stage import writing
-from abliterate.settings import parse_layers
 from abliterate.storage.artifacts import hash_json, versions, write_json
 from abliterate.storage.ownership import is_record
 
@@ -158,10 +157,9 @@ def check_settings(session: Session) -> None:
 
 def _check_layers(session: Session, layers: str | None) -> None:
     """Refuse layers to edit that the model has not, as far as its configuration tells."""
-    named = parse_layers(layers)
-    if named is None:
+    if layers is None:
         return
     config = load_config(session.checkpoint, session.settings.model.trust_remote_code)
     count = getattr(text_config(config), "num_hidden_layers", None)
-    if isinstance(count, int) and max(named) >= count:
-        raise UsageError(f"--layers {layers}: the model has layers 0 to {count - 1}")
+    if isinstance(count, int):
+        named_layers(layers, count - 1)
