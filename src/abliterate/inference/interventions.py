@@ -140,7 +140,7 @@ def check_layer(layer: Any, n_layers: int) -> int:
     if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= int(layer) < n_layers:
         if layer is None:
             raise InputError(
-                "the direction does not record its own layer: name one, of the model's 0 to "
+                "the direction does not record its own layer: name one of the model's layers 0 to "
                 f"{n_layers - 1}"
             )
         raise InputError(
