@@ -266,7 +266,9 @@ def operators(
     return sum(row[2] for row in found), found[:8]
 
 
-def fewest_passes(task: SearchInputs, search: CandidateSearch) -> dict[str, float]:
+def fewest_passes(
+    task: SearchInputs, search: CandidateSearch, gives_up_bypass: bool = False
+) -> dict[str, float]:
     """How much of a pass over the prompts of one kind no exact method can do without, by metric.
 
     A method is exact if it rejects by the paper's filters and by the bounds in docs/performance.md
@@ -277,11 +279,15 @@ def fewest_passes(task: SearchInputs, search: CandidateSearch) -> dict[str, floa
     Args:
         task: what was searched.
         search: exhaustive, so that every score of every prompt is known.
+        gives_up_bypass: with one more bound, which ``select`` does not use: bypass is given up once
+            it cannot fall below that of the one that is chosen.
     """
     state, thresholds = search.state, task.thresholds
     judged = apply_filters(list(state.scores.values()), task.n_layers, thresholds)
     winner = best_candidate(judged)
     assert winner is not None
+    assert winner.bypass_score is not None
+    best = winner.bypass_score
     passes = {"baseline": 1.0, "induce": 0.0, "kl": 0.0, "bypass": 0.0}
     for score in judged:
         key = score.position, score.layer
@@ -298,6 +304,10 @@ def fewest_passes(task: SearchInputs, search: CandidateSearch) -> dict[str, floa
             high = rejects(kl[order], state.floor[order], lambda mean: mean > thresholds.kl)
             ways += [{"induce": low}] if low else []
             ways += [{"kl": high}] if high else []
+            if gives_up_bypass:
+                bypass = state.row("bypass", key).sort(descending=True).values
+                least = torch.full_like(bypass, -MAX_REFUSAL_SCORE)
+                ways += [{"bypass": rejects(bypass, least, best.__lt__) or 1.0}]
             of = min(ways, key=lambda way: way.get("induce", 0.0) * depth + way.get("kl", 0.0)
                      + way.get("bypass", 0.0))  # fmt: skip
         for metric, share in of.items():
@@ -318,11 +328,12 @@ def show_profile(task: SearchInputs, runs: dict[str, Callable[[], object]]) -> N
     model, on_gpu = task.model, task.model.device.type == "cuda"
     search = CandidateSearch(replace(task, search="exhaustive"))
     search.run()
-    passes = fewest_passes(task, search)
     plain = min(measured(model, lambda: unhooked(task)).seconds for _ in range(3))
-    print(f"\nfloor: {sum(passes.values()):.2f} passes over the prompts of one kind ("
-          + ", ".join(f"{metric} {count:.2f}" for metric, count in passes.items())
-          + f") of {1e3 * plain:.1f} ms: {sum(passes.values()) * plain:.2f} s")  # fmt: skip
+    for title, more in (("floor", False), ("floor if bypass were given up too", True)):
+        passes = fewest_passes(task, search, more)
+        print(f"\n{title}: {sum(passes.values()):.2f} passes over the prompts of one kind ("
+              + ", ".join(f"{metric} {count:.2f}" for metric, count in passes.items())
+              + f") of {1e3 * plain:.1f} ms: {sum(passes.values()) * plain:.2f} s")  # fmt: skip
     print("\n| run | seconds | operators | Python between them |")
     print("|---|---:|---:|---:|")
     longest = {}
