@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from abliterate.errors import InputError, UsageError
 from abliterate.resources import config_dir
 from abliterate.settings.complaints import complaint
-from abliterate.settings.marks import flags_of, is_recorded, sections_of
+from abliterate.settings.marks import flags_of, followed_table, is_recorded, sections_of
 from abliterate.settings.sections import Settings
 from abliterate.settings.values import memory_size
 from abliterate.settings.without_effect import Tables, check_effects
@@ -52,6 +52,7 @@ def load_settings(
         for table, values in layer.items():
             given = {key: value for key, value in values.items() if value is not None}
             document[table] = {**document.get(table, {}), **given}
+    _follow(document, schema)
     try:
         settings = schema.model_validate(document)
     except ValidationError as error:
@@ -73,6 +74,15 @@ def load_settings(
         raise UsageError(f"{source}: {message}, not {given_value}") from None
     check_effects(settings, options or {}, configured, where, every)
     return settings
+
+
+def _follow(document: dict[str, dict[str, Any]], schema: type[BaseModel]) -> None:
+    """Settings that were not given are those of the section that they follow."""
+    for table, section in sections_of(schema).items():
+        for key in section.model_fields:
+            followed = document.get(followed_table(section, key) or "", {})
+            if key in followed and key not in document.get(table, {}):
+                document[table] = {**document.get(table, {}), key: followed[key]}
 
 
 def parse_memory(text: str, option: str) -> int:

@@ -46,6 +46,17 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class Follows:
+    """Marks a setting that is what another section has under its name, until it is given itself.
+
+    Attributes:
+        table: the other section's; its setting has the same type and default.
+    """
+
+    table: str
+
+
+@dataclass(frozen=True)
 class Option:
     """The option by which commands override a setting. A setting may have several, each of its own
     commands, if they say different things.
@@ -108,3 +119,9 @@ def needs_of(section: type[BaseModel], name: str) -> Needs | None:
     """What gives a setting its effect; None of one that always has it."""
     marks = section.model_fields[name].metadata
     return next((mark for mark in marks if isinstance(mark, Needs)), None)
+
+
+def followed_table(section: type[BaseModel], name: str) -> str | None:
+    """The table whose setting of that name counts where this one is not given."""
+    marks = section.model_fields[name].metadata
+    return next((mark.table for mark in marks if isinstance(mark, Follows)), None)

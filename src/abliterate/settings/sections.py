@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from abliterate.settings.evaluate_section import EvaluateSettings
-from abliterate.settings.marks import Granted, Needs, Option, Recorded
+from abliterate.settings.marks import Follows, Granted, Needs, Option, Recorded
 from abliterate.settings.model_sections import ChatSettings, ModelSettings
 from abliterate.settings.section import (
     DIRECTED,
@@ -124,12 +124,17 @@ class ExtractSettings(Section):
 
 
 class SelectSettings(Section):
-    """Validation prompts and filters (paper, appendix C). None: the sources of ``extract``."""
+    """Validation prompts and filters (paper, appendix C). Not given: as ``extract`` has them."""
 
     harmful: Annotated[str | None, Option(LATER_HARMFUL, PROMPTS, ("select",))] = None
     harmless: Annotated[str | None, Option(LATER_HARMLESS, PROMPTS, ("select",))] = None
     n_val: Annotated[int, Option("Validation prompts per kind.", PROMPTS, SELECT)] = Field(32, ge=1)
-    filter: Annotated[bool, Option(FILTER, PROMPTS, SELECT, "--filter/--no-filter")] = True
+    filter: Annotated[
+        bool,
+        Follows("extract"),
+        Option(FILTER, PROMPTS, ("run",), "--filter/--no-filter"),
+        Option(f"{FILTER} Default: as extract did.", PROMPTS, ("select",)),
+    ] = True
     kl_threshold: Annotated[float, Option("Largest KL divergence.", METHOD, SELECT)] = Field(
         0.1, ge=0
     )
