@@ -5,26 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 REFUSED = {
     "as_lora": ("[orthogonalize]\nas_lora = true", 2, "orthogonalize --as-lora"),
     "low_disk": ("[orthogonalize]\nlow_disk = true", 2, "orthogonalize --low-disk"),
     "both formats": (
-        "[orthogonalize]\nrequantize = true\ndequantize = true", 2, "exclude each other",
+        "[orthogonalize]\nrequantize = true\ndequantize = true", 2,
+        "run.toml: [orthogonalize] requantize and [orthogonalize] dequantize exclude each other",
     ),
-    "add and scale": ("[orthogonalize]\nadd = 1.0\nscale = 0.5", 2, "--add"),
-    "components": ('[orthogonalize]\ncomponents = "head"', 2, "--components"),
-    "layers": ('[orthogonalize]\nlayers = "last"', 2, "--layers"),
+    "scale": (
+        "[orthogonalize]\nscale = 0.0", 2,
+        "run.toml: [orthogonalize] scale must be a number other than zero",
+    ),
+    "add and scale": (
+        "[orthogonalize]\nadd = 1.0\nscale = 0.5", 2,
+        "run.toml: [orthogonalize] add goes with none",
+    ),
+    "components": (
+        '[orthogonalize]\ncomponents = "head"', 2, "run.toml: [orthogonalize] components knows",
+    ),
+    "layers": ('[orthogonalize]\nlayers = "last"', 2, "run.toml: [orthogonalize] layers must be"),
     "edit's device": ('[orthogonalize]\ndevice = "nowhere"', 2, "nowhere"),
     "task folder alone": ('[evaluate]\ntasks_dir = "x"', 2, "without tasks"),
     "task limit alone": ("[evaluate]\ntask_limit = 3", 2, "without tasks"),
-    "judge without url": ('[evaluate]\njudge_model = "x"', 2, "needs --judge-url"),
+    "judge without url": (
+        '[evaluate]\njudge_model = "x"', 2,
+        "run.toml: [evaluate] judge_model needs [evaluate] judge_url beside it",
+    ),
     "judge that is none": ('[evaluate]\njudge = "./none"', 4, "./none"),
-    "corpus": ('[evaluate]\ncorpus = ["wiki"]', 2, "--corpus"),
+    "corpus": ('[evaluate]\ncorpus = ["wiki"]', 2, "run.toml: [evaluate] corpus"),
     "validation prompts": ('[select]\nharmful = "none.txt"', 3, "none.txt"),
     "test prompts": ('[evaluate]\nharmless = "none.txt"', 3, "none.txt"),
     "judged under offload": (
-        '[model]\noffload = true\n[evaluate]\ncorpus = ["own"]', 2, "--corpus does not run",
+        '[model]\noffload = true\n[evaluate]\ncorpus = ["own"]', 2,
+        "run.toml: [evaluate] corpus does not run o",
     ),
 }  # fmt: skip
 
@@ -45,5 +61,25 @@ def test_run_looks_its_tasks_up_before_the_first_stage(tiny, fails, tmp_path: Pa
     tasks, config, out = tmp_path / "tasks", tmp_path / "run.toml", tmp_path / "run"
     config.write_text(f'[evaluate]\ntasks = "nothing"\ntasks_dir = "{tasks}"\n')
     line = fails("run", tiny("llama"), "-o", out, "--config", config, code=2)
-    assert "--tasks-dir" in line
+    assert f"run.toml: [evaluate] tasks_dir {tasks} is no folder" in line
     assert not out.exists()
+
+
+def test_an_error_names_the_key_that_a_file_gave_and_the_option_that_the_user_typed(
+    tiny, fails, tmp_path: Path
+) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text("[orthogonalize]\nscale = 0.0\nrequantize = true\n")
+    base = ("orthogonalize", tiny("llama"), "--direction", tmp_path / "d.safetensors",
+            "-o", tmp_path / "out", "--config", config)  # fmt: skip
+    save_file({"direction": torch.ones(48)}, tmp_path / "d.safetensors")
+    assert "mine.toml: [orthogonalize] scale must be a number" in fails(*base, code=2)
+    assert "error: --scale must be a number" in fails(*base, "--scale", "0", code=2)
+    both = fails(*base, "--scale", "1", "--dequantize", code=2)
+    assert f"{config}: [orthogonalize] requantize and --dequantize exclude each other" in both
+    config.write_text("[orthogonalize]\ndequantize = true\n")
+    both = fails(*base, "--requantize", code=2)
+    assert "error: --requantize and --dequantize exclude each other" in both
+    assert f"(--dequantize is [orthogonalize] dequantize in {config})" in both
+    config.write_text("[orthogonalize]\nscale = 0.0\n[evaluate]\nmax_new_tokens = 3\n")
+    assert "mine.toml" not in fails("extract", "none", "-o", tmp_path, "--config", config, code=4)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from abliterate.errors import InputError, UsageError
+from abliterate.errors import InputError, UsageError, name_configured
 from abliterate.resources import config_dir
 from abliterate.settings.complaints import complaint
 from abliterate.settings.marks import flags_of, followed_table, is_recorded, sections_of
@@ -47,6 +47,8 @@ def load_settings(
     where = "the recorded settings" if file is None else str(file)
     _check_keys(configured, where, schema)
     configured = {table: _as_options(values) for table, values in configured.items()}
+    if configured:
+        _name_configured(configured, options or {}, where, schema, every)
     document: dict[str, dict[str, Any]] = {}
     for layer in (base or {}, configured, options or {}):
         for table, values in layer.items():
@@ -74,6 +76,27 @@ def load_settings(
         raise UsageError(f"{source}: {message}, not {given_value}") from None
     check_effects(settings, options or {}, configured, where, every)
     return settings
+
+
+def _name_configured(
+    configured: Tables, options: Tables, where: str, schema: type[BaseModel], every: bool
+) -> None:
+    """Let errors about what a file gives to this command name the keys."""
+    held, absent, typed = dict[str, list[str]](), dict[str, list[str]](), set[str]()
+    for table, section in sections_of(schema).items():
+        given = options.get(table, {})
+        for key in section.model_fields:
+            option = flags_of(section, key).partition("/")[0]
+            if given.get(key) is not None:
+                typed.add(option)
+            counts = key in configured.get(table, {}) and (every or key in given)
+            (held if counts else absent).setdefault(option, []).append(f"[{table}] {key}")
+    name_configured(
+        where,
+        {option: " or ".join(names) for option, names in held.items() if option not in typed},
+        # Of several that are absent none is meant more than the others.
+        {option: n for option, (n, *more) in absent.items() if not more and option not in typed},
+    )
 
 
 def _follow(document: dict[str, dict[str, Any]], schema: type[BaseModel]) -> None:
