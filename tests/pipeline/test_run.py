@@ -149,12 +149,12 @@ def test_outputs_that_cannot_be_made_are_refused_before_the_work(
 def test_configuration_file_with_options_on_top(tiny, cli, fails, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text(
-        '[extract]\nn_train = 9\npositions = "last"\nfilter = false\nrefusal_tokens = ["I"]\n'
+        '[extract]\nn_train = 9\npositions = [-3, "-1"]\nfilter = false\nrefusal_tokens = ["I"]\n'
     )
     run = tmp_path / "run"
     result = cli("extract", tiny("llama"), "-o", run, "--config", config, "--json")
     assert result.json["counts"]["harmful"]["given"] == 9
-    assert [p["position"] for p in result.json["positions"]] == [-1]
+    assert [p["position"] for p in result.json["positions"]] == [-3, -1]
     result = cli(
         "extract", tiny("llama"), "-o", run, "--config", config, "--n-train", "10", "--json"
     )

@@ -83,3 +83,48 @@ def test_an_error_names_the_key_that_a_file_gave_and_the_option_that_the_user_ty
     assert f"(--dequantize is [orthogonalize] dequantize in {config})" in both
     config.write_text("[orthogonalize]\nscale = 0.0\n[evaluate]\nmax_new_tokens = 3\n")
     assert "mine.toml" not in fails("extract", "none", "-o", tmp_path, "--config", config, code=4)
+
+
+_MEMBER, _EMPTY = "each member must be text or a whole number, not ", "is empty: name one at least"
+LISTS = {
+    "[extract] positions": {
+        "[-1, -2.5]": f"{_MEMBER}-2.5", "[[-1]]": f"{_MEMBER}a list", "[]": _EMPTY,
+        "[-1, true]": f"{_MEMBER}a switch", "[-1, 2]": "must be",
+    },
+    "[extract] refusal_tokens": {
+        "[4.5]": f"{_MEMBER}4.5", "[{a = 1}]": f"{_MEMBER}a table",
+        "[]": f"{_EMPTY}, or leave it out for those that are detected", '"I"': "must be a list",
+    },
+    "[extract] harmful": {'["a"]': "must be one text, not a list"},
+    "[extract] save_activations": {"[]": _EMPTY, "[0, 9.5]": f"{_MEMBER}9.5"},
+    "[select] n_val": {"[3]": "must be an integer, not [3]"},
+    "[evaluate] harmful": {
+        "[]": f"{_EMPTY}, or leave it out for what extract used", "[true]": f"{_MEMBER}a switch",
+        '[["a"]]': f"{_MEMBER}a list",
+    },
+    "[evaluate] harmless": {"[]": _EMPTY},
+    "[evaluate] corpus": {"[2.5]": f"{_MEMBER}2.5", '["wiki"]': "corpus"},
+    "[evaluate] tasks": {"[]": _EMPTY},
+    "[evaluate] refusal_phrases": {'["en", 3]': "no list for '3'", "[]": _EMPTY},
+    "[evaluate] judge_url": {'["http://secret"]': "must be one text, not a list"},
+    "[orthogonalize] layers": {
+        "[1.5]": f"{_MEMBER}1.5", "[]": _EMPTY, "[2, 9]": "2,9: the model has layers 0 to 3",
+        "9": "layers 9: the model has",
+    },
+    "[orthogonalize] components": {"[]": _EMPTY, '["mlp", "head"]': "not 'head'"},
+    "[orthogonalize] leave_behind": {"[[1]]": f"{_MEMBER}a list"},
+    "[model] batch_size": {"[1]": "batch_size: must be"},
+}  # fmt: skip
+
+
+def test_lists_of_a_configuration_say_which_member_is_wrong(tiny, fails, tmp_path: Path) -> None:
+    config, out = tmp_path / "run.toml", tmp_path / "run"
+    for where, values in LISTS.items():
+        table, _, key = where.partition(" ")
+        for value, part in values.items():
+            config.write_text(f"{table}\n{key} = {value}\n")
+            line = fails("run", tiny("llama"), "-o", out, "--config", config, code=2)
+            assert f"run.toml: {where}" in line, line
+            assert part in line, line
+            assert "secret" not in line
+            assert not out.exists()

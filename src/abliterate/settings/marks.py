@@ -57,6 +57,18 @@ class Follows:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """Marks a setting of which a configuration may give a list that is not empty; of one that is
+    text with commas, a whole number too.
+
+    Attributes:
+        unless: what there is where the setting is left out.
+    """
+
+    unless: str
+
+
+@dataclass(frozen=True)
 class Option:
     """The option by which commands override a setting. A setting may have several, each of its own
     commands, if they say different things.
@@ -125,3 +137,9 @@ def followed_table(section: type[BaseModel], name: str) -> str | None:
     """The table whose setting of that name counts where this one is not given."""
     marks = section.model_fields[name].metadata
     return next((mark.table for mark in marks if isinstance(mark, Follows)), None)
+
+
+def listed(section: type[BaseModel], name: str) -> Listed | None:
+    """The mark of a setting that may be a list, and no empty one."""
+    marks = section.model_fields[name].metadata
+    return next((mark for mark in marks if isinstance(mark, Listed)), None)
