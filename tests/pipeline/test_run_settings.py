@@ -56,6 +56,53 @@ def test_run_refuses_a_setting_of_a_later_stage_before_the_first(
     assert not out.exists()
 
 
+# By the model, configuration and code: what the edit would find out after hours.
+_E = "[orthogonalize]"
+UNFIT = [
+    ("llama", f"{_E}\nlayers = '0-9'", 2, f"{_E} layers 0-9: the model has layers 0 to 3"),
+    ("llama", f"{_E}\nrequantize = true", 2, f"{_E} requantize has no effect"),
+    ("llama", f"{_E}\ndequantize = true", 2, f"{_E} dequantize has no effect"),
+    ("llama", f"{_E}\ntied_embeddings = 'share'", 2, f"{_E} tied_embeddings share has no effect"),
+    ("llama", f"{_E}\ncomponents = 'mlp,expert'", 2, f"{_E} components expert has no effect"),
+    ("llama", f"{_E}\nleave_behind = ['mtp.safetensors']", 2, f"{_E} leave_behind mtp.saf"),
+    ("llama", f"{_E}\nlayer_scale = 'LAYERS'", 2, f"{_E} layer_scale names layer 4"),
+    ("qwen2", f"{_E}\nadd = 1.0", 4, "model has no bias at 'model.layers.0.mlp.down_proj.bias'"),
+    ("llama", f"{_E}\nadd = 1.0\n[select]\nper_layer = true", 2, f"{_E} add needs one direction"),
+    ("llama", "[select]\nposition = -2\n[extract]\npositions = [-3, -1]", 2,
+     "[select] position -2: extract keeps positions -3, -1"),
+    ("llama", "[select]\nper_layer = true\ninterpolate = 'linear:1,4'", 2,
+     "[select] interpolate 1,4: the model has layers 0 to 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "text", "code", "part"), UNFIT)
+def test_run_holds_the_edit_against_the_model_before_the_first_stage(
+    model: str, text: str, code: int, part: str, tiny, fails, tmp_path: Path
+) -> None:
+    config, out, scales = tmp_path / "run.toml", tmp_path / "run", tmp_path / "scales.toml"
+    scales.write_text("[layers]\n0-4 = 0.5\n")
+    config.write_text(text.replace("LAYERS", str(scales)))
+    assert part in fails("run", tiny(model), "-o", out, "--config", config, code=code)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("shape", [(47,), (3, 48), (4, 47)])
+def test_a_direction_of_another_model_is_told_before_the_model_is_loaded(
+    shape: tuple[int, ...], tiny, fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("abliterate.run_folder.Session.load", load)
+    monkeypatch.setattr("abliterate.run_folder.Session.load_in_memory", load)
+    file, model = tmp_path / "d.safetensors", tiny("llama")
+    save_file({"direction" if len(shape) == 1 else "directions": torch.ones(shape)}, file,
+              {"layer": "2"})  # fmt: skip
+    for command in (("evaluate", model), ("chat", model), ("orthogonalize", model, "-o", "none")):
+        line = fails(*command, "--direction", file, code=3)
+        assert "it was made for another model" in line
+
+
 def test_run_looks_its_tasks_up_before_the_first_stage(tiny, fails, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     tasks, config, out = tmp_path / "tasks", tmp_path / "run.toml", tmp_path / "run"
