@@ -32,7 +32,7 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
                 " ".join(repr(token["token"]) for token in row.get("promotes", [])[:3]),
             ]
         )
-    print_table(
+    _print_measured(
         f"Directions at position {record['position']}",
         [
             "layer",
@@ -47,12 +47,13 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
             "silhouette",
             "p of AUC",
             "held-out AUC",
-            "silhouette",
+            "held-out silhouette",
             "promotes",
         ],
         rows,
-        left=0,
     )
+    for note in record["notes"]:
+        print_line(f"note: {note}")
     if record["lens"]:
         for what in ("promotes", "suppresses"):
             listed = record["lens"][what][:12]
@@ -107,7 +108,7 @@ def _heads(heads: list[Any], count: int) -> None:
                 _number(looks["suffix"]["suffix"], ".0%"),
             ]
         )
-    print_table(
+    _print_measured(
         f"Heads whose contribution along the direction changes most with the suffix (n={count}; "
         "p: that it does not change, and that it is that of random tokens, Holm over all heads)",
         [
@@ -123,8 +124,17 @@ def _heads(heads: list[Any], count: int) -> None:
             "suffix",
         ],
         rows,
-        left=0,
     )
+
+
+def _print_measured(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table of the columns in which there is anything, and which there is nothing of."""
+    there = [at for at in range(len(columns)) if any(row[at] not in ("", "-") for row in rows)]
+    kept = [[row[at] for at in there] for row in rows]
+    print_table(title, [columns[at] for at in there], kept, left=0)
+    absent = [name for at, name in enumerate(columns) if at not in there]
+    if absent:
+        print_line(f"not measured: {', '.join(absent)}")
 
 
 def _number(value: float | None, form: str) -> str:

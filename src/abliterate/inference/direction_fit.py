@@ -17,9 +17,11 @@ def stream_shape(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[int, 
         CheckpointError: the configuration cannot be read.
     """
     config = text_config(load_config(checkpoint, trust_remote_code))
-    n_layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
-    known = isinstance(n_layers, int) and isinstance(width, int)
-    return (n_layers, width) if known else None
+    n_layers = getattr(config, "num_hidden_layers", None)
+    width = getattr(config, "hidden_size", None)
+    if not (isinstance(n_layers, int) and isinstance(width, int)):
+        return None
+    return n_layers, width
 
 
 def check_fit(
