@@ -8,6 +8,7 @@ from typing import Any
 
 from abliterate.console import print_line, print_table
 from abliterate.selection.certainty import sentences
+from abliterate.table_layout import number_text
 
 
 def show_inspection(record: Mapping[str, Any], run: Path) -> None:
@@ -59,7 +60,7 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
             listed = record["lens"][what][:12]
             print_line(
                 f"the direction {what}: "
-                + " ".join(f"{t['token']!r} {t['logit']:+.2f}" for t in listed)
+                + " ".join(f"{t['token']!r} {t['logit']:+z.2f}" for t in listed)
             )
     for sentence in sentences(record):
         print_line(sentence)
@@ -72,7 +73,7 @@ def show_trace(record: Mapping[str, Any], run: Path) -> None:
     rows = [
         [
             str(layer),
-            *(f"{c['mean'][layer]:+.3f} ± {c['std'][layer]:.3f}" for c in curves.values()),
+            *(f"{c['mean'][layer]:+z.3f} ± {c['std'][layer]:z.3f}" for c in curves.values()),
         ]
         for layer in range(layers)
     ]
@@ -97,10 +98,10 @@ def _heads(heads: list[Any], count: int) -> None:
         rows.append(
             [
                 f"{head['layer']}.{head['head']}",
-                f"{parts['harmful']:+.3g}",
-                f"{parts['suffix']:+.3g}",
-                f"{parts['random']:+.3g}",
-                f"{head['change']:+.3g}" + _plus_minus(head.get("change_standard_error")),
+                f"{parts['harmful']:+z.3g}",
+                f"{parts['suffix']:+z.3g}",
+                f"{parts['random']:+z.3g}",
+                f"{head['change']:+z.3g}" + _plus_minus(head.get("change_standard_error")),
                 _number((head.get("p_holm") or {}).get("change"), ".2g"),
                 _number((head.get("p_holm") or {}).get("against_random"), ".2g"),
                 _number(looks["harmful"]["instruction"], ".0%"),
@@ -138,11 +139,11 @@ def _print_measured(title: str, columns: list[str], rows: list[list[str]]) -> No
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else number_text(value, form)
 
 
 def _plus_minus(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.2g}"
+    return "" if error is None else f" ± {error:z.2g}"
 
 
 def _chance(geometry: Mapping[str, Any], figure: str) -> float | None:
