@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abliterate import ablate, add, load_direction
@@ -265,6 +265,50 @@ def test_files_that_hold_no_single_direction_are_refused(tiny, fails, tmp_path: 
         assert "allow_pickle=`" not in line  # numpy's advice
 
 
+def _other_kinds(place: Path) -> dict[str, tuple[bytes, str]]:
+    """By name, files that hold no direction that is read, and what is said of each."""
+    vector, packed = torch.ones(48), io.BytesIO()
+    np.save(packed, np.ones(48))
+    torch.save(vector, place / "new")
+    torch.save(vector, place / "old", _use_new_zipfile_serialization=False)
+    saved = place / "saved.npz"
+    np.savez(saved, direction=np.ones(48))
+    pickled = "is a PyTorch pickle (torch.save): which is never opened here"
+    return {
+        "r.pt": ((place / "new").read_bytes(), pickled),
+        "r.bin": ((place / "old").read_bytes(), pickled),
+        "r2.npz": ((place / "new").read_bytes(), pickled),
+        "r.safetensors": ((place / "new").read_bytes(), "is a PyTorch pickle"),
+        "r.pkl": (pickle.dumps([1.0] * 48), "is a pickle: which is never opened here"),
+        "r.ckpt": (b"\0\xff" * 9, "is named as a pickle and damaged"),
+        "r.npy": (packed.getvalue(), "is one numpy array (.npy): save it with numpy.savez("),
+        "r.zip": (saved.read_bytes(), "is a zip of numpy arrays (.npz): name it .npz"),
+        "r.dat": (b"GGUF" + b"\0" * 40, "is a GGUF file: name it .gguf"),
+        "r.gguf": (save({"direction": vector}), "is a safetensors file: name it .safetensors"),
+        "r.json": (b"[1.0, 2.0]", "is a JSON list: give a run folder"),
+        "config.json": (b'{"model_type": "x", "bos": 1}', "(it has: bos, model_type)"),
+        "r.html": (b"<!doctype html><p>", "is a web page: give"),
+        "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
+        "r.txt": ("ä".encode() * 400, "is text: give a run folder, a safetensors file"),
+        "none.safetensors": (b"", "is empty: give"),
+        "r.gz": (b"\x1f\x8b\x08" + b"\0" * 20, "is packed with gzip"),
+    }  # fmt: skip
+
+
+def test_a_file_of_another_kind_is_told_what_it_is_and_what_is_read(
+    tiny, fails, tmp_path: Path
+) -> None:
+    for name, (content, said) in _other_kinds(tmp_path).items():
+        file = tmp_path / name
+        file.write_bytes(content)
+        line = fails("verify", tiny("llama"), "--direction", file, code=3)
+        assert f"{file} is " in line
+        assert said in line, line
+        assert "abliterate.json of an edit" in line or name == "config.json"
+    line = fails("verify", tiny("llama"), "--direction", tiny("llama"), code=3)
+    assert "is a checkpoint, which holds no direction: give a run folder" in line
+
+
 def test_control_vectors_of_strangers_are_refused(tiny, fails, run: Path, cli, tmp_path) -> None:
     gguf = pytest.importorskip("gguf")
     good = _export(cli, run, "gguf").read_bytes()
@@ -278,7 +322,9 @@ def test_control_vectors_of_strangers_are_refused(tiny, fails, run: Path, cli, t
     }.items():
         file = tmp_path / f"{name}.gguf"
         file.write_bytes(content)
-        assert str(file) in fails("verify", tiny("llama"), "--direction", file, code=3)
+        line = fails("verify", tiny("llama"), "--direction", file, code=3)
+        assert str(file) in line
+        assert ('GGUF file of "controlvektor"' in line) == (name == "model")
     several = tmp_path / "several.gguf"
     writer = gguf.GGUFWriter(several, "controlvector")
     for block in (1, 2):

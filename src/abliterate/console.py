@@ -264,7 +264,9 @@ def _width(stream: Any) -> int | None:
     named = os.environ.get("COLUMNS", "")
     if named.isdecimal() and int(named) > 0:
         return int(named)
-    return None if stream.isatty() else 1000
+    from abliterate.table_layout import UNBOUNDED
+
+    return None if stream.isatty() else UNBOUNDED
 
 
 def _cell(text: object) -> Any:

@@ -6,6 +6,8 @@ The same places may hold a direction set (``abliterate.direction_set``);
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from abliterate.direction_set import (
     DirectionSet,
     save_direction_set,
 )
-from abliterate.errors import UsageError
+from abliterate.errors import InputError, UsageError
 from abliterate.metrics.vector_algebra import VectorAlgebra
 from abliterate.projection import Projection
 from abliterate.storage.artifacts import (
@@ -137,3 +139,59 @@ def save_direction(
     # A copy: safetensors takes no two tensors of one memory.
     beside = {} if subspace is None else {"subspace": subspace.clone()}
     return write_tensors(path, {"direction": direction.vector, **beside}, metadata)
+
+
+def recorded_direction(record: Mapping[str, Any], path: Path) -> Direction:
+    """The direction that the record of an edit holds, as it was given to the edit.
+
+    Args:
+        record: ``abliterate.json``. Older ones hold the unit vector and the norm alone, whose
+            product is the direction up to float64's rounding.
+        path: where it lies, for errors.
+
+    Raises:
+        InputError: it holds no direction.
+    """
+    own = record.get("direction")
+    of_it = own if isinstance(own, Mapping) else {}
+    unit: Any = record.get("vector")
+    norm: Any = of_it.get("norm")
+    values = record.get("unnormalised")
+    if not (_numbers(unit) and _numbers([norm]) and (values is None or _numbers(values))):
+        held = ", ".join(sorted(record)[:6]) or "nothing"
+        raise InputError(
+            f"{path} is no record of an edit that holds its direction (it has: {held}): give the "
+            "abliterate.json of an edited checkpoint, a run folder or a safetensors file"
+        )
+
+    def whole(key: str) -> int | None:
+        value = of_it.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    import torch
+
+    sha256, projection = of_it.get("sha256"), Projection.recorded(of_it)
+    vector = torch.tensor([*map(float, unit if values is None else values)], dtype=torch.float64)
+    return Direction(
+        vector * float(norm) if values is None else vector,
+        whole("position"),
+        whole("layer"),
+        sha256 if isinstance(sha256, str) else None,
+        projection.harmless,
+        project_first_token=projection.first_token,
+    )
+
+
+def _numbers(values: Any) -> bool:
+    """Whether it is a list of finite numbers, and not empty."""
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and abs(value) < 1e300
+            and math.isfinite(value)
+            for value in values
+        )
+    )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from abliterate.direction import FILE_NAME, Direction
+from abliterate.direction import FILE_NAME, Direction, recorded_direction
 from abliterate.direction_set import (
     DIRECTIONS,
     DirectionSet,
@@ -37,6 +36,7 @@ from abliterate.storage.artifacts import (
     read_tensors,
     tensor_metadata,
 )
+from abliterate.storage.file_kinds import describe_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,12 +92,51 @@ def find_direction(source: str | Path, position: int | None = None) -> Path:
                 f"{source} is an edited checkpoint: give its record, {record}, or the run folder "
                 "that its direction is from"
             )
+        checkpoint = (path.parent / "config.json").is_file()
+        if not path.is_file() and checkpoint:
+            raise InputError(f"{source} is a checkpoint, which holds no direction: {_READ}")
         if not path.is_file():
             again = shlex.join(["abliterate", "select", str(source)])
             raise InputError(f"{path} does not exist: run `{again}` first")
     if not path.is_file():
         raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
+    _check_kind(path)
     return path
+
+
+# Beside what it is in: what else is read, and how what is not is made into it.
+_READ = (
+    "give a run folder, a safetensors file with a tensor 'direction' or 'directions', a control "
+    "vector (.gguf), an .npz or the abliterate.json of an edit"
+)
+_CONVERTED = (
+    (
+        "pickle",
+        "which is never opened here, since it could run code: save its vector as 'direction' with "
+        "safetensors.torch.save_file, or ",
+    ),
+    ("one numpy array", "save it with numpy.savez(FILE, direction=VECTOR), or "),
+    ("(.npz)", "name it .npz, or "),
+    ("GGUF", "name it .gguf, or "),
+    ("safetensors", "name it .safetensors, or "),
+    ("Git LFS", "fetch it with `git lfs pull`, or "),
+)
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a file whose beginning is not that of the kind that its name says.
+
+    Raises:
+        InputError: no direction is read from it.
+    """
+    kind, suffix = describe_file(path), path.suffix.lower()
+    of_suffix = {".gguf": "GGUF", ".npz": "zip of", ".json": "JSON object"}.get(
+        suffix, "safetensors"
+    )
+    if of_suffix in kind or (suffix == ".npz" and kind.startswith("a zip archive")):
+        return
+    how = next((told for part, told in _CONVERTED if part in kind), "")
+    raise InputError(f"{path} is {kind}: {how}{_READ}")
 
 
 def load_direction(
@@ -351,59 +390,4 @@ def _foreign(path: Path) -> Direction | DirectionSet:
         return set_of_foreign(found, hash_file(path))
     return Direction(
         torch.from_numpy(found.values), found.position, found.layer, sha256=hash_file(path)
-    )
-
-
-def recorded_direction(record: Mapping[str, Any], path: Path) -> Direction:
-    """The direction that the record of an edit holds, as it was given to the edit.
-
-    Args:
-        record: ``abliterate.json``. Older ones hold the unit vector and the norm alone, whose
-            product is the direction up to float64's rounding.
-        path: where it lies, for errors.
-
-    Raises:
-        InputError: it holds no direction.
-    """
-    import torch
-
-    held = record.get("direction")
-    of_it = held if isinstance(held, Mapping) else {}
-    unit: Any = record.get("vector")
-    norm: Any = of_it.get("norm")
-    values = record.get("unnormalised")
-    if not (_numbers(unit) and _numbers([norm]) and (values is None or _numbers(values))):
-        raise InputError(
-            f"{path} is no record of an edit that holds its direction: give the abliterate.json of "
-            "an edited checkpoint, a run folder or a safetensors file"
-        )
-
-    def whole(key: str) -> int | None:
-        value = of_it.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-    sha256, projection = of_it.get("sha256"), Projection.recorded(of_it)
-    vector = torch.tensor([*map(float, unit if values is None else values)], dtype=torch.float64)
-    return Direction(
-        vector * float(norm) if values is None else vector,
-        whole("position"),
-        whole("layer"),
-        sha256 if isinstance(sha256, str) else None,
-        projection.harmless,
-        project_first_token=projection.first_token,
-    )
-
-
-def _numbers(values: Any) -> bool:
-    """Whether it is a list of finite numbers, and not empty."""
-    return (
-        isinstance(values, list)
-        and bool(values)
-        and all(
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and abs(value) < 1e300
-            and math.isfinite(value)
-            for value in values
-        )
     )

@@ -4,7 +4,8 @@ The verdicts of ``verify`` (6) and ``audit`` (7 edited, 8 undecided) are exit co
 Every message is one line that names the file, tensor or setting at fault and how to mend it.
 
 A setting is named once, as its option (``--n-train``). The command line shows it so
-(:func:`speaking_of_options`); whoever calls a function reads the name of its argument.
+(:func:`speaking_of_options`), or as the key of a configuration that gave it
+(:func:`name_configured`); whoever calls a function reads the name of its argument.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ _COUNT_OF_PROMPTS = re.compile(r" \(--n-(?:train|val|test)\)")
 # Of other programs, or of no function.
 _NO_ARGUMENTS = frozenset(("debug", "nproc-per-node"))
 _speaks_of_options = False
+# The command's configuration; by option, what it calls what it gives, and what it does not give.
+_configured: tuple[str, Mapping[str, str], Mapping[str, str]] = ("", {}, {})
 
 
 @contextmanager
@@ -57,10 +60,26 @@ def speaking_of_options() -> Iterator[None]:
     """Within the context messages name settings as options: for the command line."""
     global _speaks_of_options
     before, _speaks_of_options = _speaks_of_options, True
+    name_configured()
     try:
         yield
     finally:
         _speaks_of_options = before
+        name_configured()
+
+
+def name_configured(
+    file: str = "", keys: Mapping[str, str] | None = None, others: Mapping[str, str] | None = None
+) -> None:
+    """From now on errors name what a configuration gave as its user wrote it.
+
+    Args:
+        file: the configuration.
+        keys: by option, ``--scale``, the key that the file has: ``[orthogonalize] scale``.
+        others: likewise, keys that neither the file nor the command line gave.
+    """
+    global _configured
+    _configured = (file, keys or {}, others or {})
 
 
 def argument_name(option: str) -> str:
@@ -79,6 +98,24 @@ def addressed(text: str) -> str:
     parts = text.split("`")
     parts[::2] = map(_of_arguments, parts[::2])
     return "`".join(parts)
+
+
+def _of_keys(text: str, explained: bool) -> str:
+    """A message about what a configuration gave: ``FILE: [orthogonalize] scale must ...``.
+
+    Where an option only stands in the midst of a message, the key is told behind it, if it is to be
+    explained there.
+    """
+    file, keys, others = _configured
+    first = _OPTION.match(text)
+    parts = text.split("`")  # commands in backticks stay as they are
+    if first is not None and first[0] in keys:
+        every = {**others, **keys}
+        parts[::2] = [_OPTION.sub(lambda m: every.get(m[0], m[0]), part) for part in parts[::2]]
+        return f"{file}: {'`'.join(parts)}"
+    named = dict.fromkeys(m[0] for part in parts[::2] for m in _OPTION.finditer(part))
+    told = [f"{option} is {keys[option]}" for option in named if option in keys]
+    return f"{text} ({', '.join(told)} in {file})" if told and explained else text
 
 
 def _of_arguments(text: str) -> str:
@@ -100,7 +137,10 @@ class AbliterateError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return addressed(super().__str__())
+        text = super().__str__()
+        if _speaks_of_options:
+            return _of_keys(text, isinstance(self, UsageError | InputError))
+        return addressed(text)
 
 
 class UsageError(AbliterateError):

@@ -291,8 +291,13 @@ def _read_gguf(path: Path) -> dict[int, NDArray[Any]]:
 
     reader = Bounded(path)
     kind = reader.get_field("general.architecture")
-    if kind is None or bytes(kind.parts[kind.data[0]]) != _ARCHITECTURE.encode():
-        raise InputError(f"{path} is no control vector: a direction is read from those alone")
+    held = b"" if kind is None else bytes(kind.parts[kind.data[0]])
+    if held != _ARCHITECTURE.encode():
+        what = json.dumps(held.decode(errors="replace"))[:40] if held else "no architecture"
+        raise InputError(
+            f"{path} is a GGUF file of {what}, not of {_ARCHITECTURE}: of GGUF files a direction "
+            "is read from control vectors alone"
+        )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     found = {}
     for block, name in _numbered(path, tensors, _GGUF_VECTOR):

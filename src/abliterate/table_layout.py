@@ -9,8 +9,16 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+#: Columns of a place that ends no line.
+UNBOUNDED = 10_000
 # Folded beyond this, the lines of a row no longer read as one row.
 _FOLDED = 1.6
+
+
+def number_text(value: float, form: str) -> str:
+    """A number as ``format`` gives it, but for a zero with a minus before it: -0.0004 is 0.000."""
+    sign, rest = (form[0], form[1:]) if form[:1] in ("+", "-", " ") else ("", form)
+    return format(value, f"{sign}z{rest}")
 
 
 def laid_out(
@@ -32,9 +40,11 @@ def laid_out(
     from rich.measure import Measurement
 
     table = _table(columns, rows, left)
-    least, most = Measurement.get(console, console.options.update(width=10_000), table)
+    least, most = Measurement.get(console, console.options.update(width=UNBOUNDED), table)
     room = console.width
     if most <= room or (least <= room and (most <= _FOLDED * room or len(columns) < 3)):
+        if title.cell_len > min(most, room):  # in the table it would be folded to its width
+            return _with_title(title, table)
         table.title, table.title_justify = title, "left"
         return table
     return _stacked(title, columns, rows) if len(columns) > 2 else _with_title(title, table)

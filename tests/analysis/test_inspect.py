@@ -275,6 +275,14 @@ def test_without_activations_the_rest_is_shown_and_says_so(run: Path, cli, tmp_p
     result = cli("inspect", bare)
     assert result.code == 0, result.err
     assert "no activations were kept" in result.err
+    # Nor a column of dashes: what is not there is named once, and how to have it.
+    lines = result.out.splitlines()
+    (heading,) = (line for line in lines if "cos selected" in line)
+    assert "PC1 share" not in heading
+    assert "held-out silhouette" in heading
+    assert heading.count("silhouette") == heading.count("AUC") == 1
+    assert "not measured: n, PC1 share, |cos PC1|, AUC, silhouette, p of AUC" in lines
+    assert any("run extract again with --save-activations" in line for line in lines)
     record = json.loads((bare / "inspect.json").read_text())
     assert all(row["geometry"] is None for row in record["layers"])
     assert record["layers"][3]["held_out"]["auc"] > 0.9
@@ -346,4 +354,5 @@ def test_inspect_errors_are_one_line(run: Path, fails, tmp_path: Path, monkeypat
 def test_the_table_names_every_layer(run: Path, cli) -> None:
     out = cli("inspect", run).out
     assert "PC1 share" in out
+    assert "not measured" not in out
     assert "the direction suppresses" in out

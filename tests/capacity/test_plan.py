@@ -177,7 +177,8 @@ def test_plan_shows_how_to_start_and_what_is_assumed(tiny, cli, fails) -> None:
     for text in ("torchrun --nnodes 2", "not measured", "8 devices"):
         assert text in shown
     line = fails("plan", tiny("llama"), "--machine", "8xfast", code=2)
-    for text in ("--machine", "80gb", "8xfast"):
+    assert "24GB, 48GB, 80GB, H100, H200" in cli("plan", "-h").out.replace("\n", " ")
+    for text in ("--machine", "24GB, 48GB, 80GB, H100, H200", "8xfast"):
         assert text in line
     assert "--machine" in fails("plan", tiny("llama"), "--machine", "0x80GB", code=2)
     both = ("--machine", "80GB", "--gpu-memory", "80GB")

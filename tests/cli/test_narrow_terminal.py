@@ -148,3 +148,52 @@ def test_no_help_tells_the_type_of_a_flag(cli) -> None:
         assert result.code == 0
         assert "--help" in result.out
         assert "bool" not in result.out.lower(), words
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_help_is_whole_however_narrow(width: int, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name in ("", "fragility", "audit"):
+        text = cli(*([name] if name else []), "-h").out
+        assert "…" not in text, name
+        assert "\\[" not in text, name
+        assert width < 80 or max(map(len, text.splitlines())) <= width
+    narrow = cli("fragility", "-h").out
+    for option in ("--max-new-tokens", "--attn-implementation", "--trust-remote-code"):
+        assert option in narrow
+    assert "List what writes to the residual stream" in " ".join(cli("-h").out.split())
+
+
+def test_what_rounds_to_zero_has_no_sign(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the table of controls, in those of evaluate and inspect, and in the report's numbers."""
+    from abliterate.cli.control_tables import show_controls
+    from abliterate.cli.evaluation_tables import _with_change
+    from abliterate.report.facts import number
+
+    figures = dict.fromkeys(("harmful_score", "harmless_score", "kl_divergence"), -0.0004)
+    family = {"members": [figures, figures]}
+    show_controls({"rows": {"ablate": {"selected": figures, "families": {"layers": family}}}})
+    shown = capsys.readouterr().out
+    assert "0.000 (0.000 to 0.000)" in shown
+    assert "-0.000" not in shown
+    assert _with_change(-0.0004, -0.0004, ".3f") == "0.000 +0.000"
+    assert [number(-1e-9, form) for form in ("+.2f", ".3f", ".0%")] == ["+0.00", "0.000", "0%"]
+    assert number(-0.0012, "+.3f") == "-0.001"
+
+
+def test_tables_in_a_pipe_fold_nothing_unless_columns_says_so(tiny, tmp_path: Path) -> None:
+    """Neither cells nor a title that is wider than its table."""
+    model = tmp_path / ("a-rather-long-name-of-a-model-" * 5)
+    model.symlink_to(tiny("llama"))
+
+    def shown(columns: str | None) -> list[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("COLUMNS", raising=False)
+            if columns is not None:
+                patch.setenv("COLUMNS", columns)
+            return _stdout(tmp_path / "out", "plan", model, "--machine", "24GB").splitlines()
+
+    assert shown(None)[0] == f"{model} (llama)"
+    narrow = shown("70")
+    assert str(model) in "".join(narrow[:8])
+    assert max(map(len, narrow[:8])) <= 70

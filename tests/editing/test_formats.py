@@ -189,6 +189,7 @@ def test_fp8_needs_a_choice(fp8: Path, direction: Path, fails, tmp_path: Path) -
     assert "o_proj.weight" in line or "down_proj.weight" in line
     assert "--requantize" in line
     assert "--dequantize" in line
+    assert line in fails("run", fp8, "-o", tmp_path / "run", code=4)  # before the first stage
     assert "exclude" in fails(*base, "--requantize", "--dequantize", code=2)
     assert not list(tmp_path.iterdir())
 

@@ -214,7 +214,7 @@ def test_bad_directions_are_refused(tiny, fails, tmp_path: Path) -> None:
     assert "one vector" in attempt("integers", {"direction": torch.ones(48, dtype=torch.int64)})
     (tmp_path / "text").write_text("no tensors")
     base = ("orthogonalize", tiny("llama"), "-o", tmp_path / "out", "--direction")
-    assert "not a readable safetensors" in fails(*base, tmp_path / "text", code=3)
+    assert "text is text: give a run folder" in fails(*base, tmp_path / "text", code=3)
     assert "does not exist" in fails(*base, tmp_path / "missing", code=3)
     (tmp_path / "run").mkdir()
     assert "abliterate select" in fails(*base, tmp_path / "run", code=3)

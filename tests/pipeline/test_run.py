@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Commands
@@ -139,22 +140,52 @@ def test_outputs_that_cannot_be_made_are_refused_before_the_work(
 ) -> None:
     taken = tmp_path / "taken"
     taken.write_text("")
-    for out, reason in ((taken, "is a file"), (taken / "run", "is not a writable folder")):
+    for out, reason in ((taken, "is a file"), (taken / "run", f"{taken} is no folder")):
         assert reason in fails("extract", tiny("llama"), "-o", out, code=2)
         assert reason in fails("run", tiny("llama"), "-o", out, *SMALL, code=2)
         base = ("evaluate", tiny("llama"), "--refusal-token", "I", "--n-test", "4")
         assert reason in fails(*base, "-o", out, code=2)
 
 
+def test_an_output_that_is_read_only_is_told_from_one_that_cannot_be_made(
+    tiny, fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = tmp_path / "held"
+    held.mkdir()
+    held.chmod(0o555)
+    real = os.access
+
+    def by_mode(path: Any, mode: int) -> bool:
+        """As for a user whom permissions stop, which root is not."""
+        return real(path, mode) and (Path(path) != held or not mode & os.W_OK)
+
+    monkeypatch.setattr(os, "access", by_mode)
+    scored = tmp_path / "answers.json"
+    scored.write_text('[{"prompt": "a", "response": "b"}]')
+    mend = "change its permissions, or choose another folder"
+    for words in (
+        ("extract", tiny("llama"), "-o", held),
+        ("run", tiny("llama"), "-o", held),
+        ("score", scored, "-o", held / "scored.jsonl"),
+    ):
+        line = fails(*words, code=2)
+        assert f"output {held} exists and cannot be written to: {mend}" in line
+        assert "cannot be made" not in line
+    line = fails("extract", tiny("llama"), "-o", held / "run", code=2)
+    assert f"output {held / 'run'} cannot be made: {held} cannot be written to" in line
+    assert list(held.iterdir()) == []
+    held.chmod(0o755)
+
+
 def test_configuration_file_with_options_on_top(tiny, cli, fails, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text(
-        '[extract]\nn_train = 9\npositions = "last"\nfilter = false\nrefusal_tokens = ["I"]\n'
+        '[extract]\nn_train = 9\npositions = [-3, "-1"]\nfilter = false\nrefusal_tokens = ["I"]\n'
     )
     run = tmp_path / "run"
     result = cli("extract", tiny("llama"), "-o", run, "--config", config, "--json")
     assert result.json["counts"]["harmful"]["given"] == 9
-    assert [p["position"] for p in result.json["positions"]] == [-1]
+    assert [p["position"] for p in result.json["positions"]] == [-3, -1]
     result = cli(
         "extract", tiny("llama"), "-o", run, "--config", config, "--n-train", "10", "--json"
     )

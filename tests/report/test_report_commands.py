@@ -226,6 +226,17 @@ def test_prompts_of_a_stages_own_configuration_are_in_its_command() -> None:
         )  # fmt: skip
 
 
+def test_a_filter_that_was_not_extracts_is_in_the_command() -> None:
+    """Without the option select would filter as extract did."""
+    for extracts, selects in ((False, True), (True, False), (False, False), (True, True)):
+        stages = _stages()
+        settings = stages["selection"]["settings"]
+        settings["extract"]["filter"], settings["select"]["filter"] = extracts, selects
+        held = {key: stages[key] for key in ("extract", "selection")}
+        given = dict(map(_parse, commands(_run(**held))))["select"]["filter"]
+        assert given == (None if extracts and selects else selects)
+
+
 def test_what_grants_is_a_placeholder_and_a_note_and_secrets_are_nowhere() -> None:
     run = _run(**_stages())
     lines, said = commands(run), " ".join(notes(run))

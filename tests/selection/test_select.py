@@ -212,6 +212,24 @@ def test_validation_never_reuses_training_prompts(tiny, cli, fails, tmp_path: Pa
     assert "10 distinct prompts left" in line
 
 
+def test_select_filters_as_extract_did_unless_it_is_told(
+    run: Path, tiny, cli, fails, tmp_path: Path
+) -> None:
+    """A random model refuses none of the prompts: filtered, nothing is left."""
+    copy, config = tmp_path / "run", tmp_path / "mine.toml"
+    shutil.copytree(run, copy)
+    chosen = cli("select", copy, "--n-val", "9", *OPEN, "--json")
+    assert chosen.code == 0, chosen.err
+    assert chosen.json["settings"]["select"]["filter"] is False
+    assert chosen.json["counts"]["harmful"]["used"] == 9
+    assert "--no-filter" in fails("select", copy, "--filter", "--n-val", "9", *OPEN, code=3)
+    config.write_text("[select]\nfilter = true\n")
+    given = ("--n-val", "9", "--config", config, *OPEN)
+    assert "--no-filter" in fails("select", copy, *given, code=3)
+    config.write_text("[extract]\nfilter = true\n")
+    assert "--no-filter" in fails("select", copy, *given, code=3)
+
+
 def test_a_failed_choice_keeps_the_scores(tiny, cli, run: Path, tmp_path: Path) -> None:
     import shutil
 

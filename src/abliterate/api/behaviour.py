@@ -232,7 +232,7 @@ class Fragility:
         return to_frame([asdict(point) for point in self.points])
 
     def __repr__(self) -> str:
-        number = "none refused" if self.fragility is None else f"{self.fragility:.3f}"
+        number = "none refused" if self.fragility is None else f"{self.fragility:z.3f}"
         return f"Fragility({number}, {len(self.points)} fractions)"
 
     def _repr_html_(self) -> str:

@@ -289,7 +289,7 @@ def _text(
         what += " of its own in each layer"
     scales = sorted(m.scale for m in members)
     low, high = scales[len(scales) // 20], scales[-1 - len(scales) // 20]
-    number = f"{low:.2f} to {high:.2f}" if high - low > _SPREAD else f"{median(scales):.2f}"
+    number = f"{low:z.2f} to {high:z.2f}" if high - low > _SPREAD else f"{median(scales):z.2f}"
     verbs = {"amplified": "amplified in", "partial": "partly projected out of",
              "inverted": "inverted in"}  # fmt: skip
     verb = next((verbs[kind] for kind in kinds if kind in verbs), "projected out of")

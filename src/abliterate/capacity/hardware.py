@@ -28,11 +28,11 @@ class Card:
 
 
 CARDS = {
-    "24gb": Card("24 GB, as an RTX 4090", 24 * 10**9, 165e12, 1.008e12, 25e9),
-    "48gb": Card("48 GB, as an L40S", 48 * 10**9, 362e12, 0.864e12, 25e9),
-    "80gb": Card("80 GB, as an A100", 80 * 10**9, 312e12, 2.039e12, 300e9),
-    "h100": Card("80 GB, as an H100", 80 * 10**9, 989e12, 3.35e12, 450e9),
-    "h200": Card("141 GB, as an H200", 141 * 10**9, 989e12, 4.8e12, 450e9),
+    "24GB": Card("24 GB, as an RTX 4090", 24 * 10**9, 165e12, 1.008e12, 25e9),
+    "48GB": Card("48 GB, as an L40S", 48 * 10**9, 362e12, 0.864e12, 25e9),
+    "80GB": Card("80 GB, as an A100", 80 * 10**9, 312e12, 2.039e12, 300e9),
+    "H100": Card("80 GB, as an H100", 80 * 10**9, 989e12, 3.35e12, 450e9),
+    "H200": Card("141 GB, as an H200", 141 * 10**9, 989e12, 4.8e12, 450e9),
 }
 # What models get of a maker's figures, and what stands around the cards.
 COMPUTES, READS = 0.4, 0.6
@@ -81,7 +81,7 @@ def parse_hardware(text: str) -> Hardware:
         UsageError: it is none of these.
     """
     found = _FORM.fullmatch(text.strip().lower())
-    card = CARDS.get(found[3]) if found else None
+    card = CARDS.get(found[3].upper()) if found else None
     counts = [int(n or 1) for n in (found[1], found[2])] if found else []
     if card is None or 0 in counts:
         raise UsageError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from abliterate.console import print_line, print_table
 from abliterate.selection.certainty import sentences
+from abliterate.table_layout import number_text
 
 
 def show_inspection(record: Mapping[str, Any], run: Path) -> None:
@@ -32,7 +33,7 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
                 " ".join(repr(token["token"]) for token in row.get("promotes", [])[:3]),
             ]
         )
-    print_table(
+    _print_measured(
         f"Directions at position {record['position']}",
         [
             "layer",
@@ -47,18 +48,19 @@ def show_inspection(record: Mapping[str, Any], run: Path) -> None:
             "silhouette",
             "p of AUC",
             "held-out AUC",
-            "silhouette",
+            "held-out silhouette",
             "promotes",
         ],
         rows,
-        left=0,
     )
+    for note in record["notes"]:
+        print_line(f"note: {note}")
     if record["lens"]:
         for what in ("promotes", "suppresses"):
             listed = record["lens"][what][:12]
             print_line(
                 f"the direction {what}: "
-                + " ".join(f"{t['token']!r} {t['logit']:+.2f}" for t in listed)
+                + " ".join(f"{t['token']!r} {t['logit']:+z.2f}" for t in listed)
             )
     for sentence in sentences(record):
         print_line(sentence)
@@ -71,7 +73,7 @@ def show_trace(record: Mapping[str, Any], run: Path) -> None:
     rows = [
         [
             str(layer),
-            *(f"{c['mean'][layer]:+.3f} ± {c['std'][layer]:.3f}" for c in curves.values()),
+            *(f"{c['mean'][layer]:+z.3f} ± {c['std'][layer]:z.3f}" for c in curves.values()),
         ]
         for layer in range(layers)
     ]
@@ -96,10 +98,10 @@ def _heads(heads: list[Any], count: int) -> None:
         rows.append(
             [
                 f"{head['layer']}.{head['head']}",
-                f"{parts['harmful']:+.3g}",
-                f"{parts['suffix']:+.3g}",
-                f"{parts['random']:+.3g}",
-                f"{head['change']:+.3g}" + _plus_minus(head.get("change_standard_error")),
+                f"{parts['harmful']:+z.3g}",
+                f"{parts['suffix']:+z.3g}",
+                f"{parts['random']:+z.3g}",
+                f"{head['change']:+z.3g}" + _plus_minus(head.get("change_standard_error")),
                 _number((head.get("p_holm") or {}).get("change"), ".2g"),
                 _number((head.get("p_holm") or {}).get("against_random"), ".2g"),
                 _number(looks["harmful"]["instruction"], ".0%"),
@@ -107,7 +109,7 @@ def _heads(heads: list[Any], count: int) -> None:
                 _number(looks["suffix"]["suffix"], ".0%"),
             ]
         )
-    print_table(
+    _print_measured(
         f"Heads whose contribution along the direction changes most with the suffix (n={count}; "
         "p: that it does not change, and that it is that of random tokens, Holm over all heads)",
         [
@@ -123,16 +125,25 @@ def _heads(heads: list[Any], count: int) -> None:
             "suffix",
         ],
         rows,
-        left=0,
     )
 
 
+def _print_measured(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table of the columns in which there is anything, and which there is nothing of."""
+    there = [at for at in range(len(columns)) if any(row[at] not in ("", "-") for row in rows)]
+    kept = [[row[at] for at in there] for row in rows]
+    print_table(title, [columns[at] for at in there], kept, left=0)
+    absent = [name for at, name in enumerate(columns) if at not in there]
+    if absent:
+        print_line(f"not measured: {', '.join(absent)}")
+
+
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else number_text(value, form)
 
 
 def _plus_minus(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.2g}"
+    return "" if error is None else f" ± {error:z.2g}"
 
 
 def _chance(geometry: Mapping[str, Any], figure: str) -> float | None:

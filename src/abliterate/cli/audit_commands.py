@@ -58,7 +58,6 @@ def audit(
         Path | None,
         typer.Option(
             "--save-directions",
-            "--save-directions",
             help="With --base: write what each layer lost here (safetensors 'directions', "
             "[n_layers, d_model]); replaces an earlier one of audit, nothing else.",
             show_default=False,
@@ -217,7 +216,7 @@ def _show(name: str, document: dict[str, Any], has_direction: bool, tensors: boo
             "units",
             ["unit", "energy along it", "removed", "edited"],
             [
-                [u["unit"], f"{u['energy']:.1e}", f"{u['removed']:.2f}", "yes" * u["carries"]]
+                [u["unit"], f"{u['energy']:.1e}", f"{u['removed']:z.2f}", "yes" * u["carries"]]
                 for u in document["units"]
             ],
         )

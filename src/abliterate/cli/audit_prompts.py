@@ -129,17 +129,17 @@ def show(found: dict[str, Any]) -> None:
 
     def score(key: str) -> Any:
         return lambda one: "-" if one["refusal_scores"] is None else (
-            f"{one['refusal_scores'][key]:.2f}"
+            f"{one['refusal_scores'][key]:z.2f}"
         )  # fmt: skip
 
     def share(one: dict[str, Any]) -> str:
-        return "-" if one["energy"] is None else f"{one['energy']['share']:.2g}"
+        return "-" if one["energy"] is None else f"{one['energy']['share']:z.2g}"
 
     def control(one: dict[str, Any]) -> str:
         if one["energy"] is None:
             return "-"
         held = one["energy"]["random_directions"]
-        return f"{held['least']:.2g} to {held['largest']:.2g}"
+        return f"{held['least']:z.2g} to {held['largest']:z.2g}"
 
     rows = [
         ["refusal score, harmful", *cells(score("harmful"))],

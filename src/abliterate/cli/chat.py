@@ -316,6 +316,9 @@ def chat(
 
         check_steering(Steering("add", coeff), found())
     session, vector = open_session(model, settings, sources=sources), found()
+    from abliterate.inference.direction_fit import check_fit
+
+    check_fit(session.checkpoint, vector, settings.model.trust_remote_code)
     from abliterate.inference.dialogue import Conversation, Decoding, Steering
     from abliterate.run_rendering import settle_rendering
 

@@ -68,4 +68,4 @@ def _range(members: list[Mapping[str, Any]], figure: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:z.3f}"

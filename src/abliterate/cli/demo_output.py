@@ -113,7 +113,7 @@ def _show_rates(record: Mapping[str, Any]) -> None:
             [
                 _ROWS.get(name, name),
                 *(_rate(found[kind]) for kind in ("harmful", "harmless")),
-                "-" if name == "baseline" else f"{found['kl_divergence']:.3f}",
+                "-" if name == "baseline" else f"{found['kl_divergence']:z.3f}",
             ]
             for name, found in record["interventions"].items()
         ],
@@ -122,7 +122,7 @@ def _show_rates(record: Mapping[str, Any]) -> None:
 
 def _rate(found: Mapping[str, Any]) -> str:
     low, high = found["refusal_score_ci"]
-    return f"{found['refusal_score']:.0%} ({low:.0%}-{high:.0%})"
+    return f"{found['refusal_score']:z.0%} ({low:z.0%}-{high:z.0%})"
 
 
 def _show_answer(run: Path, kind: str) -> None:

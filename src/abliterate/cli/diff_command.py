@@ -78,7 +78,7 @@ def _show_variants(document: dict[str, Any]) -> None:
         ("cosines", "cosine of the directions"),
         ("shared", "share of a row's directions in the subspace of a column's"),
     ):
-        cells = [["-" if v is None else f"{v:.3f}" for v in row] for row in document[key]]
+        cells = [["-" if v is None else f"{v:z.3f}" for v in row] for row in document[key]]
         print_table(
             title, ["", *numbers], [[n, *row] for n, row in zip(numbers, cells, strict=True)]
         )
@@ -95,7 +95,7 @@ def _show_variants(document: dict[str, Any]) -> None:
 
 def _scale(scales: list[float | None], layer: int) -> str:
     scale = scales[layer] if layer < len(scales) else None
-    return "-" if scale is None else f"{scale:.2f}"
+    return "-" if scale is None else f"{scale:z.2f}"
 
 
 def show_differences(document: dict[str, Any]) -> None:
@@ -110,9 +110,9 @@ def show_differences(document: dict[str, Any]) -> None:
                     t["name"],
                     t["state"],
                     f"{t['change']:.1e}" if t["change"] is not None else "inf",
-                    f"{t['first']:.3f}",
-                    "-" if t["cosine"] is None else f"{t['cosine']:.5f}",
-                    "-" if t["scale"] is None else f"{t['scale']:.3f}",
+                    f"{t['first']:z.3f}",
+                    "-" if t["cosine"] is None else f"{t['cosine']:z.5f}",
+                    "-" if t["scale"] is None else f"{t['scale']:z.3f}",
                 ]
                 for t in changed
             ],

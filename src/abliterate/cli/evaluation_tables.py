@@ -117,7 +117,9 @@ def _refused(record: Mapping[str, Any], name: str, kind: str) -> str:
     if now["refusal_score"] is None:
         return f"no answer{apart}"
     low, high = now["refusal_score_ci"]
-    text = f"{now['refused']}/{answers} ({now['refusal_score']:.0%}, {low:.0%}-{high:.0%}){apart}"
+    text = (
+        f"{now['refused']}/{answers} ({now['refusal_score']:z.0%}, {low:z.0%}-{high:z.0%}){apart}"
+    )
     return text + _points(record, name, kind, "refusal_score")
 
 
@@ -169,7 +171,7 @@ def _share(part: Mapping[str, Any], key: str) -> str:
     if part[key] is None:
         return "-"
     low, high = part[f"{key}_ci"]
-    return f"{part[key]:.0%} ({low:.0%}-{high:.0%})"
+    return f"{part[key]:z.0%} ({low:z.0%}-{high:z.0%})"
 
 
 def _points(record: Mapping[str, Any], name: str, kind: str, key: str) -> str:
@@ -178,7 +180,7 @@ def _points(record: Mapping[str, Any], name: str, kind: str, key: str) -> str:
     if change.get(key) is None:
         return ""
     low, high = change[f"{key}_ci"]
-    return f" {100 * change[key]:+.0f} pp ({100 * low:+.0f} to {100 * high:+.0f})"
+    return f" {100 * change[key]:+z.0f} pp ({100 * low:+z.0f} to {100 * high:+z.0f})"
 
 
 def _mean(part: Mapping[str, Any], key: str, form: str) -> str:
@@ -188,13 +190,13 @@ def _mean(part: Mapping[str, Any], key: str, form: str) -> str:
     held = part[f"{key}_spread"]
     error, median = held["standard_error"], held["median"]
     spread = "" if error is None else f" ± {error:{form}}"
-    return f"{part[key]:{form}}{spread}" + ("" if median is None else f", median {median:{form}}")
+    return f"{part[key]:z{form}}{spread}" + ("" if median is None else f", median {median:z{form}}")
 
 
 def _with_change(value: float | None, change: float | None, form: str) -> str:
     if value is None:
         return "-"
-    return f"{value:{form}}" + ("" if change is None else f" {change:+{form}}")
+    return f"{value:z{form}}" + ("" if change is None else f" {change:+z{form}}")
 
 
 def _show_tasks(results: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
@@ -216,7 +218,7 @@ def _show_tasks(results: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         text = _with_change(
             found.get(key), changes.get(name, {}).get("tasks", {}).get(task, {}).get(key), ".4f"
         )
-        return text if error is None else f"{text} (se {error:.4f})"
+        return text if error is None else f"{text} (se {error:z.4f})"
 
     def count(task: str) -> str:
         known = {found["n"] for r in results.values() if "n" in (found := r["tasks"].get(task, {}))}
@@ -288,7 +290,7 @@ def _show_agreement(
                 pair.get("kind", "all"),
                 " / ".join(titles[rater] for rater in pair["raters"]),
                 str(pair["n"]),
-                f"{pair['agreed']:.0%}",
+                f"{pair['agreed']:z.0%}",
                 kappa_text(pair),
             ]
             for pair in pairs

@@ -85,14 +85,14 @@ def fragility(
     else:
         low, high = record["fragility_bounds"]
         print_line(
-            f"fragility {number:.3f}{_interval(record['fragility_ci'])}; the steps alone leave "
-            f"{low:.3f} to {high:.3f}"
+            f"fragility {number:z.3f}{_interval(record['fragility_ci'])}; the steps alone leave "
+            f"{low:z.3f} to {high:z.3f}"
         )
         if half is None:
             print_line("half of the refusals are gone at no step")
         else:
             print_line(
-                f"half of the refusals are gone between {record['half_after']:.2f} and {half:.2f}"
+                f"half of the refusals are gone between {record['half_after']:z.2f} and {half:z.2f}"
                 f"{_interval(record['half_fraction_ci'], '.2f')}"
             )
     show_controls(record["controls"])

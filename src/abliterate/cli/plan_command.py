@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from abliterate.capacity.hardware import COMPUTES, READS, parse_hardware
+from abliterate.capacity.hardware import CARDS, COMPUTES, READS, parse_hardware
 from abliterate.cli import options as opt
 from abliterate.console import print_json, print_line, print_table
 from abliterate.errors import UsageError
@@ -33,7 +33,8 @@ def plan(
         str | None,
         typer.Option(
             "--machine",
-            help="Machine that is not at hand, such as 24GB, 8x80GB or 2x8xH100: makers' figures.",
+            help="Machine that is not at hand, such as 24GB, 8x80GB or 2x8xH100: makers' figures. "
+            f"Cards: {', '.join(CARDS)}.",
             show_default=False,
         ),
     ] = None,

@@ -23,9 +23,9 @@ def show_certainty(record: Mapping[str, Any], shown: int = 8) -> None:
         [
             str(c["position"]),
             str(c["layer"]),
-            f"{c['wins']:.1%}",
-            f"{c['passes']:.1%}",
-            *(f"{c[metric][0]:.3g} to {c[metric][1]:.3g}" for metric in METRICS),
+            f"{c['wins']:z.1%}",
+            f"{c['passes']:z.1%}",
+            *(f"{c[metric][0]:z.3g} to {c[metric][1]:z.3g}" for metric in METRICS),
         ]
         for c in often_first(held)[:shown]
     ]
@@ -63,10 +63,10 @@ def _front(front: Sequence[Mapping[str, Any]], shown: int = 16) -> None:
         [
             str(c["position"]),
             str(c["layer"]),
-            f"{c['bypass_score']:.3f}",
-            f"{c['induce_score']:.3f}",
-            f"{c['kl_divergence']:.4f}",
-            ", ".join(f"{_NAMES[miss['filter']]} by {miss['by']:.3g}" for miss in c["fails"]),
+            f"{c['bypass_score']:z.3f}",
+            f"{c['induce_score']:z.3f}",
+            f"{c['kl_divergence']:z.4f}",
+            ", ".join(f"{_NAMES[miss['filter']]} by {miss['by']:z.3g}" for miss in c["fails"]),
             " ".join(miss["option"] for miss in c["fails"]),
         ]
         for c in front[:shown]

@@ -73,7 +73,7 @@ def show_extraction(record: Mapping[str, Any], run: Path) -> None:
                 [f"{kind} prompts", f"{count['used']} of {count['given']}{_unfinished(count)}"]
                 for kind, count in record["counts"].items()
             ),
-            ["time", f"{record['seconds']:.1f} s"],
+            ["time", f"{record['seconds']:z.1f} s"],
         ],
     )
     _stability(record)
@@ -103,10 +103,10 @@ def _stability(record: Mapping[str, Any]) -> None:
         rows.append(
             [
                 f"{entry['position']} {entry['token']!r}",
-                f"{median(c for c, _ in known):.3f}",
-                f"{low:.3f} at {low_layer}",
-                f"{high:.3f} at {high_layer}",
-                f"{median(shares):.1%}" if shares else "-",
+                f"{median(c for c, _ in known):z.3f}",
+                f"{low:z.3f} at {low_layer}",
+                f"{high:z.3f} at {high_layer}",
+                f"{median(shares):z.1%}" if shares else "-",
             ]
         )
     if rows:
@@ -139,9 +139,9 @@ def _candidates(record: Mapping[str, Any], shown: int = 8) -> None:
         [
             f"{c['position']}",
             f"{c['layer']}",
-            f"{c['bypass_score']:.3f}",
-            "" if c["induce_score"] is None else f"{c['induce_score']:.3f}",
-            "not needed" if c["kl_divergence"] is None else f"{c['kl_divergence']:.4f}",
+            f"{c['bypass_score']:z.3f}",
+            "" if c["induce_score"] is None else f"{c['induce_score']:z.3f}",
+            "not needed" if c["kl_divergence"] is None else f"{c['kl_divergence']:z.4f}",
             "selected" if _is_winner(c, record["winner"]) else "",
         ]
         for c in kept[:shown]

@@ -170,15 +170,15 @@ def parse_components(text: str | None) -> frozenset[str] | None:
     return frozenset(kinds)
 
 
-def named_layers(text: str | None, last: int) -> frozenset[int] | None:
-    """The layers that ``--layers`` names, of a model whose last one is ``last``; None for all.
+def named_layers(text: str | None, last: int, option: str = "--layers") -> frozenset[int] | None:
+    """The layers that ``option`` names, of a model whose last one is ``last``; None for all.
 
     Raises:
         UsageError: the model has not all of them.
     """
-    layers = parse_layers(text)
+    layers = parse_layers(text, option)
     if layers is not None and max(layers) > last:
-        raise UsageError(f"--layers {text}: the model has layers 0 to {last}")
+        raise UsageError(f"{option} {text}: the model has layers 0 to {last}")
     return layers
 
 

@@ -34,8 +34,7 @@ from abliterate.editing.low_disk import Step, plan_steps, write_from_hub
 from abliterate.editing.matrix_orthogonalization import DirectionEnergy
 from abliterate.editing.model_card import write_model_card
 from abliterate.editing.options import EditOptions
-from abliterate.editing.output_plan import OutputPlan, plan_output, stamp_documents
-from abliterate.editing.planning import check_effect, plan_edit
+from abliterate.editing.output_plan import OutputPlan, plan_output
 from abliterate.editing.shard_writer import write_shards
 from abliterate.editing.workspace import (
     Workspace,
@@ -54,7 +53,6 @@ from abliterate.errors import (
     RankError,
     UsageError,
 )
-from abliterate.models.loading import pick_device
 from abliterate.storage.artifacts import write_json
 from abliterate.storage.system_calls import bytes_on_disk
 
@@ -112,11 +110,7 @@ def orthogonalize(
     ranks, source = join_ranks(), model
     with ExitStack() as held:  # by the first rank, for all
         ranks.run_on_main(lambda: _claim(held, source.folder, out, overwrite))
-        stamps, device = stamp_documents(source), pick_device(options.device)
-        edit = plan_edit(source, direction, options, trust_remote_code, allow_leak)
-        if not repeated:
-            check_effect(edit, options)
-        plan = plan_output(source, direction, options, edit=edit, stamps=stamps, device=device)
+        plan = plan_output(source, direction, options, trust_remote_code, allow_leak, repeated)
         workspace = _open(plan, out, overwrite, ranks)
         with _keeping_what_is_finished(workspace, ranks):
             write_checkpoint(plan, workspace, ranks)

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.checkpoints.config_sizes import CONFIG
 from abliterate.checkpoints.safetensors_header import FileStamp
@@ -21,12 +19,13 @@ from abliterate.editing.file_names import CARD, RECORD
 from abliterate.editing.lora import check_targets
 from abliterate.editing.matrix_orthogonalization import EditStrength
 from abliterate.editing.options import EditOptions
-from abliterate.editing.planning import PlannedEdit
+from abliterate.editing.planning import PlannedEdit, check_effect, plan_edit
 from abliterate.editing.shard_layout import ShardLayout, lay_out, new_index
 from abliterate.editing.shard_tasks import EditContext
 from abliterate.editing.shard_writer import usable_cores
 from abliterate.editing.weights_beside import WeightsBeside, weights_beside
 from abliterate.errors import UsageError
+from abliterate.models.loading import pick_device
 from abliterate.storage.artifacts import hash_json, hash_text, versions
 
 
@@ -104,7 +103,7 @@ class OutputPlan:
         )
 
 
-def stamp_documents(source: Checkpoint) -> dict[Path, FileStamp]:
+def _stamp_documents(source: Checkpoint) -> dict[Path, FileStamp]:
     """How configuration and index of the source stand; taken before they are read."""
     paths = (source.folder / name for name in (CONFIG, INDEX))
     return {path: FileStamp.of(path.stat()) for path in paths if path.is_file()}
@@ -114,25 +113,30 @@ def plan_output(
     source: Checkpoint,
     direction: Direction | DirectionSet,
     options: EditOptions,
-    *,
-    edit: PlannedEdit,
-    stamps: Mapping[Path, FileStamp],
-    device: torch.device,
+    trust_remote_code: bool = False,
+    allow_leak: float | None = None,
+    repeated: bool = False,
 ) -> OutputPlan:
-    """Lay out every file of OUT.
+    """Plan the edit and every file of OUT, from configuration and headers alone.
 
     Args:
         source: the checkpoint.
         direction: what to remove.
         options: as the user gave them.
-        edit: what they make of the source.
-        stamps: of the files that were read to plan it (:func:`stamp_documents`).
-        device: where to compute.
+        trust_remote_code: the architecture's code lies in the checkpoint, and may run.
+        allow_leak: as :func:`abliterate.editing.orthogonalize.orthogonalize` has it.
+        repeated: the options are a record's, and may hold some that do nothing.
 
     Raises:
-        CheckpointError: an adapter cannot hold the edit, or a link leaves the source.
-        UsageError: the options contradict the model.
+        CheckpointError: the source cannot be edited, an adapter cannot hold the edit, or a link
+            leaves the source.
+        InputError: the direction does not fit.
+        UsageError: the options contradict the model, or one has no effect on it.
     """
+    stamps, device = _stamp_documents(source), pick_device(options.device)
+    edit = plan_edit(source, direction, options, trust_remote_code, allow_leak)
+    if not repeated:
+        check_effect(edit, options)
     plan, shards = edit.plan, edit.plan.shards
     documents: dict[str, Any] = {} if edit.config is None else {CONFIG: edit.config}
     index = new_index(shards, edit.changes)

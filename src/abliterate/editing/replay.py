@@ -9,8 +9,7 @@ from typing import Any
 
 from abliterate.checkpoints.checkpoint import Checkpoint
 from abliterate.console import log
-from abliterate.direction import Direction
-from abliterate.direction_loading import recorded_direction
+from abliterate.direction import Direction, recorded_direction
 from abliterate.direction_set import DirectionSet, recorded_set
 from abliterate.editing.options import EditOptions, edit_options
 from abliterate.editing.recorded_options import recorded_options

@@ -31,8 +31,8 @@ def _text(found: Mapping[str, Any]) -> str:
             parts.append(f"the same verdict on {same['same']} of {same['n']} {kind} prompts")
         metric = found[kind]["refusal_metric"]
         if metric["difference"] is not None:
-            parts.append(f"{kind} log-odds {metric['ablate']:+.2f} and {metric['edit']:+.2f}")
+            parts.append(f"{kind} log-odds {metric['ablate']:+z.2f} and {metric['edit']:+z.2f}")
     kl = found["kl_divergence"]
     if kl["difference"] is not None:
-        parts.append(f"harmless KL {kl['ablate']:.4f} and {kl['edit']:.4f} nats")
+        parts.append(f"harmless KL {kl['ablate']:z.4f} and {kl['edit']:z.4f} nats")
     return ", ".join(parts) or "nothing that could be compared"

@@ -20,6 +20,7 @@ from abliterate.evaluation.judges import Judge, find_judge, find_second_judge
 from abliterate.evaluation.prompt_kinds import BORDERLINE
 from abliterate.evaluation.servers import Server, find_servers
 from abliterate.extraction.other_layers import other_layers
+from abliterate.inference.direction_fit import check_fit
 from abliterate.metrics.intervals import share_methods
 from abliterate.metrics.refusal_phrases import RefusalPhrases, parse_phrases
 from abliterate.models.loading import Checkpoint, load_config
@@ -144,6 +145,7 @@ def read_inputs(
     """
     settings, seed = session.settings.evaluate, session.settings.model.seed
     _check_vocabulary(session, edited)
+    check_fit(session.checkpoint, direction, session.settings.model.trust_remote_code)
     # All that can be wrong with the options shows before anything is fetched.
     servers = find_servers(session.settings, rows, edited)
     raters = check_options(session, all(row in servers for row in rows))

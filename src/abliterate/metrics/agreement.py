@@ -65,5 +65,7 @@ def kappa_text(found: Mapping[str, Any]) -> str:
         return f"not defined: {why or 'each always says one thing'}"
     if why is None and span and span[0] == span[1]:
         span, why = None, "all resamples have the same"
-    behind = f" [{span[0]:.2f}, {span[1]:.2f}]" if span else f" (no interval: {why})" if why else ""
-    return f"{kappa:.2f}{behind}"
+    behind = (
+        f" [{span[0]:z.2f}, {span[1]:z.2f}]" if span else f" (no interval: {why})" if why else ""
+    )
+    return f"{kappa:z.2f}{behind}"

@@ -61,7 +61,7 @@ def place_text(place: Mapping[str, Any]) -> str:
     """``above 4 of 4``, of enough draws with how far off."""
     text, z = f"above {place['below']} of {place['of']}", place["z"]
     # Records of old have a z of however few draws.
-    return text if z is None or place["of"] < LEAST_DRAWS else f"{text}, z {z:+.1f}"
+    return text if z is None or place["of"] < LEAST_DRAWS else f"{text}, z {z:+z.1f}"
 
 
 def described(name: str, values: Sequence[float] | None, seed: int) -> dict[str, Any]:

@@ -9,18 +9,21 @@ from typing import Any
 from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.direction_loading import load_directions
+from abliterate.direction_set import parse_interpolation
+from abliterate.editing.early_check import check_edit
 from abliterate.editing.options import edit_options, named_layers
 from abliterate.editing.workspace import check_absent, is_begun
 from abliterate.errors import UsageError
 from abliterate.evaluation.inputs import borderline_prompts, check_options
 from abliterate.evaluation.lm_eval_tasks import find_tasks
 from abliterate.evaluation.stage import EVALUATE_STAGE, evaluate_stage
-from abliterate.models.loading import Checkpoint, load_config
-from abliterate.models.model_classes import text_config
+from abliterate.inference.direction_fit import stream_shape
+from abliterate.models.loading import Checkpoint
 from abliterate.pipeline.edit_stage import orthogonalize_stage
 from abliterate.pipeline.extract_stage import EXTRACT_STAGE, extract_stage
 from abliterate.pipeline.select_stage import SELECT_STAGE, select_stage
 from abliterate.projection import Projection
+from abliterate.prompts.chat_template import parse_positions
 from abliterate.prompts.sources import read_source
 from abliterate.run_folder import EDITED, MODEL, RUN, Session
 from abliterate.run_stage import writing
@@ -124,7 +127,7 @@ def check_settings(session: Session) -> None:
     Raises:
         UsageError: an option contradicts another or the chain, or names what there is not.
         InputError: a prompt source cannot be read.
-        CheckpointError: there is no such judge.
+        CheckpointError: there is no such judge, or the model cannot be edited so.
     """
     settings = session.settings
     for name, reason in _ALONE.items():
@@ -141,7 +144,7 @@ def check_settings(session: Session) -> None:
         )
     options = edit_options(settings.orthogonalize)
     options.summary()  # which looks for its device
-    _check_layers(session, options.layers)
+    _check_set(session)
     check_options(session)
     evaluate = settings.evaluate
     if evaluate.tasks is not None:
@@ -153,13 +156,24 @@ def check_settings(session: Session) -> None:
             read_source(source, session.commits)
     if evaluate.borderline is not None:
         borderline_prompts(session, evaluate.borderline)
+    by_layer = chosen.per_layer or chosen.position is not None
+    trust, allow_leak = settings.model.trust_remote_code, settings.orthogonalize.allow_leak
+    check_edit(session.checkpoint, options, by_layer, trust, allow_leak)
 
 
-def _check_layers(session: Session, layers: str | None) -> None:
-    """Refuse layers to edit that the model has not, as far as its configuration tells."""
-    if layers is None:
-        return
-    config = load_config(session.checkpoint, session.settings.model.trust_remote_code)
-    count = getattr(text_config(config), "num_hidden_layers", None)
-    if isinstance(count, int):
-        named_layers(layers, count - 1)
+def _check_set(session: Session) -> None:
+    """Refuse a position that extract will not keep and layers that the model has not, as far as the
+    settings and its configuration tell."""
+    settings = session.settings
+    chosen, positions = settings.select, settings.extract.positions
+    # Those of the chat template are known once its tokenizer is read.
+    if chosen.position is not None and positions != "post-instruction":
+        kept = parse_positions(positions, None, session.chat)
+        if chosen.position not in kept:
+            held = ", ".join(map(str, kept))
+            raise UsageError(
+                f"--position {chosen.position}: extract keeps positions {held} (--positions)"
+            )
+    shape = stream_shape(session.checkpoint, settings.model.trust_remote_code)
+    if shape is not None and chosen.interpolate is not None:
+        named_layers(parse_interpolation(chosen.interpolate)[1], shape[0] - 1, "--interpolate")

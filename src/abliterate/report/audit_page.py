@@ -60,7 +60,7 @@ def facts(document: Document) -> list[list[str]]:
             rows.append(["form", ", ".join(base["form"]["kinds"])])
         removed = document["removed"]
         if removed is not None:
-            rows.append(["share removed", f"{removed:.2f}{' (all)' if document['full'] else ''}"])
+            rows.append(["share removed", f"{removed:z.2f}{' (all)' if document['full'] else ''}"])
         if document["style"]:
             rows.append(["looks like", document["style"]])
         rows += [
@@ -122,5 +122,5 @@ def summary_rows(base: Document) -> list[list[str]]:
 
 
 def _span(low: float, high: float) -> str:
-    ends = dict.fromkeys((f"{low:.2f}", f"{high:.2f}"))
+    ends = dict.fromkeys((f"{low:z.2f}", f"{high:z.2f}"))
     return " to ".join(ends)

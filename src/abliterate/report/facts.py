@@ -8,6 +8,7 @@ from typing import Any
 from abliterate.projection import Projection
 from abliterate.report.collect import Document, Run
 from abliterate.report.style import finite
+from abliterate.table_layout import number_text
 
 DASH = "\u2013"
 # What is put behind the name of whatever is stale.
@@ -17,7 +18,7 @@ STALE = "stale"
 def number(value: Any, form: str = ".3g") -> str:
     """A number as text, an en dash where there is none."""
     known = finite(value)
-    return DASH if known is None else format(known, form)
+    return DASH if known is None else number_text(known, form)
 
 
 def percent(value: Any, span: Sequence[float] | None = None) -> str:
@@ -25,8 +26,8 @@ def percent(value: Any, span: Sequence[float] | None = None) -> str:
     known = finite(value)
     if known is None:
         return DASH
-    text = f"{known:.1%}"
-    return text if not span else f"{text} [{span[0]:.1%}, {span[1]:.1%}]"
+    text = f"{known:z.1%}"
+    return text if not span else f"{text} [{span[0]:z.1%}, {span[1]:z.1%}]"
 
 
 def marked(run: Run) -> Document | None:

@@ -100,10 +100,10 @@ def _said(record: Mapping[str, Any]) -> str:
     if number is None:
         return "Nothing is refused"
     if half is None:
-        return f"Fragility {number:.2f}; half of the refusals are gone at no step"
+        return f"Fragility {number:z.2f}; half of the refusals are gone at no step"
     return (
-        f"Fragility {number:.2f}; half of the refusals are gone between "
-        f"{record['half_after']:.2f} and {half:.2f} of the direction removed"
+        f"Fragility {number:z.2f}; half of the refusals are gone between "
+        f"{record['half_after']:z.2f} and {half:z.2f} of the direction removed"
     )
 
 
@@ -172,7 +172,7 @@ def point_rows(record: Mapping[str, Any]) -> list[list[str]]:
     """What was measured at each step, in the columns ``POINTS``."""
     return [
         [
-            f"{p['fraction']:.2f}",
+            f"{p['fraction']:z.2f}",
             _share(p, "refusal_rate") + _unfinished(p["no_verdict"]),
             _mean(p, "bypass_score", ".2f"),
             _share(p, "harmless_refusal_rate") + _unfinished(p["harmless_no_verdict"]),
@@ -189,9 +189,9 @@ def _unfinished(count: int) -> str:
 
 def _share(point: Mapping[str, Any], key: str) -> str:
     low, high = point[f"{key}_ci"]
-    return f"{point[key]:.2f} ({low:.2f}-{high:.2f})"
+    return f"{point[key]:z.2f} ({low:z.2f}-{high:z.2f})"
 
 
 def _mean(point: Mapping[str, Any], key: str, form: str) -> str:
     error = point[f"{key}_spread"]["standard_error"]
-    return f"{point[key]:{form}}" + ("" if error is None else f" ± {error:{form}}")
+    return f"{point[key]:z{form}}" + ("" if error is None else f" ± {error:{form}}")

@@ -190,7 +190,7 @@ def _rate(now: Document, base: Document | None, change: Document) -> str:
     span, chance = change.get("refusal_score_ci"), finite(change.get("refusal_score_p"))
     text = text if not span else f"{text} [{points(span[0])}, {points(span[1])}]"
     text = f"{text} pp"
-    return text if chance is None else f"{text}, p = {chance:.2g}"
+    return text if chance is None else f"{text}, p = {chance:z.2g}"
 
 
 def _counts(result: Document, kinds: Sequence[str], key: str) -> str:
@@ -218,7 +218,7 @@ def _loss(result: Document, corpus: str) -> str:
         return DASH
     count = f", {held['n_tokens']} tokens" if "n_tokens" in held else ""
     error = finite(held.get("loss_standard_error"))
-    spread = "" if error is None else f" ± {error:.4f}"
+    spread = "" if error is None else f" ± {error:z.4f}"
     return f"{number(held['loss'], '.4f')}{spread} (ppl {number(held['perplexity'])}{count})"
 
 
@@ -230,7 +230,7 @@ def _task(result: Document, task: str) -> str:
         if finite(value) is None or not rest or name.endswith("_stderr"):
             continue
         error = finite(held.get(f"{name}_stderr,{rest}"))
-        spread = "" if error is None else f" ± {error:.3f}"
+        spread = "" if error is None else f" ± {error:z.3f}"
         count = f", n = {held['n']}" if held.get("n") else ""
-        return f"{float(value):.3f}{spread} ({name}{count})"
+        return f"{float(value):z.3f}{spread} ({name}{count})"
     return DASH

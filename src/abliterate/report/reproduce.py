@@ -28,6 +28,7 @@ from abliterate.selection.score_table import read_scores
 from abliterate.settings import (
     Settings,
     flags_of,
+    followed_table,
     granted,
     is_recorded,
     option_for,
@@ -224,7 +225,9 @@ def _changed(
                 usual = base[table].get(key, usual)
             # The revision is the commit that the record's model names.
             told = key == "revision" or option_for(command, section, key) is None
-            if not told and key in held and held[key] != usual:
+            # One that follows another is told where either differs: the command may have both.
+            followed = settings.get(followed_table(section, key) or "", {}).get(key, usual)
+            if not told and key in held and (held[key] != usual or held[key] != followed):
                 found += _setting(section, key, held[key])
     return found
 

@@ -34,7 +34,7 @@ def variant_rows(document: Document) -> list[list[str]]:
                 "no projection" if form is None else ", ".join(form["kinds"]),
                 str(variant["projected"]),
                 str(variant["beyond"]),
-                "-" if form is None else f"{form['scale']:.2f}",
+                "-" if form is None else f"{form['scale']:z.2f}",
             ]
         )
     return rows

@@ -48,11 +48,11 @@ def share(part: Document, things: str = "") -> str:
     answered = part["n"] - (part.get("no_verdict") or 0)
     span = part.get("refusal_score_ci")
     count = " ".join(filter(None, (f"{part['refused']} of {answered}", things)))
-    return f"{count} ({float(part['refusal_rate']):.1%}{_interval(span)})"
+    return f"{count} ({float(part['refusal_rate']):z.1%}{_interval(span)})"
 
 
 def _interval(span: Sequence[float] | None) -> str:
-    return f", 95% interval {span[0]:.1%} to {span[1]:.1%}" if span else ""
+    return f", 95% interval {span[0]:z.1%} to {span[1]:z.1%}" if span else ""
 
 
 def _against(now: Document, before: Document | None, change: Document) -> str:
@@ -67,4 +67,4 @@ def _against(now: Document, before: Document | None, change: Document) -> str:
 
 def points(difference: float) -> str:
     """A difference of two shares, in percentage points."""
-    return f"{100 * difference:+.1f}"
+    return f"{100 * difference:+z.1f}"

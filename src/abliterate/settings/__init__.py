@@ -14,11 +14,13 @@ from abliterate.settings.loading import (
     take_recorded,
 )
 from abliterate.settings.marks import (
+    Follows,
     Granted,
     Needs,
     Option,
     Recorded,
     flags_of,
+    followed_table,
     granted,
     is_recorded,
     option_for,
@@ -36,6 +38,7 @@ from abliterate.settings.without_effect import Tables, given_options, refuse_wit
 
 __all__ = [
     "ExtractSettings",
+    "Follows",
     "Granted",
     "ModelSettings",
     "Needs",
@@ -45,6 +48,7 @@ __all__ = [
     "Settings",
     "Tables",
     "flags_of",
+    "followed_table",
     "given_options",
     "granted",
     "is_recorded",

@@ -10,7 +10,7 @@ from pydantic import (
     PlainSerializer,
 )
 
-from abliterate.settings.marks import Granted, Needs, Option
+from abliterate.settings.marks import Granted, Listed, Needs, Option
 from abliterate.settings.section import (
     CAPABILITY,
     EVALUATE,
@@ -48,12 +48,14 @@ class EvaluateSettings(Section):
         tuple[str, ...],
         BeforeValidator(as_sources),
         PlainSerializer(plain_sources),
+        Listed("what extract used"),
         Option(f"{LATER_HARMFUL} Repeatable.", PROMPTS, ("evaluate", "fragility")),
     ] = ()
     harmless: Annotated[
         tuple[str, ...],
         BeforeValidator(as_sources),
         PlainSerializer(plain_sources),
+        Listed("what extract used"),
         Option(f"{LATER_HARMLESS} Repeatable.", PROMPTS, ("evaluate", "fragility")),
     ] = ()
     n_test: Annotated[
@@ -152,6 +154,7 @@ class EvaluateSettings(Section):
     ] = Field(256, ge=2)
     tasks: Annotated[
         str | None,
+        Listed("none"),
         Option("lm-eval tasks with commas: mmlu,arc_challenge,gsm8k.", CAPABILITY, EVALUATE),
     ] = None
     tasks_dir: Annotated[
@@ -165,6 +168,7 @@ class EvaluateSettings(Section):
     ] = Field(None, ge=1)
     refusal_phrases: Annotated[
         str,
+        Listed("all"),
         Option(
             "Languages whose refusal phrases count, with commas: en (the paper's list), zh, es, "
             "fr, de, ja, ru, ar, hi, pt.",

@@ -9,15 +9,15 @@ import tomllib
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from abliterate.errors import InputError, UsageError
+from abliterate.errors import InputError, UsageError, name_configured
 from abliterate.resources import config_dir
 from abliterate.settings.complaints import complaint
-from abliterate.settings.marks import flags_of, is_recorded, sections_of
+from abliterate.settings.marks import flags_of, followed_table, is_recorded, listed, sections_of
 from abliterate.settings.sections import Settings
 from abliterate.settings.values import memory_size
 from abliterate.settings.without_effect import Tables, check_effects
@@ -46,26 +46,30 @@ def load_settings(
     configured = {} if file is None else _read_toml(file)
     where = "the recorded settings" if file is None else str(file)
     _check_keys(configured, where, schema)
-    configured = {table: _as_options(values) for table, values in configured.items()}
+    tables = sections_of(schema)
+    configured = {name: _as_options(values, tables[name]) for name, values in configured.items()}
+    if configured:
+        _name_configured(configured, options or {}, where, schema, every)
     document: dict[str, dict[str, Any]] = {}
     for layer in (base or {}, configured, options or {}):
         for table, values in layer.items():
             given = {key: value for key, value in values.items() if value is not None}
             document[table] = {**document.get(table, {}), **given}
+    _follow(document, schema)
     try:
         settings = schema.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        table, *rest = (str(part) for part in first["loc"])
-        key = ".".join(rest) or table
+        # Behind them: which of several types it was tried as.
+        table, key, *_ = *map(str, first["loc"]), ""
         given_option = (options or {}).get(table, {}).get(key) is not None
         source = (
-            flags_of(sections_of(schema)[table], key).partition("/")[0]
+            flags_of(tables[table], key).partition("/")[0]
             if given_option
             else f"{where}: [{table}] {key}"
         )
         message = complaint(first)
-        hidden = rest[:1] in (["judge_url"], ["second_judge_url"], ["server"])
+        hidden = key in ("judge_url", "second_judge_url", "server")
         if first["type"] == "tuple_type":
             example = "..." if hidden else first["input"]
             message = f"must be a list, such as [{json.dumps(example, default=str)}]"
@@ -73,6 +77,36 @@ def load_settings(
         raise UsageError(f"{source}: {message}, not {given_value}") from None
     check_effects(settings, options or {}, configured, where, every)
     return settings
+
+
+def _name_configured(
+    configured: Tables, options: Tables, where: str, schema: type[BaseModel], every: bool
+) -> None:
+    """Let errors about what a file gives to this command name the keys."""
+    held, absent, typed = dict[str, list[str]](), dict[str, list[str]](), set[str]()
+    for table, section in sections_of(schema).items():
+        given = options.get(table, {})
+        for key in section.model_fields:
+            option = flags_of(section, key).partition("/")[0]
+            if given.get(key) is not None:
+                typed.add(option)
+            counts = key in configured.get(table, {}) and (every or key in given)
+            (held if counts else absent).setdefault(option, []).append(f"[{table}] {key}")
+    name_configured(
+        where,
+        {option: " or ".join(names) for option, names in held.items() if option not in typed},
+        # Of several that are absent none is meant more than the others.
+        {option: n for option, (n, *more) in absent.items() if not more and option not in typed},
+    )
+
+
+def _follow(document: dict[str, dict[str, Any]], schema: type[BaseModel]) -> None:
+    """Settings that were not given are those of the section that they follow."""
+    for table, section in sections_of(schema).items():
+        for key in section.model_fields:
+            followed = document.get(followed_table(section, key) or "", {})
+            if key in followed and key not in document.get(table, {}):
+                document[table] = {**document.get(table, {}), key: followed[key]}
 
 
 def parse_memory(text: str, option: str) -> int:
@@ -165,20 +199,21 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise UsageError(f"configuration file {file} is not readable TOML: {error}") from None
 
 
-def _as_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """TOML has days and numbers of its own; options write them as text: ``[40]``, ``["40"]``."""
+def _as_options(values: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """TOML has lists, days and numbers of its own; options write them as text: ``[40]`` as
+    ``["40"]``, ``positions = [-5, -1]`` as ``"-5,-1"``."""
 
-    def told(value: Any, in_list: bool = False) -> Any:
-        if isinstance(value, list):
-            return [told(one, True) for one in value]
+    def told(key: str, value: Any) -> Any:
         if type(value) is date:
             return value.isoformat()
-        return str(value) if in_list and type(value) is int else value
+        kinds = _kinds(section.model_fields[key].annotation)
+        if isinstance(value, list) and tuple in kinds:
+            return [one.isoformat() if type(one) is date else str(one) for one in value]
+        if listed(section, key) is not None and str in kinds and isinstance(value, list | int):
+            return ",".join(map(str, value if isinstance(value, list) else [value]))
+        return value
 
-    # The template's variables are whatever they are.
-    return {
-        key: value if key == "template_kwargs" else told(value) for key, value in values.items()
-    }
+    return {key: told(key, value) for key, value in values.items()}
 
 
 def _check_keys(document: Mapping[str, Any], where: str, schema: type[BaseModel]) -> None:
@@ -201,6 +236,8 @@ def _check_keys(document: Mapping[str, Any], where: str, schema: type[BaseModel]
             if wrong is not None:
                 given = json.dumps(value) if isinstance(value, bool) else repr(value)
                 raise UsageError(f"{where}: [{table}] {key}: {wrong}, not {given}")
+            if isinstance(value, list):
+                _check_members(f"{where}: [{table}] {key}", value, tables[table], key)
 
 
 def _homes(key: str, tables: Mapping[str, type[BaseModel]]) -> str:
@@ -219,6 +256,25 @@ def _wrong_kind(value: Any, annotation: Any) -> str | None:
     if isinstance(value, str) and bool in kinds and not kinds & {str, Any}:
         return "must be true or false"
     return None
+
+
+def _check_members(what: str, value: list[Any], section: type[BaseModel], key: str) -> None:
+    """Refuse a list where there is none, one without members, and members that no option can be.
+
+    Raises:
+        UsageError: it is one of these.
+    """
+    mark, kinds = listed(section, key), _kinds(section.model_fields[key].annotation)
+    if mark is None and tuple not in kinds:
+        if kinds <= {str, NoneType}:
+            raise UsageError(f"{what}: must be one text, not a list")
+        return  # whoever checks the value says what it must be
+    for one in value:
+        if isinstance(one, bool) or not isinstance(one, str | int | date):
+            kind = {list: "a list", dict: "a table", bool: "a switch"}.get(type(one), repr(one))
+            raise UsageError(f"{what}: each member must be text or a whole number, not {kind}")
+    if mark is not None and not value:
+        raise UsageError(f"{what} is empty: name one at least, or leave it out for {mark.unless}")
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -46,6 +46,29 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class Follows:
+    """Marks a setting that is what another section has under its name, until it is given itself.
+
+    Attributes:
+        table: the other section's; its setting has the same type and default.
+    """
+
+    table: str
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Marks a setting of which a configuration may give a list that is not empty; of one that is
+    text with commas, a whole number too.
+
+    Attributes:
+        unless: what there is where the setting is left out.
+    """
+
+    unless: str
+
+
+@dataclass(frozen=True)
 class Option:
     """The option by which commands override a setting. A setting may have several, each of its own
     commands, if they say different things.
@@ -108,3 +131,15 @@ def needs_of(section: type[BaseModel], name: str) -> Needs | None:
     """What gives a setting its effect; None of one that always has it."""
     marks = section.model_fields[name].metadata
     return next((mark for mark in marks if isinstance(mark, Needs)), None)
+
+
+def followed_table(section: type[BaseModel], name: str) -> str | None:
+    """The table whose setting of that name counts where this one is not given."""
+    marks = section.model_fields[name].metadata
+    return next((mark.table for mark in marks if isinstance(mark, Follows)), None)
+
+
+def listed(section: type[BaseModel], name: str) -> Listed | None:
+    """The mark of a setting that may be a list, and no empty one."""
+    marks = section.model_fields[name].metadata
+    return next((mark for mark in marks if isinstance(mark, Listed)), None)

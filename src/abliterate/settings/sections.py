@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from abliterate.settings.evaluate_section import EvaluateSettings
-from abliterate.settings.marks import Granted, Needs, Option, Recorded
+from abliterate.settings.marks import Follows, Granted, Listed, Needs, Option, Recorded
 from abliterate.settings.model_sections import ChatSettings, ModelSettings
 from abliterate.settings.section import (
     DIRECTED,
@@ -72,6 +72,7 @@ class ExtractSettings(Section):
     positions: Annotated[
         str,
         Recorded(),
+        Listed("those behind the instruction"),
         Option("post-instruction, last, or a list such as -5,-1.", METHOD, EXTRACT),
     ] = "post-instruction"
     filter: Annotated[
@@ -80,6 +81,7 @@ class ExtractSettings(Section):
     refusal_tokens: Annotated[
         tuple[str, ...],
         Recorded(),
+        Listed("those that are detected"),
         Option(
             "Token string, id (1234 or id:1234) or preset (llama-2, llama-3, gemma, yi, qwen); "
             "repeatable. "
@@ -105,6 +107,7 @@ class ExtractSettings(Section):
     ] = Field(0.05, gt=0, lt=0.5)
     save_activations: Annotated[
         str | None,
+        Listed("none"),
         Option(
             "Keep each prompt's vectors for inspect, of all layers or of those given as =3,5-7.",
             METHOD,
@@ -124,12 +127,17 @@ class ExtractSettings(Section):
 
 
 class SelectSettings(Section):
-    """Validation prompts and filters (paper, appendix C). None: the sources of ``extract``."""
+    """Validation prompts and filters (paper, appendix C). Not given: as ``extract`` has them."""
 
     harmful: Annotated[str | None, Option(LATER_HARMFUL, PROMPTS, ("select",))] = None
     harmless: Annotated[str | None, Option(LATER_HARMLESS, PROMPTS, ("select",))] = None
     n_val: Annotated[int, Option("Validation prompts per kind.", PROMPTS, SELECT)] = Field(32, ge=1)
-    filter: Annotated[bool, Option(FILTER, PROMPTS, SELECT, "--filter/--no-filter")] = True
+    filter: Annotated[
+        bool,
+        Follows("extract"),
+        Option(FILTER, PROMPTS, ("run",), "--filter/--no-filter"),
+        Option(f"{FILTER} Default: as extract did.", PROMPTS, ("select",)),
+    ] = True
     kl_threshold: Annotated[float, Option("Largest KL divergence.", METHOD, SELECT)] = Field(
         0.1, ge=0
     )
@@ -237,9 +245,14 @@ class OrthogonalizeSettings(Section):
             EDITING,
         ),
     ] = Field(default=None, ge=0)
-    layers: Annotated[str | None, Option("Blocks to edit: 10-25, or 3,5-7.", EDIT, EDITING)] = None
+    layers: Annotated[
+        str | None,
+        Listed("all"),
+        Option("Blocks to edit: 10-25, or 3,5-7.", EDIT, EDITING),
+    ] = None
     components: Annotated[
         str | None,
+        Listed("all"),
         Option(
             "Any of attention, mlp, embedding (or mixer, expert, position, other), with commas.",
             EDIT,

@@ -49,18 +49,28 @@ def is_plain_name(name: object) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse an output folder that cannot be made, before any work is done for it.
+    """Refuse an output folder that cannot be made or written to, before any work is done for it.
 
     Raises:
-        UsageError: it is a file, its name cannot be made, or the nearest folder above it cannot be
-            written to.
+        UsageError: it is a file, its name cannot be made, or it (if it is not there, the nearest
+            folder above it) cannot be written to.
     """
     check_output_path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder} is a file: choose a folder")
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UsageError(f"output {folder} cannot be made: {above} is not a writable folder")
+    if not above.is_dir():
+        raise UsageError(f"output {folder} cannot be made: {above} is no folder")
+    if os.access(above, os.W_OK | os.X_OK):
+        return
+    if folder.exists():
+        raise UsageError(
+            f"output {folder} exists and cannot be written to: change its permissions, or choose "
+            "another folder"
+        )
+    raise UsageError(
+        f"output {folder} cannot be made: {above} cannot be written to: choose another folder"
+    )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -157,7 +157,7 @@ def _read_record(path: Path, direction: Direction | DirectionSet) -> tuple[EditO
             conflicts.append(f"{RECORD} records a direction of another size")
         elif not abs(cosine := float(theirs @ mine / theirs.norm() / mine.norm())) > 1 - 1e-9:
             conflicts.append(
-                f"{RECORD} records another direction than the one given (cosine {cosine:.3f})"
+                f"{RECORD} records another direction than the one given (cosine {cosine:z.3f})"
             )
     return options, conflicts
 
@@ -198,7 +198,7 @@ def _other_set(direction: Direction | DirectionSet, recorded: DirectionSet | Non
     names = ["the embeddings", *(f"layer {layer}" for layer in range(len(mine) - 1))]
     return [
         f"{RECORD} records another direction for {names[row]} than the one given (cosine "
-        f"{float(cosines[row]):.3f})"
+        f"{float(cosines[row]):z.3f})"
         for row in (~alike).nonzero()[:, 0].tolist()
     ]
 
