@@ -19,7 +19,7 @@ from thinking_models import (
     tokenizer_with,
 )
 
-from abliterate.metrics.answers import TAGS
+from abliterate.metrics.answers import TAGS, WORDS
 from abliterate.prompts.chat_template import ChatFormat, post_instruction_ids, render
 from abliterate.prompts.thinking import find_thinking, opened_in
 
@@ -72,7 +72,7 @@ def test_thinking_whole_is_what_the_template_itself_gives(
         assert found.begun == (template in (R1, SHOWS_ITS_FORM))
 
 
-@pytest.mark.parametrize(("opening", "closing"), TAGS)
+@pytest.mark.parametrize(("opening", "closing"), [*TAGS, *WORDS])
 def test_thinking_of_every_family_is_closed_with_its_own_mark(
     opening: str, closing: str, tokenizer_dir: Path
 ) -> None:

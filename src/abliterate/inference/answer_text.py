@@ -19,6 +19,7 @@ from abliterate.metrics.answers import (
     TAGS,
     Parts,
     closing_start,
+    first_thought_ended,
     split_thought,
 )
 from abliterate.prompts.chat_template import ChatFormat
@@ -99,8 +100,7 @@ class AnswerReader:
         low, high = 0, len(ids)
         while high - low > 1:
             middle = (low + high) // 2
-            text = self.raw(ids[:middle])
-            ended = self._has_thought(text) and self.parts(text).answer is not None
+            ended = self._has_ended(self.raw(ids[:middle]))
             low, high = (low, middle) if ended else (middle, high)
         start = self._closing_start(ids[:high])
         return start, high + self.breaks_in(ids[high:])
@@ -124,6 +124,12 @@ class AnswerReader:
         if found is None or found[1] > thought:
             return list(ids[:thought])
         return list(ids[: found[1] + answer])
+
+    def _has_ended(self, text: str) -> bool:
+        """Whether the first thought has; a later one may not have."""
+        return self._has_thought(text) and (
+            self.parts(text).answer is not None or first_thought_ended(text, self.begun)
+        )
 
     def _has_thought(self, text: str) -> bool:
         return FINAL in text or self.parts(text).thought is not None

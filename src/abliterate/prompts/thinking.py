@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
 
 from abliterate.errors import CheckpointError, UsageError
-from abliterate.metrics.answers import FINAL, TAGS
+from abliterate.metrics.answers import FINAL, TAGS, WORDS
 from abliterate.prompts.template_checks import Template, Wrapping, find_wrapping
 from abliterate.prompts.template_process import TemplateError, TemplateLimitError
 
@@ -42,11 +42,13 @@ _TIGHT = {
     "<|inner_prefix|>": ("<|inner_prefix|>", "<|inner_suffix|>"),
     "<unused94>": ("<unused94>thought\n", "<unused95>"),
 }
+_FAMILIES = (*TAGS, *WORDS)
 _ANY = re.compile(
-    "|".join(re.escape(tag) for pair in TAGS for tag in sorted(pair, key=len, reverse=True)), re.I
+    "|".join(re.escape(tag) for pair in _FAMILIES for tag in sorted(pair, key=len, reverse=True)),
+    re.I,
 )
-_OPENING = {opening.lower(): (opening, closing) for opening, closing in TAGS}
-_CLOSING = {closing.lower(): (opening, closing) for opening, closing in TAGS}
+_OPENING = {opening.lower(): (opening, closing) for opening, closing in _FAMILIES}
+_CLOSING = {closing.lower(): (opening, closing) for opening, closing in _FAMILIES}
 _HARMONY = ("<|channel|>", "<|message|>")
 _USER, _THOUGHT, _ANSWER = "Which tree is 7 here?", "It may be 31 oaks.", "The 52 elms stand."
 # Fields in which templates take the thought of a past turn.
