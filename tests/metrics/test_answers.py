@@ -117,6 +117,18 @@ def test_a_begun_thought_without_an_end_is_no_answer() -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "I cannot<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>",
+        "I cannot<|channel|>final<|message|>Hi",
+        "I cannotassistantfinalHi",
+    ],
+)
+def test_the_prompt_may_have_opened_the_channel(text: str) -> None:
+    assert split_thought(text, begun=True) == Parts("I cannot", "Hi")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "I'm sorry, but I can't help with that.",
         "",
         "  leading space stays\n",

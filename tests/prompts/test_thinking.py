@@ -115,6 +115,19 @@ def test_thinking_of_a_response_prefix_is_seen(tokenizer_dir: Path) -> None:
     assert not find_thinking(tokenizer, closed).begun
 
 
+def test_thinking_of_a_channel_that_the_prompt_opens_is_seen(tokenizer_dir: Path) -> None:
+    opened = HARMONY.replace("assistant{% endif", "assistant<|channel|>analysis<|message|>{% endif")
+    for template, prefix in ((opened, ""), (HARMONY, "<|channel|>analysis<|message|>")):
+        tokenizer = tokenizer_with(tokenizer_dir, template)
+        for mode in ("skip", "whole"):
+            chat = ChatFormat(thinking=mode, response_prefix=prefix)
+            assert render(tokenizer, "Why?", chat).endswith("<|channel|>analysis<|message|>")
+            assert find_thinking(tokenizer, chat).begun
+    tokenizer = tokenizer_with(tokenizer_dir, opened)
+    assert render(tokenizer, "Why?", ChatFormat()).endswith("<|channel|>final<|message|>")
+    assert not find_thinking(tokenizer, ChatFormat()).begun
+
+
 def test_templates_that_know_no_thoughts_are_not_touched(
     tokenizer_dir: Path, monkeypatch: Any
 ) -> None:

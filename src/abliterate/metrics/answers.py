@@ -104,7 +104,7 @@ def split_thought(text: str, begun: bool = False) -> Parts:
         text: the completion.
         begun: the prompt has opened a thought already, so that the text goes on with it.
     """
-    if (channels := _channels(text)) is not None:
+    if (channels := _channels(text, begun)) is not None:
         return channels
     thoughts: list[str] = []
     said: list[str] = []
@@ -211,12 +211,18 @@ def closing_start(text: str) -> int:
     return max((found.start() for found in _ENDING.finditer(text)), default=len(text))
 
 
-def _channels(text: str) -> Parts | None:
+def ends_in_thought_channel(text: str) -> bool:
+    """Whether a prompt in harmony's channels ends within one that is no answer."""
+    *_, last = [None, *_CHANNEL.finditer(text)]
+    return last is not None and last[1] != "final" and not _HEADER.search(text, last.end())
+
+
+def _channels(text: str, begun: bool) -> Parts | None:
     """The parts of a text in harmony's channels; None if it has none."""
     marks = list(_CHANNEL.finditer(text))
     if not marks and text.lstrip().startswith("<|channel|>"):  # cut off in its first header
         return Parts("", None)
-    if not marks and _BARE_FINAL.match(text.lstrip()):
+    if not marks and (_BARE_FINAL.match(text.lstrip()) or (begun and "assistantfinal" in text)):
         text = text.lstrip()
         marks = list(_BARE_HEADER.finditer(text))
     if not marks:
@@ -224,7 +230,8 @@ def _channels(text: str) -> Parts | None:
         # Without its special tokens a text is harmony if it starts with a channel's name.
         if not marks or text[: marks[0].start()].strip():
             return None
-    messages: list[tuple[str, str]] = []
+    # What stands before the first header goes on with what the prompt had opened.
+    messages = [("analysis", _HEADER.split(text[: marks[0].start()])[0].strip())]
     for mark, after in zip(marks, [*marks[1:], None], strict=True):
         said = text[mark.end() : after.start() if after else len(text)]
         messages.append((mark[mark.lastindex or 1], _HEADER.split(said)[0].strip()))
