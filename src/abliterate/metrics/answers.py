@@ -39,7 +39,7 @@ FINAL = "<|channel|>final<|message|>"
 HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>",
            "<|constrain|>")  # fmt: skip
 # Marks around an answer that follows a thought; they are none of its words.
-_AROUND = (
+AROUND = (
     ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
     ("<|begin_of_solution|>", "<|end_of_solution|>"),
     ("<response>", "</response>"),
@@ -49,7 +49,7 @@ _AROUND = (
 )
 # Special tokens by which thought and answer are told apart: decoding must not drop them.
 MARKS = frozenset(
-    [mark for pair in (*TAGS, *_AROUND) for mark in pair if mark] + ["<|channel>", "<|channel|>"]
+    [mark for pair in (*TAGS, *AROUND) for mark in pair if mark] + ["<|channel>", "<|channel|>"]
 )
 Family = tuple[str, str]
 _FAMILIES = {mark.lower(): pair for pair in (*TAGS, *WORDS) for mark in pair}
@@ -189,7 +189,7 @@ def _is_cut_opening(text: str) -> bool:
 
 def _bare(answer: str) -> str:
     """An answer without the marks that some families put around it."""
-    for opening, closing in _AROUND:
+    for opening, closing in AROUND:
         if answer.startswith(opening):
             return answer.removeprefix(opening).strip().removesuffix(closing).strip()
     return answer
