@@ -22,6 +22,11 @@ PLAIN = SELF_OPENED.replace("</think>", "#")
 THOUGHT = "hm I cannot say\n</think>\n\n"
 ANALYSIS = "<|channel|>analysis<|message|>I cannot say<|end|><|start|>assistant"
 FINAL = "<|channel|>final<|message|>"
+RESPONSE_TOKENS = (
+    "<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+)  # fmt: skip
+RESPONSE = "<|END_THINKING|><|START_RESPONSE|>"
+CLOSINGS = {"harmony": f"<|end|><|start|>assistant{FINAL}", "response": RESPONSE}
 # Template, special tokens, what stands between prompt and answer under answer, and the thought.
 FAMILIES = {
     "r1": (R1, (), "\n</think>\n\n", THOUGHT),
@@ -30,6 +35,7 @@ FAMILIES = {
     "token": (R1, ("<think>", "</think>"), "\n</think>\n\n", THOUGHT),
     "plain": (PLAIN, (), "", f"<think>\n{THOUGHT}"),
     "harmony": (HARMONY, HARMONY_TOKENS, FINAL, f"{ANALYSIS}{FINAL}"),
+    "response": (PLAIN, RESPONSE_TOKENS, "", f"<|START_THINKING|>I cannot say{RESPONSE}"),
 }
 
 
@@ -96,7 +102,7 @@ def test_thinking_answer_makes_the_next_token_the_answers_first(
     assert [line["response"] for line in _lines(tmp_path / "run", "harmful")] == ["I cannot"] * 2
 
 
-@pytest.mark.parametrize("family", ["r1", "no switch", "token", "plain", "harmony"])
+@pytest.mark.parametrize("family", ["r1", "no switch", "token", "plain", "harmony", "response"])
 def test_thinking_skip_scores_the_token_behind_the_thought(
     family: str, cli: Any, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
@@ -107,7 +113,7 @@ def test_thinking_skip_scores_the_token_behind_the_thought(
     assert record["thinking"]["mode"] == "skip"
     assert [token["token"] for token in record["refusal_tokens"]] == ["I"]
     ends = "".join(each["token"] for each in record["positions"])
-    closing = f"<|end|><|start|>assistant{FINAL}" if family == "harmony" else "</think>\n\n"
+    closing = CLOSINGS.get(family, "</think>\n\n")
     assert ends.endswith(closing)
     assert len(ends) < len(closing) + 3  # the tokens that end the thought, none of its own
     if family not in ("plain", "harmony"):

@@ -52,6 +52,9 @@ def test_special_tokens_that_mark_a_thought_stay(
         ("Hi there", False, "", "Hi there"),
         ("<think>\nhm", False, None, None),
         ("hm", True, None, None),
+        ("hm</think>\n<answer>\nHi", True, "</think>\n<answer>\n", "Hi"),
+        ("hm</think> <response>Hi", True, "</think> <response>", "Hi"),
+        ("hm</think><answered>Hi", True, "</think>", "<answered>Hi"),
     ],
 )
 def test_where_the_answer_begins(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from abliterate.metrics.answers import TAGS, Parts, split_thought
+from abliterate.metrics.answers import TAGS, WORDS, Parts, split_thought
 
-TEMPLATES = [f"{opening}\n%s\n{closing}\n\n%s" for opening, closing in TAGS]
+TEMPLATES = [f"{opening}\n%s\n{closing}\n\n%s" for opening, closing in (*TAGS, *WORDS)]
 HARMONY = (
     "<|channel|>analysis<|message|>%s<|end|><|start|>assistant<|channel|>final<|message|>%s"
     "<|return|>"
@@ -31,7 +31,9 @@ def test_the_prompt_may_have_opened_the_thought(closing: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *(f"{opening}Okay, the user wants" for opening, _ in TAGS),
+        *(f"{opening}Okay, the user wants" for opening, _ in (*TAGS, *WORDS)),
+        "<think>first</think>Sure. <think>second",
+        "Let me see.\n\n<think>\nI cannot",
         "<think>first</think><think>second",
         "<|channel|>analysis<|message|>We must",
         "<|channel|>analysis<|message|>We<|end|><|start|>assistant<|channel|>commentary<|message|>x",
@@ -81,8 +83,47 @@ def test_marks_around_an_answer_are_none_of_its_words() -> None:
     assert split_thought("<answer>Hi</answer>") == Parts(None, "<answer>Hi</answer>")
 
 
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("<think>a<think>b</think>c</think>Hi", "a<think>b</think>c", "Hi"),
+        ("<think><think>a</think>Hi", "a", "Hi"),
+        ("<think>the <think> tag</think>Hi", "the <think> tag", "Hi"),
+        ("<think>a</think>\n\n</think>\n\nHi", "a", "Hi"),
+        ("<think>a </think> b</think>Hi", "a\n\nb", "Hi"),
+        ("a</think> b</think>Hi", "a\n\nb", "Hi"),
+        ("<think>`</think>` ends it</think>Hi", "`</think>` ends it", "Hi"),
+        ("<think>a</think>Hi. <think>b</think>There.", "a\n\nb", "Hi.\n\nThere."),
+        ("<think>a</think>Hi `<think>` there", "a", "Hi `<think>` there"),
+        ("<think>a</think><xml><reason>b</reason></xml>", "a", "<xml><reason>b</reason></xml>"),
+        ("<think>a</thinking>Hi", "a", "Hi"),
+        ("\u200b<think>a</think>Hi", "a", "Hi"),
+        ("<thinking>a</thinking>\n<output>\nHi\n</output>", "a", "Hi"),
+        ("[BEGIN FINAL RESPONSE]Hi[END FINAL RESPONSE]", "", "Hi"),
+    ],
+)
+def test_thoughts_may_be_nested_repeated_and_within_the_answer(
+    text: str, thought: str, answer: str
+) -> None:
+    begun = text.startswith("[BEGIN")
+    assert split_thought(text, begun) == Parts(thought, answer)
+    assert split_thought(text, begun=True) == Parts(thought, answer)
+
+
 def test_a_begun_thought_without_an_end_is_no_answer() -> None:
     assert split_thought("I cannot say no", begun=True) == Parts("I cannot say no", None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I cannot<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>",
+        "I cannot<|channel|>final<|message|>Hi",
+        "I cannotassistantfinalHi",
+    ],
+)
+def test_the_prompt_may_have_opened_the_channel(text: str) -> None:
+    assert split_thought(text, begun=True) == Parts("I cannot", "Hi")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +136,8 @@ def test_a_begun_thought_without_an_end_is_no_answer() -> None:
         "analysis: it is fine",
         "The final answer: no. The assistant finally left.",
         "Write <think> to open a thought.",
+        "Close it with '</think>', they say",
+        "Dear all,\nHere is my response: yes.",
         "final exams are hard",
     ],
 )

@@ -97,6 +97,9 @@ LOSING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "nothing, but raises": (
         each() + "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}"
         "{% endif %}", ("--system", "x"), ("takes no system message (No system role)",)),
+    "nothing, but wants a system message": (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('Say who') }}{% endif %}" + each(),
+        (), ("fails without a system message (Say who)", "--system TEXT")),
     "nothing, but wants tools": (HERMES, (), ("--template-arg tools=[]", "fails")),
     "nothing, but wants a name": ("{{ name.upper() }}" + each(), (),
                                   ("'name' is undefined", "--template-arg name=VALUE")),
@@ -232,6 +235,9 @@ def test_an_argument_that_the_template_never_reads_is_refused(
     whole = ("--thinking", "whole")
     tone = extracted(folder, "--template-arg", "tone=a=b", "--template-arg", "bos_token=B", *whole)
     assert tone["rendering"]["prompt"].startswith("a=bB")
+    for reserved in ("messages", "tokenize", "conversation"):
+        line = fails("extract", folder, *out, "--template-arg", f"{reserved}=[]", code=2)
+        assert f"--template-arg {reserved}: the prompts decide" in line
     for wrong in ("enable_thinking", "=1", "a b=1", ""):
         assert "NAME=VALUE" in fails("extract", folder, *out, "--template-arg", wrong, code=2)
     assert "it reads: none" in fails("extract", model(each(), "bare"), *out, "--template-arg",

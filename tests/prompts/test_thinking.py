@@ -19,7 +19,7 @@ from thinking_models import (
     tokenizer_with,
 )
 
-from abliterate.metrics.answers import TAGS
+from abliterate.metrics.answers import TAGS, WORDS
 from abliterate.prompts.chat_template import ChatFormat, post_instruction_ids, render
 from abliterate.prompts.thinking import find_thinking, opened_in
 
@@ -72,7 +72,7 @@ def test_thinking_whole_is_what_the_template_itself_gives(
         assert found.begun == (template in (R1, SHOWS_ITS_FORM))
 
 
-@pytest.mark.parametrize(("opening", "closing"), TAGS)
+@pytest.mark.parametrize(("opening", "closing"), [*TAGS, *WORDS])
 def test_thinking_of_every_family_is_closed_with_its_own_mark(
     opening: str, closing: str, tokenizer_dir: Path
 ) -> None:
@@ -113,6 +113,19 @@ def test_thinking_of_a_response_prefix_is_seen(tokenizer_dir: Path) -> None:
     assert render(tokenizer, "Why?", chat).endswith(f"{EMPTY}<think>\nLet me")
     closed = ChatFormat(response_prefix="fine</think>", thinking="whole")
     assert not find_thinking(tokenizer, closed).begun
+
+
+def test_thinking_of_a_channel_that_the_prompt_opens_is_seen(tokenizer_dir: Path) -> None:
+    opened = HARMONY.replace("assistant{% endif", "assistant<|channel|>analysis<|message|>{% endif")
+    for template, prefix in ((opened, ""), (HARMONY, "<|channel|>analysis<|message|>")):
+        tokenizer = tokenizer_with(tokenizer_dir, template)
+        for mode in ("skip", "whole"):
+            chat = ChatFormat(thinking=mode, response_prefix=prefix)
+            assert render(tokenizer, "Why?", chat).endswith("<|channel|>analysis<|message|>")
+            assert find_thinking(tokenizer, chat).begun
+    tokenizer = tokenizer_with(tokenizer_dir, opened)
+    assert render(tokenizer, "Why?", ChatFormat()).endswith("<|channel|>final<|message|>")
+    assert not find_thinking(tokenizer, ChatFormat()).begun
 
 
 def test_templates_that_know_no_thoughts_are_not_touched(

@@ -51,7 +51,9 @@ class AnswerStream(TextStreamer):  # type: ignore[misc]
         parts = self.reader.parts(self.reader.without_ends(whole))
         self._tell(self._thought, self._shown.thought or "", parts.thought or "")
         self._tell(self._heard, self._shown.answer or "", parts.answer or "")
-        self._shown = parts
+        # A thought within the answer hides what was said before it; that has been heard.
+        said = self._shown.answer if parts.answer is None else parts.answer
+        self._shown = Parts(parts.thought, said)
 
     @staticmethod
     def _tell(heard: Heard, before: str, now: str) -> None:

@@ -13,19 +13,21 @@ from typing import Any
 
 from abliterate.inference.declared_answers import Declared, declared_by
 from abliterate.metrics.answers import (
+    AROUND,
     FINAL,
     HARMONY,
     MARKS,
     TAGS,
     Parts,
     closing_start,
+    first_thought_ended,
     split_thought,
 )
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.thinking import find_thinking
 
-# What ends a message of harmony is none of its words.
-_ENDS = ("<|end|>", "<|return|>", "<|call|>")
+# What ends a message of harmony, or an answer of others, is none of its words.
+_ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|END_RESPONSE|>", "<|end_of_solution|>")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class AnswerReader:
         """Where the thought's closing mark starts in ``ids`` and where the answer does.
 
         Both are 0 where nothing was thought; None where the thought has not ended. Line breaks
-        between mark and answer come before the answer.
+        between mark and answer come before the answer, and so does a mark around it.
         """
         whole = self.raw(ids)
         if not self._has_thought(whole):
@@ -99,11 +101,26 @@ class AnswerReader:
         low, high = 0, len(ids)
         while high - low > 1:
             middle = (low + high) // 2
-            text = self.raw(ids[:middle])
-            ended = self._has_thought(text) and self.parts(text).answer is not None
+            ended = self._has_ended(self.raw(ids[:middle]))
             low, high = (low, middle) if ended else (middle, high)
         start = self._closing_start(ids[:high])
-        return start, high + self.breaks_in(ids[high:])
+        return start, high + self.lead_in(ids[high:])
+
+    def lead_in(self, ids: Sequence[int]) -> int:
+        """How many tokens behind a thought come before the answer: line breaks, and the mark that
+        some families put around answers (``<answer>``, ``<|START_RESPONSE|>``)."""
+        breaks = self.breaks_in(ids)
+        text = self.raw(ids[breaks:]).lstrip()
+        opening = next((mark for mark, _ in AROUND if mark and text.startswith(mark)), None)
+        if opening is None:
+            return breaks
+        for end in range(breaks + 1, len(ids) + 1):
+            written = self.raw(ids[breaks:end]).strip()
+            if written == opening:
+                return end + self.breaks_in(ids[end:])
+            if not opening.startswith(written):  # a token that is part of both mark and answer
+                break
+        return breaks
 
     def breaks_in(self, ids: Sequence[int]) -> int:
         """How many tokens ``ids`` starts with that are line breaks."""
@@ -124,6 +141,12 @@ class AnswerReader:
         if found is None or found[1] > thought:
             return list(ids[:thought])
         return list(ids[: found[1] + answer])
+
+    def _has_ended(self, text: str) -> bool:
+        """Whether the first thought has; a later one may not have."""
+        return self._has_thought(text) and (
+            self.parts(text).answer is not None or first_thought_ended(text, self.begun)
+        )
 
     def _has_thought(self, text: str) -> bool:
         return FINAL in text or self.parts(text).thought is not None

@@ -21,8 +21,8 @@ from abliterate.models.model_classes import text_config
 from abliterate.prompts.chat_template import ChatFormat, encode
 from abliterate.prompts.thinking import find_thinking
 
-# Tokens behind the closing mark that are looked at for the line breaks before the answer.
-_BREAKS = 3
+# Tokens behind the closing mark that are looked at for line breaks and a mark before the answer.
+_LEAD_IN = 12
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,15 @@ def ask(
         for prompt, thought, cut in zip(prompts, said, found, strict=True)
     ]
     ended = [cut is not None for cut in found]
-    # Where the mark itself ended the thought: the line breaks that the model writes behind it.
+    # Where the mark itself ended the thought: what the model writes between it and the answer.
     short = [
         row
         for row, cut in enumerate(found)
         if cut is not None and cut[0] < cut[1] == len(said[row]) < longest
     ]
-    more = engine.answers([ids[row] for row in short], _BREAKS, batch_size, chat=chat)
+    more = engine.answers([ids[row] for row in short], _LEAD_IN, batch_size, chat=chat)
     for row, tokens in zip(short, more, strict=True):
-        ids[row] += tokens[: reader.breaks_in(tokens)]
+        ids[row] += tokens[: reader.lead_in(tokens)]
     if not all(ended):
         log.warning(
             "%d of %d thoughts about %s prompts do not end within %d tokens: these prompts are "

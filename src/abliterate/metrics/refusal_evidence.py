@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from abliterate.errors import InputError
-from abliterate.metrics.answers import TAGS
+from abliterate.metrics.answers import TAGS, WORDS
 from abliterate.metrics.refusal_phrases import LANGUAGES, phrases_of
 from abliterate.metrics.refusal_tokens import detect_refusal_tokens, token_text
 
@@ -108,7 +108,7 @@ def _diagnosis(
 def _begun(tokenizer: Any, prompt: Sequence[int]) -> str | None:
     """Whether a prompt ends inside a thought."""
     end = tokenizer.decode(list(prompt)[-32:]).rstrip().lower()
-    ending = (opening for opening, _ in TAGS if end.endswith(opening.lower()))
+    ending = (opening for opening, _ in (*TAGS, *WORDS) if end.endswith(opening.lower()))
     return next((f"the prompt ends in {opening}" for opening in ending), None)
 
 

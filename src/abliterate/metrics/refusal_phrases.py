@@ -8,6 +8,7 @@ it by chance.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -22,11 +23,32 @@ from abliterate.resources import data_dir
 LANGUAGES = ("en", "zh", "es", "fr", "de", "ja", "ru", "ar", "hi", "pt")
 # What models write for the apostrophe: quotation marks, modifier letters, prime, accents. The
 # accents go before NFKC, which makes a space and a combining mark of them.
-_APOSTROPHES = dict.fromkeys(
-    map(ord, "\u2018\u2019\u201b\u2032\u02b9\u02bb\u02bc\u02c8\u00b4\uff40"), "'"
-)
-# What has no width: soft hyphen, zero-width space and joiners, word joiner, byte order mark.
-_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
+_APOSTROPHES = "\u2018\u2019\u201b\u2032\u02b9\u02bb\u02bc\u02c8\u00b4\uff40\ua78c\u055a\u05f3"
+_HYPHENS = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"
+# Marks that may stand and may be left out: vowel signs and lengthening in Arabic, nukta in Hindi.
+_OPTIONAL = re.compile("[\u0640\u064b-\u0652\u0670\u093c]")
+# Letters that are written in two ways: the i's of Turkish, nasal vowels in Hindi.
+_LETTERS = {"\u0130": "I", "\u0131": "i", "\u0901": "\u0902"}
+# Beside format characters (soft hyphen, zero-width space, direction marks) these have no width.
+_UNSEEN = re.compile("[\u034f\u180b-\u180f\ufe00-\ufe0f]")
+
+
+class _Written(dict[int, str]):
+    """What a character counts as, by its code point, for :meth:`str.translate`."""
+
+    def __missing__(self, code: int) -> str:
+        written = _LETTERS.get(chr(code), chr(code))
+        if written in _APOSTROPHES:
+            written = "'"
+        elif written in _HYPHENS:
+            written = "-"
+        elif unicodedata.category(written) == "Cf" or _UNSEEN.match(written):
+            written = ""
+        self[code] = written
+        return written
+
+
+_WRITTEN = _Written()
 
 
 @dataclass(frozen=True)
@@ -53,8 +75,8 @@ class RefusalPhrases:
     def found_in(self, text: str) -> bool:
         """Whether a text holds one of the phrases, anywhere and in any case.
 
-        Typographic apostrophes, no-break and other wide spaces, full-width letters and invisible
-        characters count as what they stand for. Text in ASCII is compared as it is.
+        Typographic apostrophes and hyphens, no-break and other wide spaces, full-width letters and
+        invisible characters count as what they stand for. Text in ASCII is compared as it is.
         """
         folded = _folded(text)
         return any(phrase in folded for phrase in self._folded)
@@ -104,7 +126,7 @@ def parse_phrases(languages: str, further: Sequence[str] = ()) -> RefusalPhrases
         raise UsageError(
             f"--refusal-phrases: no list for '{unknown[0]}' (there are: {', '.join(LANGUAGES)})"
         )
-    if not all(phrase.strip() for phrase in further):
+    if not all(_folded(phrase).strip() for phrase in further):
         raise UsageError("--refusal-phrase is empty: every answer would be a refusal")
     return RefusalPhrases(named, tuple(further))
 
@@ -125,15 +147,13 @@ def is_refusal(completion: str) -> bool:
 
 
 def _folded(text: str) -> str:
-    return _plain(text).lower()
+    return _plain(text).casefold()
 
 
 def _plain(text: str) -> str:
     if text.isascii():
         return text
-    # Accents are composed and compatibility forms resolved; then each space is the plain one.
-    composed = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES | _INVISIBLE))
-    return "".join(
-        " " if character.isspace() and not character.isascii() else character
-        for character in composed
-    )
+    # Accents are composed and compatibility forms resolved; runs of spaces are one plain space,
+    # but for those in ASCII.
+    spaced = re.sub(r"\s+", lambda run: run[0] if run[0].isascii() else " ", text)
+    return _OPTIONAL.sub("", unicodedata.normalize("NFKC", spaced.translate(_WRITTEN)))

@@ -34,6 +34,8 @@ _MARK = "umber913"
 _SWITCHES = re.compile(r"/(?:no_?)?think\b")
 # What every template is given, whoever asks.
 _GIVEN = {"messages", "add_generation_prompt"}
+# What is passed to the renderer beside the arguments.
+_RESERVED = {"messages", "conversation", "conversations", "tokenize"}
 # Arguments that do something whatever the template reads.
 _STEERING = {"chat_template", "add_generation_prompt", "continue_final_message"}
 # Worded alike wherever a template cannot be used.
@@ -207,6 +209,12 @@ def check_arguments(template: Template) -> None:
     Raises:
         UsageError: naming those that it does read.
     """
+    taken = next((name for name in template.arguments if name in _RESERVED), None)
+    if taken is not None:
+        raise UsageError(
+            f"--template-arg {taken}: the prompts decide what the chat template is told there: "
+            "leave it out"
+        )
     names = template.names() if template.arguments else None
     if names is None:
         return
@@ -304,6 +312,8 @@ def _failure(template: Template, wrapping: Wrapping, error: TemplateError) -> st
             f"takes no system message ({error}): leave --system out, put its text into the "
             f"prompts, or {OTHER_TEMPLATE}"
         )
+    if template.system is None and _works(replace(template, system=_SYSTEM), wrapping):
+        return f"fails without a system message ({error}): give one with --system TEXT"
     for names in (("tools",), ("documents",), ("tools", "documents")):
         more: dict[str, Any] = {name: [] for name in names if name not in template.arguments}
         changed = replace(template, arguments={**template.arguments, **more})

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
 
 from abliterate.errors import CheckpointError, UsageError
-from abliterate.metrics.answers import FINAL, TAGS
+from abliterate.metrics.answers import FINAL, TAGS, WORDS, ends_in_thought_channel
 from abliterate.prompts.template_checks import Template, Wrapping, find_wrapping
 from abliterate.prompts.template_process import TemplateError, TemplateLimitError
 
@@ -42,11 +42,13 @@ _TIGHT = {
     "<|inner_prefix|>": ("<|inner_prefix|>", "<|inner_suffix|>"),
     "<unused94>": ("<unused94>thought\n", "<unused95>"),
 }
+_FAMILIES = (*TAGS, *WORDS)
 _ANY = re.compile(
-    "|".join(re.escape(tag) for pair in TAGS for tag in sorted(pair, key=len, reverse=True)), re.I
+    "|".join(re.escape(tag) for pair in _FAMILIES for tag in sorted(pair, key=len, reverse=True)),
+    re.I,
 )
-_OPENING = {opening.lower(): (opening, closing) for opening, closing in TAGS}
-_CLOSING = {closing.lower(): (opening, closing) for opening, closing in TAGS}
+_OPENING = {opening.lower(): (opening, closing) for opening, closing in _FAMILIES}
+_CLOSING = {closing.lower(): (opening, closing) for opening, closing in _FAMILIES}
 _HARMONY = ("<|channel|>", "<|message|>")
 _USER, _THOUGHT, _ANSWER = "Which tree is 7 here?", "It may be 31 oaks.", "The 52 elms stand."
 # Fields in which templates take the thought of a past turn.
@@ -131,7 +133,7 @@ def find_thinking(tokenizer: Any, chat: Chat) -> Thinking:
     marked = _ANY.search(source) is not None or all(mark in source for mark in _HARMONY)
     switches = [name for name in _SWITCHES if re.search(rf"\b{name}\b", source)]
     if not source or (chat.thinking is None and not marked and not switches):
-        return Thinking(begun=opened_in(chat.response_prefix) is not None)
+        return Thinking(begun=_is_begun(chat.response_prefix))
     what = [
         *(source, tokenizer.special_tokens_map, chat.thinking, chat.system, chat.response_prefix),
         *(chat.template, chat.date),
@@ -148,6 +150,10 @@ def opened_in(text: str) -> tuple[str, str] | None:
     """The marks of the thought that a text leaves open; None if it leaves none."""
     last = _last_mark(text)
     return None if last is None else _OPENING.get(last[0].lower())
+
+
+def _is_begun(text: str) -> bool:
+    return opened_in(text) is not None or ends_in_thought_channel(text)
 
 
 def _last_mark(text: str) -> re.Match[str] | None:
@@ -202,7 +208,7 @@ class _Thoughts:
             rendered = self.render(found.variables) or default
         end = _after(rendered) + found.appended + self.chat.response_prefix
         return Thinking(
-            found.mode, found.why, found.variables, found.appended, opened_in(end) is not None,
+            found.mode, found.why, found.variables, found.appended, _is_begun(end),
             found.marks, found.harmony,
         )  # fmt: skip
 
