@@ -49,7 +49,7 @@ from abliterate.checkpoints.checkpoint import find_checkpoint
 from abliterate.cli.app import main as abliterate_main
 from abliterate.editing.options import EditOptions
 from abliterate.errors import one_line, speaking_of_options
-from abliterate.extraction.means import Extraction
+from abliterate.extraction.extraction import Extraction
 from abliterate.inference.device_memory import forget_highest, highest_seen
 from abliterate.inference.forward import Batch, for_each_batch, last_logits
 from abliterate.inference.generation import greedy_answers

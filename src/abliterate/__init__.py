@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from abliterate.direction_loading import load_direction
     from abliterate.editing.options import EditOptions
     from abliterate.errors import AbliterateError
-    from abliterate.extraction.means import Extraction
+    from abliterate.extraction.extraction import Extraction
     from abliterate.models.loading import Loaded, load_model
     from abliterate.prompts.chat_template import ChatFormat
     from abliterate.prompts.sampling import load_prompts
@@ -51,7 +51,7 @@ _HOME = {
     "EditOptions": "editing.options",
     "EditedCheckpoint": "api.edits",
     "Evaluation": "api.behaviour",
-    "Extraction": "extraction.means",
+    "Extraction": "extraction.extraction",
     "Fragility": "api.behaviour",
     "Inspection": "api.looking",
     "LanguageModel": "api.language_model",

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterate.direction import FILE_NAME, Direction, recorded_direction
+from abliterate.direction_interpolation import interpolated, parse_interpolation
 from abliterate.direction_set import (
     DIRECTIONS,
     DirectionSet,
-    interpolated,
-    parse_interpolation,
     recorded_set,
     set_of_foreign,
     set_of_means,

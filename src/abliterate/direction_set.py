@@ -14,14 +14,13 @@ row.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterate.console import log
-from abliterate.errors import InputError, UsageError
+from abliterate.errors import InputError
 from abliterate.exchange import ForeignVectors
 from abliterate.projection import WHOLE, Projection
 from abliterate.storage.artifacts import hash_text, write_tensors
@@ -33,8 +32,6 @@ DIRECTIONS, EMBEDDING = "directions", "embedding"
 Candidate = tuple[int, int] | None
 # Of a difference of two means this share of them is rounding, not a direction.
 _NOTHING = 1e-9
-# Between vectors that point this much against each other there is no way halfway.
-_OPPOSITE = -1 + 1e-6
 # No prompt is longer; what is read of a file is to stay a number that others can hold.
 _FURTHEST = 1 << 31
 
@@ -103,7 +100,7 @@ class DirectionSet:
         """
         if self.vectors.ndim != 2 or not self.vectors.is_floating_point():
             raise InputError(
-                f"{self._named}: the directions must be [n_layers, d_model] floats, not "
+                f"{self.named}: the directions must be [n_layers, d_model] floats, not "
                 f"{list(self.vectors.shape)} {self.vectors.dtype}"
             )
         rows, width = self.vectors.shape
@@ -114,31 +111,32 @@ class DirectionSet:
         if width != d_model or not (rows == n_layers or (self.listed and rows < n_layers)):
             held = f"layers up to {rows - 1}" if self.listed else f"{rows} layers"
             raise InputError(
-                f"{self._named} is for {held} of width {width}, the model has {n_layers} of "
+                f"{self.named} is for {held} of width {width}, the model has {n_layers} of "
                 f"width {d_model}: it was made for another model"
             )
         if self.embedding is not None and tuple(self.embedding.shape) != (d_model,):
             raise InputError(
-                f"{self._named}: the embedding's direction has shape "
+                f"{self.named}: the embedding's direction has shape "
                 f"{list(self.embedding.shape)}, the model needs [{d_model}]"
             )
         wide = self.vectors.detach().cpu().double()
         own = None if self.embedding is None else self.embedding.detach().cpu().double()
         if not bool(wide.isfinite().all()) or not (own is None or bool(own.isfinite().all())):
-            raise InputError(f"{self._named} holds NaN or infinity")
+            raise InputError(f"{self.named} holds NaN or infinity")
         if rows < n_layers:
             after = wide[-1:] if self.interpolate else wide.new_zeros(1, width)
-            wide = _concatenated(wide, after.expand(n_layers - rows, -1))
+            wide = concatenated(wide, after.expand(n_layers - rows, -1))
         candidates = (*self.candidates, *[None] * (n_layers - len(self.candidates)))
         fitted = replace(
             self, vectors=wide, embedding=own, candidates=candidates[:n_layers], listed=False
         )
         if not fitted.layers:
-            raise InputError(f"{self._named} holds no direction: every row is zero")
+            raise InputError(f"{self.named} holds no direction: every row is zero")
         return fitted
 
     @property
-    def _named(self) -> str:
+    def named(self) -> str:
+        """What errors call it."""
         return f"the direction set of {self.place}" if self.place else "the direction set"
 
     def _first(self, n_layers: int) -> DirectionSet:
@@ -151,7 +149,7 @@ class DirectionSet:
             InputError: as :meth:`fit`.
         """
         fitted = self.fit(n_layers, d_model)
-        rows = _concatenated(fitted.outside[None], fitted.vectors)
+        rows = concatenated(fitted.outside[None], fitted.vectors)
         # Of entries whose squares would vanish or overflow, too.
         largest = rows.abs().amax(dim=1, keepdim=True)
         rows = rows / largest.masked_fill(largest == 0, 1.0)
@@ -183,7 +181,8 @@ class DirectionSet:
         }
 
 
-def _concatenated(*parts: Tensor) -> Tensor:
+def concatenated(*parts: Tensor) -> Tensor:
+    """Rows below each other, in float64."""
     import torch
 
     return torch.cat([part.double() for part in parts])
@@ -298,80 +297,6 @@ def set_of_means(
         position=position,
         file=sha256,
     )
-
-
-def parse_interpolation(text: str) -> tuple[str, str | None]:
-    """``linear`` or ``spherical``, and the layers behind a colon, if any."""
-    kind, _, layers = text.partition(":")
-    return kind, layers or None
-
-
-def interpolated(directions: DirectionSet, kind: str, chosen: Sequence[int] | None) -> DirectionSet:
-    """Unit vectors for every layer, from those of some.
-
-    Between two layers that have one the vectors turn from the first to the second: ``linear``
-    mixes them by the distance and normalises, ``spherical`` turns by equal angles. Before the first
-    and behind the last they stay.
-
-    Args:
-        directions: the set.
-        kind: ``linear`` or ``spherical``.
-        chosen: the layers whose vectors count; None for all that have one.
-
-    Raises:
-        InputError: two neighbours point in opposite directions.
-        UsageError: a chosen layer has no direction.
-    """
-    held = directions.layers
-    layers = held if chosen is None else sorted(set(chosen))
-    for layer in layers:
-        if layer not in held:
-            raise UsageError(
-                f"--interpolate: layer {layer} has no direction of its own in the set (those that "
-                f"have: {', '.join(map(str, held)) or 'none'})"
-            )
-    if not layers:
-        raise InputError(f"{directions._named} holds no direction: every row is zero")
-    rows = directions.vectors.double()
-    units = {layer: rows[layer] / rows[layer].norm() for layer in layers}
-    made = [_between(units, layer, kind) for layer in range(len(rows))]
-    candidates = directions.candidates or (None,) * len(rows)
-    return replace(
-        directions,
-        vectors=_concatenated(*(vector[None] for vector in made)),
-        candidates=tuple(c if layer in layers else None for layer, c in enumerate(candidates)),
-        sha256=hash_text(str(directions.sha256), kind, str(layers)),
-        interpolate=kind if chosen is None else f"{kind}:{','.join(map(str, layers))}",
-    )
-
-
-def _between(units: Mapping[int, Tensor], layer: int, kind: str) -> Tensor:
-    below = max((one for one in units if one <= layer), default=None)
-    above = min((one for one in units if one >= layer), default=None)
-    if below is None or above is None or below == above:
-        nearest = above if below is None else below
-        assert nearest is not None
-        return units[nearest]
-    a, b = units[below], units[above]
-    share, cosine = (layer - below) / (above - below), float((a @ b).clamp(-1, 1))
-    if cosine <= _OPPOSITE:
-        raise InputError(
-            f"the directions of layers {below} and {above} are opposite: --interpolate finds "
-            "nothing between them; choose other layers"
-        )
-    if kind == "spherical":
-        # Stable where the two are nearly the same: what b has beside a, by the angle.
-        beside = b - cosine * a
-        length = float(beside.norm())
-        if length > 1e-12:
-            angle = math.atan2(length, cosine) * share
-            mixed = math.cos(angle) * a + math.sin(angle) * beside / length
-        else:
-            mixed = a
-    else:
-        mixed = (1 - share) * a + share * b
-    made: Tensor = mixed / mixed.norm()
-    return made
 
 
 def recorded_set(record: Mapping[str, Any], path: Path) -> DirectionSet | None:

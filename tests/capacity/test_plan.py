@@ -38,6 +38,22 @@ def test_sizes_are_those_of_the_files_and_need_no_weights(kind: str, tiny, cli, 
     assert document["machine"]["memory"] == 8 * 10**9
 
 
+def test_robust_means_keep_the_activations_of_a_kind_in_main_memory(tiny, cli) -> None:
+    base = ("plan", tiny("llama"), "--n-train", "1000000", "--positions", "2", "--memory", "8GB")
+    plain, kept = (
+        cli(*base, *more, "--json").json for more in ((), ("--robust", "median"))
+    )  # fmt: skip
+    size = 1_000_000 * 2 * 4 * 48 * 4  # prompts, positions, layers, d_model, bytes of a float32
+    assert (plain["kept_activations"], kept["kept_activations"]) == (0, size)
+    before, after = (
+        {stage["name"]: stage["memory"] for stage in document["stages"]}
+        for document in (plain, kept)
+    )
+    assert after["extract"] - before["extract"] == pytest.approx(size, abs=64 << 20)
+    card = cli(*base, "--robust", "winsor", "--machine", "24GB").out
+    assert "extract --robust: 1.5 GB of main memory" in card
+
+
 def test_a_model_larger_than_memory_is_streamed(tiny, cli, tmp_path: Path) -> None:
     model = tiny("llama")
     small = cli("plan", model, "--memory", "300KB", "--activation-memory", "1MB", "--json").json

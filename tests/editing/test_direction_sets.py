@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from abliterate import ablate
-from abliterate.direction_set import DirectionSet, interpolated
+from abliterate.direction_interpolation import interpolated
+from abliterate.direction_set import DirectionSet
 
 IDS = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(5))
 LAYERS, WIDTH = 4, 48

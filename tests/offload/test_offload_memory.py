@@ -22,7 +22,7 @@ from transformers import Qwen3MoeConfig
 from warm_python import Begun, warm_python
 
 from abliterate import extract, load_model, load_prompts
-from abliterate.extraction.means import Extraction
+from abliterate.extraction.extraction import Extraction
 
 LAYERS, EXPERTS, WIDTH, INNER = 46, 8, 512, 1024
 # Layers of the same weights, so that what the model in memory gives can be had from three layers:

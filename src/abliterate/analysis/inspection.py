@@ -16,8 +16,8 @@ from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.direction_loading import load_direction
 from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
+from abliterate.extraction.extraction import Extraction
 from abliterate.extraction.kept_activations import Activations
-from abliterate.extraction.means import Extraction
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import check_direction
 from abliterate.inference.logit_lens import Promoted, extremes, logit_lens

@@ -22,7 +22,7 @@ from abliterate.console import log
 from abliterate.direction import Direction
 from abliterate.errors import InputError, UsageError
 from abliterate.extraction import means
-from abliterate.extraction.means import Extraction
+from abliterate.extraction.extraction import Extraction
 from abliterate.inference.engine import BatchActivations
 from abliterate.inference.interventions import check_layer
 from abliterate.inference.thoughts import ask

@@ -14,7 +14,7 @@ from abliterate.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from abliterate.direction import Direction
 from abliterate.direction_loading import load_direction
 from abliterate.errors import InputError, UsageError
-from abliterate.extraction.means import Extraction
+from abliterate.extraction.extraction import Extraction
 from abliterate.extraction.refusal_token_search import named_refusal_tokens
 from abliterate.models.loading import LoadedModel
 from abliterate.prompts.chat_template import ChatFormat

@@ -24,7 +24,7 @@ from abliterate.capacity.hardware import parse_hardware
 from abliterate.capacity.resource_plan import plan_resources
 from abliterate.checkpoints.checkpoint import find_checkpoint
 from abliterate.errors import UsageError
-from abliterate.extraction.means import Extraction
+from abliterate.extraction.extraction import Extraction
 from abliterate.inference.interventions import check_direction
 from abliterate.result_tables import to_frame, to_html, to_json
 from abliterate.settings import parse_memory

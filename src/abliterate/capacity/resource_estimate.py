@@ -108,6 +108,7 @@ class Workload:
         activation_memory: bytes for activations under ``--offload``; None is half of the memory.
         libraries: bytes that the process has before the model.
         answer: tokens of an answer, at most.
+        robust: the means are robust ones, for which all activations of a kind are kept.
     """
 
     n_train: int = N_TRAIN
@@ -117,6 +118,7 @@ class Workload:
     activation_memory: int | None = None
     libraries: int = field(default=500 << 20)
     answer: int = ANSWER
+    robust: bool = False
 
 
 def assumed_machine(hardware: Hardware, shape: Shape, memory: int | None = None) -> Machine:
@@ -219,7 +221,16 @@ def _extract(shape: Shape, machine: Machine, work: Workload, where: Spread) -> S
     seen = prompts * work.positions * len(shape.blocks) * shape.width * shape.itemsize
     held = _waiting(shape, work, tokens, prompts) + seen
     flops = _flops(shape, tokens, prompts)
-    return _stage("extract", shape, machine, work, where, flops, held, 1)
+    found = _stage("extract", shape, machine, work, where, flops, held, 1)
+    # They are in main memory, which is what a stage without an accelerator peaks in.
+    kept = 0 if machine.gpu_memory else kept_activations(shape, work)
+    return replace(found, memory=found.memory + kept)
+
+
+def kept_activations(shape: Shape, work: Workload) -> int:
+    """Bytes of main memory for the activations of one kind of prompt, where means are robust."""
+    numbers = work.n_train * work.positions * len(shape.blocks) * shape.width
+    return numbers * shape.itemsize if work.robust else 0
 
 
 def _select(shape: Shape, machine: Machine, work: Workload, where: Spread) -> StageEstimate:
@@ -314,6 +325,7 @@ def as_document(
         "bytes": shape.weights,
         "bytes_on_disk": shape.stored,
         "largest_block": max(shape.blocks),
+        "kept_activations": kept_activations(shape, work),
         "n_layers": len(shape.blocks),
         "mode": stages[0].mode,
         "spread": asdict(where),

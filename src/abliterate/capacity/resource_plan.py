@@ -28,6 +28,7 @@ def plan_resources(
     hardware: Hardware | None = None,
     activation_memory: int | None = None,
     dtype: str = "auto",
+    robust: bool = False,
     trust_remote_code: bool = False,
 ) -> Mapping[str, Any]:
     """Memory, time and passes of each stage, from configuration and headers alone.
@@ -44,6 +45,7 @@ def plan_resources(
         hardware: a machine that is not at hand, instead of this one.
         activation_memory: bytes for a streamed model's activations; None for half of the memory.
         dtype: of the computation.
+        robust: extract takes robust means, for which it keeps all activations of a kind.
         trust_remote_code: the checkpoint's own code may run.
 
     Returns:
@@ -93,5 +95,6 @@ def plan_resources(
         activation_memory,
         psutil.Process().memory_info().rss,
         answer_tokens,
+        robust,
     )
     return resource_estimate.as_document(checkpoint.name, config, shape, machine, work)

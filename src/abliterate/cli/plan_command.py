@@ -57,7 +57,7 @@ def plan(
     from abliterate.checkpoints.checkpoint import find_checkpoint
 
     asked = given["model"]
-    load_settings(None, given)
+    robust = load_settings(None, given).extract.robust
     given_memory = None if memory is None else parse_memory(memory, "--memory")
     given_gpu = None
     if gpu_memory is not None:
@@ -80,6 +80,7 @@ def plan(
             parse_memory(activations, "--activation-memory") if activations else None
         ),
         dtype=asked["dtype"] or "auto",
+        robust=robust != "none",
         trust_remote_code=bool(asked["trust_remote_code"]),
     )
     document = {**document, "model": model}
@@ -132,6 +133,11 @@ def _show(document: Any) -> None:
         print_line(
             f"evaluate: as if every answer had {document['workload']['answer']} tokens "
             "(--answer-tokens); select: as if no search were cut short"
+        )
+    if document["kept_activations"]:
+        print_line(
+            f"extract --robust: {_size(document['kept_activations'])} of main memory for all "
+            "activations of a kind of prompt"
         )
     if machine["assumed"]:
         print_line(

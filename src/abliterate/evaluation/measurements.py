@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from abliterate.direction import Direction
+from abliterate.evaluation.asked_prompts import AskedPrompts, row_key
 from abliterate.evaluation.changes import change_of
 from abliterate.evaluation.compare import (
-    ask_prompts,
     complete,
     metrics_of,
 )
@@ -56,12 +55,10 @@ from abliterate.inference.engine import Change, OnFirstLogits
 from abliterate.inference.generation import ends_of_turn
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
-from abliterate.inference.thoughts import AnswerLimits, Asked
+from abliterate.inference.thoughts import AnswerLimits
 from abliterate.models.loading import LoadedModel, load_config
-from abliterate.prompts.chat_template import encode
 from abliterate.prompts.corpora import Corpus, Example
-from abliterate.run_folder import COMPLETIONS, Session, prompt_keys, token_records
-from abliterate.run_stage import input_hash
+from abliterate.run_folder import COMPLETIONS, Session, token_records
 
 
 @dataclass
@@ -106,7 +103,7 @@ class Measurements:
         )
         held = {figure: tuple(map(as_float, column)) for figure, column in values.items()}
         self.metrics[name] = Metrics(**held, seed=self.session.settings.model.seed)
-        _ = self._ended
+        _ = self.asked.ended
         if name in CONTROLLED and self.n_controls:
             self.controls[name] = self._controls(name)
         self.losses[name] = {corpus: self._loss(name, corpus) for corpus in self.corpora}
@@ -146,7 +143,7 @@ class Measurements:
             subject, change = self._subject(name)
             complete(
                 subject,
-                self.ids[kind],
+                self.asked.ids[kind],
                 file,
                 change=change,
                 max_new_tokens=settings.max_new_tokens,
@@ -162,14 +159,14 @@ class Measurements:
 
     def _taking(self, name: str, kind: str) -> OnFirstLogits | None:
         """What takes the logits that a row's answers start from, if a figure is made of them."""
-        if self._starts_elsewhere or self.memo.has(self._metrics_key(name), are_values):
+        if self.asked.starts_elsewhere or self.memo.has(self._metrics_key(name), are_values):
             return None
         return self.logits.taking(name, kind)
 
     def _ask_server(self, server: Server, file: CompletionFile, label: tuple[str, str]) -> None:
         """Have a server answer what the model here would be asked; no model is loaded."""
         session, chat = self.session, self.session.chat
-        settings, ids = session.settings, self.ids[label[1]]
+        settings, ids = session.settings, self.asked.ids[label[1]]
         trust, tokenizer = settings.model.trust_remote_code, session.tokenizer
         subject = self.inputs.edited.get(label[0], session.checkpoint)
         config = load_config(subject, trust)
@@ -198,7 +195,7 @@ class Measurements:
             borderline,
             self.session.settings.model.seed,
             self.inputs.sets,
-            self.scored_prompts,
+            self.asked.scored_prompts,
         )
 
     def _made(self, name: str, kind: str) -> tuple[Completion, ...] | None:
@@ -229,70 +226,9 @@ class Measurements:
         return memo
 
     @cached_property
-    def ids(self) -> dict[str, list[list[int]]]:
-        tokenizer, chat = self.session.tokenizer, self.session.chat
-        return {
-            kind: encode(tokenizer, [prompt.text for prompt in chosen], chat)
-            for kind, chosen in self.inputs.prompts.items()
-        }
-
-    @cached_property
-    def _asked(self) -> dict[str, Asked]:
-        """The prompts with the thoughts that the unmodified model has about them."""
-        base, chat, prompts = self.session.loaded, self.session.chat, self.inputs.prompts
-        return {
-            kind: ask_prompts(base, prompts[kind], chat, self._batch_size, kind) for kind in KINDS
-        }
-
-    @cached_property
-    def scored_ids(self) -> dict[str, list[list[int]]]:
-        """As ``ids``, up to where the answer begins: what first tokens are scored on."""
-        if not self._starts_elsewhere:
-            return self.ids
-        return {kind: asked.finished(kind) for kind, asked in self._asked.items()}
-
-    @property
-    def _starts_elsewhere(self) -> bool:
-        """Whether answers start from other tokens than those that first tokens are scored on."""
-        return self.session.thinking.mode == "skip"
-
-    @cached_property
-    def _ended(self) -> dict[str, list[bool]] | None:
-        """Which prompts' thoughts have ended; None where none are had."""
-        if not (self._starts_elsewhere and self.inputs.here):
-            return None
-
-        def find() -> dict[str, list[bool]]:
-            return {kind: asked.ended for kind, asked in self._asked.items()}
-
-        key = self._key("baseline", "ended", self._prompts_key)
-        ended: dict[str, list[bool]] = self.memo.get(key, find, self._are_flags)
-        return ended
-
-    @property
-    def scored(self) -> dict[str, int] | None:
-        """Of how many prompts first tokens were scored, where a thought came before; else None."""
-        return None if self._ended is None else {k: sum(flags) for k, flags in self._ended.items()}
-
-    @property
-    def scored_prompts(self) -> dict[str, list[str]]:
-        """The keys of the prompts whose first tokens were scored, in the order of the figures."""
-        ended, prompts = self._ended, prompt_keys({k: self.inputs.prompts[k] for k in KINDS})
-        if ended is None:
-            return prompts if self.inputs.here else {}
-        return {kind: list(compress(keys, ended[kind])) for kind, keys in prompts.items()}
-
-    def _are_flags(self, figure: Any) -> bool:
-        return (
-            isinstance(figure, dict)
-            and set(figure) == set(KINDS)
-            and all(
-                isinstance(figure[kind], list)
-                and len(figure[kind]) == len(self.inputs.prompts[kind])
-                and set(map(type, figure[kind])) <= {bool}
-                for kind in KINDS
-            )
-        )
+    def asked(self) -> AskedPrompts:
+        """The prompts as token ids."""
+        return AskedPrompts(self.session, self.inputs, self.memo)
 
     @cached_property
     def corpora(self) -> dict[str, Corpus | None]:
@@ -317,12 +253,12 @@ class Measurements:
             else:
                 first_prompts = self.logits.of("baseline", KINDS, DETECT_PROMPTS)
                 harmful, harmless = (first_prompts[kind] for kind in KINDS)
-                asked = self.scored_ids
+                asked = self.asked.scored_ids
                 with or_thinks_first(base, self.session.chat, asked["harmful"]):
                     tokens = refusal_tokens_shown(harmful, harmless, base.tokenizer, asked)
             return token_records(base.tokenizer, tokens)
 
-        key = self._key("baseline", "refusal", self._prompts_key)
+        key = self._key("baseline", "refusal", self.asked.key)
         tokens: list[dict[str, Any]] = self.memo.get(key, find, are_tokens)
         return tokens
 
@@ -337,11 +273,11 @@ class Measurements:
         rows = [name for name in inputs.rows if name not in inputs.edited]
         session, settings = self.session, self.session.settings.evaluate
         answering = None
-        if session.opener.generates and not self._starts_elsewhere:
+        if session.opener.generates and not self.asked.starts_elsewhere:
             begun = session.thinking.begun
             answering = Answering(session.chat, settings.max_new_tokens, begun)
         return FirstTokenLogits(
-            load, rows, inputs.direction, self.scored_ids, self._batch_size, answering
+            load, rows, inputs.direction, self.asked.scored_ids, self._batch_size, answering
         )
 
     @property
@@ -368,7 +304,7 @@ class Measurements:
     def _control_activations(self) -> tuple[Tensor, int, int]:
         direction = self.inputs.direction
         assert isinstance(direction, Direction)
-        base, harmless = self.session.loaded, self.scored_ids["harmless"]
+        base, harmless = self.session.loaded, self.asked.scored_ids["harmless"]
         return activations_at(base, harmless, direction.layer, direction.position, self._batch_size)
 
     def _controls(self, name: str) -> dict[str, Any]:
@@ -386,7 +322,7 @@ class Measurements:
                 activations,
                 count,
                 seed,
-                self.scored_ids,
+                self.asked.scored_ids,
                 self.baseline,
                 [token["id"] for token in self.refusal_tokens],
                 self.metrics[name],
@@ -395,7 +331,7 @@ class Measurements:
             of = {"n_prompts": len(activations), "layer": layer, "position": position}
             return {"controls": found, "activations": of}
 
-        key = self._prompts_key | {"count": count, "seed": seed, "others": inputs.others_key}
+        key = self.asked.key | {"count": count, "seed": seed, "others": inputs.others_key}
         held: dict[str, Any] = self.memo.get(self._key(name, "controls", key), find, are_controls)
         return held
 
@@ -431,27 +367,10 @@ class Measurements:
         return dict(run_tasks(subject, tasks, self._batch_size, seed, change))
 
     def _metrics_key(self, name: str) -> str:
-        return self._key(name, "metrics", self._prompts_key | {"figures": "by prompt"})
-
-    @property
-    def _prompts_key(self) -> dict[str, Any]:
-        """What refusal tokens, and all that counts them, depend on."""
-        of_metrics = {kind: self.inputs.prompts[kind] for kind in KINDS}
-        prompts = prompt_keys(of_metrics, keep_text=True)
-        return {"prompts": prompts, "tokens": self.inputs.named_tokens}
+        return self._key(name, "metrics", self.asked.key | {"figures": "by prompt"})
 
     def _key(self, name: str, what: str, more: Mapping[str, Any]) -> str:
-        """The hash of all that a figure of a row depends on."""
-        edited, direction = self.inputs.edited, self.inputs.direction
-        subject: Any = {
-            "intervention": name,
-            "direction": None if name == "baseline" else direction and direction.key,
-        }
-        if name in edited:
-            subject = {"checkpoint": edited[name].identity()}
-        if name in self.inputs.servers:
-            subject["server"] = self.inputs.servers[name].summary()
-        return input_hash(self.session, {"subject": subject, "what": what, "more": more})
+        return row_key(self.session, self.inputs, name, what, more)
 
     def _subject(self, name: str) -> tuple[LoadedModel, Change]:
         """The model of a row and its intervention; one checkpoint at a time beside the base."""
@@ -459,7 +378,7 @@ class Measurements:
         if name not in edited:
             return self.session.loaded, change_of(name, self.inputs.direction)
         if name not in self._loaded:
-            _ = self.ids, self.baseline  # the base's share, before it goes
+            _ = self.asked.ids, self.baseline  # the base's share, before it goes
             self.release()
             self._loaded[name] = self.session.load(edited[name])
         return self._loaded[name], None

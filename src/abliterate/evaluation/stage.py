@@ -185,7 +185,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "interventions": {name: outcome.summary() for name, outcome in outcomes.items()},
         "deltas": deltas(outcomes),
         "by_prompt": {
-            "prompts": measurements.scored_prompts,
+            "prompts": measurements.asked.scored_prompts,
             "interventions": {name: outcome.by_prompt() for name, outcome in outcomes.items()},
         },
         "controls": _controls(measurements),
@@ -199,7 +199,7 @@ def _record(measurements: Measurements) -> dict[str, Any]:
         "task_settings": None if tasks is None else tasks.summary(),
         "n_prompts": {kind: len(chosen) for kind, chosen in inputs.prompts.items()},
         **({"sets": {k: dict(held) for k, held in inputs.sets.items()}} if inputs.sets else {}),
-        **({} if (scored := measurements.scored) is None else {"n_scored": scored}),
+        **({} if (scored := measurements.asked.scored) is None else {"n_scored": scored}),
         "intervals": share_methods(),
         "bootstrap": bootstrap_settings(session.settings.model.seed),
         "refusal_tokens": measurements.refusal_tokens,

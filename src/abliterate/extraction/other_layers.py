@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from abliterate.direction import Direction
-from abliterate.extraction.means import Extraction
+from abliterate.extraction.extraction import Extraction
 
 
 def other_layers(

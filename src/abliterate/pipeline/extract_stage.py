@@ -11,13 +11,14 @@ from typing import Any
 
 from abliterate.direction_loading import FIRST_TOKEN_MEAN
 from abliterate.errors import UsageError
+from abliterate.extraction.extraction import Extraction
 from abliterate.extraction.kept_activations import (
     ActivationWriter,
     Wanted,
     activation_writer,
     choose_layers,
 )
-from abliterate.extraction.means import Extraction, extract
+from abliterate.extraction.means import extract
 from abliterate.extraction.robust_means import clipped, require_one_process
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.token_batches import budget_record

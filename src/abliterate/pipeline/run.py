@@ -8,8 +8,8 @@ from typing import Any
 
 from abliterate.console import log
 from abliterate.direction import Direction
+from abliterate.direction_interpolation import parse_interpolation
 from abliterate.direction_loading import load_directions
-from abliterate.direction_set import parse_interpolation
 from abliterate.editing.early_check import check_edit
 from abliterate.editing.options import edit_options, named_layers
 from abliterate.editing.workspace import check_absent, is_begun

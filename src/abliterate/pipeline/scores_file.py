@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.console import log
-from abliterate.extraction.means import Extraction
+from abliterate.extraction.extraction import Extraction
 from abliterate.inference.in_memory import engine_of
 from abliterate.prompts.sources import Prompt
 from abliterate.run_stage import OpenStage, input_hash

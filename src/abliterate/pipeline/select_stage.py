@@ -13,7 +13,7 @@ from abliterate.direction import (
     save_direction,
 )
 from abliterate.errors import InputError, SelectionError
-from abliterate.extraction.means import Extraction
+from abliterate.extraction.extraction import Extraction
 from abliterate.inference.token_batches import budget_record
 from abliterate.models.model_classes import text_config
 from abliterate.models.quantized_loading import how_it_computes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abliterate.extraction.means import Extraction
+from abliterate.extraction.extraction import Extraction
 from abliterate.selection.candidate_filters import Score, require_score
 from abliterate.selection.pareto_front import exact_scores
 from abliterate.selection.search import Selection

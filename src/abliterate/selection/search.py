@@ -11,7 +11,8 @@ from torch import Tensor
 
 from abliterate.direction import Direction
 from abliterate.errors import SelectionError, UsageError
-from abliterate.extraction.means import Extraction, require_min_prompts
+from abliterate.extraction.extraction import Extraction
+from abliterate.extraction.means import require_min_prompts
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.thinks_first import or_thinks_first
 from abliterate.inference.thoughts import ask, unfinished

@@ -97,7 +97,7 @@ class ExtractSettings(Section):
             "Means for activations with outliers: winsor (winsorised) or median (geometric). "
             "none: the paper's mean.",
             METHOD,
-            EXTRACT,
+            (*EXTRACT, "plan"),
         ),
     ] = "none"
     winsor_quantile: Annotated[
