@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,14 +208,16 @@ _WIDTHS = (32, 64, 64, 96, 96, 128, 128, 160, 192, 256)
 _DEPTHS = (1, 2, 3, 4, 4, 6, 6, 8)
 
 
-def random_checkpoints(folder: Path, count: int, first: int = 0) -> Iterator[tuple[str, Path]]:
-    """Unedited checkpoints of every kind, one at a time in the same folder."""
+def random_checkpoints(
+    folder: Path, indices: Iterable[int]
+) -> Iterator[tuple[str, Callable[[], Path]]]:
+    """Unedited checkpoints of every kind: their names, and what makes each in the same folder."""
     generator = torch.Generator()
 
     def draw(choices: tuple[Any, ...]) -> Any:
         return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
-    for index in range(first, first + count):
+    for index in indices:
         generator.manual_seed(5000 + index)
         kind = _RANDOM_KINDS[index % len(_RANDOM_KINDS)]
         width, depth, tied = draw(_WIDTHS), draw(_DEPTHS), draw((True, False))
@@ -226,14 +229,21 @@ def random_checkpoints(folder: Path, count: int, first: int = 0) -> Iterator[tup
             draw((0.0, 0.0, 0.05, 0.3)),
             draw((0.0, 0.0, 0.05)),
         )
-        model = build(kind, width, depth, 100 + index, tied)
-        shape_weights(model, shape, folder, 100 + index)
         dtype = draw((torch.float32, torch.bfloat16, torch.float16))
-        from safetensors.torch import load_file, save_file
+        name = f"random {index}: {kind}, d {width}, {depth} blocks, tied {tied}, {shape}, {dtype}"
+        size = (kind, width, depth, 100 + index, tied)
+        yield name, partial(_make_random, folder, size, shape, dtype)
 
-        path = folder / "model.safetensors"
-        save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path, {"format": "pt"})
-        yield f"{kind}, d {width}, {depth} blocks, tied {tied}, {shape}, {dtype}", folder
+
+def _make_random(
+    folder: Path, size: tuple[str, int, int, int, bool], shape: Shape, dtype: torch.dtype
+) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    shape_weights(build(*size), shape, folder, seed=size[3])
+    path = folder / "model.safetensors"
+    save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path, {"format": "pt"})
+    return folder
 
 
 def decay(folder: Path, share: float) -> None:

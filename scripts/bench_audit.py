@@ -7,16 +7,19 @@ heavy-tailed spectra they are edited in every way of the table, and each edited 
 is audited by the function that the command line calls, without a base, after its record and card
 are deleted. Part 2, false positives: unedited checkpoints, trained ones at several stages and
 random ones of varied architecture, width, depth, spectrum, dead and pruned channels; and the models
-after changes that are no edits (uniform decay, merged rank-1 LoRAs), with and without their bases.
+after changes that are no edits (uniform decay, merged rank-1 LoRAs), with and without their bases;
+and what training made of each stage of a trained model, held against that stage.
 
     python scripts/bench_audit.py --work /tmp/audit-bench      # all: 8 minutes of a core + training
     python scripts/bench_audit.py --steps 40 --clean 20        # a first look
     python scripts/bench_audit.py --skip-recall --also MODEL   # an unedited checkpoint of your own
+    python scripts/bench_audit.py --skip-recall --rows FILE    # a stopped run goes on where it was
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +30,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -233,40 +238,74 @@ def demo_direction(work: Path) -> Tensor:
         }
         found = extract(loaded, prompts["harmful", "train"], prompts["harmless", "train"])
         chosen = select(loaded, found, prompts["harmful", "val"], prompts["harmless", "val"])
-        torch.save(chosen.direction(found).vector, note)
+        torch.save(chosen.direction.vector.clone(), note)
     vector: Tensor = torch.load(note, weights_only=True)
     return vector
 
 
-def recall(work: Path, steps: int, only: Sequence[str]) -> Iterator[dict[str, Any]]:
+class Rows:
+    """The audits, each a line of a file as soon as it is found, so that a stopped run can go on.
+
+    A row says by which state of the audit's code it was found.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        kept = path is not None and path.is_file()
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path and kept else []
+        self.held = {row["key"]: row for row in rows}
+        code = hashlib.sha256()
+        for file in sorted((ROOT / "src" / "abliterate" / "auditing").glob("*.py")):
+            code.update(file.read_bytes())
+        self.code = code.hexdigest()[:8]
+
+    def find(self, key: str, judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of this key: the one that the file holds, or a new one."""
+        if key not in self.held:
+            row = {"key": key, "code": self.code, **judge()}
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            self.held[key] = row
+        return self.held[key]
+
+
+def recall(work: Path, steps: int, only: Sequence[str], rows: Rows) -> Iterator[dict[str, Any]]:
     for name, folder, own, _ in models(work, steps, only):
         generator = torch.Generator().manual_seed(17)
         other = torch.randn(own.shape, generator=generator, dtype=torch.float64)
         heavy = folder.name.startswith("heavy")
         for drawn, vector in (("random", other), *((("means", own),) if not heavy else ())):
             for case, edit in CASES.items():
-                out = work / f"edited-{os.getpid()}"
-                shutil.rmtree(out, ignore_errors=True)
+                judge = partial(judge_edit, work, folder, vector, edit)
                 try:
-                    edit(folder, vector, out)
+                    row = rows.find(f"{name}, {drawn}, {case}", judge)
                 except LookupError as error:
                     print(f"{name}, {case}: not possible ({error})", file=sys.stderr)
                     continue
-                (out / "abliterate.json").unlink(missing_ok=True)
-                (out / "README.md").unlink(missing_ok=True)
-                begun = time.perf_counter()
-                found = audit(find_checkpoint(str(out)))
-                unit = vector / vector.norm()
-                cosine = None if found.direction is None else abs(float(found.direction @ unit))
-                row = {
-                    "model": name, "direction": drawn, "case": case, "verdict": found.verdict,
-                    "evidence": found.evidence, "writers": found.blind.verdict,
-                    "p_value": found.blind.p_value, "cosine": cosine, "style": found.style,
-                    "removed": found.removed, "biases": found.biases,
-                    "embeddings": found.embeddings, "seconds": time.perf_counter() - begun,
-                }  # fmt: skip
-                print(json.dumps(row), file=sys.stderr, flush=True)
-                yield row
+                yield {"model": name, "direction": drawn, "case": case, **row}
+
+
+def judge_edit(
+    work: Path, folder: Path, vector: Tensor, edit: Callable[[Path, Tensor, Path], None]
+) -> dict[str, Any]:
+    """Edit the checkpoint along the vector, and audit what comes out."""
+    out = work / f"edited-{os.getpid()}"
+    shutil.rmtree(out, ignore_errors=True)
+    edit(folder, vector, out)
+    (out / "abliterate.json").unlink(missing_ok=True)
+    (out / "README.md").unlink(missing_ok=True)
+    begun = time.perf_counter()
+    found = audit(find_checkpoint(str(out)))
+    unit = vector / vector.norm()
+    cosine = None if found.direction is None else abs(float(found.direction @ unit))
+    return {
+        "verdict": found.verdict, "evidence": found.evidence, "writers": found.blind.verdict,
+        "p_value": found.blind.p_value, "cosine": cosine, "style": found.style,
+        "removed": found.removed, "biases": found.biases,
+        "embeddings": found.embeddings, "seconds": time.perf_counter() - begun,
+    }  # fmt: skip
 
 
 #: What is done to unedited models, and is no edit: held against its own base, and without one.
@@ -278,46 +317,53 @@ BENIGN: Mapping[str, Callable[[Path], None]] = {
 }
 
 
-def false_positives(
-    work: Path, steps: int, count: int, only: Sequence[str], also: Sequence[Path] = ()
-) -> Iterator[dict[str, Any]]:
-    """Audits of unedited checkpoints: ``also`` are some of one's own (pretrained ones, say)."""
+def judge_unedited(folder: Path, base: Path | None = None) -> dict[str, Any]:
+    source = None if base is None else find_checkpoint(str(base))
+    found = audit(find_checkpoint(str(folder)), source)
+    sides = (found.blind, found.readers)
+    return {
+        "verdict": found.verdict, "reason": found.reason,
+        "p_value": min(side.p_value for side in sides),
+        "p_values": [side.p_value for side in sides],
+        "detectable": [side.detectable for side in sides],
+        "groups": [[g.ratio, g.agreement] for side in sides for g in side.gaps.values()],
+        "set_aside": [one.reason for side in sides for one in side.set_aside],
+        "projected": 0 if found.comparison is None else len(found.comparison.projected),
+    }  # fmt: skip
 
-    def judge(name: str, folder: Path, base: Path | None = None) -> dict[str, Any]:
-        source = None if base is None else find_checkpoint(str(base))
-        found = audit(find_checkpoint(str(folder)), source)
-        sides = (found.blind, found.readers)
-        row = {
-            "model": name, "verdict": found.verdict, "reason": found.reason,
-            "p_value": min(side.p_value for side in sides),
-            "p_values": [side.p_value for side in sides],
-            "detectable": [side.detectable for side in sides],
-            "groups": [[g.ratio, g.agreement] for side in sides for g in side.gaps.values()],
-            "set_aside": [one.reason for side in sides for one in side.set_aside],
-            "projected": 0 if found.comparison is None else len(found.comparison.projected),
-        }  # fmt: skip
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        return row
 
-    left = count
-    for folder in also[:count]:
-        yield judge(folder.name, folder)
-        left -= 1
-    for name, folder, _, stages in models(work, steps, only):
-        for stage in (*stages, folder)[:left]:
-            yield judge(f"{name}: {stage.name}", stage)
-            left -= 1
-    for name, folder in random_checkpoints(work / "clean", left):
-        yield judge(name, folder)
+def judge_benign(work: Path, folder: Path, case: str, with_base: bool) -> dict[str, Any]:
+    """Change the checkpoint in a way that is no edit, and audit that."""
     changed = work / f"changed-{os.getpid()}"
-    for name, folder, _, _ in models(work, steps, only):
-        for case, change_it in BENIGN.items():
-            shutil.rmtree(changed, ignore_errors=True)
-            shutil.copytree(folder, changed)
-            change_it(changed)
-            yield judge(f"{name}, {case}, with its base", changed, folder)
-            yield judge(f"{name}, {case}", changed)
     shutil.rmtree(changed, ignore_errors=True)
+    shutil.copytree(folder, changed)
+    BENIGN[case](changed)
+    try:
+        return judge_unedited(changed, folder if with_base else None)
+    finally:
+        shutil.rmtree(changed, ignore_errors=True)
+
+
+def false_positives(work: Path, given: argparse.Namespace, rows: Rows) -> Iterator[dict[str, Any]]:
+    """Audits of unedited checkpoints: ``also`` are some of one's own (pretrained ones, say)."""
+    unedited = [(folder.name, folder) for folder in given.also[: given.clean]]
+    for name, folder, _, stages in models(work, given.steps, given.only):
+        unedited += [(f"{name}: {stage.name}", stage) for stage in (*stages, folder)]
+    for name, folder in unedited[: given.clean]:
+        yield rows.find(name, partial(judge_unedited, folder))
+    left = max(0, given.clean - len(unedited))
+    indices = [*range(given.first, left), *range(min(given.first, left))]
+    for name, make in random_checkpoints(work / "clean", indices):
+        yield rows.find(name, lambda make=make: judge_unedited(make()))
+    for name, folder, _, stages in models(work, given.steps, given.only):
+        kept = [*stages, folder]
+        for base, later in [*pairwise(kept), *([(kept[0], kept[-1])] if len(kept) > 2 else [])]:
+            how = f"{name}: {later.name}, trained on from {base.name}, with its base"
+            yield rows.find(how, partial(judge_unedited, later, base))
+        for case in BENIGN:
+            for with_base, how in ((True, ", with its base"), (False, "")):
+                judge = partial(judge_benign, work, folder, case, with_base)
+                yield rows.find(f"{name}, {case}{how}", judge)
 
 
 def report(found: list[dict[str, Any]], clean: list[dict[str, Any]]) -> None:
@@ -352,7 +398,8 @@ def report(found: list[dict[str, Any]], clean: list[dict[str, Any]]) -> None:
     if clean:
         verdicts = Counter(row["verdict"] for row in clean)
         print(f"\nUnedited: {len(clean)} checkpoints: {dict(verdicts)}")
-        claimed = [row["model"] for row in clean if row["verdict"] == "edited" or row["projected"]]
+        print(f"by the state of the audit's code: {dict(Counter(row['code'] for row in clean))}")
+        claimed = [row["key"] for row in clean if row["verdict"] == "edited" or row["projected"]]
         print(f"claimed wrongly: {len(claimed)} {claimed}")
         print(f"smallest p-value: {min(row['p_value'] for row in clean):.1e}")
         groups = [g for row in clean for g in row["groups"]]
@@ -378,6 +425,12 @@ def main() -> None:
     parser.add_argument(
         "--also", type=Path, nargs="*", default=[], help="unedited checkpoints of your own"
     )
+    parser.add_argument(
+        "--rows", type=Path, help="each audit as a line of JSON; those it holds are not run again"
+    )
+    parser.add_argument(
+        "--first", type=int, default=0, help="begin with this random model; those before it follow"
+    )
     parser.add_argument("--out", type=Path, help="all figures as JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -388,12 +441,12 @@ def main() -> None:
     clean: list[dict[str, Any]] = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the table of what was done by then
     with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
-        work = given.work or Path(folder)
+        work, rows = given.work or Path(folder), Rows(given.rows)
         work.mkdir(parents=True, exist_ok=True)
         if not given.skip_recall:
-            found.extend(recall(work, given.steps, given.only))
+            found.extend(recall(work, given.steps, given.only, rows))
         if given.clean:
-            clean.extend(false_positives(work, given.steps, given.clean, given.only, given.also))
+            clean.extend(false_positives(work, given, rows))
     if given.out:
         given.out.write_text(json.dumps({"recall": found, "clean": clean}, indent=1))
     report(found, clean)

@@ -423,7 +423,7 @@ def measure(folder: Path) -> tuple[Selection, dict[str, Outcome]]:
     )
     extraction = extract(loaded, *train)
     selection = select(loaded, extraction, *val)
-    direction = selection.direction(extraction)
+    direction = selection.direction
     outcomes = evaluate(loaded, *test, extraction.refusal_tokens, direction, max_new_tokens=64)
     return selection, outcomes
 

@@ -268,6 +268,37 @@ def test_decay_of_writers_with_a_common_output_is_no_edit(
     assert cli("audit", tmp_path / "out", "--base", strong, "-q").code == 7
 
 
+def test_tokens_that_training_pushes_along_together_are_no_edit(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path
+) -> None:
+    """Tables whose rare tokens share a direction, which grows nearly in proportion."""
+    common, rare = random_direction(77), torch.linspace(0.4, 1, WIDTH * 2)
+    generator = torch.Generator().manual_seed(3)
+
+    def shared(name: str, value: Tensor) -> Tensor:
+        if "embed_tokens" in name or "lm_head" in name:
+            value = value.clone()
+            value[: len(rare)] += 4 * value.norm(dim=1).mean() * torch.outer(rare, common.float())
+        return value
+
+    def grown(name: str, value: Tensor) -> Tensor:
+        if "embed_tokens" in name or "lm_head" in name:
+            noise = torch.randn(len(value), generator=generator)
+            value = value + torch.outer(
+                (0.2 + 0.05 * noise) * (value @ common.float()), common.float()
+            )
+        return value + 0.02 * value.std() * torch.randn(value.shape, generator=generator)
+
+    shutil.copytree(bases["llama"][0], tmp_path / "base")
+    change_tensors(tmp_path / "base", shared)
+    shutil.copytree(tmp_path / "base", tmp_path / "out")
+    change_tensors(tmp_path / "out", grown)
+    found = _clean(cli, tmp_path / "out", tmp_path / "base")
+    tables = [t for t in found["base"]["tensors"] if t["component"] in ("embedding", "lm_head")]
+    assert len(tables) == 2
+    assert all(t["first"] > 0.9 for t in tables)
+
+
 def _rank_one(folder: Path) -> None:
     merge_lora(folder, 1, 0.2, lambda n: "o_proj" in n or "down" in n or "output" in n)
 

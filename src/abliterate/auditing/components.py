@@ -8,9 +8,11 @@ that the left null direction of every edited unit is the stream direction itself
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ from abliterate.writers import Gain, stream_width
 _RUNS = 8  # neighbouring columns are read together: so many runs, spread over the matrix
 _MAX_SLICES = 16  # of a stack of experts
 _AT_ONCE = 4096  # columns, where all are read
+_AT_ONCE_ELEMENTS = 1 << 20  # of whole rows of which some columns are wanted
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ def every_column(
 
 
 def _finite(entry: TensorEntry, columns: Tensor) -> Tensor:
-    if not bool(torch.isfinite(columns).all()):
+    if not all(math.isfinite(float(bound)) for bound in columns.aminmax()):
         raise CheckpointError(f"tensor '{entry.name}' in {entry.file} holds NaN or infinity")
     return columns
 
@@ -276,31 +279,24 @@ def _load(
     dtype: torch.dtype,
 ) -> Tensor:
     """Runs of neighbouring columns (of neighbouring rows, where rows lie along the stream)."""
-    if matrix_slice.d_model_is_columns:
-        matrix = _open_matrix(entry, stored, matrix_slice, files)
-        step = matrix.row_step
-        return torch.cat(
-            [
-                matrix.load(low, high)[first - low : last - low].T.to(dtype, copy=True)
-                for first, last in runs
-                for low, high in [(first // step * step, min(-(-last // step) * step, matrix.rows))]
-            ],
-            dim=1,
-        )
-    if stored is not None:  # blocks of scales: whole rows, then the columns
-        matrix = _open_matrix(entry, stored, matrix_slice, files)
-        step = max(
-            matrix.row_step, (1 << 22) // matrix_slice.columns // matrix.row_step * matrix.row_step
-        )
-        rows = []
-        for row in range(0, matrix_slice.rows, step):
-            block = matrix.load(row, min(row + step, matrix_slice.rows))
-            rows.append(torch.cat([block[:, a:b] for a, b in runs], dim=1).to(dtype))
-        return torch.cat(rows)
-    narrow = [replace(matrix_slice, offset=matrix_slice.offset + a, columns=b - a) for a, b in runs]
-    # Copies: what is loaded is valid until the next load.
-    parts = (_open_matrix(entry, None, s, files).load(0, s.rows) for s in narrow)
-    return _joined([part.to(dtype, copy=True) for part in parts])
+    matrix = _open_matrix(entry, stored, matrix_slice, files)
+    step, lies_along = matrix.row_step, matrix_slice.d_model_is_columns
+    d_model = matrix.columns if lies_along else matrix.rows
+    out = torch.empty(d_model, sum(last - first for first, last in runs), dtype=dtype)
+    places = list(accumulate((last - first for first, last in runs), initial=0))
+    if lies_along:
+        for (first, last), begin in zip(runs, places, strict=False):
+            low, high = first // step * step, min(-(-last // step) * step, matrix.rows)
+            block = matrix.load(low, high)[first - low : last - low]
+            out[:, begin : begin + last - first] = block.T
+        return out
+    # Whole rows, and the columns from them: that reads little more, and far less often.
+    step = max(step, _AT_ONCE_ELEMENTS // matrix.columns // step * step)
+    for row in range(0, matrix.rows, step):
+        block = matrix.load(row, min(row + step, matrix.rows))
+        for (first, last), begin in zip(runs, places, strict=False):
+            out[row : row + len(block), begin : begin + last - first] = block[:, first:last]
+    return out
 
 
 def _runs(count: int, max_count: int, generator: torch.Generator) -> list[tuple[int, int]]:

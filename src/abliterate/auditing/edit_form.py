@@ -294,7 +294,7 @@ def _text(
              "inverted": "inverted in"}  # fmt: skip
     verb = next((verbs[kind] for kind in kinds if kind in verbs), "projected out of")
     text = f"{what}, {verb} {_counted(len(members), side)} (scale {number})"
-    return text + (f", and read by {len(readers)} readers no more" if readers else "")
+    return text + (f", and read by {_counted(len(readers), 'reader')} no more" if readers else "")
 
 
 def _counted(number: int, noun: str) -> str:

@@ -138,7 +138,7 @@ def _gram(
     width = reading.d_model
     total = torch.zeros(width, width, dtype=dtype, device=device)
     count = 0
-    step = -(-width // _BLOCKS) if is_wide(width) else width
+    step = -(-width // _BLOCKS)
     for unit in pool.units:
         columns = read_columns(reading, unit, _max_columns(reading, pool), _SEED, gains, dtype)
         norm = _finite(float(torch.linalg.vector_norm(columns, dtype=torch.float64)), unit)

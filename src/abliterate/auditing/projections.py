@@ -26,6 +26,8 @@ _MOST = 0.6  # the same where rows or columns were rescaled after the projection
 _EVEN = 0.2  # of the largest scale: the least of directions that were lost together
 #: Of what changed along the directions, explained by what was there.
 FIT = 0.9
+_ALONE = 0.95  # the same where other changes hide the rank, and no other tensor vouches for it
+_DOMINANT = 0.25  # of a matrix's energy: more lies along what dominates it
 #: Squared cosine of a tensor's left vector with a direction that is the same.
 SAME = 0.9
 _EACH = 0.8  # the same of each of several directions
@@ -143,6 +145,9 @@ def own_projection(
         for count in range(1, min(left.shape[1], room) + 1):
             if float(shares[:count].sum()) >= wanted * signal:
                 if (found := seen.span(count, left)) is not None:
+                    inside = torch.eye(left.shape[1], dtype=left.dtype)[:, :count]
+                    if seen.only_grown(found.fit, inside):
+                        return None
                     return _sharpened(before[:, held], delta[:, held], found)
                 break
     return seen.hidden(left) if room >= left.shape[1] else None
@@ -318,6 +323,25 @@ class Grams:
             return False
         return abs(scale) >= _APART * abs((self.cross - both) / rest)
 
+    def only_grown(self, fit: float, inside: Tensor) -> bool:
+        """Whether a matrix changed along what dominates it, and only nearly in proportion.
+
+        Training does this: the rows of tokens that are never seen move together, say. A projection
+        leaves the proportion exact whatever is trained on top, as that is little along it.
+
+        Args:
+            fit: of the change along ``B c``.
+            inside: ``c``, ``[n]`` or ``[n, k]``, of orthogonal ``B c``.
+        """
+        columns = inside.reshape(len(self.had), -1)
+        lengths = (columns * (self.inner @ columns)).sum(dim=0)
+        held = float(((columns * (self.had @ columns)).sum(dim=0) / lengths).sum())
+        return fit < _WHOLE and held > _DOMINANT * self.energy
+
+    def shows_alone(self, fit: float, inside: Tensor) -> bool:
+        """Whether one matrix is enough, where other changes hide the rank."""
+        return fit >= _ALONE and not self.only_grown(fit, inside)
+
     def response(self) -> Tensor:
         """The map that takes ``B^T W`` to ``B^T D`` best, ``-s c c^T`` for a projection ``[n, n]``.
 
@@ -362,7 +386,8 @@ class Grams:
         kept = []
         for inside in (*vectors.T, *torch.eye(len(vectors), dtype=vectors.dtype)):
             scale, fit = self.along(inside)
-            clear = fit >= FIT and abs(scale) >= CLEAR and self.beyond_decay(scale, inside)
+            clear = abs(scale) >= CLEAR and self.beyond_decay(scale, inside)
+            clear = clear and self.shows_alone(fit, inside)
             if clear and not few_channels((left @ inside).unsqueeze(1)):
                 kept.append((inside, scale, fit))
         if not kept:

@@ -350,10 +350,12 @@ def _power(
     generator = torch.Generator().manual_seed(_SEED + 1)
     vector = torch.randn(len(units[0].matrix), generator=generator, dtype=torch.float64)
     vector = vector / vector.norm()
-    smallest = None
-    for scale in LADDER:
-        planted = [unit.edited(vector, scale) for unit in units]
+    smallest, untried = None, list(LADDER)
+    while untried:  # what is claimed at one scale is claimed at larger ones
+        middle = len(untried) // 2
+        planted = [unit.edited(vector, untried[middle]) for unit in units]
         if _test(planted, pools, chosen).p_value > claim:
-            break
-        smallest = scale
+            untried = untried[:middle]
+        else:
+            smallest, untried = untried[middle], untried[middle + 1 :]
     return smallest

@@ -30,6 +30,7 @@ _KEPT = 16  # directions among which the shared ones are looked for
 _TRIED = 4  # of them, at most
 #: Fit of a tensor along a direction that others vouch for.
 _VOUCHED = 0.5
+_TOGETHER = 0.8  # its mean, where all tensors of a layer do and none shows it by itself
 _ROUNDS = 2  # in which a direction is made sharper
 _BETTER = 1.1  # so many times as many tensors have to be named by directions of their layers
 
@@ -268,8 +269,11 @@ def _measure(pair: CheckpointPair, group: _Group, inside: Tensor) -> dict[str, M
     }
     sure = [n for n, m in along.items() if m.lost and m.fit >= FIT]
     vouched = sum(m.lost for m in along.values())
-    if len(sure) >= 2 or (len(group.members) == vouched > 1):
+    fits = [m.fit for m in along.values()]
+    together = len(fits) == vouched > 1 and sum(fits) >= _TOGETHER * len(fits)
+    if len(sure) >= 2 or together:
         return along
+    sure = [n for n in sure if group.grams[n].shows_alone(along[n].fit, inside)]
     return {
         n: m if n in sure else Measured(m.cosine, m.scale, m.fit, False) for n, m in along.items()
     }
