@@ -151,9 +151,9 @@ class AnswerReader:
             return lambda text: self._has_thought(text) and self.parts(text).answer is not None
         return lambda text: text.startswith(whole[:end])
 
-    def goes_on(self, ids: Sequence[int]) -> bool:
-        """Whether ``ids`` end with the mark of a thought within the thought."""
-        return within_nested_thought(self.raw(ids), self.begun)
+    def goes_on(self, text: str) -> bool:
+        """Whether a text has closed a thought within its thought, and not yet that itself."""
+        return within_nested_thought(text, self.begun)
 
     def _has_thought(self, text: str) -> bool:
         return FINAL in text or self.parts(text).thought is not None

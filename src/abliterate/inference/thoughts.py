@@ -87,7 +87,7 @@ def ask(
     nested = {
         row: longest - len(thought)
         for row, thought in enumerate(said)
-        if thought[-1:] and thought[-1] in ends and reader.goes_on(thought)
+        if thought[-1:] and thought[-1] in ends and reader.goes_on(reader.raw(thought))
     }
     for left in sorted(set(nested.values()) - {0}):
         rows = [row for row in nested if nested[row] == left]
