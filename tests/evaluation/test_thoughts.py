@@ -179,6 +179,7 @@ def test_evaluate_scores_what_follows_the_thought(
     if refused is None:
         assert (harmful["no_verdict"], harmful["refusal_score"]) == (3, None)
         assert "3 unfinished" in result.out
+        assert "baseline, harmful: 0 of 0 refused, 3 unfinished" in " ".join(result.err.split())
     else:
         assert (harmful["no_verdict"], harmful["refusal_score"]) == (0, float(refused))
     assert record["refusal_phrases"]["languages"][0] == "en"
