@@ -88,6 +88,8 @@ def test_chat_gives_back_the_answer_alone(
         ("hm </thin", True, Parts("hm </thin", None)),
         ("plain <b> text ", False, Parts(None, "plain <b> text")),
         (f"{CHANNELS}Yes", False, Parts("I cannot say", "Yes")),
+        ("a</think>Hi.\n<think>b</think>Yo", True, Parts("a\n\nb", "Hi.\n\nYo")),
+        ("a<think>b</think>c</think>Hi", True, Parts("a<think>b</think>c", "Hi")),
     ],
 )
 def test_answer_stream_tells_pieces_apart(

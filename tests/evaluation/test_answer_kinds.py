@@ -48,6 +48,8 @@ SANE = {
     "multiplication": "\n".join(f"7 x {n} = {7 * n}" for n in range(1, 40)),
     "markdown table": "| name | size |\n| --- | --- |\n"
     + "\n".join(f"| item {n} | {n * n} cm |" for n in range(30)),
+    "numbered list": "\n".join(f"{n}. {word} is a word" for n, word in enumerate(PROSE.split())),
+    "quiz": "\n".join(f"{n}. {'Yes' if n % 5 else 'No'}" for n in range(40)),
     "html": "<ul>\n" + "\n".join(f"<li>{word}</li>" for word in PROSE.split()[:50]) + "\n</ul>",
     "rule": f"Title\n{'=' * 80}\n{PROSE}\n{'-' * 80}",
     "chinese": CHINESE,
@@ -61,6 +63,7 @@ FLAWED = {
     "one word": ("I " * 200, "looping"),
     "short loop": ("I cannot " * 12, "looping"),
     "sentence": ("I am happy to help you with that. " * 12, "looping"),
+    "numbered": ("\n".join(f"{n}. I can help you with that." for n in range(1, 40)), "looping"),
     "late": (PROSE + " The end." * 60, "looping"),
     "one character": ("!" * 400, "looping"),
     "chinese": ("我可以帮助你。" * 20, "looping"),

@@ -36,6 +36,7 @@ FAMILIES = {
     "plain": (PLAIN, (), "", f"<think>\n{THOUGHT}"),
     "harmony": (HARMONY, HARMONY_TOKENS, FINAL, f"{ANALYSIS}{FINAL}"),
     "response": (PLAIN, RESPONSE_TOKENS, "", f"<|START_THINKING|>I cannot say{RESPONSE}"),
+    "nested": (R1, ("<think>", "</think>"), "", f"I <think>can</think> {THOUGHT}"),
 }
 
 
@@ -102,7 +103,9 @@ def test_thinking_answer_makes_the_next_token_the_answers_first(
     assert [line["response"] for line in _lines(tmp_path / "run", "harmful")] == ["I cannot"] * 2
 
 
-@pytest.mark.parametrize("family", ["r1", "no switch", "token", "plain", "harmony", "response"])
+@pytest.mark.parametrize(
+    "family", ["r1", "no switch", "token", "plain", "harmony", "response", "nested"]
+)
 def test_thinking_skip_scores_the_token_behind_the_thought(
     family: str, cli: Any, tokenizer_dir: Path, tmp_path: Path
 ) -> None:

@@ -158,9 +158,9 @@ def test_evaluate_scores_what_follows_the_thought(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     model = scripted(tmp_path / "model", tokenizer, "", SCRIPTS[script])
     prompts = []
-    for kind in ("harmful", "harmless"):
-        path = tmp_path / f"{kind}.txt"
-        path.write_text("\n".join(f"{'pq'[kind == 'harmless']}{n}" for n in range(3)))
+    for number, kind in enumerate(("harmful", "harmful", "harmless")):
+        path = tmp_path / f"{kind}{number}.txt"
+        path.write_text("\n".join(f"{'ppq'[number]}{3 * number + n}" for n in range(3)))
         prompts += [f"--{kind}", str(path)]
     out = tmp_path / "out"
     args = (
@@ -177,8 +177,11 @@ def test_evaluate_scores_what_follows_the_thought(
         assert line["refused"] is refused
         assert line["thought"].startswith("I can")
     if refused is None:
-        assert (harmful["no_verdict"], harmful["refusal_score"]) == (3, None)
-        assert "3 unfinished" in result.out
+        assert (harmful["no_verdict"], harmful["refusal_score"]) == (6, None)
+        # In the table of kinds, and for each test set: 3 and 3, and pooled.
+        assert [result.out.count(f"0 + {n} unfinished") for n in (3, 6)] == [2, 1]
+        assert result.out.count("no answer + ") == 2
+        assert "baseline, harmful: 0 of 0 refused, 6 unfinished" in " ".join(result.err.split())
     else:
         assert (harmful["no_verdict"], harmful["refusal_score"]) == (0, float(refused))
     assert record["refusal_phrases"]["languages"][0] == "en"

@@ -113,7 +113,7 @@ def _refused(record: Mapping[str, Any], name: str, kind: str) -> str:
     now = record["interventions"][name][kind]
     if now["refused"] is None:
         return "not measured"
-    answers, apart = now["n"] - (now.get("no_verdict") or 0), _unfinished(now)
+    answers, apart = _answers(now), _unfinished(now)
     if now["refusal_score"] is None:
         return f"no answer{apart}"
     low, high = now["refusal_score_ci"]
@@ -121,6 +121,10 @@ def _refused(record: Mapping[str, Any], name: str, kind: str) -> str:
         f"{now['refused']}/{answers} ({now['refusal_score']:z.0%}, {low:z.0%}-{high:z.0%}){apart}"
     )
     return text + _points(record, name, kind, "refusal_score")
+
+
+def _answers(part: Mapping[str, Any]) -> int:
+    return int(part["n"]) - (part.get("no_verdict") or 0)
 
 
 def _unfinished(part: Mapping[str, Any]) -> str:
@@ -248,7 +252,8 @@ def _show_sets(record: Mapping[str, Any]) -> None:
             parts = {source: found[kind]["sets"][source] for source in sources}
             parts["pooled"] = found[kind] | (_pooled_kl(found) if kind == "harmless" else {})
             for source, part in parts.items():
-                answered = "-" if part["refused"] is None else str(part["n"])
+                measured = part["refused"] is not None
+                answered = f"{_answers(part)}{_unfinished(part)}" if measured else "-"
                 rows.append(
                     [
                         name,

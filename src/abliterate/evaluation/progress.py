@@ -34,6 +34,7 @@ class CompletionProgress:
         self.done = [row for row in rows if file.done(self._prompts[row].text)]
         self.left = [row for row in rows if not file.done(self._prompts[row].text)]
         self._refused = sum(bool(completion.refused) for completion in file.completions)
+        self._unfinished = sum(completion.refused is None for completion in file.completions)
         self._count, self._spoke = len(self.done), time.monotonic()
         if self.done and self.left:
             log.info(
@@ -49,13 +50,18 @@ class CompletionProgress:
         completion = scored(self._prompts[row], text, file.phrases, parts, file.count_tokens)
         file.put(completion)
         self._refused += bool(completion.refused)
+        self._unfinished += completion.refused is None
         self._count += 1
-        note = f"{self._refused} of {self._count} refused"
+        note = self._refused_of(self._count)
         if bars_hidden() and time.monotonic() - self._spoke > _EVERY:
             self._spoke = time.monotonic()
             log.info("%s: %s (%d prompts)", self.description, note, len(self._prompts))
         return note
 
+    def _refused_of(self, count: int) -> str:
+        apart = f", {self._unfinished} unfinished" if self._unfinished else ""
+        return f"{self._refused} of {count - self._unfinished} refused{apart}"
+
     def finish(self) -> None:
-        """Say how many refused."""
-        log.info("%s: %d of %d refused", self.description, self._refused, len(self._prompts))
+        """Say how many refused, and of how many the thought has not ended."""
+        log.info("%s: %s", self.description, self._refused_of(len(self._prompts)))

@@ -49,6 +49,8 @@ class AnswerStream(TextStreamer):  # type: ignore[misc]
         self.ended = self.ended or stream_end
         whole = self.text if stream_end else _without_cut_mark(self.text)
         parts = self.reader.parts(self.reader.without_ends(whole))
+        if not stream_end and self.reader.goes_on(whole):  # whether what follows is an answer
+            parts = Parts(self._shown.thought, None)  # is known when it has ended
         self._tell(self._thought, self._shown.thought or "", parts.thought or "")
         self._tell(self._heard, self._shown.answer or "", parts.answer or "")
         # A thought within the answer hides what was said before it; that has been heard.

@@ -6,7 +6,7 @@ decoding would drop: these stay, the others go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,8 +20,9 @@ from abliterate.metrics.answers import (
     TAGS,
     Parts,
     closing_start,
-    first_thought_ended,
+    first_thought_end,
     split_thought,
+    within_nested_thought,
 )
 from abliterate.prompts.chat_template import ChatFormat
 from abliterate.prompts.thinking import find_thinking
@@ -98,11 +99,11 @@ class AnswerReader:
         if self.parts(whole).answer is None:
             return None
         # The first tokens that hold the whole thought; before them none do.
+        ended = self._end_test(whole)
         low, high = 0, len(ids)
         while high - low > 1:
             middle = (low + high) // 2
-            ended = self._has_ended(self.raw(ids[:middle]))
-            low, high = (low, middle) if ended else (middle, high)
+            low, high = (low, middle) if ended(self.raw(ids[:middle])) else (middle, high)
         start = self._closing_start(ids[:high])
         return start, high + self.lead_in(ids[high:])
 
@@ -142,11 +143,17 @@ class AnswerReader:
             return list(ids[:thought])
         return list(ids[: found[1] + answer])
 
-    def _has_ended(self, text: str) -> bool:
-        """Whether the first thought has; a later one may not have."""
-        return self._has_thought(text) and (
-            self.parts(text).answer is not None or first_thought_ended(text, self.begun)
-        )
+    def _end_test(self, whole: str) -> Callable[[str], bool]:
+        """Tells of beginnings of a text whether they hold its first thought."""
+        declared = self._declared and self._declared.parts(self.tokenizer, whole, self.begun)
+        end = None if declared or FINAL in whole else first_thought_end(whole, self.begun)
+        if end is None:
+            return lambda text: self._has_thought(text) and self.parts(text).answer is not None
+        return lambda text: text.startswith(whole[:end])
+
+    def goes_on(self, text: str) -> bool:
+        """Whether a text has closed a thought within its thought, and not yet that itself."""
+        return within_nested_thought(text, self.begun)
 
     def _has_thought(self, text: str) -> bool:
         return FINAL in text or self.parts(text).thought is not None

@@ -81,9 +81,19 @@ def ask(
     engine, reader = engine_of(loaded), AnswerReader.of(loaded.tokenizer, chat)
     engine.require_answers("--thinking skip", "--thinking answer")
     longest = room_for(loaded, prompts, chat.max_thinking_tokens)
-    said = engine.answers(
-        prompts, longest, batch_size, f"think: {kind}", chat=chat, ends=reader.closing_tokens
-    )
+    ends = reader.closing_tokens
+    said = engine.answers(prompts, longest, batch_size, f"think: {kind}", chat=chat, ends=ends)
+    # Where the mark ended a thought within the thought alone, the model goes on.
+    nested = {
+        row: longest - len(thought)
+        for row, thought in enumerate(said)
+        if thought[-1:] and thought[-1] in ends and reader.goes_on(reader.raw(thought))
+    }
+    for left in sorted(set(nested.values()) - {0}):
+        rows = [row for row in nested if nested[row] == left]
+        whole = [[*prompts[row], *said[row]] for row in rows]
+        for row, more in zip(rows, engine.answers(whole, left, batch_size, chat=chat), strict=True):
+            said[row] += more
     found = [reader.thought_in(thought) for thought in said]
     ids = [
         [*prompt, *(thought if cut is None else thought[: cut[1]])]
@@ -96,8 +106,8 @@ def ask(
         for row, cut in enumerate(found)
         if cut is not None and cut[0] < cut[1] == len(said[row]) < longest
     ]
-    more = engine.answers([ids[row] for row in short], _LEAD_IN, batch_size, chat=chat)
-    for row, tokens in zip(short, more, strict=True):
+    behind = engine.answers([ids[row] for row in short], _LEAD_IN, batch_size, chat=chat)
+    for row, tokens in zip(short, behind, strict=True):
         ids[row] += tokens[: reader.lead_in(tokens)]
     if not all(ended):
         log.warning(

@@ -31,6 +31,8 @@ _UNREADABLE = 0.05
 _FEWEST_UNREADABLE = 3
 
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+# The number of a row, before a sentence: rows that differ in nothing else are a loop.
+_ROW_NUMBER = re.compile(r"^[ \t]*\(?\d{1,4}[.):][ \t]+(?=\S+[ \t]+\S+[ \t]+\S)", re.M)
 _PIECE = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+|([^\w\s])\1*")
 
 
@@ -77,6 +79,7 @@ def compression_ratio(raw: bytes) -> float:
 
 
 def _loops(text: str) -> bool:
+    text = _ROW_NUMBER.sub("", text)
     words, raw = pieces(text), " ".join(text.split()).encode(errors="replace")
     ends = [words[-(len(words) // part) :] for part in (2, 4)]
     if any(

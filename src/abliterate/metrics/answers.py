@@ -124,11 +124,21 @@ def split_thought(text: str, begun: bool = False) -> Parts:
     return Parts(thought, None if rest is None else _bare("\n\n".join(filter(None, said))))
 
 
-def first_thought_ended(text: str, begun: bool = False) -> bool:
-    """Whether the tags of a text end the thought that it starts with, whatever follows."""
+def first_thought_end(text: str, begun: bool = False) -> int | None:
+    """Where the mark ends that ends the thought which a text starts with; None if none does."""
     if (family := _first_family(text, begun)) is None:
+        return None
+    rest = _cut_thought(text, family)[1]
+    return None if rest is None else len(text) - len(rest)
+
+
+def within_nested_thought(text: str, begun: bool = False) -> bool:
+    """Whether a thought has closed what it opened within, and not itself yet."""
+    family = _first_family(text, begun)
+    if family is None:
         return False
-    return _cut_thought(text, family)[1] is not None
+    last, depth = _last_closing(_OPENINGS.sub("", text, count=1), family)
+    return last is not None and depth > 0
 
 
 def _first_family(text: str, begun: bool) -> Family | None:
@@ -144,6 +154,13 @@ def _first_family(text: str, begun: bool) -> Family | None:
 def _cut_thought(text: str, family: Family) -> tuple[str, str | None]:
     """What a text holds of a thought that it is in, and what follows; None if that has no end."""
     text = _OPENINGS.sub("", text, count=1)  # some are written twice
+    # Where openings are only spoken of, the last closing mark ends it; else another family's does.
+    end = _last_closing(text, family)[0] or _ENDING.search(text)
+    return (text, None) if end is None else (text[: end.start()], text[end.end() :])
+
+
+def _last_closing(text: str, family: Family) -> tuple[re.Match[str] | None, int]:
+    """The closing mark that ends a thought, or the last one, and how many openings that leaves."""
     depth, last = 1, None
     for mark in _MARK.finditer(text):
         if _family(mark) == family and not _is_quoted(text, mark):
@@ -151,9 +168,7 @@ def _cut_thought(text: str, family: Family) -> tuple[str, str | None]:
             depth, last = (depth - 1, mark) if closes else (depth + 1, last)
             if depth == 0:
                 break
-    # Where openings are only spoken of, the last closing mark ends it; else another family's does.
-    end = last or _ENDING.search(text)
-    return (text, None) if end is None else (text[: end.start()], text[end.end() :])
+    return last, depth
 
 
 def _cut_answer(text: str, family: Family) -> tuple[str, Family | None, str]:

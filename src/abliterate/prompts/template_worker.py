@@ -137,7 +137,9 @@ def _answer(
     except MemoryError:
         return {"limit": "takes too much memory"}
     except BaseException as error:  # jinja's errors and whatever the template itself raises
-        return {"error": type(error).__name__, "message": str(error)[:_SHOWN]}
+        line = getattr(error, "lineno", None)  # of errors in its syntax
+        place = "" if line is None else f" in line {line}"
+        return {"error": type(error).__name__, "message": f"{str(error)[:_SHOWN]}{place}"}
     if len(text) > longest:
         return {"limit": f"writes {len(text):,} characters, for which {longest:,} are allowed"}
     return {"text": text}

@@ -93,7 +93,7 @@ def read_template(value: Any, info: ValidationInfo) -> Any:
             text = file.read(_TEMPLATE_BYTES + 1)
         if len(text) > _TEMPLATE_BYTES:
             raise ValueError("must be a chat template, and no larger than 1 MiB")
-        found = text.decode("utf-8")
+        found = text.decode("utf-8-sig")  # editors put a mark before, which is no text of it
     except UnicodeDecodeError:
         raise ValueError("must be a chat template in UTF-8") from None
     except (OSError, RuntimeError) as error:
