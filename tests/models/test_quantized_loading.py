@@ -28,7 +28,8 @@ from abliterate.writers.residual_stream import leak
 
 # Its import takes seconds, which every worker would spend that collects this file.
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="the extra [quantized] is not installed"
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="the extra [quantized] is not installed",
 )
 
 MODEL = str(demo_model_dir())
