@@ -65,7 +65,7 @@ _TOGETHER = (
     ("writers/test_architectures.py", "writers/test_disk_tensors.py"),
     # The hub, and the process that starts commands beside it.
     ("checkpoints/test_hub_faults.py", "checkpoints/test_hub_commits.py",
-     "editing/test_hub_sources.py"),
+     "editing/test_hub_sources.py", "editing/test_push_to_hub.py"),
     # lm-eval.
     ("evaluation/test_capability.py", "inference/test_decoding.py",
      "pipeline/test_run_settings.py"),
