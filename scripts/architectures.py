@@ -31,7 +31,7 @@ from architectures.roundtrip import Outcome, round_trip  # noqa: E402
 from architectures.zoo import (  # noqa: E402
     VISION_LANGUAGE,
     decoder_only_types,
-    tiny_model,
+    shallow_model,
     tiny_vision_language_model,
 )
 
@@ -162,7 +162,9 @@ def main() -> None:
     elif arguments.wrappers:
         text = with_wrappers(page)
     else:
-        text = render({name: outcome_of(name, tiny_model) for name in tqdm(decoder_only_types())})
+        text = render(
+            {name: outcome_of(name, shallow_model) for name in tqdm(decoder_only_types())}
+        )
     if arguments.check:
         print(text)
     else:

@@ -59,6 +59,39 @@ _LONGEST = (
 )  # fmt: skip
 
 
+# Files of one worker: what they make once, or import, takes as long as they do.
+_TOGETHER = (
+    # Hundreds of modules with models.
+    ("writers/test_architectures.py", "writers/test_disk_tensors.py"),
+    # The hub, and the process that starts commands beside it.
+    ("checkpoints/test_hub_faults.py", "checkpoints/test_hub_commits.py",
+     "editing/test_hub_sources.py", "editing/test_push_to_hub.py"),
+    # lm-eval.
+    ("evaluation/test_capability.py", "inference/test_decoding.py",
+     "pipeline/test_run_settings.py"),
+    # peft.
+    ("editing/test_edit_options.py", "editing/test_direction_set_outputs.py",
+     "models/test_adapter_beside.py"),
+)  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile``, where some files count as one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.getoption("dist") != "loadfile":
+        return None
+    first = {f"tests/{file}": f"tests/{files[0]}" for files in _TOGETHER for file in files}
+
+    class FilesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return first.get(file, file)
+
+    return FilesTogether(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; ``scripts/test.sh`` tells xdist to keep the order."""
     here = Path(__file__).parent

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Commands
-from hub_server import Fault, Hub, commands_beside_hub
+from hub_server import Fault, Hub
 from safetensors.torch import load_file, save_file
 
 ACCOUNT = {
@@ -29,26 +29,24 @@ def direction(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[tuple[Hub, Commands]]:
-    with commands_beside_hub(tmp_path_factory.mktemp("home")) as served:
-        yield served
-
-
 @pytest.fixture
-def hub(server, tmp_path: Path) -> Hub:
-    hub = server[0]
+def hub(hub_place, tmp_path: Path) -> Iterator[Hub]:
+    hub, _, cache = hub_place
     hub.clear()
+    hub.models, hub.branches = {}, {}
+    hub.account, hub.room = ACCOUNT, tmp_path / "on the hub"
+    yield hub
     hub.pushed.clear()
     hub.private.clear()
     hub.stored.clear()
-    hub.account, hub.room = ACCOUNT, tmp_path / "on the hub"
-    return hub
+    hub.account = hub.room = None
+    for folder in cache.iterdir():
+        shutil.rmtree(folder)
 
 
 @pytest.fixture
-def run(server) -> Commands:
-    return server[1]
+def run(hub_place) -> Commands:
+    return hub_place[1]
 
 
 def _files(folder: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from collections.abc import Callable
@@ -25,7 +26,11 @@ from abliterate.resources import demo_model_dir
 from abliterate.writers import find_writers
 from abliterate.writers.residual_stream import leak
 
-pytest.importorskip("bitsandbytes")
+# Its import takes seconds, which every worker would spend that collects this file.
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="the extra [quantized] is not installed",
+)
 
 MODEL = str(demo_model_dir())
 SMALL = ("--n-train", "16", "--positions=-2,-1", "-q")

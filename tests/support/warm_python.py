@@ -45,6 +45,8 @@ _LATE = (
     "torch.distributed.tensor", "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 )  # fmt: skip
+# What few ask for, and what takes seconds to import.
+_SELDOM = ("abliterate.evaluation.endpoint_client",)
 
 
 @dataclass
@@ -307,7 +309,7 @@ def _import(modules: list[str]) -> None:
 
     assert transformers.AutoModelForCausalLM
     for found in pkgutil.walk_packages(abliterate.__path__, "abliterate."):
-        if not found.name.endswith("__main__"):
+        if not found.name.endswith("__main__") and found.name not in _SELDOM:
             import_module(found.name)
     for name in (*_LATE, *modules):
         with contextlib.suppress(ImportError):  # an older library has no such module

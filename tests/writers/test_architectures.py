@@ -7,6 +7,7 @@ name with its reason; none is edited in part.
 from __future__ import annotations
 
 import importlib.util
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from architectures.roundtrip import Outcome, Shape, half_precision, round_trip
 from architectures.zoo import (
     VISION_LANGUAGE,
     decoder_only_types,
-    tiny_model,
+    shallow_model,
     tiny_vision_language_model,
 )
+from transformers import PreTrainedModel
 
 from abliterate import add
 from abliterate.errors import UnsupportedArchitectureError
@@ -98,10 +100,23 @@ def _assert_exact(outcome: Outcome) -> None:
         assert outcome.difference <= 1e-4
 
 
-@pytest.mark.parametrize("model_type", decoder_only_types())
-def test_every_architecture_is_exact_or_refused(model_type: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=decoder_only_types())
+def model_type(request: pytest.FixtureRequest) -> str:
+    """Each type in turn, for all tests of one after the other."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(model_type: str) -> PreTrainedModel:
+    """A small one of the type, which nothing changes."""
+    return shallow_model(model_type)
+
+
+def test_every_architecture_is_exact_or_refused(
+    model_type: str, model: PreTrainedModel, tmp_path: Path
+) -> None:
     """Exact in float32; in bfloat16 rounding bounds the leak, once for every shape of plan."""
-    outcome = round_trip(lambda: tiny_model(model_type), tmp_path)
+    outcome = round_trip(lambda: model, tmp_path)
     if isinstance(outcome.added, float):
         assert outcome.added <= 1e-4
         assert model_type in ADDED
@@ -112,7 +127,7 @@ def test_every_architecture_is_exact_or_refused(model_type: str, tmp_path: Path)
     if model_type not in REFUSED:
         _assert_exact(outcome)
         if ROUNDED.setdefault(outcome.shape, model_type) == model_type:
-            left, verified = half_precision(lambda: tiny_model(model_type), tmp_path / "half")
+            left, verified = half_precision(lambda: deepcopy(model), tmp_path / "half")
             assert left <= 1e-3
             assert verified
         return
@@ -123,11 +138,11 @@ def test_every_architecture_is_exact_or_refused(model_type: str, tmp_path: Path)
     assert "--allow-leak" in outcome.refusal
 
 
-@pytest.mark.parametrize("model_type", VISION_LANGUAGE)
-def test_text_decoders_of_vision_language_models(model_type: str, tmp_path: Path) -> None:
-    outcome = round_trip(lambda: tiny_vision_language_model(model_type), tmp_path)
+@pytest.mark.parametrize("wrapper", VISION_LANGUAGE)
+def test_text_decoders_of_vision_language_models(wrapper: str, tmp_path: Path) -> None:
+    outcome = round_trip(lambda: tiny_vision_language_model(wrapper), tmp_path)
     _assert_exact(outcome)
-    _is_published(model_type, outcome, "## Vision-language wrappers")
+    _is_published(wrapper, outcome, "## Vision-language wrappers")
 
 
 def test_the_published_page_is_what_the_script_makes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,10 +172,10 @@ def test_the_published_page_is_what_the_script_makes(monkeypatch: pytest.MonkeyP
             assert "exact, see above" in line
 
 
-@pytest.mark.parametrize("model_type", decoder_only_types())
-def test_means_do_not_depend_on_batching_in_any_architecture(model_type: str) -> None:
+def test_means_do_not_depend_on_batching_in_any_architecture(
+    model_type: str, model: PreTrainedModel
+) -> None:
     """Padding where it is masked, batches of one length where it is not; several streams too."""
-    model = tiny_model(model_type)
     plan = find_writers(model)
     if model_type in NO_TOKENS:
         with pytest.raises(UnsupportedArchitectureError, match="no resid_pre of a token"):

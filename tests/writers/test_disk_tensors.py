@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures.zoo import decoder_only_types, tiny_model, tiny_vision_language_model
+from architectures.zoo import (
+    decoder_only_types,
+    shallow_model,
+    tiny_model,
+    tiny_vision_language_model,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -140,7 +145,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
 @pytest.mark.parametrize("model_type", decoder_only_types())
 def test_editing_the_files_edits_the_parameters(model_type: str, tmp_path: Path) -> None:
     """In the layout of the published files, and in the library's own where that is another."""
-    model = tiny_model(model_type)
+    model = shallow_model(model_type)
     seen: list[dict[str, tuple[int, ...]]] = []
     for original in (True, False):
         folder = tmp_path / f"original-{original}"

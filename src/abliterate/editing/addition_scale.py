@@ -1,4 +1,4 @@
-"""What becomes of a bias on its way to the residual stream: measured on small random copies.
+"""What becomes of a bias on its way to the residual stream: measured on a small random copy.
 
 A projection does not care how large a contribution is, an addition does. Between the MLP's last
 matrix and the stream there may be a constant (Granite's residual multiplier, Falcon-H1's MLP
@@ -15,20 +15,23 @@ from torch import Tensor, nn
 
 from abliterate.errors import CheckpointError, InputError, UnsupportedArchitectureError
 from abliterate.inference.forward import block_input
-from abliterate.writers import proof_of
+from abliterate.writers import architecture_key, proof_of
 from abliterate.writers.discovery import trace_tokens
-from abliterate.writers.tiny_model import ShrinkError, shrunken
+from abliterate.writers.tiny_model import ShrinkError, randomise, shrunken
 
 # Relative to what was added; the arithmetic is float64, but some models round to float32 inside.
 _TOLERANCE = 1e-4
 _AT_RUN_TIME = "use the add intervention at run time"
+# An edit and its check ask for the same.
+_scales: dict[tuple[Any, ...], float] = {}
 
 
 def addition_scale(config: Any, layer: int, new_bias: bool) -> float:
     """The constant ``c`` with which a bias of the block's MLP arrives at the next block.
 
-    On two random copies the bias is moved by a vector ``v``; the input of block ``layer + 1`` has
-    to move by ``c v`` at every token, with the same ``c`` in both, and nothing before it.
+    On a copy with two sets of random weights the bias is moved by a vector ``v``; the input of
+    block ``layer + 1`` has to move by ``c v`` at every token, with the same ``c`` for both, and
+    nothing before it. Measured once a process.
 
     Args:
         config: of the plain model.
@@ -40,6 +43,13 @@ def addition_scale(config: Any, layer: int, new_bias: bool) -> float:
         InputError: there is no next block.
         UnsupportedArchitectureError: there is no small copy to measure it on.
     """
+    key = (architecture_key(config), layer, new_bias)
+    if key not in _scales:
+        _scales[key] = _measured_scale(config, layer, new_bias)
+    return _scales[key]
+
+
+def _measured_scale(config: Any, layer: int, new_bias: bool) -> float:
     proof = proof_of(config)
     names = {
         writer.parameter
@@ -60,7 +70,7 @@ def addition_scale(config: Any, layer: int, new_bias: bool) -> float:
     if new_bias:
         config = deepcopy(config)
         config.get_text_config(decoder=True).mlp_bias = True
-    scales = [_measure(config, seed, proof.plan.blocks[: layer + 2], bias) for seed in (0, 1)]
+    scales = _measure(config, proof.plan.blocks[: layer + 2], bias)
     if None in scales:
         raise CheckpointError(
             f"{kind} does not hand on '{bias}' to the next block as it is (a norm, a gate or "
@@ -75,10 +85,10 @@ def addition_scale(config: Any, layer: int, new_bias: bool) -> float:
 
 
 @torch.no_grad()
-def _measure(config: Any, seed: int, blocks: tuple[str, ...], bias: str) -> float | None:
-    """``c`` on one copy; None if what arrives is no multiple of what was added."""
+def _measure(config: Any, blocks: tuple[str, ...], bias: str) -> list[float | None]:
+    """``c`` with two sets of weights; None where what arrives is no multiple of what was added."""
     try:
-        model = shrunken(config, seed)
+        model: Any = shrunken(config)
         parameter = model.get_parameter(bias)
     except (ShrinkError, AttributeError) as error:
         raise UnsupportedArchitectureError(
@@ -90,10 +100,22 @@ def _measure(config: Any, seed: int, blocks: tuple[str, ...], bias: str) -> floa
         before = _stream(model.double(), blocks, ids)
     except RuntimeError:  # it mixes float32 of its own into the sums
         before = _stream(model.float(), blocks, ids)
-    generator = torch.Generator().manual_seed(seed)
-    vector = 10 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    parameter.add_(vector.to(parameter.dtype))
-    after = _stream(model, blocks, ids)
+    scales = []
+    for seed in (0, 1):
+        if seed:
+            randomise(model, seed)
+            before = _stream(model, blocks, ids)
+        generator = torch.Generator().manual_seed(seed)
+        vector = 10 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        kept = parameter.clone()
+        parameter.add_(vector.to(parameter.dtype))
+        after = _stream(model, blocks, ids)
+        parameter.copy_(kept)
+        scales.append(_scale(before, after, vector))
+    return scales
+
+
+def _scale(before: list[Tensor], after: list[Tensor], vector: Tensor) -> float | None:
     moved = [new - old for new, old in zip(after, before, strict=True)]
     arrived = moved.pop().reshape(-1, len(vector))
     scale = float((arrived @ vector).mean() / vector.square().sum())

@@ -7,6 +7,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, MutableMapping
+from functools import lru_cache
 
 from abliterate.errors import InputError
 from abliterate.prompts.sources import Prompt, PromptSource, read_source
@@ -15,6 +16,7 @@ from abliterate.storage.artifacts import hash_text
 _NOT_WORD = re.compile(r"[\W_]+")
 
 
+@lru_cache(maxsize=1 << 14)  # duplicates, those in use and the order: all ask for the same
 def normalise(text: str) -> str:
     """The form in which two prompts count as the same: NFKC, casefolded, words only.
 

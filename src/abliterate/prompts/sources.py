@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,11 @@ def read_source(spec: str, commits: MutableMapping[str, str] | None = None) -> P
         raise InputError("the prompt source is empty: name a set, a file or a hub dataset")
     if spec in BUNDLED:
         folder = data_dir() / "prompts" / spec
-        splits = {name: _prompts_of(folder / f"{name}.jsonl", None, None) for name in SPLITS}
+        splits = {name: _bundled(folder / f"{name}.jsonl") for name in SPLITS}
         return PromptSource(spec, "bundled", splits)
     if spec == BORDERLINE:
         path = data_dir() / "prompts" / f"{spec}.jsonl"
-        return PromptSource(spec, "bundled", {"all": _prompts_of(path, None, None)})
+        return PromptSource(spec, "bundled", {"all": _bundled(path)})
     place, column = cut_column(PRESETS.get(spec.lower(), spec))
     if (page := _HUB_PAGE.match(place)) is not None:
         raise InputError(f"prompt source '{spec}' is a page of the hub: write {page['id']}")
@@ -176,6 +177,12 @@ def _last_colon(place: str) -> tuple[str, str, str]:
     bare = re.sub(r"\[[^\]]*\]", lambda slice_: "x" * len(slice_[0]), place)
     index = bare.rfind(":")
     return (place, "", "") if index < 0 else (place[:index], ":", place[index + 1 :])
+
+
+@cache
+def _bundled(path: Path) -> tuple[Prompt, ...]:
+    """A file of the package, which every kind, split and stage of a run asks for again."""
+    return _prompts_of(path, None, None)
 
 
 def _prompts_of(path: Path, split: str | None, column: str | None) -> tuple[Prompt, ...]:

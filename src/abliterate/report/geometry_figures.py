@@ -13,6 +13,7 @@ from abliterate.report.style import (
     HARMFUL,
     HARMLESS,
     MUTED,
+    across,
     colour_bar,
     coloured,
     figure,
@@ -202,7 +203,7 @@ def trace_curves(trace: Document) -> Any:
         line = _line(layers, curve["mean"], f"{name} (n={curve['n']})", colour)
         line.update(legendgroup=kind)
         made.add_trace(line)
-    made.add_hline(y=0, line={"color": MUTED, "width": 1, "dash": "dot"})
+    across(made, 0, line={"color": MUTED, "width": 1, "dash": "dot"})
     layer_axis(made, max(len(curve["mean"]) for curve in held.values()))
     return made
 

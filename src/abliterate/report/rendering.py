@@ -44,6 +44,18 @@ def _packed_plotly() -> str:
     return packed(plotly("offline").get_plotlyjs())
 
 
+@cache
+def _environment() -> Environment:
+    """Of all templates, which it compiles once."""
+    loader = PackageLoader("abliterate.report", "assets")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["quoted"] = repr
+    return environment
+
+
 def render(
     template: str,
     page: Mapping[str, Any],
@@ -62,13 +74,8 @@ def render(
         UsageError: plotly is missing.
     """
     bundle = plotly("offline").get_plotlyjs()
-    loader = PackageLoader("abliterate.report", "assets")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    environment = _environment()
     assert environment.loader is not None
-    environment.filters["quoted"] = repr
     script, styles = (
         environment.loader.get_source(environment, name)[0] for name in ("report.js", "report.css")
     )

@@ -12,6 +12,7 @@ from abliterate.report.style import (
     GOLD,
     LEGEND_BELOW,
     MUTED,
+    across,
     colour_bar,
     coloured,
     figure,
@@ -19,6 +20,7 @@ from abliterate.report.style import (
     label,
     layer_axis,
     plotly,
+    upright,
 )
 from abliterate.selection.candidate_filters import Thresholds, first_pruned_layer
 
@@ -184,9 +186,11 @@ def _hover(candidate: Document | None, metric: Metric, table: Table) -> str:
 def _draw_pruned(made: Any, table: Table, named: bool = True) -> None:
     if table.pruned >= table.n_layers:
         return
-    made.add_vrect(
-        x0=table.pruned - 0.5,
-        x1=table.n_layers - 0.5,
+    begin = table.pruned - 0.5
+    upright(
+        made,
+        begin,
+        table.n_layers - 0.5,
         fillcolor=MUTED,
         opacity=0.28,
         line_width=0,
@@ -194,7 +198,7 @@ def _draw_pruned(made: Any, table: Table, named: bool = True) -> None:
         showlegend=named,
         name=f"left out: the last {table.thresholds.prune_layers:.0%} of layers",
     )
-    made.add_vline(x=table.pruned - 0.5, line={"color": MUTED, "width": 1.5, "dash": "dash"})
+    upright(made, begin, begin, line={"color": MUTED, "width": 1.5, "dash": "dash"})
 
 
 def _draw_verdicts(made: Any, table: Table) -> None:
@@ -266,10 +270,17 @@ def lines(table: Table, metric: Metric) -> Any:
 
 
 def _rule(made: Any, y: float, text: str, dash: str) -> None:
-    made.add_hline(
+    across(made, y, line={"color": MUTED, "width": 1.3, "dash": dash})
+    made.add_annotation(
+        text=text,
+        font={"size": 10},
+        xref="x domain",
+        x=0.01,
+        xanchor="left",
+        yref="y",
         y=y,
-        line={"color": MUTED, "width": 1.3, "dash": dash},
-        annotation={"text": text, "font": {"size": 10}, "xanchor": "left", "x": 0.01},
+        yanchor="bottom",
+        showarrow=False,
     )
 
 

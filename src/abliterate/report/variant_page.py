@@ -9,6 +9,7 @@ from abliterate.report.figure_page import PageFigure, PageTable, figure_page
 from abliterate.report.style import (
     COLOURS,
     MUTED,
+    across,
     colour_bar,
     coloured,
     figure,
@@ -126,6 +127,6 @@ def _shares(document: Document) -> Any | None:
     if not made.data:
         return None
     layer_axis(made, depth)
-    made.add_hline(y=0, line={"color": MUTED, "width": 1})
+    across(made, 0, line={"color": MUTED, "width": 1})
     made.update_layout(showlegend=True, legend={"title": {"text": "variant "}})
     return made

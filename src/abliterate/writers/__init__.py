@@ -25,6 +25,7 @@ __all__ = [
     "Proof",
     "Writer",
     "WriterPlan",
+    "architecture_key",
     "block_of",
     "decoder_blocks",
     "find_writers",
@@ -49,7 +50,7 @@ def proof_of(config: Any) -> Proof:
     Raises:
         UnsupportedArchitectureError: no copy can be built, or it has no decoder blocks.
     """
-    key = (type(config), json.dumps(_shaping(config.to_dict()), sort_keys=True, default=str))
+    key = architecture_key(config)
     if key not in _proofs:
         try:
             _proofs[key] = prove(config)
@@ -61,6 +62,11 @@ def proof_of(config: Any) -> Proof:
             f"architecture '{config.model_type}': its writers cannot be found ({found})"
         )
     return found
+
+
+def architecture_key(config: Any) -> tuple[type, str]:
+    """What decides the small copy of a configuration, and so all that is measured on it."""
+    return type(config), json.dumps(_shaping(config.to_dict()), sort_keys=True, default=str)
 
 
 def _shaping(values: Any) -> Any:

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,22 +88,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        schema = func._schema
-        arguments = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-        arguments |= {a.name: value for a, value in zip(schema.arguments, args, strict=False)}
-        arguments |= kwargs
-        name = schema.name.split("::")[-1]
-        op = Op(self.trace.seq, name.rstrip("_"), arguments, self.stack[-1])
+        schema = _schema(func)
+        arguments = {**schema.defaults, **dict(zip(schema.arguments, args, strict=False)), **kwargs}
+        op = Op(self.trace.seq, schema.name, arguments, self.stack[-1])
         self.trace.seq += 1
-        mutated = [
-            arguments[a.name]
-            for a in schema.arguments
-            if a.alias_info is not None and a.alias_info.is_write
-        ]
-        for index, tensor in enumerate(t for t in tree_leaves(mutated) if isinstance(t, Tensor)):
+        mutated = [arguments[name] for name in schema.mutated]
+        for index, tensor in enumerate(tensors_in(mutated)):
             self._write(Write(op, tensor, index, inplace=True))
-        held = {storage_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for index, tensor in enumerate(tree_leaves(out)):
+        held = {storage_of(tensor) for tensor in tensors_in((args, kwargs))}
+        for index, tensor in enumerate(_leaves(out)):
             if isinstance(tensor, Tensor) and storage_of(tensor) not in held:
                 self._write(Write(op, tensor, index, inplace=False))
         return out
@@ -111,9 +105,46 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace.writes.setdefault(storage_of(write.tensor), []).append(write)
 
 
+@dataclass(frozen=True)
+class _Schema:
+    """What an operator's schema says, taken out of it once."""
+
+    name: str
+    arguments: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    mutated: tuple[str, ...]
+
+
+@cache
+def _schema(operator: Any) -> _Schema:
+    schema = operator._schema
+    found = schema.arguments
+    return _Schema(
+        name=schema.name.split("::")[-1].rstrip("_"),
+        arguments=tuple(a.name for a in found),
+        defaults={a.name: a.default_value for a in found if a.has_default_value()},
+        mutated=tuple(a.name for a in found if a.alias_info is not None and a.alias_info.is_write),
+    )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """As ``tree_leaves``, which takes long to find out what plain containers are."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        for each in value:
+            yield from _leaves(each)
+    elif kind is dict:
+        for each in value.values():
+            yield from _leaves(each)
+    elif value is None or isinstance(value, Tensor | int | float | str):
+        yield value
+    else:  # whatever has been registered
+        yield from tree_leaves(value)
+
+
 def tensors_in(value: Any) -> tuple[Tensor, ...]:
     """The tensors in nested arguments, in order, looking into tuples, lists, dicts and outputs."""
-    return tuple(t for t in tree_leaves(value) if isinstance(t, Tensor))
+    return tuple(t for t in _leaves(value) if isinstance(t, Tensor))
 
 
 def elements_of(output: Any) -> tuple[Tensor | None, ...]:

@@ -24,6 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from abliterate.writers.tiny_model import randomise
 
 HIDDEN, HEADS, LAYERS, VOCAB, POSITIONS = 48, 4, 4, 136, 64
+# Layers of a shallow model whose layers are of one kind or two.
+FEW = 2
 
 _BERT = "encoder with an is_decoder switch"
 _SEQ2SEQ = "decoder half of an encoder-decoder"
@@ -68,11 +70,11 @@ VISION_LANGUAGE = (
 # has it right.
 _SINCE = {"dbrx": "5.15", "inkling_text": "5.14"}
 
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 # One size per attribute name; d_model is 48 and nothing else is unless the architecture demands it.
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim"), HIDDEN),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
-    **dict.fromkeys(("num_blocks",), LAYERS),
+    **dict.fromkeys(_COUNTS, LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads"), HEADS),
     **dict.fromkeys(("num_heads", "index_n_heads", "swa_num_attention_heads"), HEADS),
     **dict.fromkeys(("head_dim", "swa_head_dim", "index_head_dim", "linear_head_dim"), 16),
@@ -126,6 +128,11 @@ _SIZES: dict[str, Any] = {
 }
 _KV_HEADS = ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads")
 _PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types")
+# Their third or fourth layer is of another kind, which stands in none of these lists.
+_DEEP = {
+    "beam", "dory", "flint", "inkling_text", "inkling2_text", "inkling2_loop_text",
+    "modernbert-decoder", "nemotron_h", "recurrent_gemma", "smollm3", "zaya",
+}  # fmt: skip
 
 _MOE = {"num_experts_per_tok": 2, "first_k_dense_replace": 1}
 _SLIDING_FULL = ["sliding_attention", "full_attention"] * 2
@@ -308,31 +315,43 @@ def _spread(kinds: list[str], layers: int) -> list[str]:
     return [unique[i % len(unique)] for i in range(layers)]
 
 
-def shrunk(config_class: type[PretrainedConfig], overrides: dict[str, Any]) -> PretrainedConfig:
+def _few_layers(kind: str, values: dict[str, Any]) -> bool:
+    """Whether ``FEW`` layers hold one of each kind that a default config has."""
+    kinds = (set(values.get(name) or ()) for name in _PER_LAYER)
+    return kind not in _DEEP and all(len(found) <= FEW for found in kinds)
+
+
+def shrunk(
+    config_class: type[PretrainedConfig], overrides: dict[str, Any], shallow: bool = False
+) -> PretrainedConfig:
     """``config_class`` with tiny sizes; what is not passed is derived by the class itself."""
     default = config_class()
     values = default.to_dict()
     kwargs: dict[str, Any] = {}
+    few = shallow and not overrides and _few_layers(config_class.model_type, values)
+    layers = FEW if few else LAYERS
     for name, value in values.items():
         if name in config_class.sub_configs:
             part = getattr(default, name)
-            kwargs[name] = part and shrunk(type(part), overrides.get(name, {}))
+            kwargs[name] = part and shrunk(type(part), overrides.get(name, {}), shallow)
         elif name in overrides:
             continue
         elif name in _PER_LAYER and value and len(set(value)) > 1:
-            kwargs[name] = _spread(value, LAYERS)
+            kwargs[name] = _spread(value, layers)
+        elif name in _COUNTS and few:
+            kwargs[name] = min(value, FEW)
         elif (small := _small(name, value, values)) != value:
             kwargs[name] = small
     direct = {k: v for k, v in overrides.items() if k not in config_class.sub_configs}
     return config_class(**kwargs, **direct)
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
+def tiny_config(model_type: str, shallow: bool = False) -> PretrainedConfig:
     """A config of ``model_type`` with every kind of layer that the architecture has."""
     overrides = _OVERRIDES.get(model_type, {})
     if "text_config" in CONFIG_MAPPING[model_type].sub_configs:  # a wrapper of a type with `_text`
         overrides = {"text_config": _OVERRIDES.get(f"{model_type}_text", {})} | overrides
-    return shrunk(CONFIG_MAPPING[model_type], overrides)
+    return shrunk(CONFIG_MAPPING[model_type], overrides, shallow)
 
 
 def _built(auto: Any, config: PretrainedConfig, seed: int) -> PreTrainedModel:
@@ -348,6 +367,11 @@ def _built(auto: Any, config: PretrainedConfig, seed: int) -> PreTrainedModel:
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A tiny random model: float32, eager attention, eval mode, every parameter random."""
     return _built(AutoModelForCausalLM, tiny_config(model_type), seed)
+
+
+def shallow_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """The same, with no more layers than it takes to have one of each kind."""
+    return _built(AutoModelForCausalLM, tiny_config(model_type, shallow=True), seed)
 
 
 def tiny_vision_language_model(model_type: str, seed: int = 0) -> PreTrainedModel:
