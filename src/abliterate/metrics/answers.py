@@ -162,6 +162,8 @@ def _cut_thought(text: str, family: Family) -> tuple[str, str | None]:
 def _last_closing(text: str, family: Family) -> tuple[re.Match[str] | None, int]:
     """The closing mark that ends a thought, or the last one, and how many openings that leaves."""
     depth, last = 1, None
+    if family[1].lower() not in text.lower():  # no need to look, which a loop of marks makes slow
+        return last, depth
     for mark in _MARK.finditer(text):
         if _family(mark) == family and not _is_quoted(text, mark):
             closes = mark[0].lower() == family[1].lower()
