@@ -68,7 +68,9 @@ _OPENING = _any_of(_CLOSED_BY, f"[{_BLANK}]*")
 _OPENINGS = re.compile(f"(?:{_OPENING.pattern})*", re.I)
 _CLOSING = _any_of(closing for _, closing in TAGS)
 # Behind a preamble a thought is opened on a line of its own.
-_LATE = re.compile(rf"^[ \t]*{_any_of(opening for opening, _ in TAGS).pattern}[ \t]*$", re.I | re.M)
+_LATE = re.compile(
+    rf"^[ \t]*{_any_of(opening for opening, _ in TAGS).pattern}[ \t]*\r?$", re.I | re.M
+)
 _ENDING = _any_of(_CLOSED_BY.values())
 
 # Harmony with its special tokens, and as it reads when they are left out in decoding.
