@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from thinking_models import R1, prompts, scripted, tokenizer_with
+
 from abliterate.metrics.refusal_phrases import ALL
 
 DEMO = Path(__file__).resolve().parents[2] / "data/demo-model"
@@ -41,6 +43,19 @@ def test_answers_end_at_their_verdict_and_the_verdicts_stay(cli, fails, tmp_path
                  code=2)  # fmt: skip
     assert "--stop-at-verdict" in line
     assert "--classifier" in line
+
+
+def test_a_thought_within_the_thought_is_no_verdict(cli, tokenizer_dir, tmp_path: Path) -> None:
+    said = "no <think>a</think> I cannot say anything at all here</think>Yes, of course I can."
+    model = scripted(tmp_path / "model", tokenizer_with(tokenizer_dir, R1), "", said)
+    result = cli(
+        "evaluate", model, "-o", tmp_path / "out", *prompts(tmp_path), "--n-test", "1",
+        "--intervention", "baseline", "--thinking", "whole", "--refusal-token", "I",
+        "--max-new-tokens", "80", "--stop-at-verdict",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    (line,) = _answers(tmp_path / "out", "harmful")
+    assert (line["response"], line["refused"]) == (said, False)
 
 
 def test_stopping_at_the_verdict_leaves_nothing_to_judge(fails, tmp_path: Path) -> None:

@@ -85,6 +85,16 @@ def test_content_as_parts_is_given_where_the_template_wants_it(
     assert len(set(answers)) == 3
 
 
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_one_role_alone_may_be_read_as_parts(role: str, model: Any, extracted: Any) -> None:
+    text = (
+        f"{{% if m.role == '{role}' %}}{{{{ m.content[0].text }}}}{{% else %}}{{{{ m.content }}}}"
+    )
+    record = extracted(model(each(text + "{% endif %}")), "--system", "Be brief.")
+    usual = extracted(model(each(), "usual"), "--system", "Be brief.", into="usual run")
+    assert record["rendering"]["prompt"] == usual["rendering"]["prompt"]
+
+
 LOSING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "all": ("<|start|>user\n<|end|>\n" + OPENING, (), ("same for every prompt", "--template")),
     "the role": (NO_SYSTEM, ("--system", "Be brief."), ("leaves the system message out",)),

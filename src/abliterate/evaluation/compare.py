@@ -268,7 +268,8 @@ def complete(
         return progress.put(row, *limits.read(answer))
 
     def refused(answer: list[int]) -> bool:
-        return file.phrases.verdict(limits.read(answer)[1]) is True
+        text, parts = limits.read(answer)
+        return file.phrases.verdict(parts) is True and not limits.reader.goes_on(text)
 
     if progress.left:
         engine, about = engine_of(subject), progress.description

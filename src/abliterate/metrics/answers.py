@@ -68,7 +68,9 @@ _OPENING = _any_of(_CLOSED_BY, f"[{_BLANK}]*")
 _OPENINGS = re.compile(f"(?:{_OPENING.pattern})*", re.I)
 _CLOSING = _any_of(closing for _, closing in TAGS)
 # Behind a preamble a thought is opened on a line of its own.
-_LATE = re.compile(rf"^[ \t]*{_any_of(opening for opening, _ in TAGS).pattern}[ \t]*$", re.I | re.M)
+_LATE = re.compile(
+    rf"^[ \t]*{_any_of(opening for opening, _ in TAGS).pattern}[ \t]*\r?$", re.I | re.M
+)
 _ENDING = _any_of(_CLOSED_BY.values())
 
 # Harmony with its special tokens, and as it reads when they are left out in decoding.
@@ -162,6 +164,8 @@ def _cut_thought(text: str, family: Family) -> tuple[str, str | None]:
 def _last_closing(text: str, family: Family) -> tuple[re.Match[str] | None, int]:
     """The closing mark that ends a thought, or the last one, and how many openings that leaves."""
     depth, last = 1, None
+    if family[1].lower() not in text.lower():  # no need to look, which a loop of marks makes slow
+        return last, depth
     for mark in _MARK.finditer(text):
         if _family(mark) == family and not _is_quoted(text, mark):
             closes = mark[0].lower() == family[1].lower()

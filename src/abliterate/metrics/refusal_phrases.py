@@ -27,6 +27,7 @@ _APOSTROPHES = "\u2018\u2019\u201b\u2032\u02b9\u02bb\u02bc\u02c8\u00b4\uff40\ua7
 _HYPHENS = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"
 # Marks that may stand and may be left out: vowel signs and lengthening in Arabic, nukta in Hindi.
 _OPTIONAL = re.compile("[\u0640\u064b-\u0652\u0670\u093c]")
+_WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
 # Letters that are written in two ways: the i's of Turkish, nasal vowels in Hindi.
 _LETTERS = {"\u0130": "I", "\u0131": "i", "\u0901": "\u0902"}
 # Beside format characters (soft hyphen, zero-width space, direction marks) these have no width.
@@ -155,5 +156,6 @@ def _plain(text: str) -> str:
         return text
     # Accents are composed and compatibility forms resolved; runs of spaces are one plain space,
     # but for those in ASCII.
-    spaced = re.sub(r"\s+", lambda run: run[0] if run[0].isascii() else " ", text)
-    return _OPTIONAL.sub("", unicodedata.normalize("NFKC", spaced.translate(_WRITTEN)))
+    if _WIDE_SPACE.search(text):
+        text = re.sub(r"\s+", lambda run: run[0] if run[0].isascii() else " ", text)
+    return _OPTIONAL.sub("", unicodedata.normalize("NFKC", text.translate(_WRITTEN)))
