@@ -38,6 +38,32 @@ def test_sizes_are_those_of_the_files_and_need_no_weights(kind: str, tiny, cli, 
     assert document["machine"]["memory"] == 8 * 10**9
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_quantised_weights_are_those_that_bitsandbytes_holds(kind: str, tiny, cli) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = tiny(kind)
+    expected = cli("plan", model, "--machine", "24GB", "--json").json["bytes_loaded_in"]
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    for name, how in {"8bit": {"load_in_8bit": True}, "4bit": four}.items():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=torch.float32,
+            device_map={"": "cpu"},
+            quantization_config=BitsAndBytesConfig(**how),
+        )
+        held = [*loaded.parameters()]
+        scales = [
+            p.SCB if getattr(p, "SCB", None) is not None else p.quant_state.absmax
+            for p in held
+            if type(p) is not torch.nn.Parameter
+        ]
+        assert len(scales) == 4 * 7
+        assert expected[name] == sum(p.numel() * p.element_size() for p in [*held, *scales])
+    assert "weights with --load-in 8bit / 4bit" in cli("plan", model, "--machine", "24GB").out
+
+
 def test_robust_means_keep_the_activations_of_a_kind_in_main_memory(tiny, cli) -> None:
     base = ("plan", tiny("llama"), "--n-train", "1000000", "--positions", "2", "--memory", "8GB")
     plain, kept = (

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.errors import UsageError
 from abliterate.models.loading import DTYPES
 from abliterate.models.model_classes import empty_model, text_config
+from abliterate.models.quantized_loading import stored_method
 from abliterate.writers import decoder_blocks, find_writers
 
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
@@ -38,6 +41,7 @@ class Shape:
             experts and what they are joined to.
         heads: attention and key/value heads, which ranks of one model divide.
         cached: bytes of a token's keys and values in all layers.
+        loaded_in: bytes in memory under each ``--load-in``; empty if the checkpoint is quantised.
     """
 
     parameters: int
@@ -54,6 +58,7 @@ class Shape:
     fusing: int = 0
     heads: tuple[int, ...] = ()
     cached: int = 0
+    loaded_in: Mapping[str, int] = field(default_factory=dict)
 
 
 def shape_of(
@@ -102,6 +107,7 @@ def shape_of(
         size,
         *_copied(model, dtype, stored),
         *_attention(text, len(blocks), size),
+        {} if stored_method(config) is not None else _loaded_in(model, total * size, size),
     )
 
 
@@ -133,6 +139,21 @@ def _copied(model: Any, dtype: torch.dtype, stored: torch.dtype) -> tuple[int, i
     copied = sum(sizes.values() if dtype != stored else fused)
     largest = max(fused, default=0)
     return copied * stored.itemsize, largest * (stored.itemsize + 2 * dtype.itemsize)
+
+
+def _loaded_in(model: Any, whole: int, size: int) -> dict[str, int]:
+    """Bytes of the weights where bitsandbytes holds the matrices, all but the output head's."""
+    head = model.get_output_embeddings()
+    matrices = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    rest = whole - size * sum(matrix.numel() for matrix in matrices)
+    # Beside the numbers their scales, float32: one for each row, or for each 64 numbers.
+    eight = sum(matrix.numel() + 4 * len(matrix) for matrix in matrices)
+    four = sum(matrix.numel() // 2 + 4 * -(-matrix.numel() // 64) for matrix in matrices)
+    return {"8bit": rest + eight, "4bit": rest + four}
 
 
 def _attention(text: Any, layers: int, itemsize: int) -> tuple[tuple[int, ...], int]:

@@ -325,6 +325,7 @@ def as_document(
         "bytes": shape.weights,
         "bytes_on_disk": shape.stored,
         "largest_block": max(shape.blocks),
+        "bytes_loaded_in": dict(shape.loaded_in),
         "kept_activations": kept_activations(shape, work),
         "n_layers": len(shape.blocks),
         "mode": stages[0].mode,

@@ -90,7 +90,7 @@ def plan(
 
 
 def _show(document: Any) -> None:
-    machine = document["machine"]
+    machine, small = document["machine"], document["bytes_loaded_in"]
     print_table(
         f"{document['model']} ({document['model_type']})",
         ["", "value"],
@@ -99,6 +99,8 @@ def _show(document: Any) -> None:
             ["of which a token passes, in blocks", f"{document['active_parameters']:,}"],
             ["weights in memory / on disk",
              f"{_size(document['bytes'])} / {_size(document['bytes_on_disk'])}"],
+            *([[f"weights with --load-in {' / '.join(small)}",
+                " / ".join(map(_size, small.values()))]] if small else []),
             ["largest of the blocks",
              f"{_size(document['largest_block'])} of {document['n_layers']}"],
             ["memory / accelerator", f"{_size(machine['memory'])} / {_cards(machine)}"],
