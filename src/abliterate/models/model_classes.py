@@ -108,10 +108,17 @@ def empty_model(
     """
     if trust_remote_code:  # whose code it is does not stand in the configuration
         return build_empty(config, trust_remote_code, shards)
-    values = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    model = _kept_empty(_Asked(type(config), values, _bounds(config, shards), config, shards))
+    bounds = _bounds(config, shards)
+    model = _kept_empty(_Asked(type(config), values_of(config), bounds, config, shards))
     _check_layers(config, model, shards)
     return model
+
+
+def values_of(config: Any) -> str:
+    """What a configuration says, as text; not where it was read: a copy says the same."""
+    values = config.to_dict()
+    values.pop("_name_or_path", None)
+    return json.dumps(values, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ table of names here, and a checkpoint may be in any layout that ``from_pretraine
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from abliterate.errors import PlanError, ShapeMismatchError
+from abliterate.models.model_classes import values_of
 from abliterate.writers.loaded_names import loaded_names
 from abliterate.writers.parameter_names import parameter_aliases
 from abliterate.writers.provenance import Traced, TraceError, leaf
@@ -110,10 +110,10 @@ def disk_map(
     if method := getattr(model.config, "quantization_config", None):
         # Its tensors are codes with scales beside them, on which an edit has no meaning.
         raise PlanError(f"the checkpoint is quantised ({_method(method)}): edit the original")
-    # An edit and its check ask for the same map, which depends on these alone.
-    config = json.dumps(model.config.to_dict(), default=str)
+    # An edit, its check and its source ask for the same map, which depends on these alone.
     held = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     shapes = tuple((name, tuple(shape)) for name, shape in on_disk.items())
+    config = values_of(model.config)
     key = (type(model), config, held, tuple(parameters.items()), shapes)
     if key not in _maps:
         found = _find(model, parameters, dict(shapes))
