@@ -32,7 +32,7 @@ from architectures.zoo import (  # noqa: E402
     VISION_LANGUAGE,
     decoder_only_types,
     shallow_model,
-    tiny_vision_language_model,
+    shallow_vision_language_model,
 )
 
 HEADER = """\
@@ -107,7 +107,7 @@ def wrappers() -> str:
     """The vision-language wrappers, measured."""
     rows = []
     for name in tqdm(VISION_LANGUAGE):
-        outcome = outcome_of(name, tiny_vision_language_model)
+        outcome = outcome_of(name, shallow_vision_language_model)
         untested = isinstance(outcome, str)
         rows.append(f"| {name} | | | {outcome} | | |" if untested else row(name, outcome))
     return WRAPPERS.format(rows="\n".join(rows))

@@ -19,7 +19,7 @@ from architectures.zoo import (
     VISION_LANGUAGE,
     decoder_only_types,
     shallow_model,
-    tiny_vision_language_model,
+    shallow_vision_language_model,
 )
 from transformers import PreTrainedModel
 
@@ -140,7 +140,7 @@ def test_every_architecture_is_exact_or_refused(
 
 @pytest.mark.parametrize("wrapper", VISION_LANGUAGE)
 def test_text_decoders_of_vision_language_models(wrapper: str, tmp_path: Path) -> None:
-    outcome = round_trip(lambda: tiny_vision_language_model(wrapper), tmp_path)
+    outcome = round_trip(lambda: shallow_vision_language_model(wrapper), tmp_path)
     _assert_exact(outcome)
     _is_published(wrapper, outcome, "## Vision-language wrappers")
 

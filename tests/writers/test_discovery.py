@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -89,8 +90,7 @@ def _plan(kind: str) -> WriterPlan:
 
 def _model(kind: str) -> PreTrainedModel:
     """A fresh copy: same parameters, free to be edited."""
-    require(kind)
-    return shrunken(CONFIG_MAPPING[kind](**CASES[kind]))
+    return deepcopy(_original(kind))
 
 
 def _tokens(seed: int = 3) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from architectures.zoo import (
     decoder_only_types,
     shallow_model,
+    shallow_vision_language_model,
     tiny_model,
-    tiny_vision_language_model,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -178,7 +178,7 @@ def test_a_checkpoint_may_lack_the_base_model_prefix(model_type: str, tmp_path: 
     ],
 )
 def test_the_text_decoder_of_a_vision_language_model(model_type: str, tmp_path: Path) -> None:
-    model = tiny_vision_language_model(model_type)
+    model = shallow_vision_language_model(model_type)
     model.save_pretrained(tmp_path)
     decoder = [n for n, _ in model.named_parameters() if "language_model" in n or "lm_head" in n]
     assert decoder
@@ -189,7 +189,7 @@ def test_the_text_decoder_of_a_vision_language_model(model_type: str, tmp_path: 
 
 @pytest.mark.parametrize("model_type", ["llama4", "mllama", "qwen3_5", "qwen3_5_moe"])
 def test_a_text_model_from_a_vision_language_checkpoint(model_type: str, tmp_path: Path) -> None:
-    tiny_vision_language_model(model_type).save_pretrained(tmp_path)
+    shallow_vision_language_model(model_type).save_pretrained(tmp_path)
     plan = prove(AutoModelForCausalLM.from_pretrained, tmp_path)
     assert any("vision" in name or "visual" in name for name in plan.untouched)
     assert not any("language_model" in name for name in plan.untouched)

@@ -369,11 +369,16 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     return _built(AutoModelForCausalLM, tiny_config(model_type), seed)
 
 
-def shallow_model(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """The same, with no more layers than it takes to have one of each kind."""
-    return _built(AutoModelForCausalLM, tiny_config(model_type, shallow=True), seed)
-
-
 def tiny_vision_language_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """The same for a vision-language type, whose checkpoints hold a text decoder among others."""
     return _built(AutoModelForImageTextToText, tiny_config(model_type), seed)
+
+
+def shallow_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """As :func:`tiny_model`, with no more layers than it takes to have one of each kind."""
+    return _built(AutoModelForCausalLM, tiny_config(model_type, shallow=True), seed)
+
+
+def shallow_vision_language_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """The same for a vision-language type."""
+    return _built(AutoModelForImageTextToText, tiny_config(model_type, shallow=True), seed)
