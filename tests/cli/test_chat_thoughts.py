@@ -46,7 +46,9 @@ def test_chat_keeps_thoughts_apart(
         assert turn["thought"].endswith("I cannot say")
     short = say("--thinking", "whole", "--max-new-tokens", "9" if family == "no switch" else "5")
     assert short.out == "\n\n"
-    assert short.err.count("the thought did not end") == 2
+    assert short.err.count("the thought did not end: raise --max-new-tokens") == 2
+    skipped = say("--thinking", "skip", "--max-thinking-tokens", "1", "--max-new-tokens", "1")
+    assert "the thought did not end: raise --max-thinking-tokens" in skipped.err
     monkeypatch.setattr("sys.stdin", io.StringIO("p0\n"))
     cut = cli("chat", model, "--thinking", "whole", "--max-new-tokens", "9", "--json").json
     assert cut["turns"][0]["answer"] is None

@@ -134,7 +134,8 @@ def measure(
             elif unmodified is None:
                 unmodified = answer(["harmless"], "fragility", answered=True)[0]["harmless"]
             verdicts = {
-                kind: _verdicts(limits, answers[kind], phrases) for kind in ("harmful", "harmless")
+                kind: _verdicts(limits, answers[kind], phrases, chat.longer_thoughts)
+                for kind in ("harmful", "harmless")
             }
             (harmful_refusals, n_harmful), (harmless_refusals, n_harmless) = map(
                 _counted, verdicts.values()
@@ -219,9 +220,14 @@ def _controls(
 
 
 def _verdicts(
-    limits: AnswerLimits, answers: Sequence[Sequence[int]], phrases: RefusalPhrases
+    limits: AnswerLimits,
+    answers: Sequence[Sequence[int]],
+    phrases: RefusalPhrases,
+    longer: str,
 ) -> tuple[bool | None, ...]:
     """Whether each answer, as token ids, holds a refusal phrase; None for thoughts cut off.
+
+    ``longer`` is the option that lets them end.
 
     Raises:
         InputError: all are.
@@ -229,13 +235,13 @@ def _verdicts(
     verdicts = tuple(phrases.verdict(limits.read(answer)[1]) for answer in answers)
     known = [verdict for verdict in verdicts if verdict is not None]
     if not known:
-        raise InputError("no answer comes after the model's thought: raise --max-new-tokens")
+        raise InputError(f"no answer comes after the model's thought: raise {longer}")
     if len(known) < len(verdicts):
         log.warning(
-            "%d of %d answers are unfinished thoughts, which count for neither side: raise "
-            "--max-new-tokens",
+            "%d of %d answers are unfinished thoughts, which count for neither side: raise %s",
             len(verdicts) - len(known),
             len(verdicts),
+            longer,
         )
     return verdicts
 

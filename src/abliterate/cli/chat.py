@@ -157,7 +157,8 @@ class _Talk:
     def ended(self, parts: Parts) -> None:
         """Say so where there is no answer, since the thought has not ended."""
         if parts.answer is None:
-            print_note("(the thought did not end: raise --max-new-tokens)")
+            longer = self.steered.chat.longer_thoughts
+            print_note(f"(the thought did not end: raise {longer})")
 
     def note(self, text: str) -> None:
         """Something about the conversation, beside it."""

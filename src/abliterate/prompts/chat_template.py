@@ -69,6 +69,11 @@ class ChatFormat:
     def is_plain(self) -> bool:
         return self.template == PLAIN
 
+    @property
+    def longer_thoughts(self) -> str:
+        """The option that lets a thought end that did not."""
+        return "--max-thinking-tokens" if self.thinking == "skip" else "--max-new-tokens"
+
 
 def template_of(tokenizer: Any, chat: ChatFormat) -> Template:
     """The template that writes conversations, with what it is told.
