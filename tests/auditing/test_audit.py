@@ -263,6 +263,20 @@ def test_wide_emptiness_and_its_edge_are_those_of_dense_solvers(
     assert abs(float(first[7])) > 0.9999
 
 
+@pytest.mark.parametrize("alike", [1, 3, 20])
+def test_the_edge_refined_from_float32_is_that_of_float64(alike: int) -> None:
+    """To far below what float32 rounds, also where several eigenvalues are the same."""
+    generator = torch.Generator().manual_seed(alike)
+    basis = torch.linalg.qr(torch.randn(160, 160, generator=generator, dtype=torch.float64))[0]
+    values = torch.linspace(0.6, 0, 160, dtype=torch.float64) ** 2
+    values[:alike] = 0.4
+    matrix = basis * values @ basis.T
+    upper, vectors = soft_null_space.upper_edge(matrix, 14, 0, kept=5)
+    torch.testing.assert_close(upper[:14], values[:14], rtol=0, atol=1e-10)
+    torch.testing.assert_close(matrix @ vectors, vectors * upper[:5], rtol=0, atol=1e-6)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(5).double(), rtol=0, atol=1e-9)
+
+
 def _emptiness(matrix: Tensor, shift: float) -> Tensor:
     gram = matrix @ matrix.T
     return shift * torch.linalg.inv(gram + shift * torch.eye(len(gram), dtype=gram.dtype))

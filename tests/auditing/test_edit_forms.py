@@ -139,7 +139,7 @@ def test_every_form_of_edit_is_named(
     form = found["base"]["form"]
     assert form["kinds"] == kinds
     assert form["behind_gains"] is (gains or kind != "gemma2")
-    near = 0.05 if then is None else 0.06
+    near = 0.05
     for tensor in found["base"]["tensors"]:
         if tensor["projected"]:
             assert tensor["scale"] == pytest.approx(scale, abs=near)

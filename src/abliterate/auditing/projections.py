@@ -38,6 +38,9 @@ CLEAR = 0.2
 # What rescaled rows leave unexplained of what the plain projection does; what is not looked at.
 _EXPLAINED, _EXACT, _ROUNDS = 0.1, 1e-6, 6
 _TRIED = 64  # columns on which that is tried first
+# Of a left vector: the least that lies beside a direction. Of what changed along that: the least
+# that changed along others which are told apart from it (more than a tilted direction leaves).
+_BESIDE, _STRONG = 0.3, 0.5
 _FEW, _FEW_SHARE = 4, 0.9  # channels that are no direction, and what they hold of one
 
 
@@ -417,6 +420,30 @@ def pooled_directions(members: list[Grams]) -> Tensor:
     values, vectors = torch.linalg.eigh(_symmetric(torch.linalg.solve(damped, both.T).T))
     order = values.abs().argsort(descending=True)
     return torch.index_select(vectors, 1, order)
+
+
+def scale_beside(before: Tensor, delta: Tensor, direction: Tensor, left: Tensor) -> float:
+    """The scale along a direction where a merged LoRA, say, changed a few others more.
+
+    What that adds along the direction, ``(u . r) v``, has nothing to do with what was there, but of
+    few columns it seems to. Its right vectors ``v`` show in the other directions, so they are
+    explained together.
+
+    Args:
+        before: float64 ``[d_model, m]``.
+        delta: its change.
+        direction: ``r``, ``[d_model]``, not zero.
+        left: first left vectors of the change, ``[d_model, n]``.
+    """
+    unit = direction / direction.norm()
+    had, lost = unit @ before, unit @ delta
+    sides, values, _ = torch.linalg.svd(left - torch.outer(unit, unit @ left), full_matrices=False)
+    _, strengths, right = torch.linalg.svd(
+        sides[:, values > _BESIDE].T @ delta, full_matrices=False
+    )
+    strong = right[strengths > _STRONG * lost.norm()]
+    causes = torch.cat([had.unsqueeze(0), strong * had.norm()])
+    return -float(torch.linalg.lstsq(causes.T, lost.unsqueeze(1)).solution[0, 0])
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

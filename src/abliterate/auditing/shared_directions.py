@@ -8,7 +8,7 @@ tensor's own difference. What is left of ``W' - W`` along the direction is propo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from abliterate.auditing.projections import (
     Grams,
     few_channels,
     pooled_directions,
+    scale_beside,
     sign_of,
 )
 from abliterate.auditing.tensor_diff import TensorSummary
@@ -30,7 +31,7 @@ _KEPT = 16  # directions among which the shared ones are looked for
 _TRIED = 4  # of them, at most
 #: Fit of a tensor along a direction that others vouch for.
 _VOUCHED = 0.5
-_TOGETHER = 0.8  # its mean, where all tensors of a layer do and none shows it by itself
+_TOGETHER = 0.8  # its mean, where all tensors do and no two show it by themselves
 _ROUNDS = 2  # in which a direction is made sharper
 _BETTER = 1.1  # so many times as many tensors have to be named by directions of their layers
 
@@ -123,6 +124,11 @@ def find_shared(
             )
         )
     }
+    if whole is not None and not _is_clear(whole):
+        whole = None
+    clear = {layer: one for layer, one in layers.items() if _is_clear(one)}
+    if 2 * len(clear) < len(layers):  # training does as much in a layer or two
+        layers = clear
     named = sum(m.lost for one in layers.values() for m in one.measured.values())
     if not layers or (whole is not None and named < _BETTER * _named(whole)):
         return whole
@@ -144,22 +150,36 @@ def _sharpened(
     and along a tilted direction too little seems lost. Of ``D = -s u (u^T W) + N`` the product
     ``D W^T u`` is ``u`` again but for ``N W^T u``, which averages out over columns and tensors.
     """
-    best = found
+    best, scales = found, None
     for _ in range(_ROUNDS):
         direction = _turned(pair, members, best)
         if direction is None:
             break
-        basis, inside = direction.unsqueeze(1), torch.ones(1, dtype=torch.float64)
-        group = _Group(members, best.gains, basis, {})
-        for name, one in members.items():
-            before, delta = _changed(pair, one)
-            group.grams[name] = Grams.of(before, delta, pair.at(one.place, basis, best.gains))
-        measured = _measure(pair, group, inside)
+        group, scales_here = _read_along(pair, members, direction, best.gains)
+        measured = _measure(pair, group, torch.ones(1, dtype=torch.float64))
         sharper = SharedDirections(direction, best.gains, measured, best.count)
         if _score(sharper) < _score(best):
             break
-        best = sharper
-    return best
+        best, scales = sharper, scales_here
+    if scales is None:
+        scales = _read_along(pair, members, best.direction, best.gains)[1]
+    measured = {n: replace(m, scale=scales[n]) if m.lost else m for n, m in best.measured.items()}
+    return replace(best, measured=measured)
+
+
+def _read_along(
+    pair: CheckpointPair, members: Mapping[str, TensorSummary], direction: Tensor, gains: bool
+) -> tuple[_Group, dict[str, float]]:
+    """All tensors along one direction, and the scale of each beside what else changed in it."""
+    group = _Group(members, gains, direction.unsqueeze(1), {})
+    scales = {}
+    for name, one in members.items():
+        assert one.vectors is not None
+        before, delta = _changed(pair, one)
+        here = pair.at(one.place, group.basis, gains)
+        group.grams[name] = Grams.of(before, delta, here)
+        scales[name] = scale_beside(before, delta, here[:, 0], one.vectors.double())
+    return group, scales
 
 
 def _turned(
@@ -212,6 +232,12 @@ def _changed(pair: CheckpointPair, one: TensorSummary) -> tuple[Tensor, Tensor]:
     before, delta = pair.sample(one.place.edit)
     held = delta.abs().amax(dim=0) > 0
     return before[:, held], delta[:, held]
+
+
+def _is_clear(one: SharedDirections) -> bool:
+    """Two tensors show the direction by themselves, or all of a few do together."""
+    fits = [m.fit for m in one.measured.values() if m.lost]
+    return sum(fit >= FIT for fit in fits) >= 2 or sum(fits) >= _TOGETHER * max(1, len(fits))
 
 
 def _score(one: SharedDirections) -> float:
@@ -269,9 +295,7 @@ def _measure(pair: CheckpointPair, group: _Group, inside: Tensor) -> dict[str, M
     }
     sure = [n for n, m in along.items() if m.lost and m.fit >= FIT]
     vouched = sum(m.lost for m in along.values())
-    fits = [m.fit for m in along.values()]
-    together = len(fits) == vouched > 1 and sum(fits) >= _TOGETHER * len(fits)
-    if len(sure) >= 2 or together:
+    if len(sure) >= 2 or (len(group.members) == vouched > 1):
         return along
     sure = [n for n in sure if group.grams[n].shows_alone(along[n].fit, inside)]
     return {
