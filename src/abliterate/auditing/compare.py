@@ -10,9 +10,9 @@ from torch import Tensor
 
 from abliterate.auditing.checkpoint_pairs import CheckpointPair, Place, open_pair
 from abliterate.auditing.edit_form import EditForm, ProjectedMatrix, describe
+from abliterate.auditing.grams import FIT
 from abliterate.auditing.projections import (
     COLUMNS,
-    FIT,
     SAME,
     TOP,
     changed_columns,

@@ -14,17 +14,15 @@ import torch
 from torch import Tensor
 
 from abliterate.auditing.checkpoint_pairs import CheckpointPair
-from abliterate.auditing.projections import (
+from abliterate.auditing.grams import (
     CLEAR,
-    COLUMNS,
     FIT,
-    SAME,
     Grams,
     few_channels,
     pooled_directions,
     scale_beside,
-    sign_of,
 )
+from abliterate.auditing.projections import COLUMNS, SAME, sign_of
 from abliterate.auditing.tensor_diff import TensorSummary
 
 _KEPT = 16  # directions among which the shared ones are looked for

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from abliterate.auditing.checkpoint_pairs import Place
-from abliterate.auditing.projections import Projection
+from abliterate.auditing.grams import Projection
 
 
 @dataclass(frozen=True)
