@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from abliterate.direction_set import (
 )
 from abliterate.errors import InputError, UsageError
 from abliterate.metrics.vector_algebra import VectorAlgebra
-from abliterate.projection import Projection
+from abliterate.projection import WHOLE, Projection
 from abliterate.storage.artifacts import (
     hash_text,
     write_tensors,
@@ -45,6 +45,7 @@ class Direction(VectorAlgebra):
         project_harmless: what it had along the mean harmless activation was removed.
         model: folder or hub id of the model that it was taken from, or None if not recorded.
         project_first_token: what it had along the first token's mean residual stream was removed.
+        taken_out: what of this was removed when it was loaded, and not when it was selected.
 
     Source:
         Section 2.3.
@@ -64,6 +65,7 @@ class Direction(VectorAlgebra):
     project_harmless: bool = False
     model: str | None = None
     project_first_token: bool = False
+    taken_out: Projection = field(default=WHOLE, compare=False)
 
     def __post_init__(self) -> None:
         # What is computed of a direction alone is float64, which not every device has.
@@ -90,6 +92,7 @@ class Direction(VectorAlgebra):
             "layer": self.layer,
             "norm": float(self.vector.double().norm()),
             **self.projection.record,
+            **self.taken_out.when_loaded,
         }
 
     def save(self, path: str | Path) -> Path:

@@ -19,7 +19,7 @@ from abliterate.direction_set import (
     set_of_means,
     set_of_tensors,
 )
-from abliterate.errors import InputError, UsageError
+from abliterate.errors import AbliterateError, InputError, UsageError
 from abliterate.exchange import (
     ForeignVectors,
     is_foreign,
@@ -96,11 +96,24 @@ def find_direction(source: str | Path, position: int | None = None) -> Path:
             raise InputError(f"{source} is a checkpoint, which holds no direction: {_READ}")
         if not path.is_file():
             again = shlex.join(["abliterate", "select", str(source)])
+            if _chose_none(Path(source)):
+                raise InputError(
+                    f"{path} does not exist, as no candidate passed the filters of select: "
+                    f"`{again}` says which options admit one"
+                )
             raise InputError(f"{path} does not exist: run `{again}` first")
     if not path.is_file():
         raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     _check_kind(path)
     return path
+
+
+def _chose_none(run: Path) -> bool:
+    """Whether the record of select in a run folder says that it chose nothing."""
+    try:
+        return read_record(run / "selection.json", "select").get("winner", True) is None
+    except (AbliterateError, OSError):
+        return False
 
 
 # Beside what it is in: what else is read, and how what is not is made into it.
@@ -302,6 +315,7 @@ def _projected(direction: Direction, projection: Projection, path: Path) -> Dire
         vector=vector,
         project_harmless=wanted.harmless,
         project_first_token=wanted.first_token,
+        taken_out=wanted - direction.projection,
     )
 
 
@@ -331,7 +345,9 @@ def _projected_set(directions: DirectionSet, projection: Projection, path: Path)
         )
         rows[layer] = _projected(own, projection, path).vector
     sha256 = hash_text(str(directions.sha256), *wanted.names)
-    return replace(directions, vectors=rows, sha256=sha256, projection=wanted)
+    return replace(
+        directions, vectors=rows, sha256=sha256, projection=wanted, taken_out=wanted - held
+    )
 
 
 def _read(path: Path, winner: bool = False) -> Direction | DirectionSet:

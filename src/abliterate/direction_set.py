@@ -52,6 +52,7 @@ class DirectionSet:
         file: hash of the file alone.
         listed: its layers are listed one by one, so that it does not say how many the model has.
         place: the file, for messages; empty for one that is made in memory.
+        taken_out: what of ``projection`` was removed when it was loaded, not when it was selected.
     """
 
     vectors: Tensor
@@ -64,6 +65,7 @@ class DirectionSet:
     file: str | None = None
     listed: bool = field(default=False)
     place: str = field(default="", compare=False)
+    taken_out: Projection = field(default=WHOLE, compare=False)
 
     @property
     def key(self) -> str | None:
@@ -167,6 +169,7 @@ class DirectionSet:
             "layers": len(self.vectors),
             "candidates": [held and list(held) for held in self.candidates],
             **self.projection.record,
+            **self.taken_out.when_loaded,
             **({"interpolate": self.interpolate} if self.interpolate else {}),
             **({"file": self.file} if self.file else {}),
         }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Names of records and metadata, which are those of the settings.
 HARMLESS, FIRST_TOKEN = "project_harmless", "project_first_token"
+_TAKEN_OUT = "taken_out"
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,23 @@ class Projection:
         return cls(*(record.get(key) in (True, "true") for key in (HARMLESS, FIRST_TOKEN)))
 
     @classmethod
+    def recorded_when_loaded(cls, record: Mapping[str, Any]) -> Projection:
+        """What a record's ``direction`` says was taken out of it when it was loaded."""
+        names = record.get(_TAKEN_OUT)
+        return cls(*(isinstance(names, list) and key in names for key in (HARMLESS, FIRST_TOKEN)))
+
+    @classmethod
     def asked(cls, settings: SelectSettings) -> Projection:
         """What settings ask for."""
         return cls(settings.project_harmless, settings.project_first_token)
 
     def __bool__(self) -> bool:
         return self.harmless or self.first_token
+
+    def __sub__(self, other: Projection) -> Projection:
+        return Projection(
+            self.harmless and not other.harmless, self.first_token and not other.first_token
+        )
 
     def __or__(self, other: Projection) -> Projection:
         return Projection(self.harmless or other.harmless, self.first_token or other.first_token)
@@ -65,6 +77,11 @@ class Projection:
     def record(self) -> dict[str, bool]:
         """What records hold of it; nothing where nothing was taken out."""
         return dict.fromkeys(self.names, True)
+
+    @property
+    def when_loaded(self) -> dict[str, list[str]]:
+        """What records hold of what was taken out when a direction was loaded."""
+        return {_TAKEN_OUT: self.names} if self else {}
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -196,3 +196,54 @@ def test_records_without_the_hashes_of_their_inputs_are_compared_by_what_they_na
     assert _stale(cli, run) == {}
     assert cli("select", run, *OPEN, "--prune-layers", "0", "--json").code == 0
     assert list(_stale(cli, run)) == ["evaluation", "inspect", "trace", "fragility"]
+
+
+def _edit_words(stale: dict[str, Any]) -> list[str]:
+    (line, *_) = stale["evaluation"]["renew"]
+    words = shlex.split(line)
+    assert words[1] == "orthogonalize"
+    return words
+
+
+def test_renewing_takes_out_what_was_asked_of_the_edit_and_not_of_an_earlier_choice(
+    run: Path, cli, tiny
+) -> None:
+    out = run.parent / "out"
+
+    def edit(*options: str) -> None:
+        words = ("orthogonalize", tiny("llama"), "--direction", run, "-o", out, "--overwrite")
+        assert cli(*words, *options).code == 0
+
+    assert cli("select", run, *SECOND, "--project-harmless").code == 0
+    edit()  # along what select has projected
+    assert cli("select", run, *SECOND).code == 0
+    assert "--project-harmless" not in _edit_words(_stale(cli, run))
+    edit("--project-harmless")
+    assert cli("select", run, *OPEN, "--prune-layers", "0").code == 0
+    assert "--project-harmless" in _edit_words(_stale(cli, run))
+
+
+def test_renewing_in_a_copied_folder_leaves_the_other_ones_model_alone(
+    run: Path, cli, tiny, tmp_path: Path
+) -> None:
+    model, copy = tiny("llama"), tmp_path / "copy"
+    assert cli("orthogonalize", model, "--direction", run, "-o", run / "model").code == 0
+    asked = ("--checkpoint", run / "model", *SHORT)
+    assert cli("evaluate", model, "--direction", run, *asked).code == 0
+    shutil.copytree(run, copy)
+    assert cli("select", copy, *OPEN, "--prune-layers", "0").code == 0
+    stale = _stale(cli, copy)
+    words = _edit_words(stale)
+    assert words[words.index("-o") + 1] == str(copy / "model")
+    _renew(cli, stale)
+    assert _stale(cli, copy) == {}
+    assert _stale(cli, run) == {}
+
+
+def test_a_choice_that_is_gone_is_told_as_such(run: Path, cli, tiny, tmp_path: Path) -> None:
+    none = cli("select", run, *SECOND, "--induce-threshold", "1e9")
+    assert none.code == 5
+    assert f"the earlier choice, {run / 'direction.safetensors'}, is removed" in none.err
+    edited = cli("orthogonalize", tiny("llama"), "--direction", run, "-o", tmp_path / "edited")
+    assert edited.code == 3
+    assert "no candidate passed the filters of select" in edited.err

@@ -93,6 +93,7 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
             project_first_token=projection.first_token,
         )
         scores = ScoresFile(stage, run / SCORES, extraction, prompts, scored_on)
+        had_one = main(lambda: (run / FILE_NAME).exists())
         stage.start_clock()
         result = _choose(session, run, extraction, prompts, scores)
         record = stage.finish(
@@ -104,7 +105,8 @@ def select_stage(session: Session, run: Path, reuse: bool = False) -> dict[str, 
         result.require_winner()
     except SelectionError as error:
         sink = f"; {line}" if (line := explain_attention_sink(extraction, result)) else ""
-        message = f"{error}{sink}; all scores are in {run / SELECTION}"
+        gone = f"; the earlier choice, {run / FILE_NAME}, is removed" if had_one else ""
+        message = f"{error}{sink}; all scores are in {run / SELECTION}{gone}"
         raise SelectionError(message, error.front) from None
     if line := explain_attention_sink(extraction, result):
         log.info(line)

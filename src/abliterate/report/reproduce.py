@@ -21,7 +21,7 @@ from abliterate.direction import FILE_NAME
 from abliterate.editing.file_names import RECORD
 from abliterate.projection import Projection
 from abliterate.report.collect import Document, Run
-from abliterate.run_folder import DIRECTIONS, SELECTION
+from abliterate.run_folder import DIRECTIONS, EXTRACT, MODEL, SELECTION
 from abliterate.selection.candidate_filters import Thresholds, apply_filters
 from abliterate.selection.no_candidate import nearest
 from abliterate.selection.score_table import read_scores
@@ -92,7 +92,7 @@ def _by_part(run: Run, edited: Path | None, renew: bool = False) -> dict[str, li
     if run.edit is not None:
         place = _argument(edited or run.edit_folder or "")
         words = ["orthogonalize", *_model(run.edit, "source"), "--direction", folder, "-o", place]
-        done["edit"] = [*words, *_edit(run.edit), *(["--overwrite"] if renew else [])]
+        done["edit"] = [*words, *_edit(run.edit, renew), *(["--overwrite"] if renew else [])]
     if run.evaluation is not None:
         done["evaluation"] = _evaluate(run, run.evaluation, base, renew)
     if run.inspect is not None:
@@ -107,7 +107,15 @@ def _edit_again(run: Run, place: Path) -> list[str]:
     """The command of the checkpoint there, along the direction that the run holds now."""
     record, folder = read_record(place / RECORD, "orthogonalize"), _argument(run.folder)
     words = ["orthogonalize", *_model(record, "source"), "--direction", folder]
-    return [*words, "-o", _argument(place), *_edit(record), "--overwrite"]
+    own = _own_place(run, place)
+    return [*words, "-o", _argument(own), *_edit(record, renew=True), "--overwrite"]
+
+
+def _own_place(run: Run, place: Path) -> Path:
+    """Where an edit of this run is made: never in another run folder, as of a copied one."""
+    here = run.folder / MODEL
+    foreign = place.name == MODEL and (place.parent / EXTRACT).is_file()
+    return here if foreign and place.resolve() != here.resolve() else place
 
 
 def _fragility(run: Run) -> list[str]:
@@ -272,7 +280,7 @@ def _later(command: str, record: Document, base: Mapping[str, Any]) -> list[str]
     return found + _changed("extract", {"extract": named}, base, ("extract",))
 
 
-def _edit(record: Document) -> list[str]:
+def _edit(record: Document, renew: bool = False) -> list[str]:
     options = dict(record["options"])
     if isinstance(kept := options.get("norm_preserve"), bool):
         options["norm_preserve"] = "rows" if kept else None
@@ -284,15 +292,17 @@ def _edit(record: Document) -> list[str]:
     found = _changed("orthogonalize", {"orthogonalize": options}, {}, ("orthogonalize",))
     if leak > 1e-3:  # an architecture that is edited only on request
         found += ["--allow-leak", f"{math.ceil(leak * 1000) / 1000:g}"]
-    return found + _projected(record)
+    return found + _projected(record, renew)
 
 
-def _projected(record: Document) -> list[str]:
-    """The options that say what is made of the run's direction; no harm where select did it."""
+def _projected(record: Document, renew: bool = False) -> list[str]:
+    """The options that say what is made of the run's direction; no harm where select did it, unless
+    it is renewed: by then select may have chosen one that is whole."""
     direction = record.get("direction")
     if not isinstance(direction, Mapping):
         return []
-    found = Projection.recorded(direction).options
+    of = Projection.recorded_when_loaded if renew else Projection.recorded
+    found = of(direction).options
     if "layers" in direction:  # a set, and what was made into it
         position, kind = direction.get("position"), direction.get("interpolate")
         found += [] if position is None else [f"--position={position}"]
@@ -335,9 +345,10 @@ def _evaluate(
         command += [part for name in asked for part in ("--intervention", name)]
     for name in edited:
         place = str(places.get(name, {}).get("id") or run.edit_folder or name)
+        place = str(_own_place(run, Path(place))) if renew else place
         command += _option("--checkpoint", _named(name, place))
     command += _later("evaluate", record, base)
-    command += _projected(record) if own else []
+    command += _projected(record, renew) if own else []
     return command + _changed("evaluate", record["settings"], {}, ("evaluate",))
 
 
