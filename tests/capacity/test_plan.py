@@ -122,6 +122,10 @@ def test_the_table_names_every_stage_and_bad_sizes_are_refused(tiny, cli, fails)
     assert result.code == 0, result.err
     for text in ("parameters", "extract", "select", "orthogonalize", "verify --forward", "FLOP"):
         assert text in result.out
+    assert "too little memory" not in result.out
+    assert (
+        "too little memory for extract, select" in cli("plan", tiny("gemma"), "--memory", "1KB").out
+    )
     assert "--memory" in fails("plan", tiny("gemma"), "--memory", "much", code=2)
     assert "--gpu-memory" in fails("plan", tiny("gemma"), "--gpu-memory", "-3GB", code=2)
     assert "no config.json" in fails("plan", Path(__file__).parent, code=4)

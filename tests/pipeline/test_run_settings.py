@@ -142,9 +142,15 @@ LISTS = {
         "[4.5]": f"{_MEMBER}4.5", "[{a = 1}]": f"{_MEMBER}a table",
         "[]": f"{_EMPTY}, or leave it out for those that are detected", '"I"': "must be a list",
     },
-    "[extract] harmful": {'["a"]': "must be one text, not a list"},
+    "[extract] harmful": {
+        '["a"]': "must be one text, not a list ([evaluate] alone takes several)",
+    },
     "[extract] save_activations": {"[]": _EMPTY, "[0, 9.5]": f"{_MEMBER}9.5"},
-    "[select] n_val": {"[3]": "must be an integer, not [3]"},
+    "[select] n_val": {
+        "[3]": "must be an integer, not [3]", '"8"': "must be a number, not '8'",
+        "8.0": "must be an integer, not 8.0",
+    },
+    "[orthogonalize] scale": {'"0.5"': "must be a number, not '0.5'"},
     "[evaluate] harmful": {
         "[]": f"{_EMPTY}, or leave it out for what extract used", "[true]": f"{_MEMBER}a switch",
         '[["a"]]': f"{_MEMBER}a list",

@@ -128,6 +128,12 @@ def _show(document: Any) -> None:
         ],
         left=2,
     )
+    lacking = [stage for stage in document["stages"] if stage["memory"] > machine["memory"]]
+    if lacking and not machine["gpu_memory"]:
+        print_line(
+            f"too little memory for {', '.join(stage['name'] for stage in lacking)}: at least "
+            f"{_size(max(stage['memory'] for stage in lacking))} are needed, even so"
+        )
     print_line(f"to start: {document['start']}")
     if document["spread"]["why"] and machine["gpu_memory"]:
         print_line(f"{document['spread']['way']}: {document['spread']['why']}")

@@ -237,7 +237,7 @@ def _check_keys(document: Mapping[str, Any], where: str, schema: type[BaseModel]
                 given = json.dumps(value) if isinstance(value, bool) else repr(value)
                 raise UsageError(f"{where}: [{table}] {key}: {wrong}, not {given}")
             if isinstance(value, list):
-                _check_members(f"{where}: [{table}] {key}", value, tables[table], key)
+                _check_members(f"{where}: [{table}] {key}", value, tables, table, key)
 
 
 def _homes(key: str, tables: Mapping[str, type[BaseModel]]) -> str:
@@ -248,26 +248,39 @@ def _homes(key: str, tables: Mapping[str, type[BaseModel]]) -> str:
 
 
 def _wrong_kind(value: Any, annotation: Any) -> str | None:
-    """What a key must be where TOML says true, false or a text, and it is neither: no number is
-    meant by ``true``, and no switch by ``"no"``."""
+    """What a key must be where TOML says something of another type: no number is meant by ``true``
+    or ``"24"``, no switch by ``"no"``, and no whole number by ``8.0``."""
     kinds = _kinds(annotation)
     if isinstance(value, bool) and not kinds & {bool, Any}:
         return "must be a number" if kinds & {int, float} else "must be text"
     if isinstance(value, str) and bool in kinds and not kinds & {str, Any}:
         return "must be true or false"
+    if isinstance(value, str) and kinds & {int, float} and kinds <= {int, float, NoneType}:
+        return "must be a number"
+    if isinstance(value, float) and int in kinds and not kinds & {float, Any}:
+        return "must be an integer"
     return None
 
 
-def _check_members(what: str, value: list[Any], section: type[BaseModel], key: str) -> None:
+def _check_members(
+    what: str, value: list[Any], tables: Mapping[str, type[BaseModel]], table: str, key: str
+) -> None:
     """Refuse a list where there is none, one without members, and members that no option can be.
 
     Raises:
         UsageError: it is one of these.
     """
-    mark, kinds = listed(section, key), _kinds(section.model_fields[key].annotation)
+    mark, kinds = listed(tables[table], key), _kinds(tables[table].model_fields[key].annotation)
     if mark is None and tuple not in kinds:
         if kinds <= {str, NoneType}:
-            raise UsageError(f"{what}: must be one text, not a list")
+            several = [
+                f"[{name}]"
+                for name, section in tables.items()
+                if key in section.model_fields
+                and tuple in _kinds(section.model_fields[key].annotation)
+            ]
+            alone = f" ({' and '.join(several)} alone takes several)" if several else ""
+            raise UsageError(f"{what}: must be one text, not a list{alone}")
         return  # whoever checks the value says what it must be
     for one in value:
         if isinstance(one, bool) or not isinstance(one, str | int | date):
