@@ -307,3 +307,15 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, fails, tmp_path: Path
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     line = fails("extract", folder, "-o", tmp_path / "run", *COMMON, code=4)
     assert "model.layers.2.mlp.down_proj.weight" in line
+
+
+def test_positions_that_cannot_be_are_told_before_the_model_is_loaded(
+    tiny, fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("abliterate.run_folder.Session.load", load)
+    for wrong in ("-2,x", "-1,-1", "1"):
+        line = fails("extract", tiny("llama"), "-o", tmp_path, f"--positions={wrong}", code=2)
+        assert f"distinct negative numbers such as -5,-1, not '{wrong}'" in line

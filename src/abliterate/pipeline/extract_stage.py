@@ -92,6 +92,8 @@ def extract_stage(session: Session, run: Path, reuse: bool = False) -> dict[str,
         settle_rendering(session)
         # Before the model is loaded, which takes long.
         resolve_refusal_tokens(session.tokenizer, session.settings.extract.refusal_tokens)
+        if (positions := session.settings.extract.positions) != "post-instruction":
+            parse_positions(positions, session.tokenizer, session.chat)
         stage.depends_on(inputs, outputs)
         _ = session.loaded  # whose loading does not count
         stage.start_clock()
