@@ -64,6 +64,8 @@ def _range(members: list[Mapping[str, Any]], figure: str) -> str:
     if any(value is None for value in values):
         return "-"
     mean = sum(values) / len(values)
+    if len(values) == 1:
+        return _number(mean)
     return f"{_number(mean)} ({_number(min(values))} to {_number(max(values))})"
 
 
