@@ -147,7 +147,7 @@ LISTS = {
     },
     "[extract] save_activations": {"[]": _EMPTY, "[0, 9.5]": f"{_MEMBER}9.5"},
     "[select] n_val": {
-        "[3]": "must be an integer, not [3]", '"8"': "must be a number, not '8'",
+        "[3]": "must be an integer, not [3]", '"8"': "must be an integer, not '8'",
         "8.0": "must be an integer, not 8.0",
     },
     "[orthogonalize] scale": {'"0.5"': "must be a number, not '0.5'"},

@@ -256,7 +256,7 @@ def _wrong_kind(value: Any, annotation: Any) -> str | None:
     if isinstance(value, str) and bool in kinds and not kinds & {str, Any}:
         return "must be true or false"
     if isinstance(value, str) and kinds & {int, float} and kinds <= {int, float, NoneType}:
-        return "must be a number"
+        return "must be a number" if float in kinds else "must be an integer"
     if isinstance(value, float) and int in kinds and not kinds & {float, Any}:
         return "must be an integer"
     return None
