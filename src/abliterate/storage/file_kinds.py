@@ -22,23 +22,14 @@ _BEGINNINGS = (
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
 
-def is_safetensors(path: Path) -> bool:
-    """Whether it begins as safetensors do: the header's length, then JSON.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    head = _head(path)
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
-
-
 def describe_file(path: Path) -> str:
     """What it is: ``a PyTorch pickle (torch.save)``, ``a JSON list``, ``text``.
 
     Raises:
         OSError: it cannot be read.
     """
-    head = _head(path)
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
     if not head:
         return "empty"
     if head.startswith(b"PK"):
@@ -46,7 +37,8 @@ def describe_file(path: Path) -> str:
     for beginning, kind in _BEGINNINGS:
         if head.startswith(beginning):
             return kind
-    if is_safetensors(path):
+    # The header's length, then JSON.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
         return "a safetensors file"
     return _describe_text(head) or (
         "named as a pickle and damaged"
@@ -67,11 +59,6 @@ def _describe_text(head: bytes) -> str | None:
         return "a JSON object" if text[0] == "{" else "a JSON list"
     plain = all(character.isprintable() or character.isspace() for character in text)
     return "text" if plain else None
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_HEAD)
 
 
 def _describe_zip(path: Path) -> str:
