@@ -6,12 +6,15 @@ import gc
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 # Workers share the cores: one thread each is faster, and keeps sums in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Each client of a server reads all authorities of the system, 0.05 s, to talk to this machine.
+os.environ.setdefault("SSL_CERT_DIR", str(Path(__file__).parent))
 # Tables of a result fit COLUMNS, which readline hands to the workers that pytest starts.
 os.environ.pop("COLUMNS", None)
 
@@ -20,6 +23,7 @@ import torch
 from commands import Commands
 from hub_server import Hub, commands_beside_hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils import collect_env
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -35,6 +39,8 @@ from abliterate.cli.app import main
 from abliterate.prompts.sources import read_source
 
 torch.set_num_threads(1)
+# lm-eval asks pip for all packages with every run, for more than a second.
+collect_env.get_pretty_env_info = cache(collect_env.get_pretty_env_info)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -11,9 +11,9 @@ from transformers import StoppingCriteria
 
 from abliterate.inference.engine import Settled
 
-# A batch goes on without the rows that have ended once they are this share of it: on a CPU a token of
-# a row costs as much after its end as before, and a new start some milliseconds. An accelerator takes
-# nearly as long for half of the rows, and longer to start anew.
+# A batch goes on without the rows that have ended once they are this share of it: on a CPU a token
+# of a row costs as much after its end as before, and a new start some milliseconds. An accelerator
+# takes nearly as long for half of the rows, and longer to start anew.
 _SHRINK = {"cpu": 1 / 8}
 _SHRINK_ACCELERATOR = 1 / 2
 # Once in so many tokens it is asked which rows have ended: an accelerator is waited for each time.
