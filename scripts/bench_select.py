@@ -407,6 +407,9 @@ def main() -> None:
     parser.add_argument("--positions", help="e.g. -2,-1 (post-instruction; -1 for random shapes)")
     parser.add_argument("--induce-share", type=float, default=0.25)
     parser.add_argument("--kl-share", type=float, default=0.5)
+    parser.add_argument(
+        "--open", action="store_true", help="thresholds by these shares for a checkpoint too"
+    )
     parser.add_argument("--profile", action="store_true", help="where the time goes, and the floor")
     parser.add_argument(
         "--repeats", type=int, default=1, help="each side, in turn; the best counts"
@@ -435,7 +438,7 @@ def main() -> None:
         tuple(tokens),
     )
     exhaustive = measured(model, lambda: CandidateSearch(replace(task, search="exhaustive")).run())
-    if random_shape:
+    if random_shape or args.open:
         shares = args.induce_share, args.kl_share
         task = replace(task, thresholds=opened(exhaustive.scores, task.n_layers, *shares))
     sides: dict[str, Callable[[], list[Score]]] = {
