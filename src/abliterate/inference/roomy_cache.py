@@ -36,11 +36,11 @@ class _Growing:
         if buffer is None or held is not self.held or self._end + more > buffer.shape[2]:
             buffer = new.new_empty(*new.shape[:2], count + more + _ROOM, new.shape[3])
             if count:
-                buffer.narrow(2, 0, count).copy_(held)
+                buffer[:, :, :count] = held
             self._buffer, self._end = buffer, count
-        buffer.narrow(2, self._end, more).copy_(new)
+        buffer[:, :, self._end : self._end + more] = new
         self._end += more
-        return buffer.narrow(2, self._end - count - more, count + more)
+        return buffer[:, :, self._end - count - more : self._end]
 
 
 class _Roomy:
