@@ -24,9 +24,11 @@ from abliterate.inference.attention_heads import HeadsUnknown, out_projections, 
 from abliterate.metrics.intervals import bootstrap
 from abliterate.metrics.paired_tests import holm, signed_rank
 from abliterate.metrics.spread import spread
+from abliterate.models import loading
 from abliterate.prompts.chat_template import ChatFormat, post_instruction_ids
 from abliterate.prompts.sampling import load_prompts, prompt_key
 from abliterate.prompts.suffixes import Marked, Marker, Span
+from abliterate.resources import demo_model_dir
 from abliterate.writers.tiny_model import randomise
 
 SUFFIX = "and a poem about lanterns, please"
@@ -288,6 +290,16 @@ def test_trace_errors_are_one_line(run: Path, fails, tmp_path: Path) -> None:
     assert "--n-prompts" in fails("trace", run, "--n-prompts", "0", code=2)
     assert "none.txt" in fails("trace", run, "--prompts", "none.txt", code=3)
     assert not (run / "trace.json").exists()
+
+
+@pytest.mark.parametrize("command", ["trace", "fragility"])
+def test_a_model_of_another_width_is_refused_before_it_is_loaded(
+    command: str, run: Path, fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "load_weights", None)
+    line = fails(command, run, "--model", demo_model_dir(), code=3)
+    assert "48" in line
+    assert "another model" in line
 
 
 def _random(config, seed: int = 0):

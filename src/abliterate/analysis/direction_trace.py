@@ -28,6 +28,7 @@ from abliterate.inference.attention_heads import (
     out_projections,
     watch_heads,
 )
+from abliterate.inference.direction_fit import check_fit
 from abliterate.inference.forward import Batch, capture_resid_pre, for_each_batch, last_logits
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import unit_direction
@@ -77,6 +78,7 @@ def trace_stage(session: Session, run: Path, request: TraceRequest) -> dict[str,
     """
     with TRACE_STAGE.open(session, run) as stage:
         direction = load_directions(run)
+        check_fit(session.checkpoint, direction, session.settings.model.trust_remote_code)
         texts, sources = _prompts(session, run, request)
         settle_rendering(session, run, extracted_of(session, run))
         stage.start_clock()

@@ -31,6 +31,7 @@ from abliterate.inference.control_directions import (
     measure_controls,
     random_controls,
 )
+from abliterate.inference.direction_fit import check_fit
 from abliterate.inference.generation import RowLogits
 from abliterate.inference.in_memory import engine_of
 from abliterate.inference.interventions import ablate
@@ -267,6 +268,7 @@ def fragility_stage(
     phrases = parse_phrases(given.refusal_phrases, given.refusal_phrase)
     with FRAGILITY_STAGE.open(session, out) as stage:
         direction, records = load_directions(run), read_used(run)
+        check_fit(session.checkpoint, direction, session.settings.model.trust_remote_code)
         chosen = session.settings.evaluate
         prompts, _ = session.draw_test(n_test, used_prompts(records))
         settle_rendering(session, run, extracted_of(session, run))
