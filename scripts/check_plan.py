@@ -84,7 +84,8 @@ def all_stages(args: argparse.Namespace) -> None:
             shutil.copy(demo / name, model)
         run, edited, few = f"{work}/run", f"{work}/edited", str(_PROMPTS)
         commands = {
-            "extract": ["extract", str(model), "-o", run, "--n-train", few],
+            "extract": ["extract", str(model), "-o", run, "--n-train", few, "--no-filter",
+                        "--refusal-token", "I"],
             "select": ["select", run, "--n-val", few, "--search", "exhaustive",
                        "--kl-threshold", "1e9", "--induce-threshold", "-1e9", "--no-filter"],
             "orthogonalize": ["orthogonalize", str(model), "--direction", run, "-o", edited],
@@ -94,18 +95,29 @@ def all_stages(args: argparse.Namespace) -> None:
         planned = output("plan", str(model), "--n-train", few, "--n-val", few, "--tokens", "20",
                          "--positions", "5", "--answer-tokens", str(_ANSWER), "--json")  # fmt: skip
         expected = {stage["name"]: stage for stage in json.loads(planned)["stages"]}
-        started = time.perf_counter()
-        output("plan", "--help")
-        subprocess.run([sys.executable, "-c", "import torch, transformers"], check=True)
-        start = time.perf_counter() - started
-        print(f"starting takes {start:.1f} s, taken off each\n")
-        print("| stage | seconds estimated | measured | ratio |\n|---|---:|---:|---:|")
+        start = timed("writers", str(model), "-q")
+        print(f"starting takes {start[0]:.1f} s ({start[1]:.1f} CPU s), taken off each; load "
+              f"{os.getloadavg()[0]:.1f}\n")  # fmt: skip
+        print("| stage | seconds estimated | measured | ratio | CPU seconds |")
+        print("|---|---:|---:|---:|---:|")
         for name, command in commands.items():
-            started = time.perf_counter()
-            output(*command)
-            took = max(time.perf_counter() - started - start, 1e-3)
+            took, worked = (
+                max(whole - begun, 1e-3)
+                for whole, begun in zip(timed(*command), start, strict=True)
+            )
             seconds = expected[name]["seconds"]
-            print(f"| {name} | {seconds:.1f} | {took:.1f} | {seconds / took:.2f} |", flush=True)
+            print(f"| {name} | {seconds:.1f} | {took:.1f} | {seconds / took:.2f} | {worked:.1f} |",
+                  flush=True)  # fmt: skip
+
+
+def timed(*arguments: str) -> tuple[float, float]:
+    """Seconds that a command of ours takes, and CPU seconds, its children's too."""
+    started, before = time.perf_counter(), os.times()
+    output(*arguments)
+    after = os.times()
+    worked = after.children_user - before.children_user
+    worked += after.children_system - before.children_system
+    return time.perf_counter() - started, worked
 
 
 def output(*arguments: str) -> str:

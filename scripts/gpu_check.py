@@ -26,6 +26,7 @@ import contextlib
 import gc
 import io
 import json
+import logging
 import math
 import platform
 import shutil
@@ -47,6 +48,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 import abliterate
 from abliterate.checkpoints.checkpoint import find_checkpoint
 from abliterate.cli.app import main as abliterate_main
+from abliterate.console import log
 from abliterate.editing.options import EditOptions
 from abliterate.errors import one_line, speaking_of_options
 from abliterate.extraction.extraction import Extraction
@@ -170,11 +172,32 @@ def in_turn(
     for turn in range(repeats + 1):
         for name, run in runs.items():
             taken = seconds_of(run, device)
+            print(f"          {taken:7.3f} s  {name}", file=sys.stderr, flush=True)
             if turn or not repeats:
                 best[name] = min(best[name], taken)
         if turn and time.monotonic() - begun > _LONG:
             break
     return best
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[list[str]]:
+    """Collects which shortcuts a search tries out and does not use, and how far off they are."""
+    told: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().endswith("not used") and record.getMessage() not in told:
+                told.append(record.getMessage())
+
+    level, listener = log.level, Listener()
+    log.addHandler(listener)
+    log.setLevel(logging.INFO)
+    try:
+        yield told
+    finally:
+        log.removeHandler(listener)
+        log.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -288,7 +311,8 @@ class Bench:
                 filter=False, search=search,
             )  # fmt: skip
 
-        passed = opened(run("exhaustive", Thresholds()).scores, n_layers)
+        with left_out() as not_used:
+            passed = opened(run("exhaustive", Thresholds()).scores, n_layers)
         winners: dict[str, list[int] | None] = {}
 
         def search(name: str) -> None:
@@ -311,6 +335,7 @@ class Bench:
             },
             "faster": {name: naive / best[name] for name in ("exhaustive", "staged")},
             "winner": winners,
+            "not_used": not_used,
             **self._watched(lambda: search("staged"), None, "at most one a batch"),
         }
 

@@ -49,6 +49,7 @@ def test_the_check_runs_whole_and_names_a_floor_beside_each_figure(
     assert len(parts) == 6
     assert all("skipped" not in part and "error" not in part for part in parts)
     assert all(part["floor"]["seconds"] > 0 for part in parts if "seconds" in part)
+    assert all(shape["select"]["not_used"] == [] for shape in document["shapes"].values())
     # Each of them with its waits and its memory, the edit, and the demo model.
     assert len(_floors(document)) == 6 * 3 + 1 + 1
     first, second = document["shapes"].values()
