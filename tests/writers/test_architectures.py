@@ -109,7 +109,19 @@ def model_type(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(model_type: str) -> PreTrainedModel:
     """A small one of the type, which nothing changes."""
-    return shallow_model(model_type)
+    made = shallow_model(model_type)
+    if transformers.__version__ not in TABLE:
+        _skip_what_does_not_run(made)
+    return made
+
+
+def _skip_what_does_not_run(model: PreTrainedModel) -> None:
+    """Older releases have types that fail by themselves in a small shape, or ask for kernels."""
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([PROMPTS[1]]))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        pytest.skip(f"transformers {transformers.__version__} does not run it: {error}")
 
 
 def test_every_architecture_is_exact_or_refused(

@@ -270,6 +270,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, of whatever device, ran out."""
     from accelerate.utils.memory import should_reduce_batch_size
 
+    if isinstance(error, torch.OutOfMemoryError):  # accelerate 1.1 knows CUDA's by its words alone
+        return True
     return isinstance(error, Exception) and bool(should_reduce_batch_size(error))
 
 
