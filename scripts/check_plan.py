@@ -30,10 +30,12 @@ from pathlib import Path
 import psutil
 import torch
 from bench_offload import _POSITIONS, build, build_tiny, prompts
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from abliterate import load_prompts
 from abliterate.capacity import machine_benchmark, model_shape, resource_estimate
 from abliterate.models.loading import Checkpoint, load_config
+from abliterate.prompts.chat_template import ChatFormat, encode
 
 
 def main() -> None:
@@ -64,50 +66,71 @@ def main() -> None:
                 row(folder, args, mode, shape)
 
 
-_PROMPTS, _ANSWER = 24, 32
+_PROMPTS, _TEST, _ANSWER = 24, resource_estimate.N_TEST, 32
 
 
 def all_stages(args: argparse.Namespace) -> None:
     """One line a stage."""
     with tempfile.TemporaryDirectory() as work:
-        model = Path(work) / "model"
-        demo = Path(__file__).resolve().parents[1] / "data/demo-model"
-        torch.manual_seed(0)
-        size = AutoConfig.from_pretrained(demo).vocab_size
-        config = LlamaConfig(
-            vocab_size=size, hidden_size=args.width, num_hidden_layers=args.layers,
-            intermediate_size=4 * args.width, num_attention_heads=args.width // 64,
-            num_key_value_heads=args.width // 256, head_dim=64, dtype="float32",
-        )  # fmt: skip
-        AutoModelForCausalLM.from_config(config).save_pretrained(model)
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(demo / name, model)
-        run, edited, few = f"{work}/run", f"{work}/edited", str(_PROMPTS)
-        commands = {
-            "extract": ["extract", str(model), "-o", run, "--n-train", few, "--no-filter",
-                        "--refusal-token", "I"],
-            "select": ["select", run, "--n-val", few, "--search", "exhaustive",
-                       "--kl-threshold", "1e9", "--induce-threshold", "-1e9", "--no-filter"],
-            "orthogonalize": ["orthogonalize", str(model), "--direction", run, "-o", edited],
-            "verify --forward": ["verify", edited, "--direction", run, "--forward"],
-            "evaluate": ["evaluate", run, "--n-test", "100", "--max-new-tokens", str(_ANSWER)],
-        }  # fmt: skip
-        planned = output("plan", str(model), "--n-train", few, "--n-val", few, "--tokens", "20",
-                         "--positions", "5", "--answer-tokens", str(_ANSWER), "--json")  # fmt: skip
+        # What a stage takes on a model of no size is its start, and no part of the estimate.
+        sizes = {"none": (1, 64), "whole": (args.layers, args.width)}
+        folders = {size: Path(work, size) for size in sizes}
+        for size, (layers, width) in sizes.items():
+            random_checkpoint(folders[size] / "model", layers, width)
+        few, model = str(_PROMPTS), folders["whole"] / "model"
+        planned = output("plan", str(model), "--n-train", few, "--n-val", few, "--tokens",
+                         str(mean_tokens(model)), "--positions", "5", "--answer-tokens",
+                         str(_ANSWER), "--json")  # fmt: skip
         expected = {stage["name"]: stage for stage in json.loads(planned)["stages"]}
-        start = timed("writers", str(model), "-q")
-        print(f"starting takes {start[0]:.1f} s ({start[1]:.1f} CPU s), taken off each; load "
-              f"{os.getloadavg()[0]:.1f}\n")  # fmt: skip
+        print(f"{args.layers} layers of width {args.width}, {torch.get_num_threads()} threads, "
+              f"load {os.getloadavg()[0]:.1f}; without what each stage takes on a model of no "
+              "size\n")  # fmt: skip
         print("| stage | seconds estimated | measured | ratio | CPU seconds |")
         print("|---|---:|---:|---:|---:|")
-        for name, command in commands.items():
-            took, worked = (
-                max(whole - begun, 1e-3)
-                for whole, begun in zip(timed(*command), start, strict=True)
-            )
+        for name, command in stages(folders["whole"]).items():
+            start, whole = timed(*stages(folders["none"])[name]), timed(*command)
+            took, worked = (max(all - begun, 1e-3) for all, begun in zip(whole, start, strict=True))
             seconds = expected[name]["seconds"]
             print(f"| {name} | {seconds:.1f} | {took:.1f} | {seconds / took:.2f} | {worked:.1f} |",
                   flush=True)  # fmt: skip
+
+
+def random_checkpoint(folder: Path, layers: int, width: int) -> None:
+    """A dense one with the demo model's tokenizer."""
+    demo = Path(__file__).resolve().parents[1] / "data/demo-model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=AutoConfig.from_pretrained(demo).vocab_size, hidden_size=width,
+        num_hidden_layers=layers, intermediate_size=4 * width, num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 256), head_dim=64, dtype="float32",
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo / name, folder)
+
+
+def mean_tokens(model: Path) -> int:
+    """Of the prompts that the stages take."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = [p.text for kind in ("harmful", "harmless")
+             for p in load_prompts(kind, "val", _PROMPTS)]  # fmt: skip
+    return round(sum(map(len, encode(tokenizer, texts, ChatFormat()))) / len(texts))
+
+
+def stages(folder: Path) -> dict[str, list[str]]:
+    """The commands, by the names that ``plan`` has for them."""
+    model, run, edited = (str(folder / name) for name in ("model", "run", "edited"))
+    few = str(_PROMPTS)
+    return {
+        "extract": ["extract", model, "-o", run, "--n-train", few, "--no-filter",
+                    "--refusal-token", "I"],
+        "select": ["select", run, "--n-val", few, "--search", "exhaustive",
+                   "--kl-threshold", "1e9", "--induce-threshold", "-1e9", "--no-filter"],
+        "orthogonalize": ["orthogonalize", model, "--direction", run, "-o", edited],
+        "verify --forward": ["verify", edited, "--direction", run, "--forward"],
+        "evaluate": ["evaluate", model, "--direction", run, "--n-test", str(_TEST),
+                     "--max-new-tokens", str(_ANSWER)],
+    }  # fmt: skip
 
 
 def timed(*arguments: str) -> tuple[float, float]:

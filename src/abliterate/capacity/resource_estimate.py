@@ -35,6 +35,11 @@ from abliterate.offload.weight_passes import CPU_TOKENS
 # What the prompts are unless options say so: the defaults of the stages, post-instruction tokens
 # of common templates, and the bundled instructions in one.
 TOKENS, POSITIONS, N_TRAIN, N_VAL, N_TEST, ANSWER = 32, 5, 128, 32, 100, 512
+# Interventions of evaluate whose first tokens alone are looked at: four controls of each kind,
+# three kinds beside ablate and two beside add.
+CONTROLS = 4 * (3 + 2)
+# Tokens, of so many prompts, that show once a process whether padding leaves a row as it is.
+_TRIED, _TRIALS = 100, 3
 # Of a device's memory for weights, of what is left for keys and values; bytes for these on a CPU.
 _SHARE, _SHARE_FREE, _CACHES = 0.9, 0.7, 2 << 30
 # Of the candidates, those that induce leaves over for KL and bypass; half is usual.
@@ -185,6 +190,7 @@ def _stage(
     flops: float,
     held: int,
     passes: int,
+    tried: int = _TRIED,
 ) -> StageEstimate:
     fits = where.way != "offload"
     batch = TokenBudget(torch.device("cuda" if machine.gpu_memory else "cpu")).tokens
@@ -209,6 +215,8 @@ def _stage(
     if machine.matmul is not None:
         reading, computing = read / machine.disk, flops / (machine.matmul * where.speed)
         computing += _talking(shape, machine, where, flops / max(2 * shape.active, 1))
+        if fits and not machine.gpu_memory:  # an accelerator takes no time for so little
+            computing += _flops(shape, tried, _TRIALS) / (machine.few_rows or machine.matmul)
         # Streaming reads while it computes; loading comes first. Experts are stacked, then joined.
         seconds = reading + computing if fits else max(reading, computing)
         seconds += (2 if shape.fusing else 1) * passes * shape.source / machine.copy
@@ -264,15 +272,23 @@ def _verify(shape: Shape, machine: Machine, work: Workload, where: Spread) -> St
     tokens = prompts * work.tokens
     held = _waiting(shape, work, tokens, prompts)
     flops = _flops(shape, tokens, prompts)
-    return _stage("verify --forward", shape, machine, work, where, flops, held, 1)
+    if where.way != "offload":  # one prompt after the other
+        machine = replace(machine, matmul=machine.few_rows or machine.matmul)
+    return _stage("verify --forward", shape, machine, work, where, flops, held, 1, tried=0)
 
 
 def _evaluate(shape: Shape, machine: Machine, work: Workload, where: Spread) -> StageEstimate:
-    """Baseline, ablate and add; in memory the answers too, as if each took all its tokens."""
+    """Baseline, ablate and add; in memory the answers too, as if each took all its tokens.
+
+    The first tokens of the three come with their answers, in memory; those of controls do not.
+    """
     prompts = 3 * 2 * N_TEST
     tokens = prompts * work.tokens
     held = _waiting(shape, work, tokens, prompts)
-    flops = _flops(shape, tokens, prompts)
+    controls = CONTROLS * 2 * N_TEST
+    if where.way == "offload":
+        controls += prompts
+    flops = _flops(shape, controls * work.tokens, controls)
     found = _stage("evaluate", shape, machine, work, where, flops, held, 1)
     if where.way == "offload":
         return found
