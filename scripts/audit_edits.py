@@ -161,7 +161,7 @@ def reader_matrices(source: Path) -> list[Matrix]:
     return [
         Matrix(name, value.ndim - 1, int(name.split("layers.")[1].split(".")[0]), ones)
         for name, value in load_file(source / "model.safetensors").items()
-        if any(f".{part}." in name for part in READERS)
+        if value.ndim > 1 and any(f".{part}." in name for part in READERS)
     ]
 
 
@@ -243,16 +243,15 @@ def decay_with_common_output(folder: Path, matrices: Sequence[Matrix], scale: fl
 
 def truncate(folder: Path, matrices: Sequence[Matrix], share: float) -> None:
     """Each of these matrices is replaced by its best approximation of this share of its rank."""
-    axes = {one.name: one.axis for one in matrices}
+    names = {one.name for one in matrices}
 
     def cut(name: str, value: Tensor) -> Tensor:
-        if name not in axes:
+        if name not in names:
             return value
-        moved = value.double().movedim(axes[name], 0)
-        flat = moved.reshape(len(moved), -1)
-        left, values, right = torch.linalg.svd(flat, full_matrices=False)
-        kept = round(share * len(values))
-        new = left[:, :kept] * values[:kept] @ right[:kept]
-        return new.reshape(moved.shape).movedim(0, axes[name]).to(value.dtype)
+        # Of a stack each matrix by itself.
+        left, values, right = torch.linalg.svd(value.double(), full_matrices=False)
+        kept = round(share * values.shape[-1])
+        new = left[..., :kept] * values[..., None, :kept] @ right[..., :kept, :]
+        return new.to(value.dtype)
 
     change_tensors(folder, cut)

@@ -31,6 +31,7 @@ from audit_edits import (
     decay_with_common_output,
     make_checkpoint,
     rescale_channels,
+    truncate,
 )
 from audit_forms import BENIGN, FORMS, Form
 from torch import Tensor
@@ -107,6 +108,12 @@ def rescaled(base: Path, out: Path, writers: Sequence[Matrix]) -> Path:
     return base
 
 
+def halved(base: Path, out: Path, writers: Sequence[Matrix]) -> Path:
+    shutil.copytree(base, out)
+    truncate(out, writers, 0.5)
+    return base
+
+
 def plain(change: Callable[[Path], None]) -> Made:
     def make(base: Path, out: Path, _: Sequence[Matrix]) -> Path:
         shutil.copytree(base, out)
@@ -121,6 +128,7 @@ MADE: dict[str, Made] = {
     **{name: plain(change) for name, change in BENIGN.items()},
     "decay, a direction dominates": common_output,
     "channels rescaled": rescaled,
+    "half of each writer's rank": halved,
 }
 
 

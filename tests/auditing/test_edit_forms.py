@@ -25,6 +25,7 @@ from audit_edits import (
     random_direction,
     reader_matrices,
     rescale_channels,
+    truncate,
 )
 from audit_forms import (
     FORMS,
@@ -268,6 +269,30 @@ def test_tokens_that_training_pushes_along_together_are_no_edit(
     tables = [t for t in found["base"]["tensors"] if t["component"] in ("embedding", "lm_head")]
     assert len(tables) == 2
     assert all(t["first"] > 0.9 for t in tables)
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("llama", 1), ("granitemoe", 13)])
+def test_an_approximation_of_lower_rank_is_no_edit(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path, kind: str, cut: int
+) -> None:
+    """Half of the directions of a matrix (of each expert of a stack) are gone, the least ones."""
+    base, matrices = bases[kind]
+    shutil.copytree(base, tmp_path / "out")
+    chosen = matrices[-cut:]
+    truncate(tmp_path / "out", chosen, 0.5)
+    found = _clean(cli, tmp_path / "out", base)
+    states = {t["name"]: t["state"] for t in found["base"]["tensors"]}
+    assert {n for n, state in states.items() if state == "truncated"} == {m.name for m in chosen}
+    if cut == 1:
+        assert found["verdict"] == "clean"
+        assert found["why"].startswith("1 matrix is an approximation of lower rank: ")
+        # Without one direction besides, of all writers, it is an edit all the same.
+        shutil.rmtree(tmp_path / "out")
+        edit_matrices(base, tmp_path / "out", matrices, same, projected())
+        truncate(tmp_path / "out", chosen, 0.5)
+        edited = cli("audit", tmp_path / "out", "--base", base, "--json")
+        assert edited.code == 7
+        assert len(edited.json["base"]["projected"]) == len(matrices) - 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

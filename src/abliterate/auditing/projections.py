@@ -33,6 +33,9 @@ _TRIED = 64  # columns on which that is tried first
 # Of the first vectors: how many more are found beside them, and from how many times those on the
 # cheaper way is taken; powers of the change, and the relative error at which one counts as known.
 _ASIDE, _WIDE, _POWERS, _FOUND = 16, 8, 4, 1e-9
+# Of an approximation of lower rank: columns that are compared with each other, the energy of their
+# products over that of random ones, and the share of all directions that are no longer few.
+_BESIDE, _ORTHOGONAL, _MANY = 8, 0.01, 0.125
 
 
 def left_vectors(delta: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -123,6 +126,37 @@ def _left_by_factors(before: Tensor, delta: Tensor) -> float:
         for energy in (before.square().sum(dim=axis),)
     ]
     return max(0.0, left - max(explained))
+
+
+def is_truncation(before: Tensor, delta: Tensor, shares: Tensor) -> bool:
+    """Whether a matrix was replaced by an approximation of lower rank: it lost many directions.
+
+    ``D = -P W`` with a projector ``P``, so that the change is orthogonal to what is left in every
+    pair of columns, as after an edit of scale 1; but an edit takes out few directions. Of other
+    changes such products are as large as those of random vectors.
+
+    Args:
+        before: float64 ``[d_model, m]``.
+        delta: its change, not zero.
+        shares: of its energy, falling.
+    """
+    if float(shares[:TOP].sum()) >= WHOLE:
+        return False
+    size = delta.shape[1] // _BESIDE * _BESIDE
+    if size == 0:
+        return False
+    # Of neighbouring columns alone: of a stack those of one expert, which was truncated by itself.
+    lost, kept = (
+        m[:, :size].reshape(len(m), -1, _BESIDE).movedim(1, 0) for m in (delta, before + delta)
+    )
+    products = (lost.mT @ kept).square().sum(dim=(1, 2))
+    chance = lost.square().sum(dim=(1, 2)) * kept.square().sum(dim=(1, 2)) / len(delta)
+    if float(products.sum()) > _ORTHOGONAL * float(chance.sum()):
+        return False
+    narrow = delta if len(delta) <= delta.shape[1] else delta.T
+    values = torch.linalg.eigvalsh(narrow @ narrow.T).flip(0).clamp(min=0)
+    count = 1 + int((values.cumsum(0) < WHOLE * values.sum()).sum())
+    return count > max(TOP + 2, _MANY * len(values))
 
 
 def own_projection(
