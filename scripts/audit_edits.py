@@ -246,7 +246,7 @@ def truncate(folder: Path, matrices: Sequence[Matrix], share: float) -> None:
     names = {one.name for one in matrices}
 
     def cut(name: str, value: Tensor) -> Tensor:
-        if name not in names:
+        if name not in names or value.ndim < 2:
             return value
         # Of a stack each matrix by itself.
         left, values, right = torch.linalg.svd(value.double(), full_matrices=False)
