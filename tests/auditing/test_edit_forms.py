@@ -10,35 +10,44 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from abliterate.direction_loading import load_directions
-from tests.support.audit_edits import (
+from audit_edits import (
     DEPTH,
     KINDS,
     WIDTH,
     Matrix,
     change_tensors,
     decay_with_common_output,
-    drifting,
     edit_matrices,
     keeping_column_norms,
     keeping_row_norms,
     make_checkpoint,
-    merge_lora,
     projected,
     random_direction,
     reader_matrices,
     rescale_channels,
-    tune,
+    truncate,
 )
+from audit_forms import (
+    FORMS,
+    ONE,
+    THREE,
+    Directions,
+    by_layer,
+    half_precision,
+    lora,
+    pruned,
+    rank_one,
+    same,
+    three,
+    trained,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from abliterate.direction_loading import load_directions
 
 Cli = Callable[..., Any]
-Directions = Callable[[Matrix], Tensor | None]
-ONE = random_direction(1)
-THREE = torch.linalg.qr(torch.stack([random_direction(i) for i in (1, 2, 3)], dim=1))[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,64 +59,27 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, lis
     return made
 
 
-def _same(_: Matrix) -> Tensor:
-    return ONE
-
-
-def _three(_: Matrix) -> Tensor:
-    return THREE
-
-
-def _by_layer(cosine: float) -> Directions:
-    rows = drifting(cosine)
-    return lambda one: None if one.layer is None else rows[one.layer]
-
-
-def _only(name: str) -> Directions:
-    return lambda one: ONE if name in one.name else None
-
-
-def _lora(folder: Path) -> None:
-    merge_lora(folder, 4, 0.1, lambda n: "proj" in n or "linear" in n)
-
-
-def _tuned(folder: Path) -> None:
-    tune(folder, 0.1)
-
-
-#: Model, directions, change, behind gains, what follows, readers; kinds, scale, least cosine.
-CASES: dict[str, tuple[Any, ...]] = {
-    "amplified": ("llama", _same, projected(-1), True, None, ["one direction", "amplified"], -1),
-    "inverted": ("gemma2", _same, projected(2), True, None, ["one direction", "inverted"], 2),
-    "partial": ("granitemoe", _same, projected(0.3), True, None, ["one direction", "partial"], 0.3),
-    "rows": ("llama", _same, keeping_row_norms(), True, None, ["one direction"], 1),
-    "columns": ("gemma2", _same, keeping_column_norms(), True, None, ["one direction"], 1),
-    "norms overlooked": (
-        "gemma2", _same, keeping_row_norms(0.5), False, None, ["one direction", "partial"], 0.5,
-    ),
-    "near layers": ("llama", _by_layer(0.95), projected(), True, None, ["by layer"], 1),
-    "half, by layer": (
-        "gemma2", _by_layer(0.8), projected(0.5), True, None, ["by layer", "partial"], 0.5,
-    ),
-    "amplified, by layer": (
-        "granitemoe", _by_layer(0.5), projected(-1), True, None, ["by layer", "amplified"], -1,
-    ),
-    "rows, by layer": (
-        "granitemoe", _by_layer(0.8), keeping_row_norms(), True, None, ["by layer"], 1,
-    ),
-    "three": ("granitemoe", _three, projected(), True, None, ["3 directions"], 1),
-    "three, half": ("llama", _three, projected(0.5), True, None, ["3 directions", "partial"], 0.5),
-    "embedding": ("llama", _only("embed"), projected(), True, None, ["one direction"], 1),
-    "one matrix": (
-        "gemma2", _only("layers.3.self_attn"), projected(), True, None, ["one direction"], 1,
-    ),
-    "then a LoRA": ("gemma2", _same, projected(), True, _lora, ["one direction"], 1),
-    "then training": ("granitemoe", _same, projected(), True, _tuned, ["one direction"], 1),
-    "by layer, then training": (
-        "llama", _by_layer(0.8), projected(), True, _tuned, ["by layer"], 1,
-    ),
-    "three, then a LoRA": ("llama", _three, projected(), True, _lora, ["3 directions"], 1),
-}  # fmt: skip
+#: A model for each form of edit, and what it is called.
+CASES: dict[str, tuple[str, list[str]]] = {
+    "amplified": ("llama", ["one direction", "amplified"]),
+    "inverted": ("gemma2", ["one direction", "inverted"]),
+    "partial": ("granitemoe", ["one direction", "partial"]),
+    "rows": ("llama", ["one direction"]),
+    "columns": ("gemma2", ["one direction"]),
+    "norms overlooked": ("gemma2", ["one direction", "partial"]),
+    "near layers": ("llama", ["by layer"]),
+    "half, by layer": ("gemma2", ["by layer", "partial"]),
+    "amplified, by layer": ("granitemoe", ["by layer", "amplified"]),
+    "rows, by layer": ("granitemoe", ["by layer"]),
+    "three": ("granitemoe", ["3 directions"]),
+    "three, half": ("llama", ["3 directions", "partial"]),
+    "embedding": ("llama", ["one direction"]),
+    "one matrix": ("gemma2", ["one direction"]),
+    "then a LoRA": ("gemma2", ["one direction"]),
+    "then training": ("granitemoe", ["one direction"]),
+    "by layer, then training": ("llama", ["by layer"]),
+    "three, then a LoRA": ("llama", ["3 directions"]),
+}
 
 
 def _directions(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -125,12 +97,12 @@ def test_every_form_of_edit_is_named(
     cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path, case: str
 ) -> None:
     """Each changed writer and no other tensor, its signed scale, its layer's direction."""
-    kind, directions, change, gains, then, kinds, scale = CASES[case]
+    kind, kinds = CASES[case]
     base, matrices = bases[kind]
     out, saved = tmp_path / "out", tmp_path / "directions.safetensors"
-    changed = edit_matrices(base, out, matrices, directions, change, gains)
-    if then is not None:
-        then(out)
+    edit = FORMS[case]
+    directions, gains, scale = edit.directions, edit.gains, edit.scale
+    changed = [one.name for one in edit.apply(base, out, matrices)]
     result = cli("audit", out, "--base", base, "--json", "--save-directions", saved)
     assert result.code == 7, result.err
     found = result.json
@@ -194,8 +166,8 @@ def test_norms_kept_along_a_strong_direction_hide_neither_scale_nor_direction(
     """The model writes so many times as much along the direction as along others."""
     weak, matrices = bases[kind]
     base, out, saved = tmp_path / "base", tmp_path / "out", tmp_path / "saved.safetensors"
-    edit_matrices(weak, base, matrices, _same, projected(1 - times))
-    changed = edit_matrices(base, out, matrices, _same, change(scale))
+    edit_matrices(weak, base, matrices, same, projected(1 - times))
+    changed = edit_matrices(base, out, matrices, same, change(scale))
     result = cli("audit", out, "--base", base, "--json", "-o", saved)
     assert result.code == 7, result.err
     found = result.json
@@ -212,9 +184,9 @@ def test_norms_kept_along_a_strong_direction_hide_neither_scale_nor_direction(
 @pytest.mark.parametrize(
     ("kind", "directions", "kinds"),
     [
-        ("llama", _same, ["one direction", "readers"]),
-        ("gemma2", _by_layer(0.8), ["by layer", "readers"]),
-        ("granitemoe", _three, ["3 directions", "readers"]),
+        ("llama", same, ["one direction", "readers"]),
+        ("gemma2", by_layer(0.8), ["by layer", "readers"]),
+        ("granitemoe", three, ["3 directions", "readers"]),
     ],
 )
 def test_readers_that_no_longer_read_a_direction_are_named(
@@ -299,34 +271,28 @@ def test_tokens_that_training_pushes_along_together_are_no_edit(
     assert all(t["first"] > 0.9 for t in tables)
 
 
-def _rank_one(folder: Path) -> None:
-    merge_lora(folder, 1, 0.2, lambda n: "o_proj" in n or "down" in n or "output" in n)
-
-
-def _half(folder: Path) -> None:
-    change_tensors(folder, lambda _, value: value.bfloat16().to(value.dtype))
-
-
-def _one_head(folder: Path) -> None:
-    """The columns of a head are zero, rows of a channel, one matrix is skipped."""
-
-    def pruned(name: str, value: Tensor) -> Tensor:
-        value = value.clone()
-        if name.endswith("layers.1.self_attn.o_proj.weight"):
-            value[:, :16] = 0
-        if name.endswith("layers.2.self_attn.o_proj.weight"):
-            value[[3, 9]] = 0
-        if name.endswith("layers.3.self_attn.o_proj.weight"):
-            value *= 0
-        if name == "model.embed_tokens.weight":
-            value[5] = 1.0
-        return value
-
-    change_tensors(folder, pruned)
-
-
-def _trained(folder: Path) -> None:
-    tune(folder, 0.3, 0.02)
+@pytest.mark.parametrize(("kind", "cut"), [("llama", 1), ("granitemoe", 13)])
+def test_an_approximation_of_lower_rank_is_no_edit(
+    cli: Cli, bases: dict[str, tuple[Path, list[Matrix]]], tmp_path: Path, kind: str, cut: int
+) -> None:
+    """Half of the directions of a matrix (of each expert of a stack) are gone, the least ones."""
+    base, matrices = bases[kind]
+    shutil.copytree(base, tmp_path / "out")
+    chosen = matrices[-cut:]
+    truncate(tmp_path / "out", chosen, 0.5)
+    found = _clean(cli, tmp_path / "out", base)
+    states = {t["name"]: t["state"] for t in found["base"]["tensors"]}
+    assert {n for n, state in states.items() if state == "truncated"} == {m.name for m in chosen}
+    if cut == 1:
+        assert found["verdict"] == "clean"
+        assert found["why"].startswith("1 matrix is an approximation of lower rank: ")
+        # Without one direction besides, of all writers, it is an edit all the same.
+        shutil.rmtree(tmp_path / "out")
+        edit_matrices(base, tmp_path / "out", matrices, same, projected())
+        truncate(tmp_path / "out", chosen, 0.5)
+        edited = cli("audit", tmp_path / "out", "--base", base, "--json")
+        assert edited.code == 7
+        assert len(edited.json["base"]["projected"]) == len(matrices) - 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
@@ -343,7 +309,7 @@ def test_channels_that_were_rescaled_are_no_projection(
 def test_biases_that_lost_several_directions_are_named(cli: Cli, tmp_path: Path) -> None:
     base = tmp_path / "base"
     matrices = make_checkpoint("starcoder2", base)
-    changed = edit_matrices(base, tmp_path / "out", matrices, _three, projected(0.5))
+    changed = edit_matrices(base, tmp_path / "out", matrices, three, projected(0.5))
     found = cli("audit", tmp_path / "out", "--base", base, "--json").json
     assert set(found["base"]["projected"]) == set(changed)
     biases = [t for t in found["base"]["tensors"] if t["name"].endswith("_proj.bias")]
@@ -354,7 +320,7 @@ def test_biases_that_lost_several_directions_are_named(cli: Cli, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("change", [_rank_one, _half, _one_head, _trained, _lora])
+@pytest.mark.parametrize("change", [rank_one, half_precision, pruned, trained, lora])
 def test_benign_changes_are_no_projection(
     cli: Cli,
     bases: dict[str, tuple[Path, list[Matrix]]],
@@ -391,7 +357,7 @@ def test_what_people_see_is_short(
 ) -> None:
     """Verdict, why and a summary; every tensor only with --tensors."""
     base, matrices = bases["llama"]
-    edit_matrices(base, tmp_path / "out", matrices, _by_layer(0.8), projected(0.5))
+    edit_matrices(base, tmp_path / "out", matrices, by_layer(0.8), projected(0.5))
     result = cli("audit", tmp_path / "out", "--base", base)
     lines = result.out.splitlines()
     assert lines[0] == f"{tmp_path / 'out'}: edited"

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from browser import CAN_BROWSE, check_small_page
-
-from tests.support.audit_edits import (
+from audit_edits import (
     DEPTH,
     drifting,
     edit_matrices,
@@ -20,6 +18,7 @@ from tests.support.audit_edits import (
     projected,
     random_direction,
 )
+from browser import CAN_BROWSE, check_small_page
 
 Cli = Callable[..., Any]
 

@@ -16,6 +16,7 @@ from abliterate.auditing.projections import (
     SAME,
     TOP,
     changed_columns,
+    is_truncation,
     left_vectors,
     own_projection,
     rescaled_alone,
@@ -156,6 +157,8 @@ def _summarize_at(pair: CheckpointPair, place: Place) -> TensorSummary:
         return TensorSummary(diff, place)
     if rescaled_alone(before, delta, diff.first):
         return TensorSummary(diff, place)
+    if is_truncation(before, delta, shares):
+        return TensorSummary(replace(diff, state="truncated"), place)
     own = own_projection(before, delta, vectors, shares, rounding) if whole > 0 else None
     kept = vectors[:, :_KEPT].float()
     columns = changed_columns(delta)

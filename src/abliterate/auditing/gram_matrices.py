@@ -82,7 +82,9 @@ def make_scaling(
         max_columns = _ROW_COLUMNS if wide_model else _max_columns(reading, pool)
         energy = torch.zeros(reading.d_model, dtype=torch.float64)
         for unit in pool.units[::step]:
-            row_energy = read_columns(reading, unit, max_columns, _SEED, gains).square().sum(dim=1)
+            dtype = precision(reading.d_model)
+            columns = read_columns(reading, unit, max_columns, _SEED, gains, dtype)
+            row_energy = torch.linalg.vector_norm(columns, dim=1, dtype=torch.float64).square()
             whole = _finite(float(row_energy.sum()), unit)
             energy += row_energy / whole if whole > 0 else row_energy
         if float(energy.sum()) > 0:
@@ -112,19 +114,38 @@ def read_emptiness(
 ) -> list[SoftNullProjector]:
     """The emptiness of each pool, each unit in it with the same weight, on the device."""
     projectors, guess = [], _GUESS
+    fine: set[str] = set()  # kinds whose spectra were too steep for float32
     for pool in progress(pools, "audit: writers", total=len(pools)):
-        for dtype in (precision(reading.d_model), torch.float64):
-            gram, columns = _gram(reading, pool, gains, device, dtype)
-            gram = scaling.cut(gram)
-            rows = gram.diagonal()
-            zero = int((rows <= 1e-12 * rows.max()).sum())
-            matrix, guess = emptiness(gram, max(zero, scaling.width - columns), guess)
-            del gram, rows
-            if dtype == torch.float64 or guess > FINE_GRAM:
-                break  # else the spectrum is too steep for float32
+        matrix = None
+        if pool.kind not in fine:
+            coarse = precision(reading.d_model)
+            matrix, guess = _emptiness(reading, pool, scaling, gains, device, coarse, guess)
+        wide = is_wide(reading.d_model)
+        if matrix is None or (wide and guess <= FINE_GRAM):
+            if not wide:
+                fine.add(pool.kind)
+            matrix, guess = _emptiness(reading, pool, scaling, gains, device, torch.float64, guess)
+            assert matrix is not None
         projectors.append(of_matrix(matrix.to(storage(reading.d_model))))
         del matrix
     return projectors
+
+
+def _emptiness(
+    reading: CheckpointWriters,
+    pool: ComponentPool,
+    scaling: ChannelScaling,
+    gains: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    guess: float,
+) -> tuple[Tensor | None, float]:
+    gram, columns = _gram(reading, pool, gains, device, dtype)
+    gram = scaling.cut(gram)
+    rows = gram.diagonal()
+    zero = int((rows <= 1e-12 * rows.max()).sum())
+    del rows
+    return emptiness(gram, max(zero, scaling.width - columns), guess)
 
 
 def _gram(

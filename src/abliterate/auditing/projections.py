@@ -30,30 +30,74 @@ SAME = 0.9
 # What rescaled rows leave unexplained of what the plain projection does; what is not looked at.
 _EXPLAINED, _EXACT, _ROUNDS = 0.1, 1e-6, 6
 _TRIED = 64  # columns on which that is tried first
+# Of the first vectors: how many more are found beside them, and from how many times those on the
+# cheaper way is taken; powers of the change, and the relative error at which one counts as known.
+_ASIDE, _WIDE, _POWERS, _FOUND = 16, 8, 4, 1e-9
+# Of an approximation of lower rank: columns that are compared with each other, the energy of their
+# products over that of random ones, and the share of all directions that are no longer few.
+_BESIDE, _ORTHOGONAL, _MANY = 8, 0.01, 0.125
 
 
 def left_vectors(delta: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first left singular vectors ``[d_model, at most count]``, and every share of the energy.
+    """The first left singular vectors ``[d_model, at most count]``, and shares of the energy.
 
-    Shares fall and sum to one.
+    Shares fall; those of ``count`` vectors are there at least, if there are as many.
     """
-    if delta.shape[0] <= delta.shape[1]:
+    narrow = min(delta.shape)
+    if narrow > _WIDE * (count + _ASIDE):
+        left, shares = _first_vectors(delta, count)
+    elif delta.shape[0] <= delta.shape[1]:
         values, vectors = torch.linalg.eigh(delta @ delta.T)
         left = vectors.flip(1)[:, :count]
+        shares = values.flip(0).clamp(min=0)
+        shares = shares / shares.sum()
     else:
         values, vectors = torch.linalg.eigh(delta.T @ delta)
         left = delta @ vectors.flip(1)[:, :count]
-    shares = values.flip(0).clamp(min=0)
+        shares = values.flip(0).clamp(min=0)
+        shares = shares / shares.sum()
     held = int((shares[: left.shape[1]] > 1e-12 * shares[0]).sum())
     left = left[:, : max(1, held)]
-    return left / left.norm(dim=0), shares / shares.sum()
+    return left / left.norm(dim=0), shares
+
+
+def _first_vectors(delta: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same for less than half of the work.
+
+    What stands far above the rest is found by a few powers in float64 and taken out, so that
+    rounding is small beside what is left; the first vectors of that are found in float32. In the
+    span of both (and some more, which take up what is mixed among neighbours) the singular values
+    are those of the change, but for the square of what the vectors are off by.
+    """
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(len(delta), count, generator=generator, dtype=delta.dtype)
+    for _ in range(_POWERS):
+        block = torch.linalg.qr(delta @ (block.T @ delta).T)[0]  # delta.T @ block takes far longer
+    rows = block.T @ delta
+    values, turn = torch.linalg.eigh(rows @ rows.T)
+    values, turn = values.flip(0), turn.flip(1)
+    off = (delta @ (rows.T @ turn) - block @ turn * values).norm(dim=0)
+    block = block @ turn
+    known = int((off <= _FOUND * values).cumprod(0).sum())
+    apart = block[:, :known]
+    rest = (delta - apart @ (apart.T @ delta)).float()
+    gram = rest @ rest.T if len(rest) <= rest.shape[1] else rest.T @ rest
+    beside = torch.linalg.eigh(gram)[1][:, -(count + _ASIDE) :].flip(1)
+    if len(rest) > rest.shape[1]:
+        beside = rest @ beside
+    basis = torch.linalg.qr(torch.cat([apart, beside.double()], dim=1))[0]
+    inside = basis.T @ delta
+    values, turn = torch.linalg.eigh(inside @ inside.T)
+    left = basis @ turn.flip(1)[:, :count]
+    return left, values.flip(0).clamp(min=0)[:count] / delta.square().sum()
 
 
 def changed_columns(delta: Tensor) -> int:
     """Columns of ``[d_model, m]`` that changed; 0 where few channels did: those were replaced."""
-    if float((delta.abs().amax(dim=1) > 0).double().mean()) < _ROWS:
+    changed = delta != 0
+    if float(changed.any(dim=1).double().mean()) < _ROWS:
         return 0
-    return int((delta.abs().amax(dim=0) > 0).sum())
+    return int(changed.any(dim=0).sum())
 
 
 def rescaled_alone(before: Tensor, delta: Tensor, first: float) -> bool:
@@ -84,6 +128,37 @@ def _left_by_factors(before: Tensor, delta: Tensor) -> float:
     return max(0.0, left - max(explained))
 
 
+def is_truncation(before: Tensor, delta: Tensor, shares: Tensor) -> bool:
+    """Whether a matrix was replaced by an approximation of lower rank: it lost many directions.
+
+    ``D = -P W`` with a projector ``P``, so that the change is orthogonal to what is left in every
+    pair of columns, as after an edit of scale 1; but an edit takes out few directions. Of other
+    changes such products are as large as those of random vectors.
+
+    Args:
+        before: float64 ``[d_model, m]``.
+        delta: its change, not zero.
+        shares: of its energy, falling.
+    """
+    if float(shares[:TOP].sum()) >= WHOLE:
+        return False
+    size = delta.shape[1] // _BESIDE * _BESIDE
+    if size == 0:
+        return False
+    # Of neighbouring columns alone: of a stack those of one expert, which was truncated by itself.
+    lost, kept = (
+        m[:, :size].reshape(len(m), -1, _BESIDE).movedim(1, 0) for m in (delta, before + delta)
+    )
+    products = (lost.mT @ kept).square().sum(dim=(1, 2))
+    chance = lost.square().sum(dim=(1, 2)) * kept.square().sum(dim=(1, 2)) / len(delta)
+    if float(products.sum()) > _ORTHOGONAL * float(chance.sum()):
+        return False
+    narrow = delta if len(delta) <= delta.shape[1] else delta.T
+    values = torch.linalg.eigvalsh(narrow @ narrow.T).flip(0).clamp(min=0)
+    count = 1 + int((values.cumsum(0) < WHOLE * values.sum()).sum())
+    return count > max(TOP + 2, _MANY * len(values))
+
+
 def own_projection(
     before: Tensor, delta: Tensor, left: Tensor, shares: Tensor, rounding: float
 ) -> Projection | None:
@@ -99,17 +174,19 @@ def own_projection(
     columns = changed_columns(delta)
     if columns == 0:
         return None
-    held = delta.abs().amax(dim=0) > 0
-    seen = Grams.of(before[:, held], delta[:, held], left)
-    room = columns // COLUMNS
     energy = float(delta.square().sum())
+    if columns < delta.shape[1]:
+        held = (delta != 0).any(dim=0)
+        before, delta = before[:, held], delta[:, held]
+    seen = Grams.of(before, delta, left)
+    room = columns // COLUMNS
     signal = 1 - min(rounding / energy, 0.5)
     if room and float(shares[0]) >= _MOST * signal and (one := seen.span(1, left)) is not None:
-        one = _rescaled(before[:, held], delta[:, held], one, rounding)
+        one = _rescaled(before, delta, one, rounding)
         if one.rescaled is not None:  # what else changed is no direction
             return one
     if room and float(shares[0]) < WHOLE * signal:
-        factors = _mostly_rescaled(before[:, held], delta[:, held], left[:, :1], rounding)
+        factors = _mostly_rescaled(before, delta, left[:, :1], rounding)
         if factors is not None:
             return factors
     for wanted in (WHOLE, _SHARE):
@@ -119,7 +196,7 @@ def own_projection(
                     inside = torch.eye(left.shape[1], dtype=left.dtype)[:, :count]
                     if seen.only_grown(found.fit, inside):
                         return None
-                    return _sharpened(before[:, held], delta[:, held], found)
+                    return _sharpened(before, delta, found)
                 break
     return seen.hidden(left) if room >= left.shape[1] else None
 

@@ -17,7 +17,14 @@ from abliterate.auditing.component_pools import (
     make_pools,
 )
 from abliterate.auditing.components import CheckpointWriters
-from abliterate.auditing.eigengap_test import LEAST_WIDTH, Gap, SoftNullProjector, emptiest, gap
+from abliterate.auditing.eigengap_test import (
+    LEAST_WIDTH,
+    Gap,
+    SoftNullProjector,
+    claims,
+    emptiest,
+    gap,
+)
 from abliterate.auditing.gram_matrices import ChannelScaling, make_scaling, read_emptiness
 from abliterate.auditing.readers import open_readers, reading_energy, writing_energy
 from abliterate.auditing.soft_null_space import SHARE
@@ -350,12 +357,8 @@ def _power(
     generator = torch.Generator().manual_seed(_SEED + 1)
     vector = torch.randn(len(units[0].matrix), generator=generator, dtype=torch.float64)
     vector = vector / vector.norm()
-    smallest, untried = None, list(LADDER)
-    while untried:  # what is claimed at one scale is claimed at larger ones
-        middle = len(untried) // 2
-        planted = [unit.edited(vector, untried[middle]) for unit in units]
-        if _test(planted, pools, chosen).p_value > claim:
-            untried = untried[:middle]
-        else:
-            smallest, untried = untried[middle], untried[middle + 1 :]
-    return smallest
+    ordered, halves = halves_of(pools, chosen)
+    for scale in reversed(LADDER):  # what is claimed at one scale is claimed at larger ones
+        if claims([units[i].edited(vector, scale) for i in ordered], halves, claim):
+            return scale
+    return None

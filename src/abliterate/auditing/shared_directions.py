@@ -228,8 +228,8 @@ def _is_diagonal(one: TensorSummary, gains: bool) -> bool:
 def _changed(pair: CheckpointPair, one: TensorSummary) -> tuple[Tensor, Tensor]:
     """The columns of a tensor that changed, and their change."""
     before, delta = pair.sample(one.place.edit)
-    held = delta.abs().amax(dim=0) > 0
-    return before[:, held], delta[:, held]
+    held = (delta != 0).any(dim=0)
+    return (before, delta) if bool(held.all()) else (before[:, held], delta[:, held])
 
 
 def _is_clear(one: SharedDirections) -> bool:

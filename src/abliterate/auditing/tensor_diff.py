@@ -17,7 +17,8 @@ class TensorDiff:
     Attributes:
         name: on disk.
         state: ``unchanged``, ``recast`` (another dtype, the same values), ``rank 1``,
-            ``low rank``, ``dense`` or ``reshaped``.
+            ``low rank``, ``truncated`` (an approximation of lower rank of the first), ``dense`` or
+            ``reshaped``.
         kind: what it writes for, or None if it does not write to the stream.
         layer: decoder block, or None.
         side: ``writer`` or ``bias`` (of the stream), ``reader`` (of d_model inputs) or ``other``.

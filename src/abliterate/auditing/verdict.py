@@ -115,7 +115,7 @@ def sentence_of(found: Decision, looked: Looked, comparison: Comparison | None) 
         }[found.evidence]
     if found.evidence == "base":
         if comparison is not None and comparison.beyond:
-            return "tensors differ from the base, none by a projection"
+            return _differences(comparison)
         return "no tensor differs from the base"
     writers, readers = looked
     seen = f"an edit of all writers would show from scale {writers.detectable}"
@@ -124,8 +124,17 @@ def sentence_of(found: Decision, looked: Looked, comparison: Comparison | None) 
     else:
         seen += f"; edits of readers cannot be told: {readers.reason}"
     if comparison is not None:
-        return f"tensors differ from the base, none by a projection; {seen}"
+        return f"{_differences(comparison)}; {seen}"
     return f"no direction is avoided beyond chance; {seen}"
+
+
+def _differences(comparison: Comparison) -> str:
+    """What is said of tensors that differ, none by a projection."""
+    cut = sum(one.state == "truncated" for one in comparison.tensors)
+    if not cut:
+        return "tensors differ from the base, none by a projection"
+    many = "1 matrix is an approximation" if cut == 1 else f"{cut} matrices are approximations"
+    return f"{many} of lower rank: so many directions are gone that it is no edit along a few"
 
 
 def _said_of(blind: Blind) -> str:

@@ -16,7 +16,9 @@ from abliterate.editing.edit_plan import make_plan
 from abliterate.models.loading import find_checkpoint
 
 WIDTH, DEPTH, VOCABULARY = 64, 6, 200
-READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "input_linear", "router")
+READERS = (
+    "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "input_linear", "router", "c_fc",
+)  # fmt: skip
 
 _COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
@@ -28,6 +30,8 @@ KINDS = {
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},  # a norm behind every writer
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # experts in one tensor
 }
+#: Those, a norm behind every writer and none before, norms of queries, and LayerNorm with biases.
+ARCHITECTURES = (*KINDS, "olmo2", "qwen3", "starcoder2")
 
 
 @dataclass(frozen=True)
@@ -134,15 +138,21 @@ def edit_matrices(
         found = directions(one)
         if found is None:
             continue
-        columns = found.reshape(len(found), -1)
-        here = torch.linalg.qr(one.gain.unsqueeze(1) * columns if gains else columns)[0]
-        value = tensors[one.name]
-        moved = value.double().movedim(one.axis, 0)
-        new = change(moved.reshape(len(moved), -1), here).reshape(moved.shape)
-        tensors[one.name] = new.movedim(0, one.axis).to(value.dtype).contiguous()
+        tensors[one.name] = changed_matrix(tensors[one.name], one, found, change, gains)
         changed.append(one.name)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     return changed
+
+
+def changed_matrix(
+    value: Tensor, one: Matrix, directions: Tensor, change: Change, gains: bool
+) -> Tensor:
+    """A tensor after a change along the stream's directions, ``[d_model]`` or ``[d_model, k]``."""
+    columns = directions.reshape(len(directions), -1)
+    here = torch.linalg.qr(one.gain.unsqueeze(1) * columns if gains else columns)[0]
+    moved = value.double().movedim(one.axis, 0)
+    new = change(moved.reshape(len(moved), -1), here).reshape(moved.shape)
+    return new.movedim(0, one.axis).to(value.dtype).contiguous()
 
 
 def reader_matrices(source: Path) -> list[Matrix]:
@@ -151,7 +161,7 @@ def reader_matrices(source: Path) -> list[Matrix]:
     return [
         Matrix(name, value.ndim - 1, int(name.split("layers.")[1].split(".")[0]), ones)
         for name, value in load_file(source / "model.safetensors").items()
-        if any(f".{part}." in name for part in READERS)
+        if value.ndim > 1 and any(f".{part}." in name for part in READERS)
     ]
 
 
@@ -229,3 +239,19 @@ def decay_with_common_output(folder: Path, matrices: Sequence[Matrix], scale: fl
     change_tensors(decayed, stronger)
     change_tensors(decayed, lambda n, v: v * scale if n in axes else v)
     return strong
+
+
+def truncate(folder: Path, matrices: Sequence[Matrix], share: float) -> None:
+    """Each of these matrices is replaced by its best approximation of this share of its rank."""
+    names = {one.name for one in matrices}
+
+    def cut(name: str, value: Tensor) -> Tensor:
+        if name not in names or value.ndim < 2:
+            return value
+        # Of a stack each matrix by itself.
+        left, values, right = torch.linalg.svd(value.double(), full_matrices=False)
+        kept = round(share * values.shape[-1])
+        new = left[..., :kept] * values[..., None, :kept] @ right[..., :kept, :]
+        return new.to(value.dtype)
+
+    change_tensors(folder, cut)
