@@ -167,7 +167,7 @@ def extract(
     mode: str, folder: Path, ids: list[list[int]], size: int | str, budget: int, spare: str
 ) -> tuple[float, torch.Tensor]:
     """When the model was open, and the means."""
-    from abliterate.extraction import means
+    from abliterate.extraction import mean_activations
     from abliterate.inference.forward import stand_in
     from abliterate.models.loading import Checkpoint, load_weights
     from abliterate.offload import open_model, open_stream
@@ -191,7 +191,7 @@ def extract(
         )  # fmt: skip
         stand_in(model, torch.device("cpu"), True)
     opened = time.perf_counter()
-    mean, _ = means.mean_resid_pre(model, ids, _POSITIONS, batch_size=size)
+    mean, _ = mean_activations.mean_resid_pre(model, ids, _POSITIONS, batch_size=size)
     return opened, mean
 
 

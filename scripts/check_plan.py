@@ -73,7 +73,7 @@ def all_stages(args: argparse.Namespace) -> None:
     """One line a stage."""
     with tempfile.TemporaryDirectory() as work:
         # What a stage takes on a model of no size is its start, and no part of the estimate.
-        sizes = {"none": (1, 64), "whole": (args.layers, args.width)}
+        sizes = {"none": (3, 64), "whole": (args.layers, args.width)}
         folders = {size: Path(work, size) for size in sizes}
         for size, (layers, width) in sizes.items():
             random_checkpoint(folders[size] / "model", layers, width)

@@ -42,6 +42,8 @@ CONTROLS = 4 * (3 + 2)
 _TRIED, _TRIALS = 100, 3
 # Of a device's memory for weights, of what is left for keys and values; bytes for these on a CPU.
 _SHARE, _SHARE_FREE, _CACHES = 0.9, 0.7, 2 << 30
+# Copies in memory that an edited byte costs, in all.
+_COPIES = 4
 # Of the candidates, those that induce leaves over for KL and bypass; half is usual.
 _PASSING = 0.5
 
@@ -261,7 +263,8 @@ def _select(shape: Shape, machine: Machine, work: Workload, where: Spread) -> St
 
 def _orthogonalize(shape: Shape, machine: Machine, work: Workload) -> StageEstimate:
     memory = work.libraries + edit_memory(usable_cores())
-    seconds = 2 * shape.stored / machine.disk
+    # Read and written; between, values are widened, projected and rounded again.
+    seconds = 2 * shape.stored / machine.disk + _COPIES * shape.stored / machine.copy
     return StageEstimate(
         "orthogonalize", "streamed edit", 1, shape.stored, 4.0 * shape.parameters, memory, seconds
     )
