@@ -9,6 +9,7 @@ of the matrices that name them lie apart.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -148,7 +149,7 @@ class _Along:
     @property
     def off(self) -> float:
         """Sine of the angle of the change with them."""
-        return max(0.0, 1 - self.share) ** 0.5
+        return math.sqrt(max(0.0, 1 - self.share))
 
     def is_told(self, tilt: float) -> bool:
         """Whether the scale is known.
@@ -162,7 +163,7 @@ class _Along:
         """
         turned = tilt * self.across
         uneven = max(0.0, 1 / self.fit - 1) / max(1, self.values - 1)
-        usual = abs(self.scale) * ((self.off**2 + turned**2) / self.beside + uneven) ** 0.5
+        usual = abs(self.scale) * math.sqrt((self.off**2 + turned**2) / self.beside + uneven)
         agreed = abs(self.scale - self.own_scale) <= _AGREE
         return (_AGREED if agreed else _SAFE) * usual <= _NEAR
 
