@@ -46,7 +46,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from abliterate.cli.diff_command import show_differences
 from abliterate.direction_loading import load_directions
+from abliterate.report.edit_strip import audit_strip
 
 Cli = Callable[..., Any]
 
@@ -338,7 +340,10 @@ def test_biases_that_lost_directions_are_named_with_their_scales(
 
 
 def test_scales_of_biases_are_told_only_where_they_are_known(
-    cli: Cli, with_biases: tuple[Path, list[Matrix]], tmp_path: Path
+    cli: Cli,
+    with_biases: tuple[Path, list[Matrix]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Training tilts what is known of the directions; along those some biases had almost nothing.
 
@@ -362,6 +367,16 @@ def test_scales_of_biases_are_told_only_where_they_are_known(
     assert 0 < len(told) < len(named)
     assert told == pytest.approx([1] * len(told), abs=0.05)
     assert page.is_file()
+    # What cannot be told is empty in the strip and a dash in the table.
+    drawn = audit_strip(result.json | {"base": result.json["base"] | {"tensors": named}})
+    assert drawn is not None
+    blank = sum(value is None for row in drawn.data[0].z for value in row)
+    assert blank == 2 * DEPTH - len(told)
+    capfd.readouterr()
+    show_differences(result.json["base"] | {"tensors": named})
+    lines = [line.rstrip("│ ") for line in capfd.readouterr().out.splitlines()]
+    dashes = [line for line in lines if ".bias" in line and line.endswith(" -")]
+    assert len(dashes) == len(named) - len(told)
 
 
 @pytest.mark.parametrize("kind", KINDS)
