@@ -5,7 +5,7 @@ Small structured models of several architectures are written, edited in every wa
 scripts/audit_forms.py and audited by the function that the command line calls; then changed in ways
 that are no edits. Prints the tables of docs/audit.md in Markdown: verdicts, the share of the
 matrices changed that are named, the largest error of a scale, the smallest cosine of a direction.
-Biases are counted apart, in --out.
+Biases are counted apart, in --out; so are those whose scale is told.
 
     python scripts/bench_audit_forms.py                       # all: some minutes of one core
     python scripts/bench_audit_forms.py --architectures llama --forms three "by layer"
@@ -61,8 +61,8 @@ def judge_edit(kind: str, name: str, base: Path, writers: Sequence[Matrix], out:
     biases = {n for n in named.keys() & changed.keys() if n.endswith(".bias")}
 
     def error(names: set[str]) -> float | None:
-        pairs = [((named[n].scale or 0.0), form.scale_at(changed[n])) for n in names]
-        return max((abs(one - other) for one, other in pairs), default=None)
+        pairs = [(named[n].scale, form.scale_at(changed[n])) for n in names]
+        return max((abs(one - other) for one, other in pairs if one is not None), default=None)
 
     shown = found.comparison.form
     cosines = [] if shown is None else least_cosines(shown, form, list(changed.values()))
@@ -72,6 +72,7 @@ def judge_edit(kind: str, name: str, base: Path, writers: Sequence[Matrix], out:
         "wrongly": sorted(named.keys() - changed.keys()), "error": error(held),
         "biases": len(biases), "biases_of": sum(n.endswith(".bias") for n in changed),
         "biases_error": error(biases),
+        "biases_told": sum(named[n].scale is not None for n in biases),
         "cosine": min(cosines, default=None), "kinds": [] if shown is None else list(shown.kinds),
         "evidence": blind.evidence, "p_value": min(blind.blind.p_value, blind.readers.p_value),
     }  # fmt: skip

@@ -26,6 +26,7 @@ from audit_edits import (
     reader_matrices,
     rescale_channels,
     truncate,
+    tune,
 )
 from audit_forms import (
     FORMS,
@@ -45,7 +46,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from abliterate.cli.diff_command import show_differences
 from abliterate.direction_loading import load_directions
+from abliterate.report.edit_strip import audit_strip
 
 Cli = Callable[..., Any]
 
@@ -306,17 +309,73 @@ def test_channels_that_were_rescaled_are_no_projection(
     _clean(cli, tmp_path / "out", base)
 
 
-def test_biases_that_lost_several_directions_are_named(cli: Cli, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    matrices = make_checkpoint("starcoder2", base)
-    changed = edit_matrices(base, tmp_path / "out", matrices, three, projected(0.5))
+@pytest.fixture(scope="module")
+def with_biases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Matrix]]:
+    folder = tmp_path_factory.mktemp("biases") / "starcoder2"
+    return folder, make_checkpoint("starcoder2", folder)
+
+
+def _named_biases(document: Any) -> list[Any]:
+    tensors = document["base"]["tensors"]
+    return [t for t in tensors if t["projected"] and t["name"].endswith(".bias")]
+
+
+@pytest.mark.parametrize(("directions", "count"), [(three, 3), (by_layer(0.8), 1)])
+def test_biases_that_lost_directions_are_named_with_their_scales(
+    cli: Cli,
+    with_biases: tuple[Path, list[Matrix]],
+    tmp_path: Path,
+    directions: Directions,
+    count: int,
+) -> None:
+    """Of a plain edit all: by layer one bias has no more than 0.001 of itself to lose."""
+    base, matrices = with_biases
+    changed = edit_matrices(base, tmp_path / "out", matrices, directions, projected(0.5))
     found = cli("audit", tmp_path / "out", "--base", base, "--json").json
     assert set(found["base"]["projected"]) == set(changed)
-    biases = [t for t in found["base"]["tensors"] if t["name"].endswith("_proj.bias")]
-    named = [t for t in biases if t["projected"]]
+    named = _named_biases(found)
     assert len(named) == 2 * DEPTH
     assert all(t["scale"] == pytest.approx(0.5, abs=0.001) for t in named)
-    assert all(t["directions"] == 3 for t in named)
+    assert all(t["directions"] == count for t in named)
+
+
+def test_scales_of_biases_are_told_only_where_they_are_known(
+    cli: Cli,
+    with_biases: tuple[Path, list[Matrix]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Training tilts what is known of the directions; along those some biases had almost nothing.
+
+    Of these ``-(r . D) / (r . b)`` was off by up to 4.4.
+    """
+    base, matrices = with_biases
+    out = tmp_path / "out"
+    edit_matrices(base, out, matrices, by_layer(0.8), projected())
+    tune(out, 0.03)
+    generator = torch.Generator().manual_seed(3)
+
+    def trained_too(_: str, value: Tensor) -> Tensor:
+        noise = torch.randn(value.shape, generator=generator)
+        return value + 1e-3 * value.norm() * noise / noise.norm() if value.ndim == 1 else value
+
+    change_tensors(out, trained_too)
+    result = cli("audit", out, "--base", base, "--json")
+    assert result.code == 7, result.err
+    named = _named_biases(result.json)
+    told = [t["scale"] for t in named if t["scale"] is not None]
+    assert 0 < len(told) < len(named)
+    assert told == pytest.approx([1] * len(told), abs=0.05)
+    # What cannot be told is empty in the strip and a dash in the table.
+    drawn = audit_strip(result.json | {"base": result.json["base"] | {"tensors": named}})
+    assert drawn is not None
+    blank = sum(value is None for row in drawn.data[0].z for value in row)
+    assert blank == 2 * DEPTH - len(told)
+    capfd.readouterr()
+    show_differences(result.json["base"] | {"tensors": named})
+    lines = [line.rstrip("│ ") for line in capfd.readouterr().out.splitlines()]
+    dashes = [line for line in lines if ".bias" in line and line.endswith(" -")]
+    assert len(dashes) == len(named) - len(told)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from abliterate.auditing.checkpoint_pairs import CheckpointPair, Place, open_pair
 from abliterate.auditing.edit_form import EditForm, ProjectedMatrix, describe
-from abliterate.auditing.grams import FIT
+from abliterate.auditing.narrow_tensors import with_narrow
 from abliterate.auditing.projections import (
-    COLUMNS,
-    SAME,
     TOP,
     changed_columns,
     is_truncation,
@@ -99,7 +96,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
     if form is None:
         tensors = [replace(t, cosine=None) for t in tensors]
     else:
-        tensors = [_with_narrow(pair, found[t.name], t, form) for t in tensors]
+        tensors = with_narrow(pair, found, tensors, form, matrices)
     return Comparison(
         tensors=tuple(tensors),
         missing=tuple(sorted(pair.left.tensors.keys() - pair.right.tensors.keys() - pair.hidden)),
@@ -200,42 +197,4 @@ def _matrix(
         basis = own.basis
     return ProjectedMatrix(
         one.place, basis / basis.norm(dim=0), diff.scale, diff.directions, whole, diff.rescaled
-    )
-
-
-def _with_narrow(
-    pair: CheckpointPair, one: TensorSummary, diff: TensorDiff, form: EditForm
-) -> TensorDiff:
-    """Biases, routers of few experts and the like: too narrow to show a direction of their own.
-
-    What changed along the directions of its layer alone, and in proportion, goes with the others.
-    """
-    place = one.place
-    narrow = place.side == "bias" or (
-        place.side in ("writer", "reader") and 0 < one.columns < COLUMNS
-    )
-    if not narrow or diff.projected or diff.state in ("unchanged", "recast", "reshaped"):
-        return diff
-    basis = form.basis_at(place.layer)
-    if basis is None or (form.side != "writer" and place.side != "reader"):
-        return diff
-    before, delta = pair.sample(place.edit)
-    here = pair.at(place, basis, form.gains)
-    if not bool(here.any(dim=0).all()) or not bool(delta.any()):
-        return diff
-    here = torch.linalg.qr(here)[0]
-    lost, had = here.T @ delta, here.T @ before
-    both = float((lost * had).sum())
-    lost_energy, had_energy = float(lost.square().sum()), float(had.square().sum())
-    fit = both**2 / (lost_energy * had_energy) if lost_energy and had_energy else 0.0
-    share = lost_energy / float(delta.square().sum())
-    scale = -both / had_energy if had_energy else 0.0
-    lost_it = share >= SAME and fit >= FIT
-    return replace(
-        diff,
-        cosine=share**0.5,
-        scale=scale,
-        fit=fit,
-        projected=lost_it,
-        directions=basis.shape[1] * lost_it,
     )

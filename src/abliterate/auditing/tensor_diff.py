@@ -27,7 +27,8 @@ class TensorDiff:
         first: share of the difference's energy in its first direction.
         cosine: of its left vector with the shared direction (as it is at this tensor), or None.
         scale: the ``s`` of ``W - s u u^T W`` that fits best, negative where it was amplified, along
-            the shared direction or else its own; None if neither was measured.
+            the shared direction or else its own; None if neither was measured, or that of a bias
+            cannot be told.
         fit: squared cosine between what changed along it and what the original had, or None.
         directions: how many it lost; 0 if it is no projection.
         projected: it lost directions, and that in proportion to what it had.

@@ -9,8 +9,8 @@ from abliterate.report.style import colour_bar, coloured, figure, finite, plain,
 
 Document = Mapping[str, Any]
 _OUTSIDE = "outside"
-#: Component, decoder block (None outside of the blocks), share removed.
-Cell = tuple[str, int | None, float]
+#: Component, decoder block (None outside of the blocks), share removed (None: it cannot be told).
+Cell = tuple[str, int | None, float | None]
 
 
 def record_strip(edit: Document) -> Any | None:
@@ -48,11 +48,13 @@ def audit_strip(document: Document) -> Any | None:
 def strip(title: str, cells: Iterable[Cell]) -> Any | None:
     """A heat strip: blue is removed, red amplified, white as it was; None without cells.
 
-    Tensors of one component of one block are averaged.
+    Tensors of one component of one block are averaged; where no share can be told, it is empty.
     """
     sums: dict[tuple[str, int | None], list[float]] = {}
     for component, layer, value in cells:
-        sums.setdefault((component, layer), []).append(value)
+        known = sums.setdefault((component, layer), [])
+        if value is not None:
+            known.append(value)
     if not sums:
         return None
     components = list(dict.fromkeys(component for component, _ in sums))
