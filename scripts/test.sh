@@ -29,10 +29,10 @@ if [ "$lowest" = no ]; then # what lint and types say depends on the versions: t
     { $venv/bin/mypy && $venv/bin/lint-imports --no-cache --no-logo; } >"$said" 2>&1 &
     linted=$!
 fi
-# One worker more than there are cores, as some wait for processes, and a file a worker (its fixtures run once),
-# in the order of tests/conftest.py, which also keeps each to one thread of torch.
+# One worker a core and a file a worker (its fixtures run once), in the order of tests/conftest.py, which also
+# keeps each to one thread of torch.
 failed=0
-$venv/bin/python -m pytest -n $(($(nproc 2>/dev/null || echo 2) + 1)) --dist loadfile --no-loadscope-reorder "$@" ||
+$venv/bin/python -m pytest -n "$(nproc 2>/dev/null || echo 2)" --dist loadfile --no-loadscope-reorder "$@" ||
     failed=$?
 if [ -n "$linted" ]; then
     wait "$linted" || failed=$?
