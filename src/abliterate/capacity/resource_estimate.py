@@ -43,7 +43,7 @@ _TRIED, _TRIALS = 100, 3
 # Of a device's memory for weights, of what is left for keys and values; bytes for these on a CPU.
 _SHARE, _SHARE_FREE, _CACHES = 0.9, 0.7, 2 << 30
 # Copies in memory that an edited byte costs, in all.
-_COPIES = 4
+_COPIES = 5
 # Of the candidates, those that induce leaves over for KL and bypass; half is usual.
 _PASSING = 0.5
 
