@@ -166,11 +166,9 @@ def gap(units: Sequence[SoftNullProjector], halves: Sequence[bool]) -> Gap:
         The number of directions with the smallest p-value; of equals, the fewest.
     """
     sums, ends = [], []
-    for half in (False, True):
-        members = [one for one, which in zip(units, halves, strict=True) if which is half]
-        if members:
-            sums.append(_sum(members))
-            ends.append(_end(sums[-1], half))
+    for half, members in _by_half(units, halves):
+        sums.append(_sum(members))
+        ends.append(_end(sums[-1], half))
     total = sums[0]
     if len(sums) == 2:
         total += sums[1]
@@ -193,12 +191,19 @@ def claims(units: Sequence[SoftNullProjector], halves: Sequence[bool], level: fl
         kindest.append(least if count == 1 else _SEVERAL * least)
     if min(kindest) > level:
         return False
-    ends = []
-    for half in (False, True):
-        members = [one for one, which in zip(units, halves, strict=True) if which is half]
-        if members:
-            ends.append(_end(_sum(members), half))
+    ends = [_end(_sum(members), half) for half, members in _by_half(units, halves)]
     return _judged(values, vectors, ends).p_value <= level
+
+
+def _by_half(
+    units: Sequence[SoftNullProjector], halves: Sequence[bool]
+) -> list[tuple[bool, list[SoftNullProjector]]]:
+    """The units of each half that has any."""
+    split = [
+        (half, [one for one, which in zip(units, halves, strict=True) if which is half])
+        for half in (False, True)
+    ]
+    return [(half, members) for half, members in split if members]
 
 
 def _end(matrix: Tensor, half: bool) -> Tensor:
