@@ -25,8 +25,9 @@ from abliterate import ablate
 from abliterate.inference.batched_interventions import InterventionRunner
 from abliterate.inference.candidate_batches import FastPathFlags
 from abliterate.inference.fast_path import verified_runner
-from abliterate.inference.forward import all_last_logits
+from abliterate.inference.forward import all_last_logits, can_pad, last_logits, left_pad
 from abliterate.inference.in_memory import InMemoryEngine
+from abliterate.inference.rounding import COARSE, LARGEST_ROUNDING, off_by, rounding_of_batches
 from abliterate.inference.token_batches import TokenBudget, group_rows
 from abliterate.metrics.logit_metrics import refusal_metric
 from abliterate.metrics.refusal import MAX_REFUSAL_SCORE, kl_divergence, kl_floor, refusal_score
@@ -271,6 +272,61 @@ def test_half_precision_stays_in_its_dtype_and_close(dtype: torch.dtype, tiny) -
         for metric in one.computed:
             expected = getattr(one, metric)
             assert getattr(other, metric) == pytest.approx(expected, abs=rounding, nan_ok=True)
+
+
+def _rounds_by_batch_size(model: PreTrainedModel, scale: float) -> None:
+    """Let every block be off by something in batches of several rows, where kernels change."""
+
+    def off(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        noise = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(1))
+        size = scale * hidden.norm(dim=-1, keepdim=True) * (len(hidden) > 1)
+        moved = hidden + size * (noise / noise.norm()).to(hidden)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    for block in model.model.layers:
+        block.register_forward_hook(off)
+
+
+def test_batches_that_round_by_their_size_are_told_from_mistakes(tiny, monkeypatch) -> None:
+    """Deep models in half precision are off by more than a fixed bound allows (0.052 on a GPU)."""
+    task = _task(tiny("llama").resolve())
+    model = task.model.to(torch.bfloat16)
+    _rounds_by_batch_size(model, 0.012)
+    prompts = [*task.harmful, *task.harmless]
+    vectors = task.directions[1, [1, 3]]
+    ends = [min(prompts, key=len), max(prompts, key=len)]
+
+    def rows(*which: int) -> torch.Tensor:
+        with torch.inference_mode():
+            return last_logits(model, left_pad(model, [ends[0]] * len(which), which))
+
+    apart = off_by(rows(0, 1, 2, 3)[0], rows(0)[0], fine=False)
+    assert COARSE < apart < 1.2 * COARSE  # as on that GPU
+    assert can_pad(model)
+    assert verified_runner(model, prompts, vectors).tricks == FastPathFlags()
+
+    # The same rounding, and a mistake: the shared opening is one token short of its positions.
+    honest = InterventionRunner.piece
+
+    def shifted(self, prompts, rows, keep=1):
+        piece = honest(self, prompts, rows, keep)
+        if self.prefix:
+            piece.batch.position_ids.sub_(1)
+        return piece
+
+    monkeypatch.setattr(InterventionRunner, "piece", shifted)
+    assert not verified_runner(model, prompts, vectors).tricks.prefix
+
+
+def test_rows_that_influence_each_other_are_no_rounding() -> None:
+    alone = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    noise = 0.05 * torch.randn(2, 100, generator=torch.Generator().manual_seed(1))
+    alike = torch.stack([alone + noise] * 4)
+    assert rounding_of_batches(alike, alone) == pytest.approx(1.3 * 0.05, rel=0.4)
+    assert rounding_of_batches(alone + 10 * (alike - alone), alone) == LARGEST_ROUNDING
+    unlike = torch.stack([alone + share * noise for share in (1, 1, 1, 0)])
+    assert rounding_of_batches(unlike, alone) == 0
 
 
 def test_no_kl_is_below_its_floor() -> None:

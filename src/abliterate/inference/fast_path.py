@@ -14,7 +14,14 @@ from abliterate.inference.batched_interventions import InterventionRunner
 from abliterate.inference.candidate_batches import FastPathFlags
 from abliterate.inference.forward import can_pad, last_logits, left_pad
 from abliterate.inference.interventions import ablate, add
-from abliterate.inference.rounding import COARSE, computes_finely, off_by
+from abliterate.inference.rounding import (
+    COARSE,
+    COPIES,
+    LARGEST_ROUNDING,
+    computes_finely,
+    off_by,
+    rounding_of_batches,
+)
 from abliterate.inference.token_batches import out_of_memory
 from abliterate.precision import widened
 from abliterate.writers import decoder_blocks
@@ -59,7 +66,7 @@ def verified_runner(
     # Where the first and where the second vector is added; in one batch where layers may join.
     layer = len(decoder_blocks(model)) // 2
     layers = (layer, min(layer + 1, len(decoder_blocks(model)) - 1))
-    full = _full_passes(model, ends, vectors, layers)
+    full = _full_passes(model, ends, vectors, layers)[0]
     fine = computes_finely(model)
     spread = float(widened(full).std())
 
@@ -76,13 +83,18 @@ def verified_runner(
             return float("inf"), None
 
     # Rounding, from one candidate and prompt at a time to batches; measured where it matters.
-    rounding = _ROUNDING[model.dtype] if fine else _ROUNDING_HALF
-    noise = 0.0
+    rounding = allowed = _ROUNDING[model.dtype] if fine else _ROUNDING_HALF
+    noise, copied = 0.0, fine
     for tricks in _LADDER:
         difference, replay = off(tricks)
         if rounding < difference < _WRONG[fine] and not noise:
             noise = off(_LADDER[-1])[0]
-        if replay is not None and difference <= max(rounding, min(4 * noise, _WRONG[fine])):
+            allowed = max(allowed, min(4 * noise, _WRONG[fine]))
+        if allowed < difference <= LARGEST_ROUNDING and not copied:
+            copies = _full_passes(model, ends, vectors, layers, COPIES).flatten(1, 2)
+            allowed = max(allowed, rounding_of_batches(copies, full.flatten(0, 1), spread))
+            copied = True
+        if replay is not None and difference <= allowed:
             replay.start_budget()  # what a trial of two prompts takes is no measure
             return replay
         log.info("%s differs from full passes by %.1e: not used", tricks, difference)
@@ -94,15 +106,18 @@ def _full_passes(
     prompts: Sequence[Sequence[int]],
     vectors: Tensor,
     layers: tuple[int, int],
+    copies: int = 1,
 ) -> Tensor:
-    """Logits ``[2, 2, vocabulary]``: each vector ablated, and added, with one of the prompts."""
+    """Logits ``[copies, 2, 2, vocabulary]``: each vector ablated, and added, with one of the
+    prompts, which makes up the batch."""
     rows = []
     for added in (False, True):
         for vector, ids, layer in zip(vectors, prompts, layers, strict=True):
             change = add(model, vector, layer) if added else ablate(model, vector)
             with change, torch.inference_mode():
-                rows.append(last_logits(model, left_pad(model, [ids], [0]))[0])
-    return torch.stack(rows).view(2, 2, -1)
+                batch = left_pad(model, [ids] * copies, range(copies))
+                rows.append(last_logits(model, batch))
+    return torch.stack(rows, 1).unflatten(1, (2, 2))
 
 
 def _difference(
