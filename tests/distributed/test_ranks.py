@@ -46,7 +46,7 @@ def same_stability(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for name, values in theirs["stability"].items():
         for one, other in zip(ours["stability"][name], values, strict=True):
             known = [value for value in other if value is not None]
-            assert [v for v in one if v is not None] == pytest.approx(known, rel=1e-4, abs=1e-9)
+            assert [v for v in one if v is not None] == pytest.approx(known, rel=1e-4, abs=1e-6)
 
 
 def same_selection(run: Path, other: Path) -> None:

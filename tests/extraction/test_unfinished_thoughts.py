@@ -53,7 +53,8 @@ def test_unfinished_thoughts_are_in_no_mean_and_no_score(
         texts = [p.text for p, ended in zip(prompts, ENDED[kind], strict=True) if ended]
         ids = encode(loaded.tokenizer, texts, chat)
         expected, _ = mean_resid_pre(loaded.model, ids, [-2, -1])
-        torch.testing.assert_close(mean, expected)
+        # Batches of other sizes: what a mean leaves out moves it by 0.01 and more.
+        torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
     val = [_prompts(kind, "val") for kind in ENDED]
     wide = Thresholds(1e9, -1e9, 0.0)
     chosen = select(loaded, found, *val, thresholds=wide, filter=False, search="exhaustive")

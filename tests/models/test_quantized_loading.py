@@ -20,7 +20,7 @@ from abliterate.errors import CheckpointError, UsageError
 from abliterate.inference.attention_heads import out_projections
 from abliterate.models.device_placement import Placement
 from abliterate.models.loading import load_config, load_model
-from abliterate.models.quantized_loading import quantizer_options
+from abliterate.models.quantized_loading import keep_precision, quantizer_options
 from abliterate.offload.open_model import needed_memory
 from abliterate.resources import demo_model_dir
 from abliterate.writers import find_writers
@@ -129,6 +129,28 @@ def test_heads_are_read_from_what_a_quantised_projection_does(load_in: str) -> N
         assert one.reader.shape == other.reader.shape
         off = (one.reader - other.reader).norm() / other.reader.norm()
         assert 0 < off < 0.15
+
+
+def test_four_bit_products_keep_to_the_dtype_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with AVX-512 for bfloat16 packs matrices for products in bfloat16, if they divide."""
+    from bitsandbytes.nn import Linear4bit
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = load_model(MODEL, "cpu", "float32", load_in="4bit").model
+    fours = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(fours) == 7 * 8
+    assert not any(module.support_avx512bf16_for_cpu for module in fours)
+    assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", 0) for m in fours)
+
+    def four(rows: int, columns: int, dtype: torch.dtype) -> Any:
+        made = Linear4bit(columns, rows, compute_dtype=dtype, quant_type="nf4")
+        return made.to("cpu")
+
+    bf16 = torch.bfloat16
+    shapes = [(64, 128, bf16), (48, 128, bf16), (64, 96, bf16), (64, 128, torch.float32)]
+    some = torch.nn.ModuleList(four(*shape) for shape in shapes)
+    keep_precision(some)
+    assert [one.support_avx512bf16_for_cpu for one in some] == [True, False, False, False]
 
 
 def test_a_conversation_with_a_model_in_four_bits(

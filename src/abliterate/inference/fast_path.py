@@ -117,7 +117,7 @@ def _full_passes(
             with change, torch.inference_mode():
                 batch = left_pad(model, [ids] * copies, range(copies))
                 rows.append(last_logits(model, batch))
-    return torch.stack(rows, 1).unflatten(1, (2, 2))
+    return torch.stack(rows, 1).view(copies, 2, 2, -1)
 
 
 def _difference(

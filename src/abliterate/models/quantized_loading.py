@@ -22,6 +22,8 @@ from abliterate.models.device_placement import Placement
 LoadIn = Literal["none", "8bit", "4bit"]
 #: What bitsandbytes calls the four-bit numbers: levels at the quantiles of a normal distribution.
 FOUR_BIT = "nf4"
+# Rows of a matrix that bitsandbytes packs together for a CPU.
+_PACKED_ROWS = 32
 # How transformers says that a map mixes devices that hold quantised matrices with such that do not.
 _MIXED = "dispatched on the CPU or the disk"
 
@@ -145,10 +147,30 @@ def loading_failure(
     )
 
 
+def keep_precision(model: Any) -> None:
+    """Keep four-bit products on a CPU in the numbers that were asked for.
+
+    Where the CPU multiplies in bfloat16 (AVX-512), bitsandbytes packs its matrices anew at the
+    first product, computes in bfloat16 whatever it was given, and fails with shapes that do not
+    divide. Its other way, which it takes on any other CPU, does neither.
+    """
+    for module in model.modules():
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        state = getattr(module.weight, "quant_state", None) or module.quant_state
+        module.support_avx512bf16_for_cpu = (
+            module.compute_dtype == torch.bfloat16
+            and state is not None
+            and state.shape[0] % _PACKED_ROWS == 0
+            and state.shape[1] % state.blocksize == 0
+        )
+
+
 def check_products(
     model: Any, load_in: str, checkpoint: Checkpoint, config: Any, device: torch.device
 ) -> None:
-    """Run a quantised model on one token: what computes with its matrices is looked for then.
+    """Run a quantised model on one token: what computes with its matrices is looked for then,
+    in the numbers that were asked for.
 
     On a GPU transformers takes the products of FP8 matrices from packages that it loads at the
     first of them, and that may not be there.
@@ -160,6 +182,7 @@ def check_products(
     """
     if not is_quantized(model):
         return
+    keep_precision(model)
     try:
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
