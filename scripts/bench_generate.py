@@ -31,6 +31,7 @@ from transformers import (
 from abliterate import ablate
 from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.generation import greedy_answers, stop_tokens
+from abliterate.inference.replayable_hooks import replayable
 from abliterate.models.library_versions import cache_name
 from abliterate.models.loading import Checkpoint, LoadedModel
 from abliterate.writers import find_writers, stream_width
@@ -69,23 +70,26 @@ def load(name: str, device: str) -> LoadedModel:
 def end_by_period(loaded: LoadedModel) -> None:
     """Logits that end an answer where prompt and answer fill a period, and nowhere else."""
     model: Any = loaded.model
-    stops = stop_tokens(loaded)
+    stops = torch.tensor(stop_tokens(loaded), device=model.device)
     seen: dict[str, Any] = {}
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         positions, ids = kwargs.get("position_ids"), kwargs["input_ids"]
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-        seen["positions"] = positions[:, -1]
+        # Continuous batching names the tokens of its one row whose logits it wants.
+        keep = kwargs.get("logits_to_keep")
+        seen["positions"] = positions[:, keep] if torch.is_tensor(keep) else positions[:, -1:]
 
     def end(module: Any, args: Any, logits: Any) -> Any:
-        logits[..., stops] = -1e4
-        over = (seen["positions"] + 2) % PERIOD == 0
-        logits[over, -1, END] = 1e4
+        logits.index_fill_(-1, stops, -1e4)
+        positions = seen["positions"]
+        last = logits[:, -positions.shape[1] :, END]
+        last.copy_(torch.where((positions + 2) % PERIOD == 0, 1e4, last))
         return logits
 
-    model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
-    model.get_output_embeddings().register_forward_hook(end)
+    model.register_forward_pre_hook(replayable(note), with_kwargs=True)
+    model.get_output_embeddings().register_forward_hook(replayable(end))
 
 
 def bare(loaded: LoadedModel, prompts: Sequence[list[int]], size: int) -> list[list[int]]:
@@ -105,6 +109,18 @@ def bare(loaded: LoadedModel, prompts: Sequence[list[int]], size: int) -> list[l
         rows = said[:, width:].tolist()
         answers += [row[: row.index(END) + 1] if END in row else row for row in rows]
     return answers
+
+
+def continuous(loaded: LoadedModel, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The library's continuous batching, as it sets itself up."""
+    model: Any = loaded.model
+    with plain_decoding(model), torch.inference_mode():
+        said = model.generate_batch(
+            inputs=prompts,
+            generation_config=decoding_config([END], PERIOD - 1, pad_token_id=END),
+            progress_bar=False,
+        )
+    return [list(one.generated_tokens) for one in said.values()]
 
 
 def floor(loaded: LoadedModel, prompts: Sequence[list[int]], counts: Sequence[int]) -> float:
@@ -147,6 +163,9 @@ def main() -> None:
     parser.add_argument("--sizes", help="of bare batches (8,16,32,64,128, up to all prompts)")
     parser.add_argument("--repeats", type=int, default=1, help="of all sides in turn; best counts")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--continuous", action="store_true", help="the library's continuous batching, too"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -174,6 +193,7 @@ def main() -> None:
     sides: dict[str, Callable[[], list[list[int]]]] = {
         **{f"bare, {n} rows": lambda n=n: bare(loaded, prompts, n)  # type: ignore[misc]
            for n in sizes},
+        **({"continuous batching": lambda: continuous(loaded, prompts)} if args.continuous else {}),
         "abliterate": ours,
         "abliterate, hooks on": hooked,
     }  # fmt: skip
@@ -198,14 +218,16 @@ def main() -> None:
         print(f"{name:<24} {value:8.2f} s   {sum(counts) / value:8.1f} tokens/s   "
               f"{cpu:8.2f} CPU s")  # fmt: skip
     fastest = min((name for name in best if name.startswith("bare")), key=best.__getitem__)
-    same = sum(a == b for a, b in zip(said["abliterate"], said[fastest], strict=True))
+    others = [name for name in best if not name.startswith("bare")]
     least = floor(loaded, prompts, counts)
     print(f"floor: the bare model's passes over the rows that still speak, without padding, take "
           f"{least:.2f} s: {best[fastest][0] / least:.2f}x {fastest}")  # fmt: skip
-    print(f"\nsame answers as {fastest}: {same} of {len(prompts)}")
-    for name in ("abliterate", "abliterate, hooks on"):
+    print()
+    for name in others:
+        same = sum(a == b for a, b in zip(said[name], said[fastest], strict=True))
         wall, cpu = (base / own for base, own in zip(best[fastest], best[name], strict=True))
-        print(f"{name}: {wall:.2f}x {fastest} ({cpu:.2f}x in CPU seconds)")
+        print(f"{name}: {wall:.2f}x {fastest} ({cpu:.2f}x in CPU seconds), "
+              f"{same} of {len(prompts)} answers the same")  # fmt: skip
 
 
 if __name__ == "__main__":

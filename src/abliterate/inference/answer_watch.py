@@ -56,8 +56,13 @@ class Watch(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if input_ids.shape[1] - self._seen >= self._every:
             self.look(input_ids)
-        stop = len(self.ended) >= self._enough_ended
-        return torch.full((len(self.answers),), stop, dtype=torch.bool, device=input_ids.device)
+        shape = (len(self.answers),)
+        return torch.full(shape, self.is_over, dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether so many have ended that the batch stops here."""
+        return len(self.ended) >= min(self._enough_ended, len(self.answers))
 
     def look(self, input_ids: Tensor) -> None:
         """Take the tokens since the last look to the host, in one transfer."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
-from abliterate.console import progress_bar
+from abliterate.console import log, progress_bar
 from abliterate.distributed.rank_group import ALONE
 from abliterate.errors import UsageError
 from abliterate.inference.answer_watch import Watch
@@ -31,6 +31,14 @@ from abliterate.inference.forward import (
     padding_token,
 )
 from abliterate.inference.prompt_pass import PromptPass, agrees, bytes_of_a_token, can_join
+from abliterate.inference.recorded_steps import (
+    AT_ONCE,
+    WORTH,
+    NotRecordedError,
+    RecordedSteps,
+    Recorder,
+    recorder,
+)
 from abliterate.inference.roomy_cache import (
     PLAIN_LAYERS,
     ROOMY_LAYERS,
@@ -285,6 +293,7 @@ class _Decoder:
         self.mix = mix
         self.settled = settled
         self.on_first = on_first
+        self._may_record = True
 
     def run(
         self,
@@ -306,42 +315,75 @@ class _Decoder:
             cache = roomy_cache(text_config(self.model))
         lengths = dict(zip(rows, batch.lengths, strict=True))
         answers: dict[int, list[int]] = {row: [] for row in rows}
+        wanted = self.mix and self._may_record and longest > WORTH
+        record = recorder(self.model, ids.device) if wanted else None
         while rows:
             grown = ids.shape[1] - width
             left = longest - grown
             watch = Watch(self.stops, {row: answers[row][:grown] for row in rows}, ids, keep,
                            shrink=self.mix, settled=self.settled)  # fmt: skip
-            with plain_decoding(self.model), self._noting_first(rows, grown):
-                output = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    **{cache_name(): cache},
-                    generation_config=decoding_config(
-                        self.stops,
-                        left,
-                        pad_token_id=padding_token(self.model, *self.stops),
-                        return_dict_in_generate=True,
-                    ),
-                    stopping_criteria=StoppingCriteriaList([watch]),
-                )
-            ids, answers = output.sequences, watch.answers
+            if record is None or left < WORTH:
+                ids, cache = self._generated(ids, mask, cache, left, watch, rows)
+            elif cache is None or (self.on_first is not None and not grown):
+                ids, cache = self._generated(ids, mask, cache, 1, watch, rows)
+                record = record if can_cut(cache) else None
+            else:
+                try:
+                    ids, cache = self._replayed(ids, mask, cache, left, watch, record)
+                except NotRecordedError as error:
+                    log.info("tokens are not replayed from recorded kernels: %s", error)
+                    ids, cache, record = error.ids, error.cache, None
+                    self._may_record = False
+            answers = watch.answers
             watch.look(ids)
             going = [index for index, row in enumerate(rows) if row not in watch.ended]
-            if not (going and watch.ended) or ids.shape[1] - width >= longest:
+            if not going or ids.shape[1] - width >= longest:
                 for index in going:
                     # Some devices run a token too far before they learn that it is the end.
                     keep(rows[index], answers[rows[index]][: ids.shape[1] - width])
                 return
             # Go on with the others alone, and without the padding that none of them needs.
             rows = [rows[index] for index in going]
-            chosen = to_device(torch.tensor(going), ids.device)
             padding = width - max(lengths[row] for row in rows) if self.mix else 0
-            held = getattr(output, cache_name(), None)
-            padding = padding if can_cut(held) else 0
-            cache = _select(held, chosen, padding)
+            padding = padding if can_cut(cache) else 0
+            chosen = to_device(torch.tensor(going), ids.device)
             grown = ids.shape[1] - mask.shape[1]
-            mask = torch.cat([mask, mask.new_ones(len(ids), grown)], dim=1)[chosen, padding:]
-            ids, width = ids[chosen, padding:], width - padding
+            mask = torch.cat([mask, mask.new_ones(len(ids), grown)], dim=1)
+            if watch.ended or padding:
+                cache = _select(cache, chosen, padding)
+                ids, mask = ids[chosen, padding:], mask[chosen, padding:]
+            width -= padding
+
+    def _generated(
+        self, ids: Tensor, mask: Tensor, cache: Any, count: int, watch: Watch, rows: Sequence[int]
+    ) -> tuple[Tensor, Any]:
+        """Up to ``count`` more tokens by the library; all tokens, and the cache if there is one."""
+        said = sum(map(len, watch.answers.values()))
+        with plain_decoding(self.model), self._noting_first(rows, said):
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                **{cache_name(): cache},
+                generation_config=decoding_config(
+                    self.stops,
+                    count,
+                    pad_token_id=padding_token(self.model, *self.stops),
+                    return_dict_in_generate=True,
+                ),
+                stopping_criteria=StoppingCriteriaList([watch]),
+            )
+        return output.sequences, getattr(output, cache_name(), None)
+
+    def _replayed(
+        self, ids: Tensor, mask: Tensor, cache: Any, count: int, watch: Watch, record: Recorder
+    ) -> tuple[Tensor, Any]:
+        """The same from recorded kernels."""
+        steps = RecordedSteps(self.model, cache, ids, mask, count, record)
+        while count and not watch.is_over:
+            turn = min(count, AT_ONCE)
+            watch.look(ids := steps.say(turn))
+            count -= turn
+        return ids, steps.cache
 
     @contextmanager
     def _noting_first(self, rows: Sequence[int], said: int) -> Iterator[None]:

@@ -22,6 +22,7 @@ from abliterate.direction_set import DirectionSet
 from abliterate.errors import InputError, UnsupportedArchitectureError, UsageError
 from abliterate.inference.forward import block_input
 from abliterate.inference.layer_directions import LayerUnits, check_sites, layer_units
+from abliterate.inference.replayable_hooks import replayable
 from abliterate.models.device_placement import to_device
 from abliterate.writers import HookPoint, decoder_blocks, find_writers, stream_width
 
@@ -198,6 +199,7 @@ class AblationSites:
         try:
             with ExitStack() as stack:
                 for module, leaves, hook in self._hooks:
+                    replayable(hook, holds=not callable(units))
                     if leaves:
                         handle = module.register_forward_hook(hook)
                     else:
@@ -283,7 +285,7 @@ def add_vectors(block: nn.Module, vectors: Tensor) -> Iterator[None]:
             return (moved, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": moved}
 
-    handle = block.register_forward_pre_hook(shift, with_kwargs=True)
+    handle = block.register_forward_pre_hook(replayable(shift), with_kwargs=True)
     try:
         yield
     finally:

@@ -1,0 +1,266 @@
+"""Tokens of answers from recorded kernels, on CUDA.
+
+A token of some rows takes a GPU less time than Python takes to launch its kernels: 2 ms of 29 for
+128 rows of a model of 135M parameters. So the pass that says one token is recorded once, as a CUDA
+graph, and replayed for every further token. What it reads and writes keeps its place: keys and
+values lie in tensors that have room for the whole answer, and a mask says which tokens of them are
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from abliterate.console import log
+from abliterate.inference.decoding import decoding_config, plain_decoding
+from abliterate.inference.forward import Batch, left_pad, padding_token
+from abliterate.inference.replayable_hooks import all_replayable
+from abliterate.inference.roomy_cache import can_cut, roomy_cache
+from abliterate.inference.rounding import same_logits
+from abliterate.inference.token_batches import out_of_memory
+from abliterate.models.library_versions import cache_name
+from abliterate.models.model_classes import text_config
+
+# Records what a function launches; what it returns launches that again.
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+# Fewer tokens than this are said sooner than recorded.
+WORTH = 16
+# The host looks once in so many tokens which answers have ended.
+AT_ONCE = 8
+# Attention that takes a mask of every row, query and key.
+_MASKED = ("sdpa", "eager")
+# Tokens of the two prompts that the way is tried out on.
+_TRIAL = 7, 14
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
+
+_agrees: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """Record a CUDA graph; ``step`` has run before, which makes what is made once."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
+
+
+class NotRecordedError(Exception):
+    """A pass cannot be recorded, or not under its hooks.
+
+    Attributes:
+        ids: all tokens so far, ``[rows, tokens]``.
+        cache: keys and values of all but the last.
+    """
+
+    def __init__(self, why: object, ids: Tensor, cache: DynamicCache) -> None:
+        super().__init__(str(why))
+        self.ids, self.cache = ids, cache
+
+
+class RecordedSteps:
+    """The next tokens of some answers.
+
+    Args:
+        model: the model, under the hooks that it will keep until the last token.
+        cache: keys and values of all tokens but the last; its layers are emptied.
+        ids: ``[rows, tokens]``, padded on the left.
+        mask: of the first of these, ``[rows, up to tokens]``; what follows is there.
+        room: how many tokens may be said.
+        record: how a pass is recorded.
+
+    Attributes:
+        logits: ``[rows, vocabulary]`` that the newest tokens come from.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: DynamicCache,
+        ids: Tensor,
+        mask: Tensor,
+        room: int,
+        record: Recorder,
+    ) -> None:
+        self._model: Any = model
+        self._record = record
+        self._replay: Callable[[], None] | None = None
+        rows, known = ids.shape
+        total = known + room
+        self._known, self._total = known, total
+        self._tokens = ids.new_zeros(rows, total)
+        self._tokens[:, :known] = ids
+        told = torch.cat([mask, mask.new_ones(rows, known - mask.shape[1])], dim=1)
+        # Where the token that is read next stands, in its tensors and in its text.
+        self._at = torch.tensor([known - 1], device=ids.device)
+        self._positions = told.sum(1, keepdim=True) - 1
+        self._seen = told.new_zeros(rows, 1, 1, total, dtype=torch.bool)
+        self._seen[:, 0, 0, :known] = told.bool()
+        self._cache = DynamicCache(config=text_config(model))
+        self._cache.layers = [_FixedLayer(layer, total, self._at) for layer in cache.layers]
+        self.logits: Tensor | None = None
+
+    def say(self, count: int) -> Tensor:
+        """Say ``count`` more tokens; all tokens there are now, ``[rows, tokens]``.
+
+        Raises:
+            NotRecordedError: recording failed; what has been said until then holds.
+        """
+        for _ in range(count):
+            if self._known >= self._total:
+                raise ValueError("there is no room for another token")
+            try:
+                self._next()
+            except _FAILURES as error:
+                if out_of_memory(error):
+                    raise
+                raise NotRecordedError(error, self.tokens, self.cache) from error
+            self._known += 1
+        return self.tokens
+
+    @property
+    def tokens(self) -> Tensor:
+        """All tokens so far, ``[rows, tokens]``."""
+        return self._tokens[:, : self._known]
+
+    def _next(self) -> None:
+        if self.logits is None:  # what is made once, hooks' copies of directions, is made here
+            self._step()
+            return
+        if self._replay is None:
+            self._replay = self._record(self._step)
+        self._replay()
+
+    def put(self, tokens: Tensor) -> None:
+        """Go on from other tokens ``[rows]`` than those said last."""
+        self._tokens[:, self._known - 1] = tokens
+
+    @property
+    def cache(self) -> DynamicCache:
+        """Keys and values of all tokens but the last, as they lie here."""
+        held = roomy_cache(text_config(self._model))
+        for layer, own in zip(held.layers, self._cache.layers, strict=True):
+            layer.lazy_initialization(own.keys, own.values)
+            layer.keys = own.keys[:, :, : self._known - 1]
+            layer.values = own.values[:, :, : self._known - 1]
+        return held
+
+    def _step(self) -> None:
+        """Read one token and say the next; nothing here depends on what tensors hold."""
+        self._seen.index_fill_(3, self._at, True)
+        logits = self._model(
+            input_ids=self._tokens.index_select(1, self._at),
+            attention_mask=self._mask(),
+            position_ids=self._positions,
+            use_cache=True,
+            **{cache_name(): self._cache},
+        ).logits[:, -1]
+        self._at.add_(1)
+        self._positions.add_(1)
+        self._tokens.index_copy_(1, self._at, logits.argmax(-1, keepdim=True))
+        self.logits = logits
+
+    def _mask(self) -> Tensor:
+        """The mask as attention takes it: what is seen, or what is added to the scores."""
+        if text_config(self._model)._attn_implementation == "sdpa":
+            return self._seen
+        dtype = self._model.dtype
+        zeros = torch.zeros_like(self._seen, dtype=dtype)
+        return zeros.masked_fill(~self._seen, torch.finfo(dtype).min)
+
+
+class _FixedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values in tensors that keep their place, with room for all that will come.
+
+    Args:
+        layer: those there are, which are moved here.
+        total: how many tokens there is room for.
+        at: where the next token's go.
+    """
+
+    def __init__(self, layer: DynamicLayer, total: int, at: Tensor) -> None:
+        super().__init__()
+        self._at = at
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = (_with_room(part, total) for part in (layer.keys, layer.values))
+        layer.keys, layer.values = layer.keys[:0], layer.values[:0]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Put one token's keys and values in their place; all there is room for."""
+        self.keys.index_copy_(2, self._at, key_states)
+        self.values.index_copy_(2, self._at, value_states)
+        return self.keys, self.values
+
+
+def _with_room(held: Tensor, total: int) -> Tensor:
+    """``held`` with zeros behind it: what a mask hides must be a number all the same."""
+    whole = held.new_zeros(*held.shape[:2], total, held.shape[3])
+    whole[:, :, : held.shape[2]] = held
+    return whole
+
+
+def recorder(model: PreTrainedModel, device: torch.device) -> Recorder | None:
+    """What records passes of ``model`` as it is now, with its hooks; None where that is not done.
+
+    A replay launches kernels and runs no Python: hooks of others, which may do more than compute,
+    keep a model from being recorded. Whether it says what it says otherwise is tried once a model.
+    """
+    record = RECORDERS.get(device.type)
+    if record is None or text_config(model)._attn_implementation not in _MASKED:
+        return None
+    if not can_cut(DynamicCache(config=text_config(model))) or not all_replayable(model):
+        return None
+    if model not in _agrees:
+        try:
+            _agrees[model] = _try_out(model, record)
+        except _FAILURES as error:
+            if out_of_memory(error):
+                raise
+            log.debug("tokens of this architecture are not recorded: %s", error)
+            _agrees[model] = False
+    return record if _agrees[model] else None
+
+
+def _try_out(model: Any, record: Recorder) -> bool:
+    """Whether a token that is replayed has the logits that ``generate`` gives it."""
+    short, long = _TRIAL
+    prompts = [list(range(3, 3 + short)), list(range(20, 20 + long))]
+    batch = left_pad(model, prompts, [0, 1])
+    with plain_decoding(model), torch.inference_mode():
+        said = _generated(model, batch, 3)
+        begun = _generated(model, batch, 1)
+        steps = RecordedSteps(
+            model, begun[cache_name()], begun.sequences, batch.attention_mask, 2, record
+        )
+        for token in (1, 2):
+            steps.put(said.sequences[:, long + token - 1])
+            steps.say(1)
+            assert steps.logits is not None
+            if not same_logits(model, steps.logits, said.logits[token]):
+                return False
+    return True
+
+
+def _generated(model: Any, batch: Batch, count: int) -> Any:
+    config = decoding_config(
+        [],
+        count,
+        pad_token_id=padding_token(model),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return model.generate(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+    )

@@ -1,0 +1,213 @@
+"""Answers from recorded passes: the tokens of plain decoding, whatever ends when.
+
+There is no CUDA here: in place of a graph the pass runs again, with the same tensors. What only a
+GPU shows, ``scripts/bench_generate.py --device cuda`` compares there.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from abliterate import ablate, add, load_model
+from abliterate.inference import recorded_steps
+from abliterate.inference.generation import greedy_answers
+from abliterate.inference.interventions import ablate_at
+from abliterate.inference.replayable_hooks import replayable
+from abliterate.models.loading import LoadedModel
+from abliterate.writers import find_writers
+
+LONGEST = 60
+
+
+class Recording:
+    """Stands in for CUDA graphs: counts what is recorded, and what is replayed."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            step()
+
+        return replay
+
+
+@pytest.fixture
+def recording(monkeypatch) -> Recording:
+    stand_in = Recording()
+    monkeypatch.setitem(recorded_steps.RECORDERS, "cpu", stand_in)
+    monkeypatch.setattr(recorded_steps, "_agrees", recorded_steps.WeakKeyDictionary())
+    return stand_in
+
+
+def _prompts() -> list[list[int]]:
+    numbers = random.Random(5)
+    opening = [5, 6, 7]
+    return [
+        [*opening, *numbers.choices(range(20, 500), k=numbers.randrange(2, 30))] for _ in range(9)
+    ]
+
+
+def _ends_by_length(loaded: LoadedModel) -> None:
+    """Answers of many lengths: they end once prompt and answer fill a period."""
+    model = loaded.model
+    seen = {}
+
+    def note(module, args, kwargs):
+        positions = kwargs["position_ids"]
+        if positions is None:
+            positions = torch.arange(kwargs["input_ids"].shape[1])[None]
+        seen["positions"] = positions[:, -1]
+
+    def end(module, args, logits):
+        over = (seen["positions"] + 2) % 41 == 0
+        logits[..., 2] = -1e4
+        logits[:, -1, 2] = torch.where(over, 1e4, logits[:, -1, 2])
+        return logits
+
+    model.get_decoder().register_forward_pre_hook(replayable(note), with_kwargs=True)
+    model.get_output_embeddings().register_forward_hook(replayable(end))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_recorded_answers_are_those_of_plain_decoding(
+    kind: str, attention: str, tiny, recording, monkeypatch
+) -> None:
+    loaded = load_model(str(tiny(kind)))
+    loaded.model.set_attn_implementation(attention)
+    _ends_by_length(loaded)
+    prompts = _prompts()
+    vector = torch.randn(48, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def answers(change: Callable[[], Any]) -> list[list[int]]:
+        with change():
+            return greedy_answers(loaded, prompts, LONGEST)
+
+    for change in (
+        nullcontext,
+        partial(ablate, loaded.model, vector),
+        partial(add, loaded.model, vector, 1),
+    ):
+        recorded = recording.recorded
+        found = answers(change)
+        assert recording.recorded > recorded + 1  # once more for the rows that are left
+        with monkeypatch.context() as plain:
+            plain.delitem(recorded_steps.RECORDERS, "cpu")
+            expected = answers(change)
+        assert found == expected
+        assert len({len(answer) for answer in found}) > 4
+    assert recording.replayed > 3 * 30
+
+
+def test_first_logits_and_early_ends_are_the_same(tiny, recording, monkeypatch) -> None:
+    loaded = load_model(str(tiny("llama")))
+    prompts = _prompts()
+
+    def answers() -> tuple[list[list[int]], dict[int, torch.Tensor]]:
+        first: dict[int, torch.Tensor] = {}
+        found = greedy_answers(
+            loaded,
+            prompts,
+            LONGEST,
+            settled=lambda said: sum(said) % 3 == 0,
+            on_first=lambda rows, logits: first.update(zip(rows, logits, strict=True)),
+        )
+        return found, first
+
+    found, first = answers()
+    assert recording.replayed
+    monkeypatch.delitem(recorded_steps.RECORDERS, "cpu")
+    expected, plain = answers()
+    assert found == expected
+    assert all(torch.allclose(first[row], plain[row], atol=1e-4) for row in range(len(prompts)))
+    assert {len(answer) % 8 for answer in found if len(answer) < LONGEST} == {0}
+
+
+def test_a_pass_that_cannot_be_recorded_is_run(tiny, recording, monkeypatch, caplog) -> None:
+    loaded = load_model(str(tiny("llama")))
+    prompts = _prompts()
+    monkeypatch.delitem(recorded_steps.RECORDERS, "cpu")
+    expected = greedy_answers(loaded, prompts, LONGEST)
+    tries = []
+
+    def fails_later(step: Callable[[], None]) -> Callable[[], None]:
+        tries.append(step)
+        if len(tries) > 1:  # the first is that of the trial
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return step
+
+    monkeypatch.setitem(recorded_steps.RECORDERS, "cpu", fails_later)
+    with caplog.at_level("INFO", logger="abliterate"):
+        assert greedy_answers(loaded, prompts, LONGEST) == expected
+    assert len(tries) == 2
+    assert "not permitted when stream is capturing" in caplog.text
+
+
+def test_memory_that_runs_out_while_recording_makes_batches_smaller(
+    tiny, recording, monkeypatch
+) -> None:
+    loaded = load_model(str(tiny("llama")))
+    prompts = _prompts()
+    expected = greedy_answers(loaded, prompts, LONGEST)
+    rows = []
+    honest = recorded_steps.RecordedSteps._step
+
+    def short_of_memory(self) -> None:
+        rows.append(len(self.tokens))
+        if len(self.tokens) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        honest(self)
+
+    monkeypatch.setattr(recorded_steps.RecordedSteps, "_step", short_of_memory)
+    assert greedy_answers(loaded, prompts, LONGEST) == expected
+    assert max(rows) == 9
+    assert rows[-1] <= 5
+
+
+def test_a_way_that_gives_something_else_is_not_used(tiny, recording, monkeypatch) -> None:
+    loaded = load_model(str(tiny("llama")))
+    prompts = _prompts()
+    honest = recorded_steps.RecordedSteps._step
+
+    def one_too_far(self) -> None:
+        if self.logits is None:
+            self._positions.add_(1)
+        honest(self)
+
+    monkeypatch.setattr(recorded_steps.RecordedSteps, "_step", one_too_far)
+    assert recorded_steps.recorder(loaded.model, torch.device("cpu")) is None
+    found = greedy_answers(loaded, prompts, LONGEST)
+    monkeypatch.delitem(recorded_steps.RECORDERS, "cpu")
+    assert found == greedy_answers(loaded, prompts, LONGEST)
+
+
+def test_hooks_of_others_and_windows_are_not_recorded(tiny, recording) -> None:
+    device = torch.device("cpu")
+    model = load_model(str(tiny("llama"))).model
+    assert recorded_steps.recorder(model, device) is recording
+    calls = []
+    handle = model.model.layers[1].register_forward_hook(lambda *args: calls.append(1))
+    assert recorded_steps.recorder(model, device) is None  # a replay would not call it
+    handle.remove()
+    vector = torch.ones(48, dtype=torch.float64)
+    with ablate_at(model, lambda: vector, find_writers(model).sites):
+        assert recorded_steps.recorder(model, device) is None  # others with every batch
+    with ablate(model, vector), add(model, vector, 2):
+        assert recorded_steps.recorder(model, device) is recording
+    nn.Module.__setattr__(model.model.layers[0], "_hf_hook", object())
+    assert recorded_steps.recorder(model, device) is None
+    window = load_model(str(tiny("mistral"))).model
+    assert recorded_steps.recorder(window, device) is None
+    assert recorded_steps.recorder(model, torch.device("meta")) is None
