@@ -20,13 +20,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from abliterate.console import log
 from abliterate.inference.decoding import decoding_config, plain_decoding
-from abliterate.inference.forward import Batch, left_pad, padding_token
+from abliterate.inference.forward import Batch, is_tensor_parallel, left_pad, padding_token
 from abliterate.inference.replayable_hooks import all_replayable
 from abliterate.inference.roomy_cache import can_cut, roomy_cache
 from abliterate.inference.rounding import same_logits
 from abliterate.inference.token_batches import out_of_memory
 from abliterate.models.library_versions import cache_name
 from abliterate.models.model_classes import text_config
+from abliterate.models.quantized_loading import is_quantized
 
 # Records what a function launches; what it returns launches that again.
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
@@ -35,6 +36,8 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 WORTH = 16
 # The host looks once in so many tokens which answers have ended.
 AT_ONCE = 8
+# Masks are as wide as a multiple of this, which attention's kernels take without another copy.
+_ALIGNED = 16
 # Attention that takes a mask of every row, query and key.
 _MASKED = ("sdpa", "eager")
 # Tokens of the two prompts that the way is tried out on.
@@ -96,8 +99,8 @@ class RecordedSteps:
         self._record = record
         self._replay: Callable[[], None] | None = None
         rows, known = ids.shape
-        total = known + room
-        self._known, self._total = known, total
+        self._known, self._total = known, known + room
+        total = -(-self._total // _ALIGNED) * _ALIGNED
         self._tokens = ids.new_zeros(rows, total)
         self._tokens[:, :known] = ids
         told = torch.cat([mask, mask.new_ones(rows, known - mask.shape[1])], dim=1)
@@ -219,6 +222,8 @@ def recorder(model: PreTrainedModel, device: torch.device) -> Recorder | None:
     """
     record = RECORDERS.get(device.type)
     if record is None or text_config(model)._attn_implementation not in _MASKED:
+        return None
+    if is_tensor_parallel(model) or is_quantized(model):  # other libraries' kernels
         return None
     if not can_cut(DynamicCache(config=text_config(model))) or not all_replayable(model):
         return None
