@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from abliterate import ablate, add, load_model
-from abliterate.inference import recorded_steps
+from abliterate.inference import generation, recorded_steps
 from abliterate.inference.generation import greedy_answers
 from abliterate.inference.interventions import ablate_at
 from abliterate.inference.replayable_hooks import replayable
@@ -82,9 +82,13 @@ def _ends_by_length(loaded: LoadedModel) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompts_are_read", ["by groups", "into room", "by the library"])
 def test_recorded_answers_are_those_of_plain_decoding(
-    kind: str, attention: str, tiny, recording, monkeypatch
+    kind: str, attention: str, prompts_are_read: str, tiny, recording, monkeypatch
 ) -> None:
+    grouped, worth = prompts_are_read == "by groups", prompts_are_read != "by the library"
+    monkeypatch.setattr(generation.PromptPass, "saves", lambda self, rows: grouped)
+    monkeypatch.setattr(generation, "_ROOM_WORTH", 1 if worth else 1e9)
     loaded = load_model(str(tiny(kind)))
     loaded.model.set_attn_implementation(attention)
     _ends_by_length(loaded)

@@ -311,6 +311,7 @@ class _Decoder:
         ids, mask, rows = batch.input_ids, batch.attention_mask, list(batch.rows)
         width, cache = ids.shape[1], reading.cache(rows) if reading else None
         worth = self.mix and len(rows) * longest >= _ROOM_WORTH
+        has_read = cache is not None
         if cache is None and worth and can_join(self.model) and agrees(self.model):
             cache = roomy_cache(text_config(self.model))
         lengths = dict(zip(rows, batch.lengths, strict=True))
@@ -324,9 +325,9 @@ class _Decoder:
                            shrink=self.mix, settled=self.settled)  # fmt: skip
             if record is None or left < WORTH:
                 ids, cache = self._generated(ids, mask, cache, left, watch, rows)
-            elif cache is None or (self.on_first is not None and not grown):
+            elif not has_read or (self.on_first is not None and not grown):
                 ids, cache = self._generated(ids, mask, cache, 1, watch, rows)
-                record = record if can_cut(cache) else None
+                has_read, record = True, record if can_cut(cache) else None
             else:
                 try:
                     ids, cache = self._replayed(ids, mask, cache, left, watch, record)
