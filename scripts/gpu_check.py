@@ -55,6 +55,7 @@ from abliterate.extraction.extraction import Extraction
 from abliterate.inference.device_memory import forget_highest, highest_seen
 from abliterate.inference.forward import Batch, for_each_batch, last_logits
 from abliterate.inference.generation import greedy_answers
+from abliterate.inference.recorded_steps import AT_ONCE
 from abliterate.models.loading import LoadedModel, load_tokenizer, pick_device
 from abliterate.models.model_classes import build_model
 from abliterate.offload.open_model import free_memory
@@ -362,7 +363,7 @@ class Bench:
             "tokens_per_second": rates["hooked"],
             "floor": {"what": "without hooks", "tokens_per_second": rates["plain"]},
             "ratio": rates["plain"] / rates["hooked"],
-            **self._watched(hooked, self.sizes.new_tokens, "one a token, in generate"),
+            **self._watched(hooked, self.sizes.new_tokens // AT_ONCE, "one in so many tokens"),
         }
 
     def _watched(self, run: Callable[[], object], floor: int | None, what: str) -> dict[str, Any]:

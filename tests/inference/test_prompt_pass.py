@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from abliterate.inference import generation
+from abliterate.inference import batch_decoding
 from abliterate.inference.generation import greedy_answers
 from abliterate.inference.interventions import ablate
 from abliterate.inference.prompt_pass import PromptPass
@@ -121,9 +121,11 @@ def test_rows_that_end_one_by_one_leave_the_others_answers_as_they_are(
     assert len(lengths) > 2, lengths
     assert max(lengths) > 5, lengths
     cuts: list[int] = []
-    cut_start = generation.cut_start
+    cut_start = batch_decoding.cut_start
     monkeypatch.setattr(
-        generation, "cut_start", lambda cache, count: (cuts.append(count), cut_start(cache, count))
+        batch_decoding,
+        "cut_start",
+        lambda cache, count: (cuts.append(count), cut_start(cache, count)),
     )
     for room in (1, 16):  # keys and values are moved with each token, and with few
         monkeypatch.setattr("abliterate.inference.roomy_cache._ROOM", room)

@@ -10,18 +10,20 @@ import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from abliterate import ablate, add, load_model
-from abliterate.inference import generation, recorded_steps
+from abliterate.inference import batch_decoding, generation, recorded_steps
 from abliterate.inference.generation import greedy_answers
 from abliterate.inference.interventions import ablate_at
 from abliterate.inference.replayable_hooks import replayable
-from abliterate.models.loading import LoadedModel
+from abliterate.models.loading import Checkpoint, LoadedModel
 from abliterate.writers import find_writers
 
 LONGEST = 60
@@ -88,7 +90,7 @@ def test_recorded_answers_are_those_of_plain_decoding(
 ) -> None:
     grouped, worth = prompts_are_read == "by groups", prompts_are_read != "by the library"
     monkeypatch.setattr(generation.PromptPass, "saves", lambda self, rows: grouped)
-    monkeypatch.setattr(generation, "_ROOM_WORTH", 1 if worth else 1e9)
+    monkeypatch.setattr(batch_decoding, "_ROOM_WORTH", 1 if worth else 1e9)
     loaded = load_model(str(tiny(kind)))
     loaded.model.set_attn_implementation(attention)
     _ends_by_length(loaded)
@@ -113,6 +115,37 @@ def test_recorded_answers_are_those_of_plain_decoding(
         assert found == expected
         assert len({len(answer) for answer in found}) > 4
     assert recording.replayed > 3 * 30
+
+
+@pytest.mark.parametrize("kind", ["learned positions", "experts"])
+def test_other_architectures_answer_as_they_do_one_by_one(
+    kind: str, tiny, recording, monkeypatch
+) -> None:
+    config = {
+        "learned positions": lambda: GPT2Config(
+            vocab_size=512, n_embd=32, n_layer=3, n_head=4, n_positions=256, eos_token_id=2
+        ),
+        "experts": lambda: MixtralConfig(
+            vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, eos_token_id=2,
+            sliding_window=None,
+        ),
+    }[kind]()  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # far from ties
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    loaded = LoadedModel(model, load_model(str(tiny("llama"))).tokenizer, Checkpoint("x", Path()))
+    prompts = _prompts()
+    with ablate(model, torch.linspace(-1, 1, 32)):
+        with monkeypatch.context() as plain:
+            plain.delitem(recorded_steps.RECORDERS, "cpu")
+            alone = [greedy_answers(loaded, [prompt], 24)[0] for prompt in prompts]
+        assert greedy_answers(loaded, prompts, 24) == alone
+    assert recording.replayed > 10
+    assert len(set(map(tuple, alone))) > 2
 
 
 def test_first_logits_and_early_ends_are_the_same(tiny, recording, monkeypatch) -> None:

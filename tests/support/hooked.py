@@ -20,7 +20,7 @@ from abliterate.editing import orthogonalize
 from abliterate.editing.workspace import Workspace
 from abliterate.errors import InputError
 from abliterate.inference import in_memory
-from abliterate.inference.generation import _Decoder
+from abliterate.inference.batch_decoding import BatchDecoder
 from abliterate.selection.candidate_search import CandidateSearch
 
 
@@ -61,7 +61,7 @@ def install() -> None:
         return
     in_memory.collect_activations = faulty(in_memory.collect_activations, int(call), what)
     CandidateSearch._induce = faulty(CandidateSearch._induce, int(call), what)  # type: ignore[method-assign]
-    _Decoder.run = faulty(_Decoder.run, int(call), what)  # type: ignore[method-assign]
+    BatchDecoder.run = faulty(BatchDecoder.run, int(call), what)  # type: ignore[method-assign]
     orthogonalize.write_shards = faulty(orthogonalize.write_shards, int(call), what)
 
 
