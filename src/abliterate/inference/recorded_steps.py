@@ -50,7 +50,7 @@ _agrees: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     """Record a CUDA graph; ``step`` has run before, which makes what is made once."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
