@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+)
 
 from abliterate import ablate, add, load_model
 from abliterate.inference import batch_decoding, generation, recorded_steps
@@ -27,6 +35,11 @@ from abliterate.models.loading import Checkpoint, LoadedModel
 from abliterate.writers import find_writers
 
 LONGEST = 60
+_SIZES = {
+    "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2, "pad_token_id": 0,
+    "max_position_embeddings": 256,
+}  # fmt: skip
 
 
 class Recording:
@@ -117,7 +130,9 @@ def test_recorded_answers_are_those_of_plain_decoding(
     assert recording.replayed > 3 * 30
 
 
-@pytest.mark.parametrize("kind", ["learned positions", "experts"])
+@pytest.mark.parametrize(
+    "kind", ["learned positions", "experts", "windows between", "a window everywhere"]
+)
 def test_other_architectures_answer_as_they_do_one_by_one(
     kind: str, tiny, recording, monkeypatch
 ) -> None:
@@ -126,10 +141,11 @@ def test_other_architectures_answer_as_they_do_one_by_one(
             vocab_size=512, n_embd=32, n_layer=3, n_head=4, n_positions=256, eos_token_id=2
         ),
         "experts": lambda: MixtralConfig(
-            vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, eos_token_id=2,
-            sliding_window=None,
+            **_SIZES, num_local_experts=4, sliding_window=None
         ),
+        # Prompts of 5 to 32 tokens begin within the window and beyond it, and answers cross it.
+        "windows between": lambda: Gemma2Config(**_SIZES, head_dim=8, sliding_window=12),
+        "a window everywhere": lambda: MistralConfig(**_SIZES, sliding_window=12),
     }[kind]()  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -146,6 +162,32 @@ def test_other_architectures_answer_as_they_do_one_by_one(
         assert greedy_answers(loaded, prompts, 24) == alone
     assert recording.replayed > 10
     assert len(set(map(tuple, alone))) > 2
+
+
+def test_attention_that_counts_from_the_end_of_its_keys_is_not_recorded(
+    recording, monkeypatch
+) -> None:
+    """GPT-Neo's local layers see so many keys back, of all there is room for."""
+    config = GPTNeoConfig(
+        vocab_size=512, hidden_size=32, num_layers=2, num_heads=4, window_size=64,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=256,
+    )  # fmt: skip
+    models = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
+    assert recorded_steps.recorder(models[0], torch.device("cpu")) is None
+    monkeypatch.setattr(recorded_steps, "_TRIAL_ROOM", 30)  # less than the window does not show it
+    assert recorded_steps.recorder(models[1], torch.device("cpu")) is recording
+
+
+def test_chunks_and_several_windows_are_not_recorded() -> None:
+    def known(**settings: Any) -> bool:
+        return recorded_steps._has_known_masks(LlamaConfig(**_SIZES, **settings))
+
+    full, slides, chunks = "full_attention", "sliding_attention", "chunked_attention"
+    assert known()
+    assert known(layer_types=[full, slides, slides], sliding_window=8)
+    assert not known(layer_types=[full, chunks, chunks], attention_chunk_size=8)
+    assert not known(attention_chunk_size=8)
+    assert not known(layer_types=[full, "linear_attention", full])
 
 
 def test_first_logits_and_early_ends_are_the_same(tiny, recording, monkeypatch) -> None:
@@ -230,7 +272,7 @@ def test_a_way_that_gives_something_else_is_not_used(tiny, recording, monkeypatc
     assert found == greedy_answers(loaded, prompts, LONGEST)
 
 
-def test_hooks_of_others_and_windows_are_not_recorded(tiny, recording) -> None:
+def test_hooks_of_others_are_not_recorded(tiny, recording) -> None:
     device = torch.device("cpu")
     model = load_model(str(tiny("llama"))).model
     assert recorded_steps.recorder(model, device) is recording
@@ -245,6 +287,4 @@ def test_hooks_of_others_and_windows_are_not_recorded(tiny, recording) -> None:
         assert recorded_steps.recorder(model, device) is recording
     nn.Module.__setattr__(model.model.layers[0], "_hf_hook", object())
     assert recorded_steps.recorder(model, device) is None
-    window = load_model(str(tiny("mistral"))).model
-    assert recorded_steps.recorder(window, device) is None
     assert recorded_steps.recorder(model, torch.device("meta")) is None

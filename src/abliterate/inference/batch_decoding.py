@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
-from transformers.cache_utils import DynamicCache
 
 from abliterate.console import log
 from abliterate.inference.answer_watch import Watch
@@ -25,13 +24,7 @@ from abliterate.inference.recorded_steps import (
     Recorder,
     recorder,
 )
-from abliterate.inference.roomy_cache import (
-    PLAIN_LAYERS,
-    ROOMY_LAYERS,
-    can_cut,
-    cut_start,
-    roomy_cache,
-)
+from abliterate.inference.roomy_cache import can_cut, cut_start, is_plain, roomy_cache
 from abliterate.models.device_placement import to_device
 from abliterate.models.library_versions import cache_name
 from abliterate.models.loading import LoadedModel
@@ -94,7 +87,7 @@ class BatchDecoder:
                 ids, cache = self._generated(ids, mask, cache, left, watch, rows)
             elif not has_read or (self.on_first is not None and not grown):
                 ids, cache = self._generated(ids, mask, cache, 1, watch, rows)
-                has_read, record = True, record if can_cut(cache) else None
+                has_read, record = True, record if is_plain(cache) else None
             else:
                 try:
                     ids, cache = self._replayed(ids, mask, cache, left, watch, record)
@@ -175,9 +168,7 @@ class BatchDecoder:
 def _select(cache: Any, rows: Tensor, padding: int = 0) -> Any:
     """The cache of some rows without their first tokens, or None where rows cannot be chosen: the
     tokens are then read again."""
-    if not isinstance(cache, DynamicCache) or not all(
-        type(layer) in (*PLAIN_LAYERS, *ROOMY_LAYERS) for layer in cache.layers
-    ):
+    if not is_plain(cache):
         return None
     if padding:
         cut_start(cache, padding)

@@ -22,7 +22,7 @@ from abliterate.console import log
 from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.forward import Batch, is_tensor_parallel, left_pad, padding_token
 from abliterate.inference.replayable_hooks import all_replayable
-from abliterate.inference.roomy_cache import can_cut, roomy_cache
+from abliterate.inference.roomy_cache import is_plain, roomy_cache
 from abliterate.inference.rounding import same_logits
 from abliterate.inference.token_batches import out_of_memory
 from abliterate.models.library_versions import cache_name
@@ -40,8 +40,10 @@ AT_ONCE = 8
 _ALIGNED = 16
 # Attention that takes a mask of every row, query and key.
 _MASKED = ("sdpa", "eager")
+_KINDS = {"full_attention", "sliding_attention"}
 # Tokens of the two prompts that the way is tried out on.
 _TRIAL = 7, 14
+_TRIAL_ROOM = 1024
 _FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
 
 _agrees: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -109,8 +111,12 @@ class RecordedSteps:
         self._positions = told.sum(1, keepdim=True) - 1
         self._seen = told.new_zeros(rows, 1, 1, total, dtype=torch.bool)
         self._seen[:, 0, 0, :known] = told.bool()
+        self._columns = torch.arange(total, device=ids.device)
+        self._windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
         self._cache = DynamicCache(config=text_config(model))
-        self._cache.layers = [_FixedLayer(layer, total, self._at) for layer in cache.layers]
+        self._cache.layers = [
+            _FixedLayer(layer, total, self._at, known - 1) for layer in cache.layers
+        ]
         self.logits: Tensor | None = None
 
     def say(self, count: int) -> Tensor:
@@ -151,11 +157,13 @@ class RecordedSteps:
     @property
     def cache(self) -> DynamicCache:
         """Keys and values of all tokens but the last, as they lie here."""
-        held = roomy_cache(text_config(self._model))
-        for layer, own in zip(held.layers, self._cache.layers, strict=True):
+        held, end = roomy_cache(text_config(self._model)), self._known - 1
+        for layer, own, window in zip(held.layers, self._cache.layers, self._windows, strict=True):
             layer.lazy_initialization(own.keys, own.values)
-            layer.keys = own.keys[:, :, : self._known - 1]
-            layer.values = own.values[:, :, : self._known - 1]
+            start = 0 if window is None else max(0, end - (window - 1))
+            layer.keys, layer.values = own.keys[:, :, start:end], own.values[:, :, start:end]
+            if window is not None:
+                layer.cumulative_length = end
         return held
 
     def _step(self) -> None:
@@ -163,7 +171,7 @@ class RecordedSteps:
         self._seen.index_fill_(3, self._at, True)
         logits = self._model(
             input_ids=self._tokens.index_select(1, self._at),
-            attention_mask=self._mask(),
+            attention_mask=self._masks(),
             position_ids=self._positions,
             use_cache=True,
             **{cache_name(): self._cache},
@@ -173,13 +181,22 @@ class RecordedSteps:
         self._tokens.index_copy_(1, self._at, logits.argmax(-1, keepdim=True))
         self.logits = logits
 
-    def _mask(self) -> Tensor:
-        """The mask as attention takes it: what is seen, or what is added to the scores."""
+    def _masks(self) -> Tensor | dict[str, Tensor]:
+        """What attention takes: one mask, or one for each kind of layers."""
+        found = {}
+        for window in dict.fromkeys(self._windows):
+            seen = self._seen
+            if window is not None:
+                seen = seen & (self._columns > self._at - window)
+            found["full_attention" if window is None else "sliding_attention"] = self._taken(seen)
+        return found if len(found) > 1 else found.popitem()[1]
+
+    def _taken(self, seen: Tensor) -> Tensor:
+        """A mask as ``sdpa`` takes it; ``eager`` attention adds it to its scores."""
         if text_config(self._model)._attn_implementation == "sdpa":
-            return self._seen
+            return seen
         dtype = self._model.dtype
-        zeros = torch.zeros_like(self._seen, dtype=dtype)
-        return zeros.masked_fill(~self._seen, torch.finfo(dtype).min)
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 class _FixedLayer(DynamicLayer):  # type: ignore[misc]
@@ -189,13 +206,16 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]
         layer: those there are, which are moved here.
         total: how many tokens there is room for.
         at: where the next token's go.
+        end: the same as a number. A layer with a window holds the last tokens before it.
     """
 
-    def __init__(self, layer: DynamicLayer, total: int, at: Tensor) -> None:
+    def __init__(self, layer: DynamicLayer, total: int, at: Tensor, end: int) -> None:
         super().__init__()
         self._at = at
         self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = (_with_room(part, total) for part in (layer.keys, layer.values))
+        self.keys, self.values = (
+            _with_room(part, total, end) for part in (layer.keys, layer.values)
+        )
         layer.keys, layer.values = layer.keys[:0], layer.values[:0]
 
     def update(
@@ -207,10 +227,10 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
 
-def _with_room(held: Tensor, total: int) -> Tensor:
-    """``held`` with zeros behind it: what a mask hides must be a number all the same."""
+def _with_room(held: Tensor, total: int, end: int) -> Tensor:
+    """``held`` among zeros, up to ``end``: what a mask hides must be a number all the same."""
     whole = held.new_zeros(*held.shape[:2], total, held.shape[3])
-    whole[:, :, : held.shape[2]] = held
+    whole[:, :, end - held.shape[2] : end] = held
     return whole
 
 
@@ -225,7 +245,7 @@ def recorder(model: PreTrainedModel, device: torch.device) -> Recorder | None:
         return None
     if is_tensor_parallel(model) or is_quantized(model):  # other libraries' kernels
         return None
-    if not can_cut(DynamicCache(config=text_config(model))) or not all_replayable(model):
+    if not (_has_known_masks(text_config(model)) and all_replayable(model)):
         return None
     if model not in _agrees:
         try:
@@ -238,16 +258,31 @@ def recorder(model: PreTrainedModel, device: torch.device) -> Recorder | None:
     return record if _agrees[model] else None
 
 
+def _has_known_masks(config: Any) -> bool:
+    """Whether every layer sees all tokens before, or those within one window."""
+    cache = DynamicCache(config=config)
+    windows = {getattr(layer, "sliding_window", None) for layer in cache.layers} - {None}
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds and getattr(config, "attention_chunk_size", None) is not None:
+        return False  # the library keeps chunks in layers with windows
+    return is_plain(cache) and len(windows) < 2 and kinds <= _KINDS
+
+
 def _try_out(model: Any, record: Recorder) -> bool:
-    """Whether a token that is replayed has the logits that ``generate`` gives it."""
+    """Whether a token that is replayed has the logits that ``generate`` gives it.
+
+    With much room behind it: attention that counts from the end of its keys would miss the tokens.
+    """
     short, long = _TRIAL
+    longest = getattr(text_config(model), "max_position_embeddings", None) or _TRIAL_ROOM
+    room = max(2, min(longest, _TRIAL_ROOM) - long - 1)
     prompts = [list(range(3, 3 + short)), list(range(20, 20 + long))]
     batch = left_pad(model, prompts, [0, 1])
     with plain_decoding(model), torch.inference_mode():
         said = _generated(model, batch, 3)
         begun = _generated(model, batch, 1)
         steps = RecordedSteps(
-            model, begun[cache_name()], begun.sequences, batch.attention_mask, 2, record
+            model, begun[cache_name()], begun.sequences, batch.attention_mask, room, record
         )
         for token in (1, 2):
             steps.put(said.sequences[:, long + token - 1])

@@ -110,6 +110,15 @@ def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
+def is_plain(cache: Any) -> bool:
+    """Whether a cache has layers, all of which hold keys and values of tokens and nothing else."""
+    return (
+        isinstance(cache, DynamicCache)
+        and bool(cache.layers)
+        and all(type(layer) in (*PLAIN_LAYERS, *ROOMY_LAYERS) for layer in cache.layers)
+    )
+
+
 def can_cut(cache: Any) -> bool:
     """Whether tokens can be taken from the start of a cache; a window counts those it has seen."""
     return isinstance(cache, DynamicCache) and all(
