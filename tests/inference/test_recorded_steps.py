@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -253,6 +254,32 @@ def test_memory_that_runs_out_while_recording_makes_batches_smaller(
     assert greedy_answers(loaded, prompts, LONGEST) == expected
     assert max(rows) == 9
     assert rows[-1] <= 5
+
+
+def test_keys_and_values_are_held_twice_of_one_layer_alone(tiny, recording, monkeypatch) -> None:
+    loaded = load_model(str(tiny("llama")))
+    moved: list[StorageWeakRef] = []
+    alive: list[int] = []
+
+    def watched(held: torch.Tensor, *more: Any) -> torch.Tensor:
+        alive.append(sum(not storage.expired() for storage in moved))
+        moved.append(StorageWeakRef(held.untyped_storage()))
+        return honest(held, *more)
+
+    honest = recorded_steps._with_room
+    monkeypatch.setattr(recorded_steps, "_with_room", watched)
+    place = generation.PromptPass._place
+
+    def placed(self, whole, where, batch, found) -> None:
+        watched(found, found.shape[2], found.shape[2])
+        place(self, whole, where, batch, found)
+
+    monkeypatch.setattr(generation.PromptPass, "_place", placed)
+    monkeypatch.setattr(generation.PromptPass, "saves", lambda self, rows: True)
+    monkeypatch.setattr(generation.PromptPass, "_groups", lambda self, rows: [rows[:4], rows[4:]])
+    assert greedy_answers(loaded, _prompts(), LONGEST)
+    assert len(moved) > 2 * 2 * 4
+    assert max(alive) <= 3  # keys and values of two groups
 
 
 def test_a_way_that_gives_something_else_is_not_used(tiny, recording, monkeypatch) -> None:

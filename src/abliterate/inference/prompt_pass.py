@@ -40,6 +40,9 @@ _WORTH = 8
 _TRIAL, _SHARED = (7, 14), 4
 _FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
 
+# Rows, what they read, and by layer the keys and values of it.
+Part = tuple[list[int], Batch, list[tuple[Tensor, Tensor]]]
+
 _agrees: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -80,14 +83,15 @@ class PromptPass:
 
         None where this architecture's cannot be put together.
         """
-        parts = []
-        for group in self._groups(rows):
-            batch = left_pad(self.model, [p[:-1] for p in self._pick(group)], range(len(group)),
-                             self.prefix)  # fmt: skip
-            cache = expanded(tuple(self._opened()), len(group)) if self.prefix else DynamicCache()
-            last_logits(self.model, batch, past=cache)
-            parts.append((group, batch, _layers(cache)))
-        return self._join(rows, parts)
+        return self._join(rows, [self._read(group) for group in self._groups(rows)])
+
+    def _read(self, group: list[int]) -> Part:
+        """Keys and values of all tokens of a group of rows but the last."""
+        batch = left_pad(self.model, [p[:-1] for p in self._pick(group)], range(len(group)),
+                         self.prefix)  # fmt: skip
+        cache = expanded(tuple(self._opened()), len(group)) if self.prefix else DynamicCache()
+        last_logits(self.model, batch, past=cache)
+        return group, batch, _layers(cache)
 
     def _pick(self, rows: Sequence[int]) -> list[Sequence[int]]:
         return [self.prompts[row] for row in rows]
@@ -106,9 +110,7 @@ class PromptPass:
             self._opening = _layers(cache)
         return self._opening
 
-    def _join(
-        self, rows: Sequence[int], parts: list[tuple[list[int], Batch, list[tuple[Tensor, Tensor]]]]
-    ) -> DynamicCache | None:
+    def _join(self, rows: Sequence[int], parts: list[Part]) -> DynamicCache | None:
         joined = roomy_cache(text_config(self.model))
         if len(joined.layers) != len(parts[0][2]):
             return None
@@ -123,7 +125,8 @@ class PromptPass:
                     self._place(whole, [place[row] for row in group], batch, layers[layer][which])
                 both.append(whole)
             for _, _, layers in parts:  # one layer is held twice, not all
-                layers[layer] = (layers[layer][0][:0], layers[layer][1][:0])
+                nothing = layers[layer][0].new_empty(0)
+                layers[layer] = nothing, nothing
             joined.update(both[0], both[1], layer)
         return joined
 

@@ -22,7 +22,7 @@ from abliterate.console import log
 from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.forward import Batch, is_tensor_parallel, left_pad, padding_token
 from abliterate.inference.replayable_hooks import all_replayable
-from abliterate.inference.roomy_cache import is_plain, roomy_cache
+from abliterate.inference.roomy_cache import is_plain, roomy_cache, take
 from abliterate.inference.rounding import same_logits
 from abliterate.inference.token_batches import out_of_memory
 from abliterate.models.library_versions import cache_name
@@ -213,10 +213,10 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self._at = at
         self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = (
-            _with_room(part, total, end) for part in (layer.keys, layer.values)
-        )
-        layer.keys, layer.values = layer.keys[:0], layer.values[:0]
+        keys, values = take(layer)
+        self.keys = _with_room(keys, total, end)
+        del keys
+        self.values = _with_room(values, total, end)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -110,6 +110,15 @@ def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
+def take(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
+    """The keys and values of a layer, which keeps nothing of them."""
+    keys, values = layer.keys, layer.values
+    layer.keys = layer.values = keys.new_empty(0)
+    if isinstance(layer, _Roomy):
+        layer._growing = _Growing(), _Growing()
+    return keys, values
+
+
 def is_plain(cache: Any) -> bool:
     """Whether a cache has layers, all of which hold keys and values of tokens and nothing else."""
     return (
