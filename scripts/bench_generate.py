@@ -114,7 +114,7 @@ def bare(loaded: LoadedModel, prompts: Sequence[list[int]], size: int) -> list[l
 def continuous(loaded: LoadedModel, prompts: Sequence[list[int]]) -> list[list[int]]:
     """The library's continuous batching, as it sets itself up."""
     model: Any = loaded.model
-    with plain_decoding(model), torch.inference_mode():
+    with plain_decoding(model):  # its thread knows nothing of an inference mode here
         said = model.generate_batch(
             inputs=prompts,
             generation_config=decoding_config([END], PERIOD - 1, pad_token_id=END),

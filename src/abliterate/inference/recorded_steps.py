@@ -250,7 +250,7 @@ def recorder(model: PreTrainedModel, device: torch.device) -> Recorder | None:
     if model not in _agrees:
         try:
             _agrees[model] = _try_out(model, record)
-        except _FAILURES as error:
+        except (*_FAILURES, NotRecordedError) as error:
             if out_of_memory(error):
                 raise
             log.debug("tokens of this architecture are not recorded: %s", error)
