@@ -129,11 +129,18 @@ class OpenStage:
         seconds = time.perf_counter() - self._started
 
         def leave() -> dict[str, Any]:
-            if write is not None:
-                write()
-            record = {"model": self.session.identity, **body, **self._made_by(seconds)}
-            if self.folder is not None:
-                write_json(self.folder / self.stage.record, record)
+            outputs = (self.outputs or {}).values() if self.folder is not None else ()
+            new = [path for path in outputs if not path.exists()]
+            try:
+                if write is not None:
+                    write()
+                record = {"model": self.session.identity, **body, **self._made_by(seconds)}
+                if self.folder is not None:
+                    write_json(self.folder / self.stage.record, record)
+            except OSError:  # a full disk: what no record tells of is of no use
+                for path in new:
+                    path.unlink(missing_ok=True)
+                raise
             return record
 
         return self.ranks.run_on_main(leave)

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    GPT2Config,
+    GraniteMoeHybridConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 from abliterate.models.bounded_build import TooLargeError, bounded_build
 from abliterate.writers.tiny_model import ShrinkError, shrunken
@@ -170,6 +176,39 @@ def test_the_layers_that_no_model_has_are_not_built(model: Path, fails) -> None:
     say(model, num_hidden_layers=5_000)
     for command in ("plan", "writers"):
         assert "num_hidden_layers is 5,000, which no model has" in fails(command, model, code=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0, which no model has"),
+        (
+            {"num_key_value_heads": 7},
+            "num_key_value_heads is 7, which does not divide 32 attention",
+        ),
+        ({"vocab_size": 0}, "vocab_size is 0, which no model has"),
+        ({"intermediate_size": 0}, "intermediate_size is 0, which no model has"),
+        ({"num_local_experts": 0}, "num_experts_per_tok is 2, of num_local_experts 0"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, of num_local_experts 8"),
+        ({"hidden_act": "nope"}, "config.json (hidden_act is 'nope', which the installed"),
+        ({"torch_dtype": "float17", "dtype": "float17"}, "the dtype float17, which torch does not"),
+    ],
+)
+def test_what_no_model_can_be_is_named(
+    changes: dict[str, Any], said: str, fails, tmp_path: Path
+) -> None:
+    """With a configuration alone, as ``plan`` takes it."""
+    config = MixtralConfig(num_hidden_layers=2, hidden_size=512, intermediate_size=512)
+    config.save_pretrained(tmp_path)
+    say(tmp_path, **changes)
+    assert said in fails("plan", tmp_path, "--machine", "24GB", code=4)
+
+
+def test_dense_models_of_a_kind_with_experts_have_none(cli, tmp_path: Path) -> None:
+    GraniteMoeHybridConfig(
+        num_local_experts=0, num_experts_per_tok=0, num_hidden_layers=1, layer_types=["attention"]
+    ).save_pretrained(tmp_path)
+    assert cli("plan", tmp_path, "--json").code == 0
 
 
 def test_an_index_alone_says_how_many_layers_there_are(tiny, fails, cli, tmp_path: Path) -> None:

@@ -153,6 +153,12 @@ def test_four_bit_products_keep_to_the_dtype_on_every_cpu(monkeypatch: pytest.Mo
     assert [one.support_avx512bf16_for_cpu for one in some] == [True, False, False, False]
 
 
+@pytest.mark.parametrize("load_in", ["3bit", "8-bit", "", "4"])
+def test_bits_that_there_are_not_are_refused(load_in: str) -> None:
+    with pytest.raises(UsageError, match="must be none, 8bit or 4bit, not"):
+        load_model(MODEL, "cpu", "float32", load_in=load_in)
+
+
 def test_a_conversation_with_a_model_in_four_bits(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

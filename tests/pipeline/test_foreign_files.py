@@ -4,16 +4,19 @@ not the tool's own; and one process at a time writes to it."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from abliterate import run_stage
 from abliterate.cli.app import main
 
 SMALL = (
@@ -258,3 +261,25 @@ def test_a_full_disk_behind_the_output_is_named(more: tuple[str, ...], monkeypat
     assert capfd.readouterr().err == "error: standard output: No space left on device\n"
     with contextlib.suppress(OSError):
         full.close()
+
+
+def test_a_disk_that_is_full_at_the_record_leaves_nothing_without_one(
+    tiny, cli, tmp_path: Path, monkeypatch
+) -> None:
+    command = ("extract", tiny("llama"), "-o", tmp_path / "run", "--n-train", "4", "--no-filter",
+               "--refusal-token", "5", "--positions=-1")  # fmt: skip
+    honest = run_stage.write_json
+
+    def full(path: Path, document: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(run_stage, "write_json", full)
+    result = cli(*command)
+    assert result.code == 3
+    line = result.err.splitlines()[-1]
+    assert line.endswith(
+        "extract.json: No space left on device: make room there, or choose another folder"
+    )
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(run_stage, "write_json", honest)
+    assert cli(*command).code == 0

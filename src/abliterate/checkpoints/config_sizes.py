@@ -38,6 +38,10 @@ _COUNTED = frozenset(
     )
 )
 _PASSES = 4
+_AT_LEAST_ONE = (
+    *("hidden_size", "intermediate_size", "vocab_size", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -132,6 +136,9 @@ def check_sizes(folder: Path, config: Any, held: Held | None) -> None:
         key = same[0] if len(same) == 1 else key
         raise CheckpointError(_absurd(path, key, value, held, of_it))
 
+    contradiction = _contradiction(config, raw)
+    if contradiction is not None:
+        raise CheckpointError(f"{path} says {contradiction}: it is damaged")
     layers = _size(config, "num_hidden_layers")
     # Some count a block several times that is passed several times, or its halves.
     known = None if held is None else held.layers
@@ -152,6 +159,28 @@ def check_sizes(folder: Path, config: Any, held: Held | None) -> None:
     longest = max(held.lengths, default=0)
     if vocabulary is not None and vocabulary > longest:
         refuse("vocab_size", vocabulary, f", none longer than {longest:,}")
+
+
+def _contradiction(config: Any, raw: Mapping[str, float]) -> str | None:
+    """What a configuration says that no model can be, if anything: a field and its value.
+
+    Args:
+        config: as transformers read it, which may call a field by several names.
+        raw: the numbers of the file, by the name that they have there.
+    """
+    for key in _AT_LEAST_ONE:
+        value = _size(config, key)
+        if value is not None and value < 1:
+            return f"{key} is {value}, which no model has"
+    heads, grouped = (_size(config, f"num_{which}_heads") for which in ("attention", "key_value"))
+    if heads is not None and grouped is not None and heads % grouped:
+        return f"num_key_value_heads is {grouped}, which does not divide {heads} attention heads"
+    used = _size(config, "num_experts_per_tok")
+    for key in sorted(_EXPERTS, key=lambda key: key not in raw):
+        experts = _size(config, key)
+        if experts is not None and used is not None and used > experts:
+            return f"num_experts_per_tok is {used}, of {key} {experts}"
+    return None
 
 
 def absurd_count(config: Mapping[str, Any]) -> tuple[str, float] | None:

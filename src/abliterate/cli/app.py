@@ -7,6 +7,8 @@ artifact; 4 unusable model or checkpoint; 5 no direction passes the filters; 6 v
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -105,7 +107,9 @@ def _run(argv: Sequence[str] | None) -> int:
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", 3, error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) and os.sep in str(error.filename)
+        mend = ": make room there, or choose another folder" if full else ""
+        return _fail(f"{where}{error.strerror or error}{mend}", 3, error)
     except Exception as error:
         if (known := rank_process.explained(error)) is not None:
             return _fail(str(known), known.exit_code, error)

@@ -78,7 +78,8 @@ def warn(failed: Counter[str], total: int, title: str = "judge") -> None:
     """Say how many completions have no verdict and the commonest reason."""
     if failed:
         (reason, count), *others = failed.most_common()
-        more = f" and {len(others)} other reasons" if others else ""
+        plural = "s" if len(others) > 1 else ""
+        more = f" and {len(others)} other reason{plural}" if others else ""
         log.warning(
             "%s: %d of %d completions have no verdict (%d: %s%s); the same command asks about "
             "these alone",

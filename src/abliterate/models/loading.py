@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -376,6 +377,8 @@ def _loading_error(checkpoint: Checkpoint, error: Exception, what: str = "") -> 
             f"{what}{checkpoint.name}: the installed transformers does not know '{kind}': "
             "upgrade transformers"
         )
+    if absent := re.search(r"module 'torch' has no attribute '(\w+)'", text):
+        text = f"its config.json names the dtype {absent[1]}, which torch does not have"
     if "ignore_mismatched_sizes" in text:
         text = "its tensors have other shapes than its config.json says"
     short = text[:300] or type(error).__name__

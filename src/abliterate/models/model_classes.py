@@ -9,6 +9,7 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -159,12 +160,27 @@ def build_empty(
     except TooLargeError as error:
         raise too_large(config, error, shards) from None
     except Exception as error:  # whatever the architecture's own constructor raises
-        reason = one_line(error)[:300]
+        where = shards.folder if shards is not None else Path(config.name_or_path or "")
         raise CheckpointError(
-            f"a '{config.model_type}' model cannot be built from config.json ({reason})"
+            f"a '{config.model_type}' model cannot be built from {where / CONFIG} "
+            f"({_why(config, error)})"
         ) from None
     _check_layers(config, model, shards)
     return model
+
+
+def _why(config: Any, error: Exception) -> str:
+    """What a model's constructor raised; the field whose value it looked up in vain, if it did."""
+    wanted = error.args[0] if isinstance(error, KeyError) and error.args else None
+    sections: list[tuple[str, Any]] = [("", config.to_dict())]
+    while wanted is not None and sections:
+        above, section = sections.pop()
+        for key, value in section.items():
+            if isinstance(value, dict):
+                sections.append((f"{above}{key}.", value))
+            elif value == wanted:
+                return f"{above}{key} is {value!r}, which the installed transformers does not know"
+    return one_line(error)[:300]
 
 
 def _bounds(config: Any, shards: ShardSet | None) -> tuple[int, int]:

@@ -8,7 +8,7 @@ is always made to the files.
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -68,6 +68,9 @@ def quantizer_options(
         CheckpointError: a quantised checkpoint is to be spread in a way that it cannot.
         UsageError: bitsandbytes is missing, or cannot do this here, or not to this checkpoint.
     """
+    if load_in not in get_args(LoadIn):
+        known = ", ".join(get_args(LoadIn)[:-1])
+        raise UsageError(f"--load-in must be {known} or {get_args(LoadIn)[-1]}, not {load_in!r}")
     stored = stored_method(config)
     if load_in == "none" and stored is None:
         return {}
@@ -104,9 +107,10 @@ def _check_machine(
 ) -> None:
     """Refuse what bitsandbytes does not do."""
     option = f"--load-in {load_in}"
+    # Of every product, that eight bits take float16; once, that a CPU could use another package.
+    for part in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{part}").setLevel(logging.ERROR)
     bitsandbytes = import_extra("bitsandbytes", option, "bitsandbytes", "quantized")
-    # That eight-bit products take float16 is said of every product.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if number == torch.float64:
         raise UsageError(f"{option} and --dtype float64 exclude each other: use float32")
     devices = placement.device_map
