@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    CONFIG_MAPPING,
     GPT2Config,
     GraniteMoeHybridConfig,
     LlamaConfig,
@@ -209,6 +210,16 @@ def test_dense_models_of_a_kind_with_experts_have_none(cli, tmp_path: Path) -> N
         num_local_experts=0, num_experts_per_tok=0, num_hidden_layers=1, layer_types=["attention"]
     ).save_pretrained(tmp_path)
     assert cli("plan", tmp_path, "--json").code == 0
+
+
+def test_heads_that_differ_by_layer_are_planned_for(cli, tmp_path: Path) -> None:
+    """Gemma 4: transformers gives no number for all layers, and raises where one is asked for."""
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not know Gemma 4")
+    config = CONFIG_MAPPING["gemma4_text"](num_hidden_layers=6, vocab_size=1000)
+    config.save_pretrained(tmp_path)
+    document = cli("plan", tmp_path, "--machine", "80GB", "--json").json
+    assert document["n_layers"] == 6
 
 
 def test_an_index_alone_says_how_many_layers_there_are(tiny, fails, cli, tmp_path: Path) -> None:

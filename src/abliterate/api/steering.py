@@ -184,9 +184,9 @@ def _on(
 def generate(model: ModelLike, prompts: PromptsLike, max_new_tokens: int = 128) -> list[str]:
     """Greedy answers, one for each prompt, under whatever hooks the model has.
 
-    Forward hooks of your own see more than the answers' passes: what a model allows (padding, reading
-    prompts in groups) is tried on made-up tokens before its first answers. To collect activations
-    use :func:`activations`.
+    Forward hooks of your own see more than the answers' passes: what a model allows (padding,
+    reading prompts in groups) is tried on made-up tokens before its first answers. To collect
+    activations use :func:`activations`.
 
     Args:
         model: a model in memory.

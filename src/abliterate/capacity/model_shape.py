@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from abliterate.checkpoints.shards import ShardSet
 from abliterate.errors import UsageError
+from abliterate.models.library_versions import layer_configs
 from abliterate.models.loading import DTYPES
 from abliterate.models.model_classes import empty_model, text_config
 from abliterate.models.quantized_loading import stored_method
@@ -158,13 +159,18 @@ def _loaded_in(model: Any, whole: int, size: int) -> dict[str, int]:
 
 def _attention(text: Any, layers: int, itemsize: int) -> tuple[tuple[int, ...], int]:
     """Heads, and bytes of a token's keys and values, where the configuration names heads."""
-    heads = getattr(text, "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1:
-        return (), 0
-    grouped = getattr(text, "num_key_value_heads", None)
-    grouped = grouped if isinstance(grouped, int) and grouped > 0 else heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return (heads, grouped), 2 * layers * grouped * width * itemsize
+    pairs: dict[tuple[int, int], None] = {}
+    held = 0
+    for layer in layer_configs(text, layers):
+        heads = getattr(layer, "num_attention_heads", None)
+        if not isinstance(heads, int) or heads < 1:
+            return (), 0
+        grouped = getattr(layer, "num_key_value_heads", None)
+        grouped = grouped if isinstance(grouped, int) and grouped > 0 else heads
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        pairs[heads, grouped] = None
+        held += 2 * grouped * width * itemsize
+    return tuple(count for pair in pairs for count in pair), held
 
 
 def _active(block: nn.Module, config: Any) -> int:

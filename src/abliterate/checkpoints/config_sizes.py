@@ -215,7 +215,10 @@ def _numbers(config: Any) -> Iterator[tuple[str, float]]:
 
 
 def _size(config: Any, key: str) -> int | None:
-    value = getattr(config, key, None)
+    try:
+        value = getattr(config, key, None)
+    except Exception:  # the library's own: one that differs by layer has no single value
+        return None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

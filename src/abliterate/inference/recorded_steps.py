@@ -245,7 +245,7 @@ def recorder(model: PreTrainedModel, device: torch.device) -> Recorder | None:
         return None
     if is_tensor_parallel(model) or is_quantized(model):  # other libraries' kernels
         return None
-    if not (_has_known_masks(text_config(model)) and all_replayable(model)):
+    if not all_replayable(model):
         return None
     if model not in _agrees:
         try:
@@ -273,6 +273,8 @@ def _try_out(model: Any, record: Recorder) -> bool:
 
     With much room behind it: attention that counts from the end of its keys would miss the tokens.
     """
+    if not _has_known_masks(text_config(model)):
+        return False
     short, long = _TRIAL
     longest = getattr(text_config(model), "max_position_embeddings", None) or _TRIAL_ROOM
     room = max(2, min(longest, _TRIAL_ROOM) - long - 1)

@@ -22,6 +22,16 @@ def cache_name() -> str:
     return "cache" if hasattr(GenerateDecoderOnlyOutput, "cache") else "past_key_values"
 
 
+def layer_configs(config: Any, count: int) -> list[Any]:
+    """The configuration of each layer: some models' heads differ by layer, told so since 5.2x.
+
+    Args:
+        config: of a decoder.
+        count: its layers, where it has the same for all of them.
+    """
+    return list(getattr(config, "per_layer_config", None) or [config] * count)
+
+
 def has_distributed_tensors() -> bool:
     """Whether tensor parallelism makes every divided parameter a ``DTensor``, as ours needs it.
 
