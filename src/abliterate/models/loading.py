@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +51,7 @@ from abliterate.models.device_placement import (
     reachable_device,
 )
 from abliterate.models.embedding_rows import remember_tokenizer
+from abliterate.models.library_versions import adapter_options
 from abliterate.models.model_classes import model_class, size_bounds, text_config, too_large
 from abliterate.models.quantized_loading import (
     check_products,
@@ -327,8 +327,7 @@ def _from_pretrained(
                 config=config,
                 use_safetensors=True,
                 output_loading_info=True,
-                # An adapter that lies there is no part of the model; here it lies nowhere.
-                adapter_kwargs={"subfolder": uuid.uuid4().hex},
+                **adapter_options(checkpoint.folder),
                 **placement.loading_options(),
                 **options,
             )
