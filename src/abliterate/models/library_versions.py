@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -67,6 +68,26 @@ def has_distributed_tensors() -> bool:
     Earlier releases keep each rank's part as a plain tensor, of which nothing says that it is one.
     """
     return not _takes_plan(convert_and_load_state_dict_in_model)
+
+
+def even_out_widened(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives matrices that the library has widened from FP8 the dtype that was asked for.
+
+    Before 5.10 it leaves them in that of their scales.
+
+    Args:
+        model: as loaded.
+        dtype: asked for.
+    """
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    if "model" in signature(Fp8Dequantize.convert).parameters:  # whose dtype it goes by
+        return
+    kept = model._get_dtype_plan(dtype)  # what stays in float32 in every model of the type
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim > 1 and parameter.dtype != dtype
+        if is_matrix and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], config: Any) -> Any:
