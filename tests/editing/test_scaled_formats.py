@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from quantized_models import SCALED, make_scaled, plain_weights
 from safetensors.torch import load_file, save_file
 
@@ -106,6 +108,10 @@ def test_a_scale_of_the_whole_tensor_is_that_of_its_largest_number_after_the_edi
         assert float(new[name].double().abs().max()) == 448
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.10"),
+    reason="transformers fails to widen a matrix of one scale, and says so",
+)
 def test_one_scale_per_tensor_is_loaded_for_its_activations(scaled, cli, tmp_path: Path) -> None:
     source, plain = scaled("fp8-tensor"), tmp_path / "plain"
     shutil.copytree(source, plain)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import abliterate
@@ -20,7 +21,7 @@ from abliterate.errors import CheckpointError, UsageError
 from abliterate.inference.attention_heads import out_projections
 from abliterate.models.device_placement import Placement
 from abliterate.models.loading import load_config, load_model
-from abliterate.models.quantized_loading import keep_precision, quantizer_options
+from abliterate.models.quantized_loading import keep_precision, loading_failure, quantizer_options
 from abliterate.offload.open_model import needed_memory
 from abliterate.resources import demo_model_dir
 from abliterate.writers import find_writers
@@ -209,6 +210,20 @@ def test_a_stored_method_that_cannot_be_loaded_is_told_in_one_line(
     assert f"model is quantised ({settings['quant_method']}), which cannot be used here" in line
     assert package in line
     assert "use the checkpoint that it was made from" in line
+
+
+def test_a_dtype_that_the_installed_safetensors_lacks_is_told_as_such(
+    tiny: Callable[..., Path],
+) -> None:
+    """What safetensors 0.4 says of E8M0, and what later ones say of what they do not know."""
+    checkpoint = find_checkpoint(str(tiny()))
+    config = load_config(checkpoint)
+    config.quantization_config = {"quant_method": "fp8"}
+    for reason in ("InvalidHeaderDeserialization", "invalid JSON in header: unknown variant `F8`"):
+        error = SafetensorError(f"Error while deserializing header: {reason}")
+        line = str(loading_failure("none", checkpoint, config, error))
+        assert f"{checkpoint.name} is quantised (fp8), which cannot be used here: the inst" in line
+        assert "safetensors does not know a dtype of its tensors (upgrade it)" in line
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,14 @@ def parked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_pass_finds_its_tensors_as_it_left_them(
     model_type: str, parked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from architectures.zoo import tiny_model
+    from architectures.zoo import require_running, tiny_model
 
     from abliterate.extraction.mean_activations import mean_resid_pre
 
     monkeypatch.setattr(open_model, "load_tokenizer", lambda *_: None)  # prompts are token ids
-    tiny_model(model_type).save_pretrained(tmp_path)
+    model = tiny_model(model_type)
+    require_running(model)
+    model.save_pretrained(tmp_path)
     checkpoint = Checkpoint(str(tmp_path), tmp_path)
     plain, _ = mean_resid_pre(load_weights(checkpoint, "cpu", "float32"), PROMPTS, [-2, -1])
     loaded = open_model.open_stream(checkpoint, "cpu", "float32", activation_memory=1 << 30)

@@ -192,7 +192,7 @@ def test_unusual_architectures_stream_as_they_run(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole table: scripts/offload_architectures.py."""
-    from architectures.zoo import tiny_model
+    from architectures.zoo import require_running, tiny_model
 
     from abliterate.extraction.mean_activations import mean_resid_pre
     from abliterate.models.loading import Checkpoint, load_weights
@@ -200,7 +200,9 @@ def test_unusual_architectures_stream_as_they_run(
     from abliterate.offload.weight_passes import look
 
     monkeypatch.setattr(open_model, "load_tokenizer", lambda *_: None)  # prompts are token ids
-    tiny_model(model_type).save_pretrained(tmp_path)
+    model = tiny_model(model_type)
+    require_running(model)
+    model.save_pretrained(tmp_path)
     checkpoint = Checkpoint(str(tmp_path), tmp_path)
     prompts = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40, 16), (60, 8))]
     plain, _ = mean_resid_pre(load_weights(checkpoint, "cpu", "float32"), prompts, [-2, -1])

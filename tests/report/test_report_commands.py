@@ -131,7 +131,11 @@ def _parse(line: str) -> tuple[str, dict[str, Any]]:
     program, name, *args = shlex.split(line)
     assert program == "abliterate"
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    return name, command.make_context(name, spell_out(args)).params
+    params = command.make_context(name, spell_out(args)).params
+    # Earlier releases of typer read texts and tuples, and convert them when they call the function.
+    find = getattr(typer.main, "get_params_convertors_ctx_param_name_from_function", None)
+    convert = {} if find is None else find(command.callback.__wrapped__)[1]
+    return name, {k: convert[k](value) if k in convert else value for k, value in params.items()}
 
 
 def test_an_optional_value_may_stand_behind_a_space() -> None:

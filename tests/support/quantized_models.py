@@ -69,6 +69,23 @@ def to_fp8(
     return values, scales
 
 
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """As ``save_file``, which before safetensors 0.6 knows no E8M0: it gets bytes, named after."""
+    exponents = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e8m0fnu}
+    known = {n: t.view(torch.uint8) if n in exponents else t for n, t in tensors.items()}
+    save_file(known, path, {"format": "pt"})
+    if not exponents:
+        return
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    for name in exponents:
+        header[name]["dtype"] = "F8_E8M0"
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+
 def make_fp8(
     folder: Path,
     is_quantized: Callable[[str], bool],
@@ -91,7 +108,7 @@ def make_fp8(
             tensors[name], tensors[f"{name}_scale_inv"] = to_fp8(tensor, size, scale_dtype)
         else:
             tensors[name] = tensor.bfloat16()
-    save_file(tensors, path, {"format": "pt"})
+    _save(tensors, path)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [size, size]}
     if plain:

@@ -16,8 +16,10 @@ import transformers
 from architectures.page import row
 from architectures.roundtrip import Outcome, Shape, half_precision, round_trip
 from architectures.zoo import (
+    TABLE,
     VISION_LANGUAGE,
     decoder_only_types,
+    require_running,
     shallow_model,
     shallow_vision_language_model,
 )
@@ -61,9 +63,6 @@ RECURRENT = {"dory", "hrm_text"}
 # The first type that was edited in bfloat16 for a shape of plan: rounding knows no other.
 ROUNDED: dict[Shape, str] = {}
 PROMPTS = [list(range(first, first + n)) for first, n in ((3, 8), (20, 12), (40, 16), (60, 8))]
-
-
-TABLE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
 
 
 def _cells(name: str, heading: str) -> list[str]:
@@ -110,18 +109,8 @@ def model_type(request: pytest.FixtureRequest) -> str:
 def model(model_type: str) -> PreTrainedModel:
     """A small one of the type, which nothing changes."""
     made = shallow_model(model_type)
-    if transformers.__version__ not in TABLE:
-        _skip_what_does_not_run(made)
+    require_running(made)
     return made
-
-
-def _skip_what_does_not_run(model: PreTrainedModel) -> None:
-    """Older releases have types that fail by themselves in a small shape, or ask for kernels."""
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.tensor([PROMPTS[1]]))
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        pytest.skip(f"transformers {transformers.__version__} does not run it: {error}")
 
 
 def test_every_architecture_is_exact_or_refused(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,7 @@ from abliterate.models.device_placement import (
     reachable_device,
 )
 from abliterate.models.embedding_rows import remember_tokenizer
+from abliterate.models.library_versions import adapter_options, even_out_widened
 from abliterate.models.model_classes import model_class, size_bounds, text_config, too_large
 from abliterate.models.quantized_loading import (
     check_products,
@@ -295,6 +295,8 @@ def load_weights(
         raise incomplete(checkpoint, absent)
     if is_stored_small:
         check_widened(model, checkpoint, shards)
+        if not is_quantized(model):
+            even_out_widened(model, number)
     check_products(model, load_in, checkpoint, config, next(model.parameters()).device)
     placed = placement.is_spread or is_quantized(model)
     return cast(PreTrainedModel, (model if placed else model.to(place)).eval())
@@ -328,8 +330,7 @@ def _from_pretrained(
                 config=config,
                 use_safetensors=True,
                 output_loading_info=True,
-                # An adapter that lies there is no part of the model; here it lies nowhere.
-                adapter_kwargs={"subfolder": uuid.uuid4().hex},
+                **adapter_options(checkpoint.folder),
                 **placement.loading_options(),
                 **options,
             )

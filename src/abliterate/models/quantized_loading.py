@@ -26,6 +26,9 @@ FOUR_BIT = "nf4"
 _PACKED_ROWS = 32
 # How transformers says that a map mixes devices that hold quantised matrices with such that do not.
 _MIXED = "dispatched on the CPU or the disk"
+# How safetensors says that it does not understand a header, which we have read by then: its older
+# releases lack dtypes.
+_HEADER = "Error while deserializing header"
 
 
 def stored_method(config: Any) -> str | None:
@@ -145,6 +148,8 @@ def loading_failure(
     method = stored_method(config)
     if method is None:
         return None
+    if _HEADER in text:
+        text = "the installed safetensors does not know a dtype of its tensors (upgrade it)"
     return CheckpointError(
         f"{checkpoint.name} is quantised ({method}), which cannot be used here: {text}: mend that, "
         "or use the checkpoint that it was made from"

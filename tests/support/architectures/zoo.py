@@ -6,6 +6,7 @@ type which a new release adds is tested without anyone asking for it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from abliterate.writers.tiny_model import randomise
 
+#: The published page, made with one release.
+TABLE = (Path(__file__).parents[3] / "docs" / "architectures.md").read_text(encoding="utf-8")
 HIDDEN, HEADS, LAYERS, VOCAB, POSITIONS = 48, 4, 4, 136, 64
 # Layers of a shallow model whose layers are of one kind or two.
 FEW = 2
@@ -283,6 +286,20 @@ def require(model_type: str) -> None:
     """Skips the test where the installed transformers is too old for a type."""
     if _is_too_old(model_type):
         pytest.skip(f"{model_type} needs transformers {_SINCE[model_type]}")
+
+
+def require_running(model: PreTrainedModel) -> None:
+    """Skips the test where another release than the page's does not run a type by itself.
+
+    In older ones some fail in a small shape, or ask for kernels.
+    """
+    if transformers.__version__ in TABLE:
+        return
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.arange(20, 32)[None])
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        pytest.skip(f"transformers {transformers.__version__} does not run it: {error}")
 
 
 def decoder_only_types() -> list[str]:
