@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +155,29 @@ def test_four_bit_products_keep_to_the_dtype_on_every_cpu(monkeypatch: pytest.Mo
     some = torch.nn.ModuleList(four(*shape) for shape in shapes)
     keep_precision(some)
     assert [one.support_avx512bf16_for_cpu for one in some] == [True, False, False, False]
+
+
+def test_no_compiled_code_is_fetched_from_a_hub(tmp_path: Path) -> None:
+    """bitsandbytes asks the package kernels for some when it is imported, on some CPUs."""
+    (tmp_path / "kernels.py").write_text(
+        "def get_kernel(*args, **options):\n    open('fetched', 'w').close()\n    raise OSError\n"
+    )
+    code = (
+        "import abliterate, sys\n"
+        f"abliterate.load({MODEL!r}, device='cpu', load_in='4bit')\n"
+        "import kernels; print(kernels.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path[1:]])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "kernels.py" in done.stdout  # whoever else asks for it gets it
+    assert not (tmp_path / "fetched").exists()
 
 
 @pytest.mark.parametrize("load_in", ["3bit", "8-bit", "", "4"])

@@ -7,7 +7,9 @@ is always made to the files.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import sys
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +21,7 @@ from abliterate.errors import CheckpointError, UsageError, one_line
 from abliterate.extras import import_extra
 from abliterate.models.device_placement import Placement
 
+_ABSENT: Any = object()
 LoadIn = Literal["none", "8bit", "4bit"]
 #: What bitsandbytes calls the four-bit numbers: levels at the quantiles of a normal distribution.
 FOUR_BIT = "nf4"
@@ -89,6 +92,8 @@ def quantizer_options(
     # Quantised where they are to lie: not all of them can be moved afterwards.
     options = {} if placement.device_map is not None else {"device_map": {"": place}}
     if load_in == "none":
+        if stored == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is not None:
+            _import_bitsandbytes(checkpoint.name)
         return options
     if stored is not None:
         raise UsageError(
@@ -105,15 +110,31 @@ def quantizer_options(
     return options | {"quantization_config": four}
 
 
+def _import_bitsandbytes(needed_by: str) -> Any:
+    """The package, without what it fetches: on some CPUs its import runs a hub's compiled code.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    # Of every product, that eight bits take float16; once, that a CPU could use what is fetched.
+    for part in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{part}").setLevel(logging.ERROR)
+    fetcher = sys.modules.get("kernels", _ABSENT)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        return import_extra("bitsandbytes", needed_by, "bitsandbytes", "quantized")
+    finally:
+        del sys.modules["kernels"]
+        if fetcher is not _ABSENT:
+            sys.modules["kernels"] = fetcher
+
+
 def _check_machine(
     load_in: str, place: torch.device, number: torch.dtype, placement: Placement
 ) -> None:
     """Refuse what bitsandbytes does not do."""
     option = f"--load-in {load_in}"
-    # Of every product, that eight bits take float16; once, that a CPU could use another package.
-    for part in ("autograd._functions", "backends.cpu.ops"):
-        logging.getLogger(f"bitsandbytes.{part}").setLevel(logging.ERROR)
-    bitsandbytes = import_extra("bitsandbytes", option, "bitsandbytes", "quantized")
+    bitsandbytes = _import_bitsandbytes(option)
     if number == torch.float64:
         raise UsageError(f"{option} and --dtype float64 exclude each other: use float32")
     devices = placement.device_map
