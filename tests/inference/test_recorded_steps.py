@@ -49,7 +49,7 @@ class Recording:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+    def __call__(self, step: Callable[[], None], device: torch.device) -> Callable[[], None]:
         self.recorded += 1
 
         def replay() -> None:
@@ -63,7 +63,7 @@ class Recording:
 def recording(monkeypatch) -> Recording:
     stand_in = Recording()
     monkeypatch.setitem(recorded_steps.RECORDERS, "cpu", stand_in)
-    monkeypatch.setattr(recorded_steps, "_agrees", recorded_steps.WeakKeyDictionary())
+    monkeypatch.setattr(recorded_steps, "_tried", recorded_steps.WeakKeyDictionary())
     return stand_in
 
 
@@ -165,18 +165,16 @@ def test_other_architectures_answer_as_they_do_one_by_one(
     assert len(set(map(tuple, alone))) > 2
 
 
-def test_attention_that_counts_from_the_end_of_its_keys_is_not_recorded(
-    recording, monkeypatch
-) -> None:
+def test_attention_that_counts_from_the_end_of_its_keys_is_not_recorded(recording) -> None:
     """GPT-Neo's local layers see so many keys back, of all there is room for."""
     config = GPTNeoConfig(
         vocab_size=512, hidden_size=32, num_layers=2, num_heads=4, window_size=64,
         attention_types=[[["global", "local"], 1]], max_position_embeddings=256,
     )  # fmt: skip
-    models = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
-    assert recorded_steps.recorder(models[0], torch.device("cpu")) is None
-    monkeypatch.setattr(recorded_steps, "_TRIAL_ROOM", 30)  # less than the window does not show it
-    assert recorded_steps.recorder(models[1], torch.device("cpu")) is recording
+    model, device = AutoModelForCausalLM.from_config(config).eval(), torch.device("cpu")
+    assert recorded_steps.recorder(model, device, 32) is recording  # less than the window
+    assert recorded_steps.recorder(model, device, 256) is None
+    assert recorded_steps.recorder(model, device, 32) is None
 
 
 def test_chunks_and_several_windows_are_not_recorded() -> None:
@@ -226,7 +224,7 @@ def test_a_pass_that_cannot_be_recorded_is_run(
     expected = greedy_answers(loaded, prompts, LONGEST)
     tries = []
 
-    def fails_later(step: Callable[[], None]) -> Callable[[], None]:
+    def fails_later(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
         tries.append(step)
         if len(tries) > recorded:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -298,25 +296,81 @@ def test_a_way_that_gives_something_else_is_not_used(tiny, recording, monkeypatc
         honest(self)
 
     monkeypatch.setattr(recorded_steps.RecordedSteps, "_step", one_too_far)
-    assert recorded_steps.recorder(loaded.model, torch.device("cpu")) is None
+    assert recorded_steps.recorder(loaded.model, torch.device("cpu"), 64) is None
     found = greedy_answers(loaded, prompts, LONGEST)
     monkeypatch.delitem(recorded_steps.RECORDERS, "cpu")
     assert found == greedy_answers(loaded, prompts, LONGEST)
 
 
+def test_a_recording_that_replays_nothing_is_not_used(tiny, monkeypatch) -> None:
+    """As one made on another GPU than the model's: the pass runs while nothing is recorded."""
+
+    def empty(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        step()
+        return lambda: None
+
+    monkeypatch.setitem(recorded_steps.RECORDERS, "cpu", empty)
+    model = load_model(str(tiny("llama"))).model
+    assert recorded_steps.recorder(model, torch.device("cpu"), 64) is None
+
+
+def test_no_position_beyond_the_table_is_asked_for(tiny, recording, monkeypatch) -> None:
+    """Recorded tokens are said in turns, some of them after the last answer has ended."""
+    config = GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=48)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokenizer = load_model(str(tiny("llama"))).tokenizer
+    loaded = LoadedModel(model, tokenizer, Checkpoint("x", Path()))
+    asked: list[int] = []
+    model.transformer.register_forward_pre_hook(
+        replayable(lambda module, args, kwargs: asked.append(int(kwargs["position_ids"].max()))
+                   if kwargs.get("position_ids") is not None else None),
+        with_kwargs=True,
+    )  # fmt: skip
+    prompts = [[*range(30, 50)], [*range(70, 88)]]
+
+    def answers() -> list[list[int]]:
+        # All of them end before the table does; the longest answer would not.
+        return greedy_answers(loaded, prompts, 60, settled=lambda said: len(said) >= 24)
+
+    found = answers()
+    assert recording.replayed > 10
+    assert max(asked) < 48
+    monkeypatch.delitem(recorded_steps.RECORDERS, "cpu")
+    assert found == answers()
+
+
+def test_another_way_to_compute_is_tried_again(tiny, recording) -> None:
+    model, device = load_model(str(tiny("llama"))).model, torch.device("cpu")
+    for change in (lambda: None, lambda: model.set_attn_implementation("eager"), model.half):
+        change()
+        before = recording.recorded
+        for _ in range(2):
+            assert recorded_steps.recorder(model, device, 64) is recording
+        assert recording.recorded == before + 1
+
+
 def test_hooks_of_others_are_not_recorded(tiny, recording) -> None:
     device = torch.device("cpu")
     model = load_model(str(tiny("llama"))).model
-    assert recorded_steps.recorder(model, device) is recording
+    assert recorded_steps.recorder(model, device, 64) is recording
     calls = []
     handle = model.model.layers[1].register_forward_hook(lambda *args: calls.append(1))
-    assert recorded_steps.recorder(model, device) is None  # a replay would not call it
+    assert recorded_steps.recorder(model, device, 64) is None  # a replay would not call it
     handle.remove()
     vector = torch.ones(48, dtype=torch.float64)
     with ablate_at(model, lambda: vector, find_writers(model).sites):
-        assert recorded_steps.recorder(model, device) is None  # others with every batch
+        assert recorded_steps.recorder(model, device, 64) is None  # others with every batch
     with ablate(model, vector), add(model, vector, 2):
-        assert recorded_steps.recorder(model, device) is recording
+        assert recorded_steps.recorder(model, device, 64) is recording
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert recorded_steps.recorder(model, device, 64) is None
+    handle.remove()
+    mlp = model.model.layers[0].mlp
+    mlp.forward = partial(type(mlp).forward, mlp)
+    assert recorded_steps.recorder(model, device, 64) is None
+    del mlp.forward
+    assert recorded_steps.recorder(model, device, 64) is recording
     nn.Module.__setattr__(model.model.layers[0], "_hf_hook", object())
-    assert recorded_steps.recorder(model, device) is None
-    assert recorded_steps.recorder(model, torch.device("meta")) is None
+    assert recorded_steps.recorder(model, device, 64) is None
+    assert recorded_steps.recorder(model, torch.device("meta"), 64) is None

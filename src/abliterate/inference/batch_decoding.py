@@ -23,6 +23,7 @@ from abliterate.inference.recorded_steps import (
     RecordedSteps,
     Recorder,
     recorder,
+    room,
 )
 from abliterate.inference.roomy_cache import can_cut, cut_start, is_plain, roomy_cache
 from abliterate.models.device_placement import to_device
@@ -77,20 +78,21 @@ class BatchDecoder:
         lengths = dict(zip(rows, batch.lengths, strict=True))
         answers: dict[int, list[int]] = {row: [] for row in rows}
         wanted = self.mix and self._may_record and longest > WORTH
-        record = recorder(self.model, ids.device) if wanted else None
+        record = recorder(self.model, ids.device, width + longest) if wanted else None
         while rows:
             grown = ids.shape[1] - width
             left = longest - grown
             watch = Watch(self.stops, {row: answers[row][:grown] for row in rows}, ids, keep,
                            shrink=self.mix, settled=self.settled)  # fmt: skip
-            if record is None or left < WORTH:
+            recorded = room(self.model, ids.shape[1], left) if record is not None else 0
+            if record is None or recorded < WORTH:
                 ids, cache = self._generated(ids, mask, cache, left, watch, rows)
             elif not has_read or (self.on_first is not None and not grown):
                 ids, cache = self._generated(ids, mask, cache, 1, watch, rows)
                 has_read, record = True, record if is_plain(cache) else None
             else:
                 try:
-                    ids, cache = self._replayed(ids, mask, cache, left, watch, record)
+                    ids, cache = self._replayed(ids, mask, cache, recorded, watch, record)
                 except NotRecordedError as error:
                     log.info("tokens are not replayed from recorded kernels: %s", error)
                     ids, cache, record = error.ids, error.cache, None

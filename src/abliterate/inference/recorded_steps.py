@@ -29,8 +29,8 @@ from abliterate.models.library_versions import cache_name
 from abliterate.models.model_classes import text_config
 from abliterate.models.quantized_loading import is_quantized
 
-# Records what a function launches; what it returns launches that again.
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+# Records what a function launches on a device; what it returns launches that again.
+Recorder = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 
 # Fewer tokens than this are said sooner than recorded.
 WORTH = 16
@@ -43,18 +43,30 @@ _MASKED = ("sdpa", "eager")
 _KINDS = {"full_attention", "sliding_attention"}
 # Tokens of the two prompts that the way is tried out on.
 _TRIAL = 7, 14
-_TRIAL_ROOM = 1024
+# What a configuration may call the length of its table of positions.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
 
-_agrees: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+# How a model computed when it was tried, and with room for how many tokens; 0 where it failed.
+_tried: WeakKeyDictionary[PreTrainedModel, tuple[Any, int]] = WeakKeyDictionary()
 
 
-def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+def cuda_graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Record a CUDA graph; ``step`` has run before, which makes what is made once."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
-    return graph.replay
+    with torch.cuda.device(device):  # of several, it is the current one that records
+        own, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                step()
+        finally:
+            torch.cuda.set_stream(own)  # a recording that fails does not give it back
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay
 
 
 RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
@@ -147,7 +159,7 @@ class RecordedSteps:
             self._step()
             return
         if self._replay is None:
-            self._replay = self._record(self._step)
+            self._replay = self._record(self._step, self._tokens.device)
         self._replay()
 
     def put(self, tokens: Tensor) -> None:
@@ -234,11 +246,17 @@ def _with_room(held: Tensor, total: int, end: int) -> Tensor:
     return whole
 
 
-def recorder(model: PreTrainedModel, device: torch.device) -> Recorder | None:
+def recorder(model: PreTrainedModel, device: torch.device, total: int) -> Recorder | None:
     """What records passes of ``model`` as it is now, with its hooks; None where that is not done.
 
     A replay launches kernels and runs no Python: hooks of others, which may do more than compute,
-    keep a model from being recorded. Whether it says what it says otherwise is tried once a model.
+    keep a model from being recorded. Whether it says what it says otherwise is tried once a model,
+    and again for more tokens.
+
+    Args:
+        model: the model.
+        device: where it computes.
+        total: tokens of a prompt and its answer.
     """
     record = RECORDERS.get(device.type)
     if record is None or text_config(model)._attn_implementation not in _MASKED:
@@ -247,15 +265,30 @@ def recorder(model: PreTrainedModel, device: torch.device) -> Recorder | None:
         return None
     if not all_replayable(model):
         return None
-    if model not in _agrees:
+    way = text_config(model)._attn_implementation, model.dtype
+    known_way, known = _tried.get(model, (None, 0))
+    if way != known_way or 0 < known < total:
         try:
-            _agrees[model] = _try_out(model, record)
+            agrees = _try_out(model, record, total)
         except (*_FAILURES, NotRecordedError) as error:
             if out_of_memory(error):
                 raise
             log.debug("tokens of this architecture are not recorded: %s", error)
-            _agrees[model] = False
-    return record if _agrees[model] else None
+            agrees = False
+        _tried[model] = way, total if agrees else 0
+    return record if _tried[model][1] else None
+
+
+def room(model: PreTrainedModel, known: int, wanted: int) -> int:
+    """How many of ``wanted`` tokens may be said after ``known`` ones: a table of positions ends.
+
+    Beyond its end a GPU's whole process would be lost, and some passes are replayed in vain.
+    """
+    for name in _POSITIONS:
+        longest = getattr(text_config(model), name, None)
+        if isinstance(longest, int):
+            return min(wanted, longest - known)
+    return wanted
 
 
 def _has_known_masks(config: Any) -> bool:
@@ -268,25 +301,30 @@ def _has_known_masks(config: Any) -> bool:
     return is_plain(cache) and len(windows) < 2 and kinds <= _KINDS
 
 
-def _try_out(model: Any, record: Recorder) -> bool:
-    """Whether a token that is replayed has the logits that ``generate`` gives it.
+def _try_out(model: Any, record: Recorder, total: int) -> bool:
+    """Whether tokens that are replayed have the logits that ``generate`` gives them.
 
-    With much room behind it: attention that counts from the end of its keys would miss the tokens.
+    With as much room behind them as will be: attention that counts from the end of its keys would
+    miss the prompt. The first token runs, the second may as well while it is recorded; the third is
+    a replay and nothing else.
     """
     if not _has_known_masks(text_config(model)):
         return False
     short, long = _TRIAL
-    longest = getattr(text_config(model), "max_position_embeddings", None) or _TRIAL_ROOM
-    room = max(2, min(longest, _TRIAL_ROOM) - long - 1)
     prompts = [list(range(3, 3 + short)), list(range(20, 20 + long))]
     batch = left_pad(model, prompts, [0, 1])
     with plain_decoding(model), torch.inference_mode():
-        said = _generated(model, batch, 3)
+        said = _generated(model, batch, 4)
         begun = _generated(model, batch, 1)
         steps = RecordedSteps(
-            model, begun[cache_name()], begun.sequences, batch.attention_mask, room, record
+            model,
+            begun[cache_name()],
+            begun.sequences,
+            batch.attention_mask,
+            max(3, total - long - 1),
+            record,
         )
-        for token in (1, 2):
+        for token in (1, 2, 3):
             steps.put(said.sequences[:, long + token - 1])
             steps.say(1)
             assert steps.logits is not None

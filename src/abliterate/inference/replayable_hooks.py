@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn import modules
 
 _MARK = "abliterate_replayable"
 
@@ -23,8 +24,11 @@ def replayable(hook: Callable[..., Any], holds: bool = True) -> Callable[..., An
 
 def all_replayable(model: nn.Module) -> bool:
     """Whether ``model`` has no other hooks: those of users, which may keep what they see, say."""
+    if modules.module._global_forward_hooks or modules.module._global_forward_pre_hooks:
+        return False
     for module in model.modules():
-        if hasattr(module, "_hf_hook"):  # accelerate's, which move tensors between devices
+        # A forward of an instance's own: accelerate's, which moves tensors, or anybody's.
+        if hasattr(module, "_hf_hook") or "forward" in vars(module):
             return False
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             # The library's own wait for outputs to be asked for, which answers do not.
