@@ -7,6 +7,7 @@ The command is run in an empty folder, and its output is drawn as it came, by ri
 
 from __future__ import annotations
 
+import argparse
 import io
 import subprocess
 import sys
@@ -21,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """Run the demo and write the picture."""
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "demo.svg"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "docs" / "demo.svg")
+    out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as empty:
         demo = [sys.executable, "-m", "abliterate", "demo"]
         done = subprocess.run(demo, cwd=empty, capture_output=True, text=True, check=True)

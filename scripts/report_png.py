@@ -7,6 +7,7 @@ The pipeline is run on the bundled model in an empty folder, and its report is o
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,9 @@ _SIZE = {"width": 1180, "height": 668}
 
 def main() -> None:
     """Run the pipeline and write the picture."""
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "report.png"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "docs" / "report.png")
+    out = parser.parse_args().out
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     with tempfile.TemporaryDirectory() as empty:
         # A copy, so that the report names the model and no folder of this machine.

@@ -1,4 +1,5 @@
 """Looking at directions: inspection, tracing, and how much of refusal hangs on one.
 
-Uses everything up to ``capacity`` and ``verification``; the command line and the report use it.
+Uses ``inference`` and ``extraction``, ``prompts`` and ``metrics``, and the records of a run; the
+command line and the library stand above.
 """

@@ -1,4 +1,4 @@
 """Files of weights: safetensors shards, matrices in them, quantised formats, the hub.
 
-Uses ``storage``, ``metrics`` and ``errors`` only: nothing here knows what a model computes.
+Uses ``storage`` and ``hub`` and what lies below: nothing here knows what a model computes.
 """

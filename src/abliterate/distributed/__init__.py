@@ -1,4 +1,4 @@
 """Ranks that ``torchrun`` or ``accelerate launch`` started: sharing work, failing together.
 
-Uses ``console``, ``errors`` and ``storage``.
+Uses ``console`` and ``errors``.
 """

@@ -1,7 +1,8 @@
 """The Hugging Face hub: asked patiently, at one commit, and with the reason when it says no.
 
 Everything goes through ``huggingface_hub``: its cache, its token, its endpoint (``HF_ENDPOINT``).
-Checkpoints and prompts stand on this; what is done with the files is theirs.
+Checkpoints and prompts stand on this; what is done with the files is theirs. Uses ``console`` and
+``storage``.
 """
 
 from abliterate.hub.names import split_id as split_id

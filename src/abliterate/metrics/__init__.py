@@ -1,4 +1,4 @@
 """Numbers from logits, answers and vectors: refusal score, KL, intervals, separation.
 
-Uses nothing of the project but ``errors``: every function is arithmetic on tensors and text.
+Uses nothing of the project but the lowest floor: every function is arithmetic on tensors and text.
 """

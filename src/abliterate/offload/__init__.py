@@ -1,4 +1,7 @@
-"""Models larger than memory: the layers are streamed from disk, with all prompts at once."""
+"""Models larger than memory: the layers are streamed from disk, with all prompts at once.
+
+Uses ``inference``, whose passes these are, ``writers`` and ``checkpoints``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
 """The stages of a run folder, one by one and as a chain.
 
-Uses every stage; only the command line and the report stand above.
+Uses every stage; the library and the command line stand above, ``report`` beside it.
 """

@@ -1,4 +1,4 @@
 """From prompt sources to token ids: files, bundled sets and hub datasets, sampling, templates.
 
-Uses ``storage``, ``metrics``, ``console`` and ``errors``.
+Uses ``hub`` for data sets, ``storage``, ``settings`` and ``metrics``, and what lies below.
 """

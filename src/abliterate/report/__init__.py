@@ -1,4 +1,7 @@
-"""A run folder as one page that people can look at, and its figures as pictures."""
+"""A run folder as one page that people can look at, and its figures as pictures.
+
+Uses the records of all stages, from ``selection``, ``evaluation`` and ``auditing`` down; runs none.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 bounds, ``values`` what single values must be; ``loading`` reads settings from TOML files, given
 options and the records of earlier stages, and ``without_effect`` refuses what would do nothing. The
 command line's options (``cli.options``) and the commands in a report come from the same
-declarations.
+declarations. Uses ``errors`` and ``resources``.
 """
 
 from abliterate.settings.loading import (

@@ -2,7 +2,8 @@
 
 ``checks`` gives the verdict, ``declared_edit`` says what every tensor and file has to hold,
 ``edit_check`` compares one tensor with its source, ``stored_values`` reads both, and
-``hook_distance`` compares the logits with those of ablation's hooks.
+``hook_distance`` compares the logits with those of ablation's hooks. Uses ``editing`` and
+``checkpoints``, and ``inference`` for the logits.
 """
 
 from abliterate.verification.checks import (

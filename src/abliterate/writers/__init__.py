@@ -1,4 +1,7 @@
-"""Finding every parameter that writes to the residual stream, and proving that none is missing."""
+"""Finding every parameter that writes to the residual stream, and proving that none is missing.
+
+Uses ``models`` for small copies to trace and ``checkpoints`` for what a configuration says.
+"""
 
 from __future__ import annotations
 
