@@ -113,6 +113,7 @@ def test_of_routed_experts_those_that_a_token_passes_count(cli, tmp_path: Path) 
     # Fusing holds the experts' gates and ups on disk, stacked and joined: more than a block.
     gates = 8 * 2 * 64 * 32
     same, half = (shape_of(config, dtype) for dtype in (torch.float32, torch.float16))
+    assert same.routed == half.routed == experts * 2 // 8
     assert (same.source, same.fusing) == (4 * experts, 3 * 4 * gates)
     assert (half.source, half.fusing) == (4 * half.parameters, (4 + 2 * 2) * gates)
 

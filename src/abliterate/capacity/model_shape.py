@@ -43,6 +43,7 @@ class Shape:
         heads: attention and key/value heads, which ranks of one model divide.
         cached: bytes of a token's keys and values in all layers.
         loaded_in: bytes in memory under each ``--load-in``; empty if the checkpoint is quantised.
+        routed: of the active parameters those of experts that a token is sent to.
     """
 
     parameters: int
@@ -60,6 +61,7 @@ class Shape:
     heads: tuple[int, ...] = ()
     cached: int = 0
     loaded_in: Mapping[str, int] = field(default_factory=dict)
+    routed: int = 0
 
 
 def shape_of(
@@ -95,9 +97,10 @@ def shape_of(
     rest = sum(n for key, n in everything.items() if key not in inside | rows)
     stored = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    active = [_active(block, text) for block in blocks]
     return Shape(
         total,
-        sum(_active(block, text) for block in blocks),
+        sum(each for each, _ in active),
         total * size,
         total * stored.itemsize,
         tuple(sum(p.numel() for p in block.parameters()) * size for block in blocks),
@@ -109,6 +112,7 @@ def shape_of(
         *_copied(model, dtype, stored),
         *_attention(text, len(blocks), size),
         {} if stored_method(config) is not None else _loaded_in(model, total * size, size),
+        sum(routed for _, routed in active),
     )
 
 
@@ -173,16 +177,19 @@ def _attention(text: Any, layers: int, itemsize: int) -> tuple[tuple[int, ...], 
     return tuple(count for pair in pairs for count in pair), held
 
 
-def _active(block: nn.Module, config: Any) -> int:
-    """Parameters of a block that one token passes: of routed experts, those it is sent to."""
+def _active(block: nn.Module, config: Any) -> tuple[int, int]:
+    """Parameters of a block that one token passes: of routed experts, those it is sent to; and how
+    many are these experts'."""
     found = [getattr(config, name, None) for name in _PER_TOKEN]
     used = next((k for k in found if isinstance(k, int) and k > 0), 0)
-    total = 0
+    total = in_experts = 0
     for name, parameter in block.named_parameters():
         n = parameter.numel()
-        routed = parameter.ndim == 3 and "expert" in name and used > 0
-        total += n * min(used, parameter.shape[0]) // parameter.shape[0] if routed else n
-    return total
+        if parameter.ndim == 3 and "expert" in name and used > 0:
+            n = n * min(used, parameter.shape[0]) // parameter.shape[0]
+            in_experts += n
+        total += n
+    return total, in_experts
 
 
 def dtype_of(name: str, config: Any, accelerator: bool) -> torch.dtype:
