@@ -259,6 +259,33 @@ def test_memory_that_runs_out_while_recording_makes_batches_smaller(
     assert rows[-1] <= 5
 
 
+@pytest.mark.parametrize("short", ["in the trial", "of one answer", "of one answer, midway"])
+def test_an_answer_that_cannot_be_recorded_for_memory_is_said_all_the_same(
+    short: str, tiny, recording, monkeypatch
+) -> None:
+    loaded = load_model(str(tiny("llama")))
+    prompts = _prompts()[:1]
+    with monkeypatch.context() as plain:
+        plain.delitem(recorded_steps.RECORDERS, "cpu")
+        expected = greedy_answers(loaded, prompts, LONGEST)
+    honest, calls = recorded_steps.RecordedSteps._step, []
+
+    def short_of_memory(self) -> None:
+        calls.append(len(self.tokens))
+        rows, after = (2, 0) if short == "in the trial" else (1, 20 if "midway" in short else 0)
+        if len(self.tokens) == rows and calls.count(rows) > after:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        honest(self)
+
+    monkeypatch.setattr(recorded_steps.RecordedSteps, "_step", short_of_memory)
+    found: list[list[int]] = []
+    answers = greedy_answers(
+        loaded, prompts, LONGEST, on_answer=lambda row, answer: found.append(list(answer))
+    )
+    assert answers == found == expected
+    assert calls
+
+
 def test_keys_and_values_are_held_twice_of_one_layer_alone(tiny, recording, monkeypatch) -> None:
     loaded = load_model(str(tiny("llama")))
     moved: list[StorageWeakRef] = []

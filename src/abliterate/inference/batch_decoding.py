@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from abliterate.console import log
+from abliterate.errors import one_line
 from abliterate.inference.answer_watch import Watch
 from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.engine import OnFirstLogits, Settled
@@ -26,6 +27,7 @@ from abliterate.inference.recorded_steps import (
     room,
 )
 from abliterate.inference.roomy_cache import can_cut, cut_start, is_plain, roomy_cache
+from abliterate.inference.token_batches import out_of_memory
 from abliterate.models.device_placement import to_device
 from abliterate.models.library_versions import cache_name
 from abliterate.models.loading import LoadedModel
@@ -97,6 +99,14 @@ class BatchDecoder:
                     log.info("tokens are not replayed from recorded kernels: %s", error)
                     ids, cache, record = error.ids, error.cache, None
                     self._may_record = False
+                except Exception as error:
+                    if len(rows) > 1 or not out_of_memory(error):
+                        raise  # fewer rows may fit
+                    # What recording takes beside the answer is too much: its tokens are read again.
+                    log.info("an answer is not recorded: %s", one_line(error))
+                    cache, record = None, None
+                    self._may_record = False
+                    continue
             answers = watch.answers
             watch.look(ids)
             going = [index for index, row in enumerate(rows) if row not in watch.ended]
