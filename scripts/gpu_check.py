@@ -52,10 +52,10 @@ from abliterate.console import log
 from abliterate.editing.options import EditOptions
 from abliterate.errors import one_line, speaking_of_options
 from abliterate.extraction.extraction import Extraction
+from abliterate.inference.answer_watch import LOOK_ACCELERATOR
 from abliterate.inference.device_memory import forget_highest, highest_seen
 from abliterate.inference.forward import Batch, for_each_batch, last_logits
 from abliterate.inference.generation import greedy_answers
-from abliterate.inference.recorded_steps import AT_ONCE
 from abliterate.models.loading import LoadedModel, load_tokenizer, pick_device
 from abliterate.models.model_classes import build_model
 from abliterate.offload.open_model import free_memory
@@ -363,7 +363,9 @@ class Bench:
             "tokens_per_second": rates["hooked"],
             "floor": {"what": "without hooks", "tokens_per_second": rates["plain"]},
             "ratio": rates["plain"] / rates["hooked"],
-            **self._watched(hooked, self.sizes.new_tokens // AT_ONCE, "one in so many tokens"),
+            **self._watched(
+                hooked, self.sizes.new_tokens // LOOK_ACCELERATOR, "one in so many tokens"
+            ),
         }
 
     def _watched(self, run: Callable[[], object], floor: int | None, what: str) -> dict[str, Any]:

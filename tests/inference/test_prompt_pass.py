@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from far_from_ties import far_from_ties
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
@@ -49,12 +49,7 @@ OPENING = list(range(3, 15))
 
 
 def _loaded(config: PreTrainedConfig) -> LoadedModel:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # far from ties
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    model = far_from_ties(config)
 
     class Tokenizer:
         eos_token_id = 2

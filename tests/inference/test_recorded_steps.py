@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from far_from_ties import far_from_ties
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
@@ -148,12 +149,7 @@ def test_other_architectures_answer_as_they_do_one_by_one(
         "windows between": lambda: Gemma2Config(**_SIZES, head_dim=8, sliding_window=12),
         "a window everywhere": lambda: MistralConfig(**_SIZES, sliding_window=12),
     }[kind]()  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # far from ties
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    model = far_from_ties(config)
     loaded = LoadedModel(model, load_model(str(tiny("llama"))).tokenizer, Checkpoint("x", Path()))
     prompts = _prompts()
     with ablate(model, torch.linspace(-1, 1, 32)):

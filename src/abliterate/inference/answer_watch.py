@@ -20,7 +20,7 @@ _SHRINK_ACCELERATOR = 1 / 2
 _FEW_ACCELERATOR = 16
 # Once in so many tokens it is asked which rows have ended: an accelerator is waited for each time.
 _LOOK = {"cpu": 1}
-_LOOK_ACCELERATOR = 8
+LOOK_ACCELERATOR = 8
 # At every multiple of so many of an answer's tokens it is asked whether they are enough, wherever
 # the device looks: which tokens an answer has is the same everywhere.
 _SETTLE = 8
@@ -54,7 +54,7 @@ class Watch(StoppingCriteria):  # type: ignore[misc]
         self._enough_ended = share * len(answers) if shrink and gains else float("inf")
         self.ended: set[int] = set()
         self._seen = ids.shape[1]
-        self._every = _LOOK.get(ids.device.type, _LOOK_ACCELERATOR)
+        self._every = _LOOK.get(ids.device.type, LOOK_ACCELERATOR)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if input_ids.shape[1] - self._seen >= self._every:

@@ -12,13 +12,12 @@ from transformers import StoppingCriteriaList
 
 from abliterate.console import log
 from abliterate.errors import one_line
-from abliterate.inference.answer_watch import Watch
+from abliterate.inference.answer_watch import LOOK_ACCELERATOR, Watch
 from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.engine import OnFirstLogits, Settled
 from abliterate.inference.forward import Batch, padding_token
 from abliterate.inference.prompt_pass import PromptPass, agrees, can_join
 from abliterate.inference.recorded_steps import (
-    AT_ONCE,
     WORTH,
     NotRecordedError,
     RecordedSteps,
@@ -153,7 +152,7 @@ class BatchDecoder:
         """The same from recorded kernels."""
         steps = RecordedSteps(self.model, cache, ids, mask, count, record)
         while count and not watch.is_over:
-            turn = min(count, AT_ONCE)
+            turn = min(count, LOOK_ACCELERATOR)
             watch.look(ids := steps.say(turn))
             count -= turn
         return ids, steps.cache

@@ -23,6 +23,7 @@ from abliterate.inference.rounding import (
     rounding_of_batches,
 )
 from abliterate.inference.token_batches import out_of_memory
+from abliterate.inference.trials import FAILURES
 from abliterate.precision import widened
 from abliterate.writers import decoder_blocks
 
@@ -43,8 +44,6 @@ _LADDER = (
     FastPathFlags(join=False, last=False, resume=False),
     FastPathFlags(join=False, last=False, prefix=False, resume=False),
 )
-# What an architecture that does not allow a trick may raise.
-_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
 
 
 def verified_runner(
@@ -76,7 +75,7 @@ def verified_runner(
         try:
             replay = InterventionRunner(model, prompts, batch_size, tricks)
             return _difference(replay, ends, vectors, layers, full, fine, spread), replay
-        except _FAILURES as error:
+        except FAILURES as error:
             if out_of_memory(error):
                 raise
             log.debug("%s cannot be used with this architecture: %s", tricks, error)

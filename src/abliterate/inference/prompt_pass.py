@@ -8,7 +8,6 @@ once, and the keys and values are put side by side for the answers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,27 +17,24 @@ from transformers.cache_utils import DynamicCache
 
 from abliterate.console import log
 from abliterate.inference.candidate_batches import expanded, shared_prefix
-from abliterate.inference.decoding import decoding_config, plain_decoding
 from abliterate.inference.forward import (
     Batch,
     can_pad,
     input_device,
     last_logits,
     left_pad,
-    padding_token,
 )
-from abliterate.inference.roomy_cache import PLAIN_LAYERS, roomy_cache
+from abliterate.inference.roomy_cache import is_plain, roomy_cache
 from abliterate.inference.rounding import same_logits
 from abliterate.inference.token_batches import TokenBudget, group_rows, out_of_memory
+from abliterate.inference.trials import FAILURES, first_tokens
 from abliterate.models.device_placement import to_device
-from abliterate.models.library_versions import cache_name
 from abliterate.models.model_classes import text_config
 
 # Reading in groups is worth it where it saves as much as so many batches cost.
 _WORTH = 8
 # Tokens of the two prompts that the way is tried out on, and how many of them are shared.
 _TRIAL, _SHARED = (7, 14), 4
-_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
 
 # Rows, what they read, and by layer the keys and values of it.
 Part = tuple[list[int], Batch, list[tuple[Tensor, Tensor]]]
@@ -153,7 +149,7 @@ def agrees(model: PreTrainedModel) -> bool:
     if model not in _agrees:
         try:
             _agrees[model] = _try_out(model)
-        except _FAILURES as error:
+        except FAILURES as error:
             if out_of_memory(error):
                 raise
             log.debug("prompts are not read in groups with this architecture: %s", error)
@@ -175,25 +171,12 @@ def _try_out(model: PreTrainedModel) -> bool:
         cache = reading.cache([0, 1])
         if cache is None:
             return False
-        plain, joined = (_two_steps(model, batch, past) for past in (None, cache))
+        plain, joined = (
+            torch.stack(first_tokens(model, batch, 2, past).logits) for past in (None, cache)
+        )
         if not same_logits(model, joined, plain):
             return False
     return True
-
-
-def _two_steps(model: Any, batch: Batch, cache: DynamicCache | None) -> Tensor:
-    """Logits of the first two tokens of an answer, ``[2, batch, vocabulary]``."""
-    config = decoding_config(
-        [], 2, pad_token_id=padding_token(model), return_dict_in_generate=True, output_logits=True
-    )
-    with plain_decoding(model), torch.inference_mode():
-        said = model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            **{cache_name(): cache},
-            generation_config=config,
-        )
-    return torch.stack(said.logits)
 
 
 def bytes_of_a_token(model: PreTrainedModel, prompt: Sequence[int]) -> float:
@@ -210,8 +193,7 @@ def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 
 def can_join(model: PreTrainedModel) -> bool:
     """Whether an answer's cache holds keys and values of tokens, and nothing else."""
-    layers = DynamicCache(config=text_config(model)).layers
-    return bool(layers) and all(type(layer) in PLAIN_LAYERS for layer in layers)
+    return is_plain(DynamicCache(config=text_config(model)))
 
 
 def _window(model: PreTrainedModel) -> float:

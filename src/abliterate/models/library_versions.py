@@ -63,7 +63,7 @@ def cache_name() -> str:
 
 
 def layer_configs(config: Any, count: int) -> list[Any]:
-    """The configuration of each layer: some models' heads differ by layer, told so since 5.2x.
+    """The configuration of each layer: newer releases tell so where heads differ by layer.
 
     Args:
         config: of a decoder.
